@@ -1,0 +1,117 @@
+"""Cross-entropy of a vocabulary projection, computed without holding all logits in fp32.
+
+The logits of a batch are its largest tensor by far: 4 bytes × tokens × vocabulary, and as much again for
+their gradient. Here they exist for one chunk of tokens at a time. The gradients are computed in the same
+pass (softmax minus one-hot), so nothing of a chunk has to be kept; backward only scales them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # a label that takes no part in the loss
+_SMALLEST_CHUNK = 256  # tokens; below it the matrix products lose more than the memory gains
+
+
+def project(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+    """Logits [..., vocab_size] of hidden [..., d_model] and weight [vocab_size, d_model], in their dtype.
+
+    `softcap` c bounds them smoothly to (-c, c): c·tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+    """
+    logits = F.linear(hidden, weight)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Sum of the cross-entropy over all labels that are not -100: nats, fp32, scalar.
+
+    hidden [..., d_model], weight [vocab_size, d_model], labels [...] int64. Gradients flow to `hidden` and
+    `weight`. Matrix products run in the inputs' dtype, everything else in fp32.
+    """
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        total: Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets, softcap)  # type: ignore[no-untyped-call]
+        return total
+    total = rows.new_zeros((), dtype=torch.float32)
+    for part in _chunks(rows, weight):
+        total += _chunk_loss(rows[part], weight, targets[part], softcap)[0]
+    return total
+
+
+def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Even slices of the tokens, each small enough for its logits to be held."""
+    held = (
+        1 << 22 if rows.device.type == "cpu" else 1 << 26
+    )  # logits: 16 MiB for caches, 256 MiB to fill a GPU
+    tokens = len(rows)
+    count = max(1, -(-tokens // max(_SMALLEST_CHUNK, held // len(weight))))
+    edges = [tokens * i // count for i in range(count + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def _chunk_loss(
+    rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a chunk, its log-probabilities in fp32, and its capped logits."""
+    logits = project(rows, weight, softcap)
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum")
+    return loss, log_probabilities, logits
+
+
+def _logit_gradient(
+    log_probabilities: Tensor, logits: Tensor, targets: Tensor, softcap: float | None
+) -> Tensor:
+    """Gradient of the loss by the uncapped logits, in the storage of `log_probabilities`.
+
+    Rows with an ignored label hold rubbish: the caller masks the far smaller [tokens, d_model] tensors.
+    """
+    gradient = log_probabilities.exp_()
+    index = targets.clamp(min=0).unsqueeze(-1)
+    gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand(index.shape))
+    if softcap is not None:
+        gradient *= 1 - (logits.float() / softcap).square()
+    return gradient.to(logits.dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies whose gradients are made chunk by chunk in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        total = rows.new_zeros((), dtype=torch.float32)
+        for_rows, for_weight = ctx.needs_input_grad[:2]
+        d_rows = torch.empty_like(rows) if for_rows else None
+        # fp32: many small bf16 contributions to a frequent word's row would be rounded away
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        for part in _chunks(rows, weight):
+            loss, log_probabilities, logits = _chunk_loss(rows[part], weight, targets[part], softcap)
+            total += loss
+            gradient = _logit_gradient(log_probabilities, logits, targets[part], softcap)
+            valid = (targets[part] != IGNORED).unsqueeze(-1)
+            if d_rows is not None:
+                d_rows[part] = (gradient @ weight).mul_(valid)
+            if d_weight is not None:
+                d_weight += gradient.t() @ (rows[part] * valid)
+        ctx.save_for_backward(d_rows, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Scale the stored gradients by the incoming one; they stay as they are for a second backward."""
+        d_rows, d_weight = ctx.saved_tensors
+        return (
+            None if d_rows is None else d_rows * scale,
+            None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
