@@ -10,26 +10,58 @@ from pathlib import Path
 import yaml
 
 from megagpt.errors import UserError
-from megagpt.recipe.sections import Recipe
+from megagpt.recipe.checking import check
+from megagpt.recipe.reading import CoreDumper, read_yaml
+from megagpt.recipe.rules import fits
+from megagpt.recipe.sections import Places, Recipe
+from megagpt.recipe.wording import Row, table
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Raises UserError with every mistake in it."""
-    return Recipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    """Read a recipe, with `key=value` overrides; words that begin with `ds.` are not for the recipe.
+
+    Raises UserError with every mistake of the file and the words at once.
+    """
+    tree = read_yaml(path)
+    for word in overrides:
+        if not word.startswith("ds."):
+            tree.override(word)
+    recipe, found = check(tree)
+    problems = [*tree.problems, *found]
+    if recipe is None or problems:
+        raise UserError.of(problems)
+    recipe._places = Places(tree.places)
+    return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, in order. Loads back equal."""
-    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    values = recipe.model_dump(mode="json")
+    return str(yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True))
 
 
 def updates(recipe: Recipe, samples_per_epoch: int) -> int:
-    """Number of updates that the recipe's length means, rounded up to whole updates."""
+    """Updates of the recipe's length: tokens and epochs are rounded up, so that none is left out.
+
+    A sample counts as seq_len tokens. Raises UserError if warm-up and decay do not fit in.
+    """
     length, per_update = recipe.length, recipe.batch.global_size
     if length.updates is not None:
         return length.updates
     if length.tokens is not None:
-        return math.ceil(Fraction(length.tokens, per_update * recipe.model.seq_len))
-    if length.epochs is None:
-        raise UserError("the recipe has no length")
-    return math.ceil(Fraction(str(length.epochs)) * samples_per_epoch / per_update)
+        key, total = "length.tokens", Fraction(length.tokens, per_update * recipe.model.seq_len)
+    else:
+        key, total = "length.epochs", Fraction(str(length.epochs)) * samples_per_epoch / per_update
+    schedule, whole = recipe.schedule, math.ceil(total)
+    finding = fits(schedule.warmup_updates, schedule.decay_updates, whole)
+    if finding:
+        rows: list[Row] = [(key, length.tokens or length.epochs, recipe.place(key))]
+        rows.append(
+            ("schedule.warmup_updates", schedule.warmup_updates, recipe.place("schedule.warmup_updates"))
+        )
+        if schedule.decay_updates is not None:
+            rows.append(
+                ("schedule.decay_updates", schedule.decay_updates, recipe.place("schedule.decay_updates"))
+            )
+        raise UserError(finding[0], table(rows), finding[1])
+    return whole

@@ -33,10 +33,11 @@ def _pair(value: Any) -> Any:
 
 
 def _sources(value: Any) -> Any:
-    """Let `train: PREFIX` stand for one source of weight 1."""
-    if isinstance(value, str):
-        return (Source(path=value),) if value else value
-    return tuple(value) if isinstance(value, list) else value
+    """Let a bare PREFIX stand for a source of weight 1, alone or in a list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(item, (str, dict, Source)) for item in items):
+        return value
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
 class Section(BaseModel):
@@ -121,7 +122,7 @@ class DataSection(Section):
 
     tokenizer: _Text | None = None
     """path of a sentencepiece .model; null where no text is read or written"""
-    train: Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(_sources)]
+    train: Annotated[tuple[Source, ...], BeforeValidator(_sources)]
     """a prefix, or a list of {path, weight}"""
     validation: _Text | None = None
     """a prefix; null for no validation"""

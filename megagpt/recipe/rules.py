@@ -1,0 +1,152 @@
+"""Rules between keys. Each is a function of the values it names, and answers (what, do) or None.
+
+A rule is asked only when every value it needs is known to be well formed, so that one mistake is not
+reported twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megagpt.errors import nearest
+from megagpt.recipe.presets import PRESETS
+from megagpt.recipe.wording import listed
+
+Finding = tuple[str, str] | None
+Rule = tuple[Callable[..., Finding], tuple[str, ...]]
+
+
+def _preset(preset: str | None) -> Finding:
+    if preset is None or preset in PRESETS:
+        return None
+    near = nearest(preset, PRESETS)
+    names = ", ".join(PRESETS)
+    return f'there is no preset "{preset}"', f"write {near}" if near else f"choose one of {names}"
+
+
+def _heads(d_model: int, n_head: int) -> Finding:
+    if d_model % n_head == 0:
+        return None
+    below = d_model // n_head * n_head
+    near = listed(str(width) for width in (below, below + n_head) if width)
+    return "model.d_model is not a multiple of model.n_head", f"set model.d_model to {near}"
+
+
+def _groups(n_head: int, n_kv_head: int) -> Finding:
+    if n_head % n_kv_head == 0:
+        return None
+    divisors = listed(str(count) for count in range(1, n_head + 1) if n_head % count == 0)
+    return "model.n_head is not a multiple of model.n_kv_head", f"set model.n_kv_head to {divisors}"
+
+
+def _rotation(d_model: int, n_head: int, position: str) -> Finding:
+    if position != "rope" or d_model % n_head or (d_model // n_head) % 2 == 0:
+        return None
+    what = f"position: rope turns pairs, and a head here has an odd width of {d_model // n_head}"
+    return what, f"set model.d_model to a multiple of {2 * n_head}"
+
+
+def _sources(train: Any, validation: str | None) -> Finding:
+    sources = train if isinstance(train, list) else [train]
+    paths = [source["path"] if isinstance(source, dict) else source for source in sources]
+    if not paths:
+        return "data.train is an empty list", "give at least one prefix"
+    for path in [*paths, validation or ""]:
+        if path.endswith((".bin", ".idx")):
+            return f'"{path}" is a file, not a prefix', f"write {path[:-4]}"
+    if validation in paths:
+        return "data.validation is also trained on", "give it a prefix of its own"
+    return None
+
+
+def _validation(every: int | None, validation: str | None) -> Finding:
+    if every is None or validation is not None:
+        return None
+    return "evaluation.every needs data.validation", "give data.validation, or set evaluation.every to null"
+
+
+def _prompt(prompt: str | None, every: int | None, tokenizer: str | None) -> Finding:
+    if prompt is None or (every is not None and tokenizer is not None):
+        return None
+    missing = "evaluation.every" if every is None else "data.tokenizer"
+    return f"evaluation.prompt needs {missing}", f"give {missing}, or set evaluation.prompt to null"
+
+
+def _muon_lr(type_: str, muon_lr: float | None) -> Finding:
+    if type_ == "muon" and muon_lr is None:
+        return (
+            "optimizer.type muon needs optimizer.muon_lr",
+            "give it: the peak of the block matrices, often 0.02",
+        )
+    if type_ != "muon" and muon_lr is not None:
+        return "optimizer.muon_lr is for muon only", "take it away, or set optimizer.type to muon"
+    return None
+
+
+def _muon_momentum(type_: str, momentum: float | None) -> Finding:
+    if type_ == "muon" or momentum is None:
+        return None
+    return "optimizer.muon_momentum is for muon only", "take it away, or set optimizer.type to muon"
+
+
+def _floor(min_lr: float, lr: float) -> Finding:
+    if min_lr < lr:
+        return None
+    return (
+        "schedule.min_lr is not below optimizer.lr",
+        "lower schedule.min_lr; 0 or a tenth of the peak is usual",
+    )
+
+
+def _decay(type_: str, decay: int | None) -> Finding:
+    if type_ == "wsd" and decay is None:
+        return (
+            "schedule.type wsd needs schedule.decay_updates",
+            "give it: the updates of the decay at the end",
+        )
+    if type_ != "wsd" and decay is not None:
+        return "schedule.decay_updates is for wsd only", "take it away, or set schedule.type to wsd"
+    return None
+
+
+def _one_length(updates: Any, tokens: Any, epochs: Any) -> Finding:
+    values = {"updates": updates, "tokens": tokens, "epochs": epochs}
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) == 1:
+        return None
+    if not given:
+        return "length says nothing", "give one of length.updates, length.tokens and length.epochs"
+    return "length is said more than once", f"keep one and set the other to null: length.{given[-1]}=null"
+
+
+def fits(warmup: int, decay: int | None, total: int | None) -> Finding:
+    """Whether warm-up and decay leave room in `total` updates."""
+    if total is None:
+        return None
+    if warmup >= total:
+        what = f"schedule.warmup_updates is not below the length of {total} updates"
+        return what, "warm up for less, or train for longer; 1 to 5 % of the length is usual"
+    if warmup + (decay or 0) > total:
+        what = f"warm-up and decay together are longer than the {total} updates of training"
+        return what, "shorten one of them, or train for longer"
+    return None
+
+
+FITS = (fits, ("schedule.warmup_updates", "schedule.decay_updates", "length.updates"))
+
+RULES: tuple[Rule, ...] = (
+    (_preset, ("model.preset",)),
+    (_heads, ("model.d_model", "model.n_head")),
+    (_groups, ("model.n_head", "model.n_kv_head")),
+    (_rotation, ("model.d_model", "model.n_head", "model.position")),
+    (_sources, ("data.train", "data.validation")),
+    (_muon_lr, ("optimizer.type", "optimizer.muon_lr")),
+    (_muon_momentum, ("optimizer.type", "optimizer.muon_momentum")),
+    (_floor, ("schedule.min_lr", "optimizer.lr")),
+    (_decay, ("schedule.type", "schedule.decay_updates")),
+    (_one_length, ("length.updates", "length.tokens", "length.epochs")),
+    FITS,
+    (_validation, ("evaluation.every", "data.validation")),
+    (_prompt, ("evaluation.prompt", "evaluation.every", "data.tokenizer")),
+)
