@@ -1,0 +1,145 @@
+"""The `megagpt` command: the table of verbs. Each verb's module is imported when it is called, not before.
+
+Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+# before torch is imported anywhere: threads that wait must not spin, or two ranks on one machine starve each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from megagpt.errors import EXIT_DONE, EXIT_USER, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Inputs = Annotated[
+    list[str], typer.Argument(help="text files or folders (txt, md, jsonl); `default`: the default corpus")
+]
+Run = Annotated[Path, typer.Argument(help="a run directory")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model and PREFIX.vocab")],
+    vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
+    as_json: Json = False,
+) -> int:
+    """Train a lossless sentencepiece tokenizer on text."""
+    from megagpt import prepare
+
+    return _answer(prepare.train_tokenizer_command(inputs, vocab_size, output), as_json)
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
+    output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
+    validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.04,
+    as_json: Json = False,
+) -> int:
+    """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json."""
+    from megagpt import prepare as verb
+
+    return _answer(verb.prepare_command(inputs, tokenizer, output, validation_fraction), as_json)
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def train(
+    recipe: Annotated[Path, typer.Option(help="what is trained: a YAML file of launch/recipes/ or your own")],
+    deepspeed_config: Annotated[
+        Path,
+        typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON"),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto, must or never")] = "auto",
+    expect_world_size: Annotated[int | None, typer.Option(help="refuse to start on other than N ranks")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="save and exit 75 after so long")] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> int:
+    """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
+    from megagpt import train as verb
+
+    return verb.train(
+        verb.Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes)
+    )
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help="a corpus prefix or a text file; the recipe's validation")] = None,
+    yardsticks: Annotated[bool, typer.Option(help="also a unigram model and xz, on the same text")] = False,
+    as_json: Json = False,
+) -> int:
+    """Loss, perplexity and bits per byte of a run's newest checkpoint over a whole corpus."""
+    from megagpt import evaluate as verb
+
+    return _answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(help="how many tokens to add")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="draw among the K likeliest")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw among the likeliest that hold this share")] = None,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
+    as_json: Json = False,
+) -> int:
+    """Continue a text with a run's newest checkpoint."""
+    from megagpt import evaluate as verb
+
+    return _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
+
+
+@app.command()
+def report(run: Run) -> int:
+    """Draw a run's loss curve here and as loss.svg in the run directory."""
+    from megagpt import report as verb
+
+    print(verb.terminal(run, colour=sys.stdout.isatty()))
+    print(f"picture: {verb.picture(run)}")
+    return EXIT_DONE
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code. A user's mistake is printed without a traceback."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER
+    except typer.Abort:
+        return EXIT_USER
+    except Exception as error:
+        from click import ClickException  # what typer raises for a wrong option
+
+        if not isinstance(error, ClickException):
+            raise
+        error.show()
+        return EXIT_USER
+    return result if isinstance(result, int) else EXIT_DONE
+
+
+def _answer(summary: Any, as_json: bool) -> int:
+    """Print a verb's figures, for people or as JSON."""
+    print(json.dumps(asdict(summary)) if as_json else str(summary))
+    return EXIT_DONE

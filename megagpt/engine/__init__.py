@@ -1,0 +1,1 @@
+"""The training engines: the only room that knows DeepSpeed."""

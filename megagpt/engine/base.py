@@ -1,0 +1,40 @@
+"""The face of an engine: all that the training loop knows of DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megagpt.data.loader import Batch
+from megagpt.state import UpdateResult
+
+
+class Engine(Protocol):
+    """Trains one model on one layout. Every method is called by all ranks, in the same order."""
+
+    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
+        """One update over this rank's micro-batches: forward, backward, clip, step, schedule."""
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """The loss in nats per valid token over all ranks' batches; changes nothing."""
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Write all that `load_state` needs, and the weights by name, into `folder`."""
+        ...
+
+    def load_state(self, folder: Path) -> None:
+        """Restore weights, optimizer, schedule and random state at the same layout."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter whole, by its name in `GPT`, in fp32 on the host. Tied ones come once."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...

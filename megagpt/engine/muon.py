@@ -1,0 +1,91 @@
+"""Muon: momentum, orthogonalised by a Newton–Schulz iteration, for the matrices of the blocks.
+
+Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon). torch's and DeepSpeed's Muon iterate in bf16,
+which a CPU without bf16 units runs many times slower; this one keeps the gradient's precision on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_A, _B, _C = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic coefficients of the reference: steepest at 0, five steps suffice
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
+
+    `matrices` and the result: [number, rows, columns]. Iterates on the short side; bf16 on a GPU.
+    """
+    work = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = work.size(1) > work.size(2)
+    if tall:
+        work = work.mT
+    work = work / (work.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = work @ work.mT
+        work = torch.baddbmm(work, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), work, beta=_A)
+    return (work.mT if tall else work).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for 2-D weights, AdamW for the rest, in one optimizer with torch's interface.
+
+    A group with `muon: True` holds matrices; its key `parts` says into how many equal blocks of rows each is
+    cut first (3 for a fused q, k, v of equal widths). Every other group is given to torch's fused AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, **adamw: Any) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False, "momentum": momentum})
+        rest = [group for group in self.param_groups if not group["muon"]]
+        self._adamw = torch.optim.AdamW(rest, **adamw)
+        # the same dictionaries, so that a schedule on this optimizer reaches both, and the same state
+        self._adamw.param_groups = rest
+        for group in rest:
+            for key, value in self._adamw.defaults.items():
+                group.setdefault(key, value)
+        self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of both halves."""
+        super().load_state_dict(state_dict)
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.state = self.state
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Equal shapes go through the iteration together: a few large products instead of many small ones."""
+        same_shape: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                same_shape[tuple(parameter.shape)].append(parameter)
+        for (rows, columns), parameters in same_shape.items():
+            directions = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
+            split = directions.view(-1, rows // group["parts"], columns)
+            scale = max(1.0, split.size(1) / columns) ** 0.5  # the reference's factor for tall matrices
+            updates = orthogonalise(split).view(-1, rows, columns)
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+    def _direction(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """The gradient with Nesterov momentum."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return torch.lerp(parameter.grad, buffer, momentum)

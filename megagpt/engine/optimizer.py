@@ -1,0 +1,61 @@
+"""The optimizer of a recipe, over a GPT's parameters: DeepSpeed's fused Adam on GPUs, torch's on CPUs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from megagpt.engine.muon import Muon
+from megagpt.model.gpt import GPT
+from megagpt.recipe.sections import OptimizerSection
+
+log = logging.getLogger(__name__)
+
+
+def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Optimizer:
+    """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not."""
+    groups = _groups(section, model)
+    adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
+    if section.type == "muon":
+        assert section.muon_momentum is not None  # the recipe has checked it
+        return Muon(groups, section.muon_momentum, fused=True, **adamw)
+    if on_gpu:
+        fused = _deepspeed_fused_adam()
+        if fused is not None:
+            return fused(groups, adam_w_mode=True, **adamw)
+    return torch.optim.AdamW(groups, fused=True, **adamw)
+
+
+def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
+    """Parameter groups, AdamW's first: its rate is the one that is logged."""
+    decay, rest, qkv, matrices = [], [], [], []
+    block_matrices = model.block_matrices() if section.type == "muon" else {}
+    for name, parameter in model.named_parameters():
+        if name in block_matrices:
+            (qkv if block_matrices[name] > 1 else matrices).append(parameter)
+        else:
+            (decay if parameter.ndim >= 2 else rest).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "lr": section.lr, "weight_decay": section.weight_decay},
+        {"params": rest, "lr": section.lr, "weight_decay": 0.0},
+    ]
+    if section.type == "muon":
+        shared = {"lr": section.muon_lr, "weight_decay": section.weight_decay, "muon": True}
+        parts = max(block_matrices.values())
+        groups += [{"params": qkv, "parts": parts, **shared}, {"params": matrices, "parts": 1, **shared}]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_fused_adam() -> Any:
+    """DeepSpeed's FusedAdam if its operator can be built here, else None (said in the log)."""
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    try:
+        FusedAdamBuilder().load(verbose=False)
+    except Exception as error:  # a missing nvcc, compiler or header: torch's own fused kernel needs none
+        log.warning("DeepSpeed's fused Adam cannot be built (%s); torch's fused AdamW takes its place", error)
+        return None
+    return FusedAdam

@@ -1,0 +1,38 @@
+"""Start DeepSpeed in this process: quiet, without compiled operators that training does not need, with a time limit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+# DeepSpeed's ZeRO imports its Muon, which pulls in all of inductor: seconds of start-up for nothing used here
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megagpt.distributed import TIME_LIMIT, Rank
+
+
+def start(rank: Rank) -> torch.device:
+    """Join the job's process group; the device of this rank. Call once, before anything is built."""
+    os.environ.update(rank.variables())
+    for name in ("DeepSpeed", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(rank.local_rank)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIME_LIMIT, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,147 @@
+"""The ZeRO engine: data parallelism, with optimizer, gradients and parameters sharded by stage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+
+from megagpt.data.loader import Batch
+from megagpt.distributed import Agreement, Rank
+from megagpt.ds_config import Resolved
+from megagpt.engine import optimizer as optimizers
+from megagpt.engine import schedule as schedules
+from megagpt.engine.start import stop
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import IGNORE
+from megagpt.state import UpdateResult
+
+WEIGHTS = "weights.safetensors"  # the layout-free weights inside a checkpoint, by parameter name
+_TAG = "deepspeed"
+
+
+class ZeroEngine:
+    """An `Engine` on deepspeed.initialize, stages 0 to 3."""
+
+    def __init__(self, model: GPT, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
+        recipe = resolved.recipe
+        self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
+        optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
+        config = dict(resolved.config)
+        self._clip: _ClipBeforeStep | None = None
+        if resolved.layout.zero_stage == 0:
+            # stage 0 in fp32 neither reports the norm nor clips by a way that could
+            self._clip = _ClipBeforeStep(model, optimizer, recipe.optimizer.clip)
+            config["gradient_clipping"] = 0.0
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
+            config=config,
+            dist_init_required=False,
+        )[0]
+
+    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
+        """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
+        tokens = self._agreement.total(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        lr = self._engine.optimizer.param_groups[0]["lr"]
+        # DeepSpeed averages over data-parallel ranks: each rank's sum over its share gives the global mean
+        normalizer = max(tokens, 1.0) / self._layout.data_parallel
+        loss = torch.zeros((), device=self._engine.device)
+        for batch in batches:
+            part = self._forward(batch, normalizer)
+            self._engine.backward(part, scale_wrt_gas=False)
+            self._engine.step()
+            loss += part.detach()
+        return UpdateResult(
+            loss=self._sum(loss) / self._layout.data_parallel,
+            grad_norm=float(self._clip.norm if self._clip else self._engine.get_global_grad_norm()),
+            lr=lr,
+            tokens=int(tokens),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """See `Engine`. All ranks must bring equally many batches."""
+        tokens = self._agreement.total(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        self._engine.eval()
+        loss = torch.zeros((), device=self._engine.device, dtype=torch.float64)
+        for batch in batches:
+            loss += self._forward(batch, 1.0).double()
+        self._engine.train()
+        return self._sum(loss) / max(tokens, 1.0)
+
+    def save_state(self, folder: Path) -> None:
+        """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save(_random_state(), folder / f"random-{self._rank.rank}.pt")
+        weights = dict(self.weights())
+        if self._rank.main:
+            save_file(weights, folder / WEIGHTS)
+
+    def load_state(self, folder: Path) -> None:
+        """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise UserError(
+                "DeepSpeed could not load its part of the checkpoint",
+                str(folder / _TAG),
+                "remove this checkpoint so that the one before it is taken",
+            )
+        state = torch.load(folder / f"random-{self._rank.rank}.pt", weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "device" in state:
+            get_accelerator().set_rng_state(state["device"])
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
+        for name, parameter in self._engine.module.named_parameters():
+            whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            yield name, whole.detach().float().cpu().contiguous()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with contextlib.suppress(AttributeError):
+            self._engine.destroy()
+        stop()
+
+    def _forward(self, batch: Batch, normalizer: float) -> torch.Tensor:
+        """The loss of one micro-batch: its sum over valid tokens by `normalizer`."""
+        to = {"device": self._engine.device, "non_blocking": True}
+        output = self._engine(input_ids=batch.input_ids.to(**to), labels=batch.labels.to(**to), normalizer=normalizer)
+        loss: torch.Tensor = output.loss
+        return loss
+
+    def _sum(self, value: torch.Tensor) -> float:
+        """The sum over the data-parallel ranks, on the host."""
+        if self._layout.data_parallel > 1:
+            torch.distributed.all_reduce(value)
+        return float(value.item())
+
+
+class _ClipBeforeStep:
+    """Clips the whole model's gradient just before the optimizer steps, and keeps the norm before clipping."""
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, limit: float | None) -> None:
+        self._parameters, self._limit = list(model.parameters()), limit
+        self.norm: torch.Tensor | float = 0.0
+        optimizer.register_step_pre_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit or float("inf"))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """The random state of this rank: the host's, and the device's where there is one."""
+    state = {"cpu": torch.get_rng_state()}
+    if get_accelerator().device_name() != "cpu":
+        state["device"] = get_accelerator().get_rng_state()
+    return state

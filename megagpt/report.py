@@ -1,0 +1,75 @@
+"""`megagpt report`: a run's loss curve from metrics.jsonl alone, as a picture and in the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.errors import UserError
+from megagpt.run import metrics
+
+PICTURE = "loss.svg"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss in nats per token by tokens trained on: every update, and every validation."""
+
+    tokens: list[int]
+    loss: list[float]
+    validation_tokens: list[int]
+    validation_loss: list[float]
+
+
+def read(run: Path) -> Curve:
+    """The curve of a run directory. Raises UserError where there is no update on record."""
+    if not (run / metrics.NAME).exists():
+        raise UserError("there is nothing to report", f"{run / metrics.NAME} does not exist", "name a run directory")
+    updates = list(metrics.read(run, "update"))
+    if not updates:
+        raise UserError("there is nothing to report", f"{run / metrics.NAME} holds no update", "train first")
+    tokens_at = {record["update"]: record["tokens"] for record in updates}
+    validations = [record for record in metrics.read(run, "validation") if record["update"] in tokens_at]
+    return Curve(
+        tokens=[record["tokens"] for record in updates],
+        loss=[record["loss"] for record in updates],
+        validation_tokens=[tokens_at[record["update"]] for record in validations],
+        validation_loss=[record["loss"] for record in validations],
+    )
+
+
+def picture(run: Path) -> Path:
+    """Draw the curve as SVG into the run directory; the picture's path."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    curve = read(run)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(curve.tokens, curve.loss, linewidth=0.8, alpha=0.6, label="training, each update")
+    axes.plot(curve.validation_tokens, curve.validation_loss, marker="o", label="validation")
+    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / PICTURE)
+    return run / PICTURE
+
+
+def terminal(run: Path, colour: bool) -> str:
+    """The curve in characters, 88 wide, for a terminal or a log."""
+    import plotext
+
+    curve = read(run)
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(88, 18)
+    plotext.plot(_millions(curve.tokens), curve.loss, label="training", marker="braille")
+    if curve.validation_loss:
+        plotext.scatter(_millions(curve.validation_tokens), curve.validation_loss, label="validation", marker="o")
+    plotext.title("loss, nats per token")
+    plotext.xlabel("million tokens")
+    text: str = plotext.build()
+    return text if colour else plotext.uncolorize(text)
+
+
+def _millions(tokens: list[int]) -> list[float]:
+    return [count / 1e6 for count in tokens]

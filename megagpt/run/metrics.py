@@ -1,0 +1,51 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, losses with full float precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megagpt.run.checkpoint import replace_text
+
+NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends events to a run's record. On ranks other than 0 (`main` false) it does nothing."""
+
+    def __init__(self, run: Path, main: bool, resumed_at: int) -> None:
+        path = run / NAME
+        self._file = None
+        if main:
+            if path.exists():
+                _truncate(path, resumed_at)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event; it is on its way to the disk when this returns."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
+    """The events of a run in order, or only those of one kind; a last line cut short by a crash is left out."""
+    with (run / NAME).open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                record = json.loads(line)
+                if event is None or record["event"] == event:
+                    yield record
+
+
+def _truncate(path: Path, update: int) -> None:
+    """Drop what was recorded after `update`: those updates will be made again."""
+    kept = [record for record in read(path.parent) if record["update"] <= update and record["event"] != "done"]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

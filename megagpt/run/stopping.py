@@ -1,0 +1,42 @@
+"""Stopping early on a signal or at a time limit: the same verdict on every rank, in the same update."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
+
+
+class Stopping:
+    """Notes the first signal and the time limit; a second signal, later, ends the process at once."""
+
+    def __init__(self, max_minutes: float | None, any_rank: Callable[[bool], bool]) -> None:
+        self._any_rank = any_rank
+        self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
+        self._reason: str | None = None
+        self._noted_at = 0.0
+        self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def requested(self) -> str | None:
+        """Why to stop, or None; asks all ranks, so all must call it."""
+        if self._reason is None and self._end is not None and time.monotonic() >= self._end:
+            self._reason = "the time limit"
+        if self._any_rank(self._reason is not None):
+            return self._reason or "a signal to another rank"
+        return None
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self._noted_at and time.monotonic() > self._noted_at + _SAME:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._noted_at = self._noted_at or time.monotonic()
+        self._reason = self._reason or f"signal {signal.Signals(number).name}"

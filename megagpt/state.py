@@ -1,0 +1,42 @@
+"""Plain numbers that the training loop passes around: frozen, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `update` updates.
+
+    `position` is the data position: samples consumed. `tokens` counts the valid target tokens trained on.
+    """
+
+    update: int = 0
+    position: int = 0
+    tokens: int = 0
+
+    def advanced(self, samples: int, tokens: int) -> TrainState:
+        """The state after one more update over `samples` samples with `tokens` valid target tokens."""
+        return TrainState(self.update + 1, self.position + samples, self.tokens + tokens)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update did, the same numbers on every rank.
+
+    `loss` in nats per token over the global batch before the update, `grad_norm` of the whole model before
+    clipping, `lr` the rate that this update used, `tokens` the valid target tokens of the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do after an update, agreed by all ranks: `stop` is why to stop (None: go on)."""
+
+    stop: str | None = None

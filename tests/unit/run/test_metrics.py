@@ -1,0 +1,38 @@
+"""metrics.jsonl is the record: exact numbers, strictly increasing updates also after a resume."""
+
+import math
+
+from megagpt.run import metrics
+from megagpt.run.metrics import Metrics
+
+
+def write(run, updates, resumed_at=0, main=True):
+    record = Metrics(run, main, resumed_at)
+    for update in updates:
+        record.write("update", update=update, loss=math.pi / update)
+    record.close()
+
+
+def test_losses_come_back_bit_for_bit(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    assert [r["loss"] for r in metrics.read(tmp_path, "update")] == [math.pi, math.pi / 2, math.pi / 3]
+
+
+def test_what_came_after_the_resumed_update_is_dropped(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5])
+    write(tmp_path, [4, 5, 6], resumed_at=3)
+    assert [r["update"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out_and_mended(tmp_path):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "update", "upd')
+    assert [r["update"] for r in metrics.read(tmp_path)] == [1, 2]
+    write(tmp_path, [3], resumed_at=2)
+    assert [r["update"] for r in metrics.read(tmp_path)] == [1, 2, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    write(tmp_path, [1], main=False)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -1,0 +1,80 @@
+"""A signal or the clock asks to stop; the verdict is that of any rank; a second, later signal ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megagpt.run.stopping import Stopping
+
+
+@pytest.fixture
+def stopping():
+    made = []
+
+    def make(max_minutes=None, any_rank=bool):
+        made.append(Stopping(max_minutes, any_rank))
+        return made[-1]
+
+    yield make
+    for one in reversed(made):
+        one.close()
+
+
+def test_nothing_asked_nothing_done(stopping):
+    assert stopping().requested() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_each_signal_is_named(stopping, number):
+    one = stopping()
+    signal.raise_signal(number)
+    assert one.requested() == f"signal {number.name}"
+
+
+def test_one_request_that_comes_twice_in_a_row_is_one(stopping):
+    one = stopping()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # a launcher passes on what the terminal has already sent
+    assert one.requested() == "signal SIGINT"
+
+
+def test_the_time_limit_stops(stopping):
+    assert stopping(max_minutes=0.0).requested() == "the time limit"
+    assert stopping(max_minutes=1.0).requested() is None
+
+
+def test_a_signal_to_another_rank_stops_this_one(stopping):
+    assert stopping(any_rank=lambda mine: True).requested() == "a signal to another rank"
+
+
+def test_close_gives_the_signals_back(stopping):
+    before = signal.getsignal(signal.SIGTERM)
+    one = stopping()
+    assert signal.getsignal(signal.SIGTERM) != before
+    one.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_later_ends_the_process():
+    code = (
+        "import megagpt.run.stopping as s, time\n"
+        "s._SAME = 0.1\n"
+        "one = s.Stopping(None, bool)\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(600): time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.stdout.close()
