@@ -16,7 +16,7 @@ setup(
     description="Raw text to a pre-trained, evaluated GPT, on DeepSpeed, from a laptop to many nodes",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
     package_data={"megagpt": ["py.typed"]},

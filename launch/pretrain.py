@@ -1,4 +1,4 @@
-"""What a launcher (`deepspeed`, torchrun, srun, mpirun, or none) starts on every rank: `megagpt train`, by another door."""
+"""What a launcher starts on every rank (deepspeed, torchrun, srun, mpirun, or none): `megagpt train`."""
 
 import sys
 

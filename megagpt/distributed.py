@@ -126,3 +126,7 @@ class Agreement:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.total(0.0)
+
+
+if __name__ == "__main__":  # for scripts that must name a port to a launcher
+    print(free_port())

@@ -9,6 +9,7 @@ import torch
 
 from megagpt.engine.muon import Muon
 from megagpt.model.gpt import GPT
+from megagpt.model.layers import MLP, Attention
 from megagpt.recipe.sections import OptimizerSection
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Op
 def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
     """Parameter groups, AdamW's first: its rate is the one that is logged."""
     decay, rest, qkv, matrices = [], [], [], []
-    block_matrices = model.block_matrices() if section.type == "muon" else {}
+    block_matrices = _block_matrices(model) if section.type == "muon" else {}
     for name, parameter in model.named_parameters():
         if name in block_matrices:
             (qkv if block_matrices[name] > 1 else matrices).append(parameter)
@@ -46,6 +47,20 @@ def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
         parts = max(block_matrices.values())
         groups += [{"params": qkv, "parts": parts, **shared}, {"params": matrices, "parts": 1, **shared}]
     return [group for group in groups if group["params"]]
+
+
+def _block_matrices(model: GPT) -> dict[str, int]:
+    """Names of the blocks' matrices, and into how many equal blocks of rows each is cut for Muon.
+
+    A fused qkv holds `group` query blocks, one of keys and one of values, all with the rows of the key heads.
+    """
+    parts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Attention, MLP)):
+            for part, weight in module.named_parameters(prefix=name):
+                if weight.ndim == 2:
+                    parts[part] = module.group + 2 if isinstance(module, Attention) and ".qkv." in part else 1
+    return parts
 
 
 def _deepspeed_fused_adam() -> Any:

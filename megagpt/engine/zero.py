@@ -21,7 +21,7 @@ from megagpt.engine import schedule as schedules
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import IGNORE
+from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
 
 WEIGHTS = "weights.safetensors"  # the layout-free weights inside a checkpoint, by parameter name
@@ -51,7 +51,7 @@ class ZeroEngine:
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
-        tokens = self._agreement.total(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        tokens = self._agreement.total(sum(int((batch.labels != IGNORED).sum()) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over data-parallel ranks: each rank's sum over its share gives the global mean
         normalizer = max(tokens, 1.0) / self._layout.data_parallel
@@ -71,7 +71,7 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """See `Engine`. All ranks must bring equally many batches."""
-        tokens = self._agreement.total(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        tokens = self._agreement.total(sum(int((batch.labels != IGNORED).sum()) for batch in batches))
         self._engine.eval()
         loss = torch.zeros((), device=self._engine.device, dtype=torch.float64)
         for batch in batches:

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# From a fresh clone to a GPT that writes English: installs, prepares, trains, evaluates. Typed again, it goes on.
+#   bash launch/quickstart.sh            writes only into this clone: .venv and runs/quickstart
+#   bash launch/quickstart.sh --fresh    forgets runs/quickstart first
+# Every step is printed as the command that you would type yourself. Variables: see launch/install.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+run=runs/quickstart data=runs/quickstart/data
+case "${1-}" in
+  --fresh) rm -rf "$run" ;;
+  "") ;;
+  *) printf 'megagpt: unknown option %s\n  do: bash launch/quickstart.sh [--fresh]\n' "$1" >&2; exit 2 ;;
+esac
+
+bash launch/install.sh quickstart
+export PATH=$PWD/.venv/bin:$PATH XDG_CACHE_HOME=$PWD/.venv/cache MPLCONFIGDIR=$PWD/.venv/cache
+export TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions OMP_WAIT_POLICY=PASSIVE
+step() { printf '\n$ %s\n' "$*"; "$@"; }
+
+if [ -e "$run/DONE" ]; then
+  echo "$run is done. Try:  .venv/bin/megagpt generate $run --prompt \"The people of the United States\""
+  echo "To start anew:      bash launch/quickstart.sh --fresh"
+  exit 0
+fi
+
+[ -e "$data/sotu.model" ] || step megagpt tokenizer train default --vocab-size 2048 --output "$data/sotu"
+[ -e "$data/sotu.validation.json" ] || step megagpt prepare default --tokenizer "$data/sotu.model" --output "$data/sotu"
+
+# One rank per GPU. Without a GPU one rank with a thread per core: measured faster than a rank per core.
+ranks=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
+[ "$ranks" -gt 0 ] || { ranks=1; export OMP_NUM_THREADS=$(getconf _NPROCESSORS_ONLN) DS_ACCELERATOR=cpu; }
+[ "$ranks" -le 8 ] || ranks=8 # the global batch has no more to share out
+code=0
+step deepspeed --num_accelerators "$ranks" --master_port "$(python -m megagpt.distributed)" --no_local_rank --quiet \
+  launch/pretrain.py --recipe launch/recipes/quickstart.yaml --deepspeed_config ds_configs/zero0.json || code=$?
+if [ ! -e "$run/DONE" ]; then
+  echo "Training has not come to its end. To go on from the last checkpoint: bash launch/quickstart.sh"
+  exit $((code ? code : 1))
+fi
+
+step megagpt report "$run"
+step megagpt evaluate "$run" --yardsticks
+step megagpt generate "$run" --prompt "The people of the United States" --tokens 150
+printf '\nRun directory: %s (loss curve: %s/loss.svg)\n' "$run" "$run"
+echo "Next: .venv/bin/megagpt generate $run --prompt \"My fellow citizens\" --tokens 300 --seed 7"

@@ -1,0 +1,13 @@
+"""The engine that a layout asks for."""
+
+from __future__ import annotations
+
+from megagpt.distributed import Agreement, Rank
+from megagpt.ds_config import Resolved
+from megagpt.engine.base import Engine
+from megagpt.engine.zero import ZeroEngine
+
+
+def build(resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> Engine:
+    """Build the model with the recipe's initial weights, and the engine around it."""
+    return ZeroEngine(resolved, total_updates, rank, agreement)
