@@ -20,7 +20,7 @@ from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
-from megagpt.model.gpt import GPT
+from megagpt.model.gpt import GPT, initialize
 from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
 
@@ -31,8 +31,10 @@ _TAG = "deepspeed"
 class ZeroEngine:
     """An `Engine` on deepspeed.initialize, stages 0 to 3."""
 
-    def __init__(self, model: GPT, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
+        model = GPT(recipe.model)
+        initialize(model, recipe.seed)
         self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
         config = dict(resolved.config)
