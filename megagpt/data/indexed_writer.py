@@ -1,0 +1,146 @@
+"""Writes a corpus as Megatron's .bin/.idx (see indexed.py) with its sidecar, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens, corpus_file, dtype_of
+from megagpt.data.sidecar import Sidecar
+from megagpt.errors import UserError
+
+MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
+_BLOCK = 1 << 20  # index entries worked on at a time
+
+
+class Writer:
+    """Writes documents one by one; memory does not grow with their number.
+
+    Use it in a `with` block and call `finish` at the end: until then the files have temporary names, and leaving
+    the block without it removes them. Raises UserError when the place cannot be written to.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
+        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype_of(vocab_size)
+        self.tokens = self.documents = self.text_bytes = 0
+        self._sequences = 0
+        folder = Path(self.prefix).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Without names: they vanish even if this process is killed.
+            self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._ends: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._bin = _ChecksummedFile(self._partial(".bin"))
+        except OSError as error:
+            do = "choose an output prefix in a folder that you may write to"
+            raise UserError(f"cannot write the corpus: {error.strerror}", self.prefix, do) from None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._bin, self._lengths, self._ends):
+            file.close()
+        for suffix in (".bin", ".idx", ".json"):
+            self._partial(suffix).unlink(missing_ok=True)
+
+    def add_document(self, ids: Sequence[int] | Tokens, text_bytes: int) -> None:
+        """Append one document of ids (its end-of-document symbol included) that stand for `text_bytes` bytes.
+
+        No ids give what Megatron's preprocess_data writes for an empty document: no sequence, but an entry among
+        the documents. Raises UserError for ids outside the vocabulary (numpy would wrap them silently).
+        """
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            what = f"token ids {array.min()} to {array.max()} do not fit the vocabulary of {self.vocab_size}"
+            do = "give the vocabulary size of the tokenizer that made the ids"
+            raise UserError(what, f"{self.prefix}, document {self.documents}", do)
+        self._bin.write(array.astype(self.dtype).tobytes())
+        for start in range(0, array.size, MAX_SEQUENCE):
+            self._lengths.write(struct.pack("<i", min(array.size - start, MAX_SEQUENCE)))
+            self._sequences += 1
+        self._ends.write(struct.pack("<q", self._sequences))
+        self.tokens += array.size
+        self.documents += 1
+        self.text_bytes += text_bytes
+
+    def finish(self, tokenizer_sha256: str, eod: int) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names."""
+        self._bin.sync()
+        with _ChecksummedFile(self._partial(".idx")) as index:
+            self._write_index(index)
+            index.sync()
+        sidecar = Sidecar(
+            tokenizer_sha256=tokenizer_sha256,
+            vocab_size=self.vocab_size,
+            eod=eod,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            bin_crc32=self._bin.crc32,
+            idx_crc32=index.crc32,
+        )
+        with _ChecksummedFile(self._partial(".json")) as file:
+            file.write(sidecar.to_json().encode())
+            file.sync()
+        # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
+        corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
+        for suffix in (".bin", ".json", ".idx"):
+            self._partial(suffix).replace(corpus_file(self.prefix, suffix))
+        return sidecar
+
+    def _write_index(self, index: _ChecksummedFile) -> None:
+        code = next(code for code, kind in CODES.items() if kind == self.dtype)
+        index.write(HEADER.pack(MAGIC, 1, code, self._sequences, self.documents + 1))
+        self._lengths.seek(0)
+        while block := self._lengths.read(4 * _BLOCK):
+            index.write(block)
+        self._lengths.seek(0)
+        offset = 0
+        while block := self._lengths.read(4 * _BLOCK):
+            sizes = np.frombuffer(block, "<i4").astype("<i8") * self.dtype.itemsize
+            ends = np.cumsum(sizes) + offset
+            index.write((ends - sizes).tobytes())
+            offset = int(ends[-1])
+        self._ends.seek(0)
+        index.write(struct.pack("<q", 0))
+        while block := self._ends.read(8 * _BLOCK):
+            index.write(block)
+
+    def _partial(self, suffix: str) -> Path:
+        return corpus_file(self.prefix, suffix + ".partial")
+
+
+class _ChecksummedFile:
+    """A new file that keeps the crc32 of all that was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.crc32 = 0
+
+    def __enter__(self) -> _ChecksummedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self.crc32 = zlib.crc32(content, self.crc32)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
