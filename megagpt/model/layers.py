@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.model.functions import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import cross_entropy_sum, project
 
 EPSILON = 1e-5  # of every norm
@@ -61,13 +62,6 @@ class Rotary:
         cosine, sine = self._tables[device]
         return cosine[start : start + tokens], sine[start : start + tokens]
 
-    def __call__(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x [B, T, heads, head_dim], whose first token is at position `start`."""
-        cosine, sine = self.tables(start, x.shape[1], x.device)
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return turned.to(x.dtype)
-
 
 class TokenEmbedding(nn.Embedding):
     """Token ids [B, T] → hidden [B, T, D]. Holds the matrix alone, so that a pipeline can tie it."""
@@ -106,7 +100,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
+        if hidden.device.type == "cpu":
+            return rms_norm(hidden, self.weight, EPSILON)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)  # one kernel on GPUs
 
 
 class LayerNorm(nn.LayerNorm):
@@ -153,14 +149,10 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
         qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2K, h]
-        kv_heads = qkv.shape[2] // (self.group + 2)
-        qk, v = qkv.split((qkv.shape[2] - kv_heads, kv_heads), dim=2)
         start = 0 if past is None else past.seen
-        if self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_dim,), eps=EPSILON)
-        if self.rotary is not None:
-            qk = self.rotary(qk, start)
-        q, k = qk.split((qk.shape[2] - kv_heads, kv_heads), dim=2)
+        tables = None if self.rotary is None else self.rotary.tables(start, qkv.shape[1], qkv.device)
+        kv_heads = qkv.shape[2] // (self.group + 2)
+        q, k, v = split_heads(qkv, kv_heads, tables, EPSILON if self.qk_norm else None)
         if past is not None:
             k, v = past.extend(k, v)
         mixed = self.attend(q, k, v)
@@ -195,7 +187,7 @@ class MLP(nn.Module):
         if self.gate is not None:
             up = F.silu(self.gate(hidden)) * up
         elif self.activation == "relu2":
-            up = F.relu(up).square()
+            up = relu_squared(up)
         else:
             up = F.gelu(up, approximate="tanh")
         return _drop(self.down(up), self.dropout, self.training)
@@ -204,9 +196,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(
-        self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP
-    ) -> None:
+    def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
@@ -221,9 +211,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Projects hidden [B, T, D] to the vocabulary with an own matrix, or with that of the token embedding."""
 
-    def __init__(
-        self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None
-    ) -> None:
+    def __init__(self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None) -> None:
         super().__init__()
         self.softcap = softcap
         self._tied = (tied,)  # in a tuple: a module held as an attribute would be registered twice
