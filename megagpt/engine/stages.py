@@ -1,0 +1,112 @@
+"""A GPT's list of layers, cut into the stages of DeepSpeed's pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch import nn
+
+from megagpt.ds_config import Layout
+from megagpt.model import cost, gpt
+from megagpt.recipe import ModelSection
+
+
+def boundaries(costs: Sequence[float], stages: int) -> list[int]:
+    """The first layer of each stage, and the number of layers: [stages + 1], every stage with a layer at least.
+
+    The dearest stage is as cheap as can be; among equals, the one before it, and so on.
+    """
+    # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
+    total = len(costs)
+    best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
+    for count in range(2, stages + 1):
+        best = {
+            n: min(
+                (sorted([sum(costs[n:cut]), *loads], reverse=True), [n, *cuts])
+                for cut, (loads, cuts) in best.items()
+                if cut > n
+            )
+            for n in range(total - count + 1)
+        }
+    return best[0][1]
+
+
+class Stages(PipelineModule):
+    """The layers of one stage with their initial weights; the other stages' layers take no memory here.
+
+    `names` gives each parameter its name in `GPT`. The last stage of a tied model has a copy of the matrix, and
+    of nothing else: DeepSpeed keeps no more than that in step. The last stage's loss is the sum over the valid
+    tokens of a micro-batch divided by `normalizer`; `total` adds these losses up, in double precision.
+    """
+
+    def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
+        with torch.device("meta"):
+            layers = gpt.layers(section)
+        self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
+        stage = rank // (layout.world_size // layout.pipeline_stages)
+        local = set(range(self._cuts[stage], self._cuts[stage + 1]))
+        if section.tie_embeddings and len(layers) - 1 in local:
+            local.add(0)
+        self.names: dict[nn.Parameter, str] = {}
+        for index in sorted(local):
+            self._fill(layers[index], f"layers.{index}", section, seed)
+        self.normalizer, self.total = 1.0, 0.0
+        head: Any = layers[-1]
+        self._head = (head,)  # in a tuple: registered once, as a layer, or (tied) not at all
+        with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
+            super().__init__(_specs(layers, section), num_stages=layout.pipeline_stages, loss_fn=self._loss)
+
+    @torch.no_grad()
+    def _fill(self, layer: nn.Module, prefix: str, section: ModelSection, seed: int) -> None:
+        """Give a layer memory and its initial weights."""
+        layer.to_empty(device="cpu")
+        for name, parameter in layer.named_parameters(prefix=prefix):
+            parameter.copy_(gpt.initial_value(name, parameter.shape, section, seed))
+            self.names[parameter] = name
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Cut by cost: DeepSpeed's own methods count layers, parameters or class names."""
+        self.parts = self._cuts
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch, from what the last layer hands on."""
+        loss: torch.Tensor = self._head[0](hidden, labels) / self.normalizer
+        self.total += loss.detach().double()
+        return loss
+
+
+class _Last(nn.Module):
+    """The head's place in the list: holds its matrix and hands the hidden states on, for the loss to be made of."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return hidden [batch, seq, d_model] as it is."""
+        return hidden
+
+
+class _Tied(TiedLayerSpec):
+    """A tied layer that exists already."""
+
+    def __init__(self, layer: nn.Module, forward_fn: Any = None) -> None:
+        super().__init__("embedding", type(layer), forward_fn=forward_fn)
+        self._layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        """The layer itself."""
+        return self._layer
+
+
+def _specs(layers: Sequence[nn.Module], section: ModelSection) -> list[Any]:
+    """What DeepSpeed cuts: modules, and the tied embedding twice."""
+    first, *middle, head = layers
+    if not section.tie_embeddings:
+        return [first, *middle, _Last(head)]
+    return [_Tied(first), *middle, _Tied(first, lambda _, hidden: hidden)]
