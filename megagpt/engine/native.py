@@ -22,6 +22,7 @@ def save(engine: Any, folder: Path, rank: int) -> None:
     torch.save(state, folder / f"random-{rank}.pt")
 
 
+@torch.no_grad()  # a pipeline broadcasts its tied matrix, which would else count as an operation on it
 def load(engine: Any, folder: Path, rank: int) -> None:
     """Restore what `save` wrote; collective. Raises UserError where DeepSpeed finds nothing to load."""
     path, _ = engine.load_checkpoint(str(folder), tag=_TAG)

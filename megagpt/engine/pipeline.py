@@ -56,7 +56,7 @@ class PipelineEngine:
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over micro-batches and data-parallel ranks: their number makes a sum of it again
         self._stages.normalizer = max(tokens, 1.0) / (len(batches) * self._layout.data_parallel)
-        loss = self._engine.train_batch(iter(batches))
+        loss = self._engine.train_batch(self._stages.feed(batches))
         return UpdateResult(
             loss=float(loss),
             grad_norm=float(self._engine.get_global_grad_norm()),
@@ -66,12 +66,13 @@ class PipelineEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """See `Engine`. All ranks must bring equally many batches; none larger than in training."""
-        self._stages.normalizer, self._stages.total = 1.0, 0.0
+        self._stages.loss_sum.zero_()
         tokens, coming = 0.0, iter(batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
             tokens += self._tokens(part)
-            self._engine.eval_batch(iter(part), reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
-        return self._agreement.total(float(self._stages.total)) / max(tokens, 1.0)
+            fed = self._stages.feed(part)
+            self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
+        return self._agreement.total(float(self._stages.loss_sum)) / max(tokens, 1.0)
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""

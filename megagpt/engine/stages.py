@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
+from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout
 from megagpt.model import cost, gpt
 from megagpt.recipe import ModelSection
@@ -38,8 +39,8 @@ class Stages(PipelineModule):
     """The layers of one stage with their initial weights; the other stages' layers take no memory here.
 
     `names` gives each parameter its name in `GPT`. The last stage of a tied model has a copy of the matrix, and
-    of nothing else: DeepSpeed keeps no more than that in step. The last stage's loss is the sum over the valid
-    tokens of a micro-batch divided by `normalizer`; `total` adds these losses up, in double precision.
+    of nothing else: DeepSpeed keeps no more than that in step. The last stage returns the loss of a micro-batch
+    taken from `feed`: the sum over its valid tokens divided by `normalizer`.
     """
 
     def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
@@ -53,11 +54,21 @@ class Stages(PipelineModule):
         self.names: dict[nn.Parameter, str] = {}
         for index in sorted(local):
             self._fill(layers[index], f"layers.{index}", section, seed)
-        self.normalizer, self.total = 1.0, 0.0
-        head: Any = layers[-1]
-        self._head = (head,)  # in a tuple: registered once, as a layer, or (tied) not at all
+        self.normalizer = 1.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self._labels: torch.Tensor | None = None
         with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
-            super().__init__(_specs(layers, section), num_stages=layout.pipeline_stages, loss_fn=self._loss)
+            super().__init__(
+                self._specs(layers, section.tie_embeddings),
+                num_stages=layout.pipeline_stages,
+                checkpointable_layers=["Block"],  # recomputing the head would double the dearest layer
+            )
+
+    def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass the batches on, each one's labels kept for the forward pass that follows."""
+        for batch in batches:
+            self._labels = batch.labels
+            yield batch
 
     @torch.no_grad()
     def _fill(self, layer: nn.Module, prefix: str, section: ModelSection, seed: int) -> None:
@@ -67,29 +78,42 @@ class Stages(PipelineModule):
             parameter.copy_(gpt.initial_value(name, parameter.shape, section, seed))
             self.names[parameter] = name
 
+    def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
+        """What DeepSpeed cuts: modules, and a tied embedding at both ends."""
+        first, *middle, head = layers
+        if not tied:
+            return [first, *middle, _Last(head, self._loss)]
+        return [_Tied(first), *middle, _Tied(first, lambda _, hidden: self._loss(head, hidden))]
+
     def _partition_layers(self, method: str = "") -> None:
         """Cut by cost: DeepSpeed's own methods count layers, parameters or class names."""
         self.parts = self._cuts
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of one micro-batch, from what the last layer hands on."""
-        loss: torch.Tensor = self._head[0](hidden, labels) / self.normalizer
-        self.total += loss.detach().double()
-        return loss
+    def _loss(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The loss of the micro-batch that was fed last.
+
+        Made inside the module's forward and not by DeepSpeed's `loss_fn`: gradients of parameters that are used
+        there are thrown away by BF16_Optimizer, which clears all when backward reaches the module's output.
+        """
+        assert self._labels is not None  # DeepSpeed loads a micro-batch just before the last stage's forward
+        total: torch.Tensor = head(hidden, self._labels.to(hidden.device))
+        self.loss_sum += total.detach().double().cpu()
+        return total / self.normalizer
 
 
 class _Last(nn.Module):
-    """The head's place in the list: holds its matrix and hands the hidden states on, for the loss to be made of."""
+    """The head's place in the list: from hidden states to the loss."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.head = head
+        self._loss = loss
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return hidden [batch, seq, d_model] as it is."""
-        return hidden
+        """From hidden [batch, seq, d_model] to the loss, a scalar."""
+        return self._loss(self.head, hidden)
 
 
 class _Tied(TiedLayerSpec):
@@ -102,11 +126,3 @@ class _Tied(TiedLayerSpec):
     def build(self, log: bool = False) -> nn.Module:
         """The layer itself."""
         return self._layer
-
-
-def _specs(layers: Sequence[nn.Module], section: ModelSection) -> list[Any]:
-    """What DeepSpeed cuts: modules, and the tied embedding twice."""
-    first, *middle, head = layers
-    if not section.tie_embeddings:
-        return [first, *middle, _Last(head)]
-    return [_Tied(first), *middle, _Tied(first, lambda _, hidden: hidden)]
