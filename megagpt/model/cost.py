@@ -55,3 +55,14 @@ def layer_costs(section: ModelSection) -> list[float]:
     block = 7.0 * held + 12.0 * width * section.seq_len
     head = 6.0 * vocabulary + (0 if section.tie_embeddings else vocabulary)
     return [float(vocabulary), *positions, *[block] * section.n_layer, float(width), head]
+
+
+# dense bf16 and fp16, FLOP/s: NVIDIA's data sheets (SXM forms), without sparsity
+_PEAKS = {"V100": 125e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device by its name, for utilisation; None where it is not known, rather than a wrong figure."""
+    if precision == "fp32":
+        return None
+    return next((peak for name, peak in _PEAKS.items() if name in device), None)

@@ -55,10 +55,11 @@ class Rotary:
     def tables(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each [tokens, 1, head_dim / 2], fp32, of the token positions from `start` on."""
         if device not in self._tables:
-            exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
-            positions = torch.arange(self.seq_len, device=device).float()
-            angles = torch.outer(positions, 1.0 / self.theta**exponents).unsqueeze(1)
-            self._tables[device] = (angles.cos(), angles.sin())
+            with torch.inference_mode(False):  # tables made while evaluating must serve training too
+                exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+                places = torch.arange(self.seq_len, device=device).float()
+                angles = torch.outer(places, 1.0 / self.theta**exponents).unsqueeze(1)
+                self._tables[device] = (angles.cos(), angles.sin())
         cosine, sine = self._tables[device]
         return cosine[start : start + tokens], sine[start : start + tokens]
 
@@ -70,8 +71,11 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, d_model)
         self.dropout = dropout
 
+    def reset_parameters(self) -> None:
+        """Draw nothing: `gpt.initialize` does."""
+
     def forward(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """Look up the rows."""
+        """Look up the rows of input_ids [B, T]."""
         return _drop(super().forward(input_ids), self.dropout, self.training)
 
 
@@ -81,6 +85,9 @@ class PositionEmbedding(nn.Embedding):
     def __init__(self, seq_len: int, d_model: int, dropout: float) -> None:
         super().__init__(seq_len, d_model)
         self.dropout = dropout
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `gpt.initialize` does."""
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
@@ -214,14 +221,13 @@ class Head(nn.Module):
     def __init__(self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None) -> None:
         super().__init__()
         self.softcap = softcap
-        self._tied = (tied,)  # in a tuple: a module held as an attribute would be registered twice
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
+        self._tied = None if tied is None else (tied,)  # in a tuple, lest the module be registered twice
+        if tied is None:
+            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def matrix(self) -> Tensor:
         """The projection [vocab_size, D]."""
-        weight = self._tied[0].weight if self._tied[0] is not None else self.weight
-        assert weight is not None
-        return weight
+        return self.weight if self._tied is None else self._tied[0].weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, vocab_size]; with labels [B, T] the summed loss instead, without the logits."""
