@@ -7,7 +7,7 @@ would clip each stage by its own gradient norm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ class PipelineEngine:
             tokens=int(tokens),
         )
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """See `Engine`. All ranks must bring equally many batches; none larger than in training."""
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """See `Engine`. No batch may be larger than in training."""
         self._stages.loss_sum.zero_()
         tokens, coming = 0.0, iter(batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
@@ -79,7 +79,7 @@ class PipelineEngine:
         native.save(self._engine, folder, self._rank.rank)
         named = dict(self.weights())
         if self._rank.main:
-            weights.save(named, folder)
+            weights.save(named.items(), folder)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""

@@ -15,16 +15,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
+from megagpt.engine import native
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.start import stop
-from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
 from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
-
-_TAG = "deepspeed"
 
 
 class ZeroEngine:
@@ -82,25 +80,14 @@ class ZeroEngine:
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save(_random_state(), folder / f"random-{self._rank.rank}.pt")
+        native.save(self._engine, folder, self._rank.rank)
         named = dict(self.weights())
         if self._rank.main:
             weights.save(named.items(), folder)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise UserError(
-                "DeepSpeed could not load its part of the checkpoint",
-                str(folder / _TAG),
-                "remove this checkpoint so that the one before it is taken",
-            )
-        state = torch.load(folder / f"random-{self._rank.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "device" in state:
-            get_accelerator().set_rng_state(state["device"])
+        native.load(self._engine, folder, self._rank.rank)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
@@ -142,11 +129,3 @@ class _ClipBeforeStep:
 
 def _valid(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """The random state of this rank: the host's, and the device's where there is one."""
-    state = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state
