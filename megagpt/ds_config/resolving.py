@@ -62,7 +62,7 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
         what = f"a world of {world_size} does not divide by {pipeline * tensor * sequence}, the ranks of one copy"
         do = f"start a multiple of {pipeline * tensor * sequence} ranks"
         return None, notes, [*problems, view.problem(what, [key for key in keys if view.given(key)], do)]
-    batch = divide(view, recipe, ranks)
+    batch = divide(view, recipe, ranks, pipeline)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
     layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, pipeline, tensor, sequence)
