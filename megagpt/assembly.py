@@ -63,8 +63,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     """Put the parts together and load the checkpoint to go on from; None where the run is done already."""
     from megagpt.engine import build, keys, start
 
-    changes = [word.removeprefix("ds.") for word in options.overrides if word.startswith("ds.")]
-    resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known(), changes)
+    resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
     recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
     total = recipes.updates(recipe, loader.order.samples_per_epoch)

@@ -77,7 +77,8 @@ def train(
     from megagpt import train as verb
     from megagpt.assembly import Options
 
-    return verb.train(Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes))
+    options = Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes)
+    raise typer.Exit(verb.train(options))
 
 
 @app.command()

@@ -132,7 +132,7 @@ def train(options: Options) -> int:
     rank = from_environment(os.environ)
     try:
         check_world_size(rank, options.expect_world_size)
-        recipe = recipes.load(options.recipe, [word for word in options.overrides if not word.startswith("ds.")])
+        recipe = recipes.load(options.recipe, options.overrides)
         console = Console(Path(recipe.run_dir), rank.rank)
         try:
             assembled = assemble(options, rank, recipe, console)
