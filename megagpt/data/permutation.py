@@ -23,7 +23,8 @@ def mix(numbers: Numbers) -> Numbers:
     """Spread every bit of each number over all 64: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+    mixed: Numbers = numbers ^ (numbers >> np.uint64(31))
+    return mixed
 
 
 def keys(seed: int, *parts: int | Numbers) -> Numbers:

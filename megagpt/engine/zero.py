@@ -11,7 +11,6 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import save_file
 
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
@@ -20,11 +19,11 @@ from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
+from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
 from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
 
-WEIGHTS = "weights.safetensors"  # the layout-free weights inside a checkpoint, by parameter name
 _TAG = "deepspeed"
 
 
@@ -85,9 +84,9 @@ class ZeroEngine:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         torch.save(_random_state(), folder / f"random-{self._rank.rank}.pt")
-        weights = dict(self.weights())
+        named = dict(self.weights())
         if self._rank.main:
-            save_file(weights, folder / WEIGHTS)
+            weights.save(named.items(), folder)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""

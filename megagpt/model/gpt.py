@@ -139,15 +139,15 @@ def initial_value(name: str, shape: Sequence[int], section: ModelSection, seed: 
     residual stream 0.02 / √(2·n_layer) (GPT-2 paper, section 2.3), or 0 with `init: zero_projections`.
     """
     if len(shape) == 1:
-        return torch.zeros(*shape) if name.endswith(".bias") else torch.ones(*shape)
+        return torch.full(tuple(shape), 0.0 if name.endswith(".bias") else 1.0, device="cpu")
     std = INITIAL_STD
     if name.endswith((".attention.output.weight", ".mlp.down.weight")):
         if section.init == "zero_projections":
-            return torch.zeros(*shape)
+            return torch.zeros(*shape, device="cpu")
         std /= math.sqrt(2 * section.n_layer)
     # One stream per parameter: its values do not depend on what else is drawn, or in which order
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(*shape, device="cpu").normal_(0.0, std, generator=generator)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.model.functions import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import cross_entropy_sum, project
 
 EPSILON = 1e-5  # of every norm
@@ -54,19 +55,13 @@ class Rotary:
     def tables(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each [tokens, 1, head_dim / 2], fp32, of the token positions from `start` on."""
         if device not in self._tables:
-            exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
-            positions = torch.arange(self.seq_len, device=device).float()
-            angles = torch.outer(positions, 1.0 / self.theta**exponents).unsqueeze(1)
-            self._tables[device] = (angles.cos(), angles.sin())
+            with torch.inference_mode(False):  # tables made while evaluating must serve training too
+                exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+                places = torch.arange(self.seq_len, device=device).float()
+                angles = torch.outer(places, 1.0 / self.theta**exponents).unsqueeze(1)
+                self._tables[device] = (angles.cos(), angles.sin())
         cosine, sine = self._tables[device]
         return cosine[start : start + tokens], sine[start : start + tokens]
-
-    def __call__(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x [B, T, heads, head_dim], whose first token is at position `start`."""
-        cosine, sine = self.tables(start, x.shape[1], x.device)
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return turned.to(x.dtype)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -76,8 +71,11 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, d_model)
         self.dropout = dropout
 
+    def reset_parameters(self) -> None:
+        """Draw nothing: `gpt.initialize` does."""
+
     def forward(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
-        """Look up the rows."""
+        """Look up the rows of input_ids [B, T]."""
         return _drop(super().forward(input_ids), self.dropout, self.training)
 
 
@@ -87,6 +85,9 @@ class PositionEmbedding(nn.Embedding):
     def __init__(self, seq_len: int, d_model: int, dropout: float) -> None:
         super().__init__(seq_len, d_model)
         self.dropout = dropout
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: `gpt.initialize` does."""
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
@@ -106,7 +107,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
+        if hidden.device.type == "cpu":
+            return rms_norm(hidden, self.weight, EPSILON)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)  # one kernel on GPUs
 
 
 class LayerNorm(nn.LayerNorm):
@@ -153,14 +156,10 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
         qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2K, h]
-        kv_heads = qkv.shape[2] // (self.group + 2)
-        qk, v = qkv.split((qkv.shape[2] - kv_heads, kv_heads), dim=2)
         start = 0 if past is None else past.seen
-        if self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_dim,), eps=EPSILON)
-        if self.rotary is not None:
-            qk = self.rotary(qk, start)
-        q, k = qk.split((qk.shape[2] - kv_heads, kv_heads), dim=2)
+        tables = None if self.rotary is None else self.rotary.tables(start, qkv.shape[1], qkv.device)
+        kv_heads = qkv.shape[2] // (self.group + 2)
+        q, k, v = split_heads(qkv, kv_heads, tables, EPSILON if self.qk_norm else None)
         if past is not None:
             k, v = past.extend(k, v)
         mixed = self.attend(q, k, v)
@@ -195,7 +194,7 @@ class MLP(nn.Module):
         if self.gate is not None:
             up = F.silu(self.gate(hidden)) * up
         elif self.activation == "relu2":
-            up = F.relu(up).square()
+            up = relu_squared(up)
         else:
             up = F.gelu(up, approximate="tanh")
         return _drop(self.down(up), self.dropout, self.training)
@@ -204,9 +203,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(
-        self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP
-    ) -> None:
+    def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
@@ -221,19 +218,16 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Projects hidden [B, T, D] to the vocabulary with an own matrix, or with that of the token embedding."""
 
-    def __init__(
-        self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None
-    ) -> None:
+    def __init__(self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None) -> None:
         super().__init__()
         self.softcap = softcap
-        self._tied = (tied,)  # in a tuple: a module held as an attribute would be registered twice
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
+        self._tied = None if tied is None else (tied,)  # in a tuple, lest the module be registered twice
+        if tied is None:
+            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def matrix(self) -> Tensor:
         """The projection [vocab_size, D]."""
-        weight = self._tied[0].weight if self._tied[0] is not None else self.weight
-        assert weight is not None
-        return weight
+        return self.weight if self._tied is None else self._tied[0].weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, vocab_size]; with labels [B, T] the summed loss instead, without the logits."""

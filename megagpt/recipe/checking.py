@@ -52,9 +52,7 @@ def _shape_problems(errors: Sequence[Mapping[str, Any]], tree: Tree) -> list[Pro
     schema = Recipe.model_json_schema()
     for error in errors:
         key, kind = _key(error), error["type"]
-        if kind == "extra_forbidden" or (
-            kind == "missing" and (key in meant or _preset_is_unknown(key, tree))
-        ):
+        if kind == "extra_forbidden" or (kind == "missing" and (key in meant or _preset_is_unknown(key, tree))):
             continue
         section_of_list = isinstance(error["loc"][-1], int) and kind == "missing"
         owner = key.rpartition(".")[0] if section_of_list else key
@@ -76,9 +74,7 @@ def _preset_is_unknown(key: str, tree: Tree) -> bool:
 def _unknown(key: str, tree: Tree) -> tuple[Problem, str | None]:
     """The problem of a key that does not exist, and the key that was probably meant."""
     section, _, name = key.rpartition(".")
-    keys = list(known_keys()) + [
-        f"{section}.{k}" for k in ("path", "weight") if section.startswith("data.train.")
-    ]
+    keys = list(known_keys()) + [f"{section}.{k}" for k in ("path", "weight") if section.startswith("data.train.")]
     homes = [k for k in keys if k.rpartition(".")[2] == name]
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}

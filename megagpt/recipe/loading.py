@@ -56,12 +56,8 @@ def updates(recipe: Recipe, samples_per_epoch: int) -> int:
     finding = fits(schedule.warmup_updates, schedule.decay_updates, whole)
     if finding:
         rows: list[Row] = [(key, length.tokens or length.epochs, recipe.place(key))]
-        rows.append(
-            ("schedule.warmup_updates", schedule.warmup_updates, recipe.place("schedule.warmup_updates"))
-        )
+        rows.append(("schedule.warmup_updates", schedule.warmup_updates, recipe.place("schedule.warmup_updates")))
         if schedule.decay_updates is not None:
-            rows.append(
-                ("schedule.decay_updates", schedule.decay_updates, recipe.place("schedule.decay_updates"))
-            )
+            rows.append(("schedule.decay_updates", schedule.decay_updates, recipe.place("schedule.decay_updates")))
         raise UserError(finding[0], table(rows), finding[1])
     return whole

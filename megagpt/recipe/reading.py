@@ -39,7 +39,7 @@ _CONVERT: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return super().compose_node(parent, index)
 
 
-class CoreDumper(yaml.SafeDumper):  # type: ignore[misc]
+class CoreDumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
     """Writes what this module reads back equal."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012

@@ -152,9 +152,7 @@ class OptimizerSection(Section):
     """largest norm of the whole gradient; null for no clipping"""
     muon_lr: _Positive | None = None
     """peak learning rate of the block matrices; muon only"""
-    muon_momentum: _Fraction | None = Field(
-        default_factory=lambda given: 0.95 if given["type"] == "muon" else None
-    )
+    muon_momentum: _Fraction | None = Field(default_factory=lambda given: 0.95 if given["type"] == "muon" else None)
     """muon only, 0.95 unless given"""
 
 

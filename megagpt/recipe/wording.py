@@ -26,7 +26,7 @@ def table(rows: Sequence[Row]) -> str:
     """Aligned lines of key, value, place."""
     shown = [(key, show(value), place) for key, value, place in rows]
     widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
-    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}" for key, value, place in shown)
+    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}   {place}" for key, value, place in shown)
 
 
 def listed(names: Iterable[str], last: str = "or") -> str:
@@ -43,11 +43,17 @@ def phrase(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return ", or ".join(phrase(option, definitions) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return listed(map(str, schema.get("enum", [schema.get("const")])))
+        return listed(dict.fromkeys(map(str, schema.get("enum", [schema.get("const")]))))
     if schema.get("type") == "array":
         count = schema.get("maxItems")
         return f"a list of {count} numbers" if count else "a list"
-    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    names = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "object": "keys and values",
+    }
     bounds = {
         "minimum": "at least {}", "exclusiveMinimum": "above {}", "exclusiveMaximum": "below {}",
         "maximum": "at most {}", "minLength": "not empty",

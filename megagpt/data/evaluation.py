@@ -1,0 +1,86 @@
+"""A corpus read once from end to end, in order, for the loss over all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megagpt.data.indexed import Reader, Tokens
+from megagpt.data.loader import IGNORED, Batch, check_ids
+from megagpt.errors import UserError
+
+
+class Evaluation:
+    """Non-overlapping windows of `seq_len` over a corpus, shared evenly by the data-parallel ranks.
+
+    Every token is a label exactly once: the first one follows the end-of-document symbol (where none is known it
+    is left out), and the last window, where it is ragged, is filled with labels of -100. With `samples`, that many
+    windows spread evenly over the corpus stand for all. `tokens` counts the labels of all ranks together.
+    Raises UserError for a corpus without tokens or with ids that the model does not know.
+    """
+
+    def __init__(
+        self,
+        corpus: Reader,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        micro_batch: int,
+        rank: int = 0,
+        data_parallel: int = 1,
+        samples: int | None = None,
+    ) -> None:
+        if len(corpus.tokens) == 0:
+            raise UserError("the corpus holds no tokens to validate on", corpus.prefix, "prepare more text")
+        check_ids(corpus, vocab_size)
+        self._tokens: Tokens = corpus.tokens
+        self._facts = corpus.sidecar
+        self._seq_len, self._micro_batch = seq_len, micro_batch
+        windows = -(-len(corpus.tokens) // seq_len)
+        count = min(windows, samples or windows)
+        numbers = np.arange(count, dtype=np.int64) * windows // count
+        self.whole = count == windows
+        self.tokens = int(np.minimum(seq_len, len(corpus.tokens) - numbers * seq_len).sum())
+        self.tokens -= self._facts is None  # the first token, without anything before it
+        batches = -(-count // (micro_batch * data_parallel))
+        padded = np.full(batches * data_parallel * micro_batch, -1, np.int64)  # -1: an empty window
+        padded[:count] = numbers
+        self._mine = padded.reshape(batches, data_parallel, micro_batch)[:, rank]
+
+    @property
+    def text_bytes(self) -> float | None:
+        """UTF-8 bytes of text that the labels stand for, for bits per byte; None where no sidecar says.
+
+        Exact when `whole`; for a part of the corpus its share of all bytes by tokens.
+        """
+        if self._facts is None:
+            return None
+        return self._facts.text_bytes * self.tokens / self._facts.tokens
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches in order: as many on every rank, so that all can meet after each one."""
+        for numbers in self._mine.tolist():
+            inputs = np.zeros((len(numbers), self._seq_len), np.int64)
+            labels = np.full_like(inputs, IGNORED)
+            for row, number in enumerate(numbers):
+                if number >= 0:
+                    self._fill(number * self._seq_len, inputs[row], labels[row])
+            yield Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def _fill(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+        """Write the window whose first label is token `start`, and before each label the token that precedes it."""
+        window = self._tokens[start : start + self._seq_len]
+        labels[: len(window)] = window
+        inputs[1 : len(window)] = window[:-1]
+        if start:
+            inputs[0] = self._tokens[start - 1]
+        elif self._facts:
+            inputs[0] = self._facts.eod
+        else:
+            labels[0] = IGNORED

@@ -1,0 +1,153 @@
+"""What DeepSpeed would ignore, reject later, or do wrongly, with the reason and the way out.
+
+The measurements behind the reasons are DeepSpeed 0.19.8's; the numbers in brackets are its issues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megagpt.ds_config.view import View
+from megagpt.errors import Problem
+from megagpt.recipe import Recipe
+from megagpt.recipe.wording import Row
+
+_ZERO = "zero_optimization"
+STAGE = f"{_ZERO}.stage"
+_PARAM, _OPTIMIZER = f"{_ZERO}.offload_param", f"{_ZERO}.offload_optimizer"
+_QUANTIZED = (
+    f"{_ZERO}.zero_quantized_weights",
+    f"{_ZERO}.zero_quantized_nontrainable_weights",
+    f"{_ZERO}.zero_quantized_gradients",
+)
+_AWAY = "take it away"
+
+
+@dataclass(frozen=True)
+class _Never:
+    """A key that may not have a value other than the given harmless ones."""
+
+    key: str
+    harmless: tuple[object, ...]
+    reason: str
+    do: str = _AWAY
+
+
+_RECIPE_PRECISION = "state precision in the recipe, which keeps fp32 master weights"
+_NEVER = (
+    _Never(f"{_ZERO}.zenflow", (None,), "ZenFlow trains other weights: ten times the step, measured against AdamW"),
+    _Never(f"{_OPTIMIZER}.super_offload", (False,), "SuperOffload is for CUDA superchips only, and not proven here"),
+    _Never(f"{_ZERO}.compute_grad_norm", (True,), "every update logs and clips by the norm of the gradient"),
+    _Never(f"{_ZERO}.legacy_stage1", (False,), "DeepSpeed ignores it"),
+    _Never(f"{_ZERO}.elastic_checkpoint", (False,), "megagpt resumes on any layout by itself"),
+    _Never("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),
+    _Never("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
+    _Never("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32", _RECIPE_PRECISION),
+    _Never("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
+    _Never("data_types.grad_accum_dtype", (None, "auto", "fp32"), "gradients accumulate in fp32", 'write "auto"'),
+    _Never("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
+    _Never("managed_gradient_accumulation", (True,), "DeepSpeed counts the micro-batches of an update"),
+    _Never("zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, also for offload"),
+    _Never("data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over the sequence ranks"),
+    _Never("data_efficiency.enabled", (False,), "it would be ignored: the data order is the recipe's"),
+    _Never("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
+    _Never("autotuning.enabled", (False,), "it works through DeepSpeed's own script only"),
+    _Never("hybrid_engine.enabled", (False,), "it is for reinforcement learning"),
+    _Never("expert_parallel.enabled", (False,), "the model has no experts"),
+    _Never("weight_quantization.enabled", (False,), "it is for inference"),
+    _Never("compile.deepcompile", (False,), "DeepCompile is not proven to train the same"),
+    _Never("checkpoint.writer", (None,), "DeepSpeed's writers fail (0.19.8), and megagpt publishes checkpoints"),
+    _Never("checkpoint.load_universal", (False,), "megagpt resumes on any layout by itself"),
+    _Never("datastates_ckpt", (False,), "megagpt publishes checkpoints itself"),
+)
+
+
+def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
+    """Every refused value and combination. `stage` is the ZeRO stage that will run."""
+    for never in _NEVER:
+        value = view.get(never.key, never.harmless[0])
+        if not any(value is harmless or value == harmless for harmless in never.harmless):
+            yield view.problem(f"{never.key} is refused: {never.reason}", [never.key], never.do)
+    if not view.sound(STAGE):
+        return
+    stated = view.number(STAGE, 0)
+    yield from _offload(view, stated)
+    yield from _zeropp(view, stated)
+    yield from _pipeline(view, stated, pipeline_stages)
+    yield from _muon(view, recipe, stage)
+
+
+def _device(view: View, key: str) -> str:
+    return str(view.number(f"{key}.device", "none"))
+
+
+def _offload(view: View, stage: int) -> Iterator[Problem]:
+    param, optimizer = _device(view, _PARAM), _device(view, _OPTIMIZER)
+    stage_row = [] if view.given(STAGE) else [(STAGE, 0, "default")]
+    between = [STAGE] if view.given(STAGE) else []
+    if param != "none" and stage < 3:
+        do = f"set {STAGE} to 3, or take offload_param away"
+        what = "offload_param is ignored below ZeRO stage 3, where parameters are not partitioned"
+        yield view.problem(what, [*between, f"{_PARAM}.device"], do, defaults=stage_row)
+    if optimizer != "none" and stage == 0:
+        do = f"set {STAGE} to 1, 2 or 3, or take offload_optimizer away"
+        what = "offload_optimizer is ignored at ZeRO stage 0, where nothing is partitioned"
+        yield view.problem(what, [*between, f"{_OPTIMIZER}.device"], do, defaults=stage_row)
+    elif optimizer == "nvme" and stage < 3:
+        do = f"set {STAGE} to 3, or the device to cpu"
+        what = "offload to NVMe needs ZeRO stage 3"
+        yield view.problem(what, [*between, f"{_OPTIMIZER}.device"], do)
+    if view.number(f"{_OPTIMIZER}.ratio", 1.0) < 1 and 0 < stage < 3:
+        do = f"set {STAGE} to 3, or take ratio away"
+        yield view.problem("partial offload needs ZeRO stage 3", [*between, f"{_OPTIMIZER}.ratio"], do)
+    for key, device in ((_PARAM, param), (_OPTIMIZER, optimizer)):
+        if device == "nvme" and not view.number(f"{key}.nvme_path", None):
+            do = f"give {key}.nvme_path: a directory on the local disk of every node"
+            yield view.problem(f"{key} to NVMe needs a path", [f"{key}.device"], do)
+
+
+def _zeropp(view: View, stage: int) -> Iterator[Problem]:
+    hpz = f"{_ZERO}.zero_hpz_partition_size"
+    used = [key for key in _QUANTIZED if view.number(key, False)]
+    used += [hpz] if view.number(hpz, 1) > 1 else []
+    if used and stage < 3:
+        between = [STAGE] if view.given(STAGE) else []
+        what = "ZeRO++ is ignored below ZeRO stage 3"
+        do = f"set {STAGE} to 3, or take the ZeRO++ keys away"
+        defaults = [] if between else [(STAGE, 0, "default")]
+        yield view.problem(what, [*between, *used], do, defaults=defaults)
+    offloaded = [f"{key}.device" for key in (_PARAM, _OPTIMIZER) if _device(view, key) != "none"]
+    if used and offloaded:
+        what = "ZeRO++ with offload does not train: the loss stays constant (DeepSpeed #6926)"
+        yield view.problem(what, [*used, *offloaded], "keep one of the two")
+
+
+def _pipeline(view: View, stage: int, pipeline_stages: int) -> Iterator[Problem]:
+    if pipeline_stages > 1 and stage > 1:
+        what = f"a pipeline cannot run at ZeRO stage {stage}: its gradients must stay whole between micro-batches"
+        do = f"set {STAGE} to 1, or take pipeline away and keep ZeRO stage {stage}"
+        yield view.problem(what, [STAGE, "pipeline.stages"], do)
+
+
+def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
+    if recipe.optimizer.type != "muon" or stage == 0:
+        return
+    what = f"muon is not proven at ZeRO stage {stage}: partitioned matrices cannot be orthogonalised whole"
+    rows: list[Row] = [("optimizer.type", "muon", recipe.place("optimizer.type"))]
+    if recipe.precision != "fp32":  # which is why the stage is not the stated one
+        rows.append(("precision", recipe.precision, recipe.place("precision") or "default"))
+        do = "set precision to fp32, or optimizer.type to adamw"
+    else:
+        do = f"set {STAGE} to 0, or optimizer.type to adamw"
+    between = [STAGE] if view.given(STAGE) else []
+    yield view.problem(what, between, do, defaults=rows)
+
+
+def layout_dependent(view: View) -> Iterator[str]:
+    """A note for each key with which the layout moves the numbers."""
+    for key in _QUANTIZED:
+        if view.number(key, False):
+            yield f"{key.rpartition('.')[2]} quantizes: the curve is not that of other layouts"
+    if view.number("communication_data_type", "fp32") != "fp32":
+        yield "communication_data_type rounds gradients on the wire: the curve is not that of other layouts"
