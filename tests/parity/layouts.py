@@ -5,14 +5,19 @@ A case is a name, a number of ranks, the DeepSpeed JSON as a user writes it, and
 
 from __future__ import annotations
 
-import types
+import json
+import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megagpt import ds_config
 from megagpt import recipe as recipes
+from megagpt.ds_config import Resolved
+from megagpt.engine.keys import known_keys
 from megagpt.recipe import Recipe
 
 GLOBAL_BATCH = 12  # by 1, 2, 3 and 4 ranks
@@ -69,25 +74,21 @@ CASES: tuple[Case, ...] = (
 
 def recipe_of(case: Case, folder: Path) -> Recipe:
     """The recipe of a case; the file is written into `folder`."""
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        path.write_text(RECIPE)
+    path = folder / f"recipe-{os.getpid()}.yaml"
+    path.write_text(RECIPE)
     return recipes.load(path, case.recipe)
 
 
 def resolve(case: Case, folder: Path) -> Resolved:
-    """What the engine is built from."""
-    recipe = recipe_of(case, folder)
-    config = dict(case.config)
-    micro = config.setdefault("train_micro_batch_size_per_gpu", GLOBAL_BATCH // case.world)
-    config["gradient_accumulation_steps"] = GLOBAL_BATCH // (micro * case.world)
-    config["gradient_clipping"] = recipe.optimizer.clip or 0.0
-    config["steps_per_print"] = 10**9
-    stage = config["zero_optimization"]["stage"]
-    layout = types.SimpleNamespace(
-        world_size=case.world, data_parallel=case.world, micro_batch=micro, zero_stage=stage
-    )
-    return types.SimpleNamespace(recipe=recipe, layout=layout, config=config)
+    """What the engine is built from, as a user's files would give it."""
+    path = folder / f"{case.id}-{os.getpid()}.json"
+    path.write_text(json.dumps(case.config))
+    return ds_config.load(path, recipe_of(case, folder), case.world, _known())
+
+
+@lru_cache(maxsize=1)
+def _known() -> dict[str, Any]:
+    return known_keys()
 
 
 def samples(recipe: Recipe, number: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

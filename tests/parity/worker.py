@@ -16,7 +16,6 @@ from typing import Any
 
 import layouts
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
 from megagpt.data.loader import Batch
@@ -56,7 +55,7 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
             curve[key].append(value)
     evaluations.append(engine.evaluate(held_out))
     weights = dict(engine.weights())
-    moments = moved(engine, resolved.layout.zero_stage)
+    moments = moved(engine)
     if rank.main:
         save_file(weights, folder / f"{case.id}.safetensors")
         answer = {**curve, "held_out": evaluations, "initial": initial, "moments": moments}
@@ -66,13 +65,13 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
     gc.collect()
 
 
-def moved(engine: Any, stage: int) -> list[float]:
-    """The largest first moment of each parameter; 0 where the optimizer did nothing."""
-    inner = engine._engine
-    if stage == 0:
-        return [state["exp_avg"].abs().max().item() for state in inner.optimizer.state.values()]
-    parameters = inner.module.parameters()
-    return [safe_get_full_optimizer_state(p, "exp_avg").abs().max().item() for p in parameters]
+def moved(engine: Any) -> list[float]:
+    """The largest first moment of each tensor that this rank's optimizer works on; 0 where it did nothing."""
+    wrapper = engine._engine.optimizer
+    inner = getattr(wrapper, "optimizer", wrapper)
+    # not through DeepSpeed's safe_get_*: with two parameter groups it finds the moments of the first one only
+    moments = [state["exp_avg"] for state in inner.state.values() if "exp_avg" in state]
+    return [value.abs().max().item() for value in moments if value.numel()]
 
 
 def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -> list[Batch]:
