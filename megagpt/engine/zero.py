@@ -95,6 +95,10 @@ class ZeroEngine:
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             yield name, whole.detach().float().cpu().contiguous()
 
+    def release(self) -> None:
+        """Free what DeepSpeed holds; the process group stays, for another engine."""
+        self._engine.destroy()
+
     def close(self) -> None:
         """See `Engine`."""
         with contextlib.suppress(AttributeError):
