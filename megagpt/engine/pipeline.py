@@ -99,10 +99,14 @@ class PipelineEngine:
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()
 
+    def release(self) -> None:
+        """Free what DeepSpeed holds; the process group stays, for another engine."""
+        self._engine.destroy()
+
     def close(self) -> None:
         """See `Engine`."""
         with contextlib.suppress(AttributeError):
-            self._engine.destroy()
+            self.release()
         stop()
 
     def _tokens(self, batches: Sequence[Batch]) -> float:

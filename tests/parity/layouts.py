@@ -64,11 +64,27 @@ def _zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": section, **batch}
 
 
+def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
+    return {"pipeline": {"stages": stages, **more}, **_zero(1, micro)}
+
+
+# deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
+DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
+FOUR = (*DEEP, "optimizer.clip=1.5")
 CASES: tuple[Case, ...] = (
     *(Case(f"zero{stage}-1rank", 1, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-2ranks", 2, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-4ranks", 4, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-accumulate4-3ranks", 3, _zero(stage, 1)) for stage in range(4)),
+    *(Case(f"pipeline{stages}", stages, _pipeline(stages, 2), FOUR) for stages in (2, 3, 4)),
+    Case("pipeline2-1micro", 2, _pipeline(2, 12), FOUR),
+    Case("pipeline2-untied", 2, _pipeline(2, 3), (*FOUR, "model.tie_embeddings=false")),
+    Case("pipeline4-llama", 4, _pipeline(4, 2), (*DEEP, *LLAMA)),
+    Case("pipeline2-data2", 4, _pipeline(2, 2), FOUR),
+    Case("pipeline2-data2-llama", 4, _pipeline(2, 1), (*DEEP, *LLAMA)),
+    Case("pipeline2-recomputation", 2, _pipeline(2, 2, activation_checkpoint_interval=1), FOUR),
+    Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
+    Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
 )
 
 
