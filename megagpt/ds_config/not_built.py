@@ -8,7 +8,6 @@ from megagpt.ds_config.view import View
 from megagpt.errors import Problem
 
 _DEGREES = {
-    "tensor_parallel.autotp_size": "tensor parallelism",
     "sequence_parallel_size": "sequence parallelism",
 }
 

@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native
+from megagpt.engine import native, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.stages import Stages
@@ -29,6 +29,7 @@ from megagpt.engine.start import stop
 from megagpt.model import weights
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
+from megagpt.model.shards import cut_of
 from megagpt.state import UpdateResult
 
 
@@ -41,7 +42,9 @@ class PipelineEngine:
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
         optimizer = optimizers.build(recipe.optimizer, self._stages, get_accelerator().device_name() != "cpu")
         # reentrant recomputation loses the gradient of a stage that begins with token ids (DeepSpeed #688)
-        config = {**resolved.config, "pipeline": {**resolved.config.get("pipeline", {}), "use_reentrant": False}}
+        pipeline = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
+        config = {**resolved.config, "pipeline": {**resolved.config.get("pipeline", {}), **pipeline}}
+        config.pop("tensor_parallel", None)
         self._engine: Any = deepspeed.initialize(
             model=self._stages,
             optimizer=optimizer,
@@ -72,7 +75,8 @@ class PipelineEngine:
             tokens += self._tokens(part)
             fed = self._stages.feed(part)
             self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
-        return self._agreement.total(float(self._stages.loss_sum)) / max(tokens, 1.0)
+        loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
+        return loss / max(tokens, 1.0)
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
@@ -90,12 +94,15 @@ class PipelineEngine:
         with torch.device("meta"):
             shapes = {name: parameter.shape for name, parameter in GPT(self._section).named_parameters()}
         mine = {name: parameter for parameter, name in self._stages.names.items()}
+        degree = self._layout.tensor_parallel
         grid = self._stages.mpu()
         for name, shape in shapes.items():
             owner = grid.stage_to_global(self._stages.stage_owner(int(name.split(".")[1])))
             whole = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
-                whole = safe_get_full_fp32_param(mine[name]).detach().float().contiguous()
+                part = safe_get_full_fp32_param(mine[name]).detach().float()
+                cut = cut_of(name, self._section)
+                whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout
+from megagpt.engine import tensor
 from megagpt.model import cost, gpt
 from megagpt.recipe import ModelSection
 
@@ -46,6 +47,8 @@ class Stages(PipelineModule):
     def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
         with torch.device("meta"):
             layers = gpt.layers(section)
+            for layer in layers:
+                tensor.split(layer, layout.tensor_parallel)
         self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
         local = set(range(self._cuts[stage], self._cuts[stage + 1]))
@@ -53,30 +56,25 @@ class Stages(PipelineModule):
             local.add(0)
         self.names: dict[nn.Parameter, str] = {}
         for index in sorted(local):
-            self._fill(layers[index], f"layers.{index}", section, seed)
+            tensor_rank = rank % layout.tensor_parallel
+            names = tensor.fill(layers[index], f"layers.{index}", section, seed, tensor_rank, layout.tensor_parallel)
+            self.names.update(zip(layers[index].parameters(), names, strict=True))
         self.normalizer = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._labels: torch.Tensor | None = None
         with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
             super().__init__(
                 self._specs(layers, section.tie_embeddings),
-                num_stages=layout.pipeline_stages,
+                topology=tensor.topology(layout),
                 checkpointable_layers=["Block"],  # recomputing the head would double the dearest layer
             )
+        tensor.connect(self, self.mpu().get_slice_parallel_group())
 
     def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on, each one's labels kept for the forward pass that follows."""
         for batch in batches:
             self._labels = batch.labels
             yield batch
-
-    @torch.no_grad()
-    def _fill(self, layer: nn.Module, prefix: str, section: ModelSection, seed: int) -> None:
-        """Give a layer memory and its initial weights."""
-        layer.to_empty(device="cpu")
-        for name, parameter in layer.named_parameters(prefix=prefix):
-            parameter.copy_(gpt.initial_value(name, parameter.shape, section, seed))
-            self.names[parameter] = name
 
     def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
         """What DeepSpeed cuts: modules, and a tied embedding at both ends."""

@@ -15,13 +15,15 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native
+from megagpt.engine import native, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.start import stop
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
 from megagpt.model.loss import IGNORED
+from megagpt.model.shards import cut_of
+from megagpt.recipe import Recipe
 from megagpt.state import UpdateResult
 
 
@@ -30,11 +32,12 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
-        model = GPT(recipe.model)
-        initialize(model, recipe.seed)
-        self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
+        self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
+        self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
+        model = self._model(recipe)
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
         config = dict(resolved.config)
+        config.pop("tensor_parallel", None)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
@@ -45,12 +48,27 @@ class ZeroEngine:
             optimizer=optimizer,
             lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
             config=config,
+            mpu=self._grid,
             dist_init_required=False,
         )[0]
 
+    def _model(self, recipe: Recipe) -> GPT:
+        """The model with its initial weights, or this rank's share of it."""
+        degree = self._layout.tensor_parallel
+        if degree == 1:
+            model = GPT(recipe.model)
+            initialize(model, recipe.seed)
+            return model
+        with torch.device("meta"):
+            model = GPT(recipe.model)
+        tensor.split(model, degree)
+        tensor.fill(model, "", recipe.model, recipe.seed, self._rank.rank % degree, degree)
+        tensor.connect(model, self._grid.get_slice_parallel_group())
+        return model
+
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
-        tokens = self._agreement.total(sum(_valid(batch) for batch in batches))
+        tokens = self._total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over data-parallel ranks: each rank's sum over its share gives the global mean
         normalizer = max(tokens, 1.0) / self._layout.data_parallel
@@ -76,7 +94,7 @@ class ZeroEngine:
             loss += self._forward(batch, 1.0).double()
             tokens += _valid(batch)
         self._engine.train()
-        return self._sum(loss) / max(self._agreement.total(tokens), 1.0)
+        return self._sum(loss) / max(self._total(tokens), 1.0)
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
@@ -93,6 +111,9 @@ class ZeroEngine:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
         for name, parameter in self._engine.module.named_parameters():
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if self._grid is not None:
+                group = self._grid.get_slice_parallel_group()
+                whole = tensor.whole(whole, cut_of(name, self._section), group, self._layout.tensor_parallel)
             yield name, whole.detach().float().cpu().contiguous()
 
     def release(self) -> None:
@@ -114,9 +135,13 @@ class ZeroEngine:
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
-        if self._layout.data_parallel > 1:
+        if self._layout.world_size > 1:
             torch.distributed.all_reduce(value)
-        return float(value.item())
+        return float(value.item()) / self._layout.tensor_parallel
+
+    def _total(self, value: float) -> float:
+        """The sum over the data-parallel ranks of a number that all tensor-parallel ranks have."""
+        return self._agreement.total(value) / self._layout.tensor_parallel
 
 
 class _ClipBeforeStep:

@@ -1,9 +1,6 @@
 """The parity run: each world size once per session, with just the layouts that were asked for."""
 
 import sys
-from collections import defaultdict
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))

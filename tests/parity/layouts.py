@@ -68,6 +68,10 @@ def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
     return {"pipeline": {"stages": stages, **more}, **_zero(1, micro)}
 
 
+def _tensor(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"tensor_parallel": {"autotp_size": degree}, **config}
+
+
 # deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
@@ -85,6 +89,15 @@ CASES: tuple[Case, ...] = (
     Case("pipeline2-recomputation", 2, _pipeline(2, 2, activation_checkpoint_interval=1), FOUR),
     Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
     Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
+    *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
+    *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, _zero(stage, 2)), LLAMA) for stage in (1, 2)),
+    Case("tensor4", 4, _tensor(4, _zero(1, 3))),
+    Case("tensor2-untied", 2, _tensor(2, _zero(1)), ("model.tie_embeddings=false",)),
+    Case("tensor2-bf16", 2, _tensor(2, _zero(1)), ("precision=bf16",)),
+    Case("tensor2-bf16-zero2-data2", 4, _tensor(2, _zero(2, 3)), ("precision=bf16",)),
+    Case("pipeline2-tensor2", 4, _tensor(2, _pipeline(2, 2)), FOUR),
+    Case("pipeline2-tensor2-llama", 4, _tensor(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("pipeline2-tensor2-bf16", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, "precision=bf16")),
 )
 
 
