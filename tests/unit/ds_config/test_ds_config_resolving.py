@@ -76,6 +76,15 @@ def test_equal_values_in_both_places_are_no_second_owner(resolve):
     assert resolve(*stated).config == resolve().config
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_resolved_config_resolves_to_itself(path, known, tmp_path):
+    recipe = load_recipe(RECIPES[0])
+    first = load(path, recipe, 2, known)
+    (tmp_path / "deepspeed.json").write_text(json.dumps(first.config, indent=2))
+    again = load(tmp_path / "deepspeed.json", recipe, 2, known)
+    assert (again.config, again.layout) == (first.config, first.layout)
+
+
 def test_muon_is_owned_with_both_rates(resolve):
     words = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
     stated = '"optimizer": {"type": "Muon", "params": {"adam_lr": 6e-4, "muon_lr": 0.02, "momentum": 0.95}}'
