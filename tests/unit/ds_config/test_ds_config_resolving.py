@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.ds_config import Layout, load
@@ -150,6 +150,7 @@ def test_given_accumulation_yields_the_micro_batch(resolve):
     assert (layout.micro_batch, layout.accumulation) == (8, 4)
 
 
+@settings(deadline=None)
 @given(
     ranks=st.integers(1, 64),
     share=st.integers(1, 500),
