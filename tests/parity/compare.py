@@ -20,10 +20,11 @@ class Tolerance:
     weights: float
 
 
-# fp32: sums in another order differ by a few units of 2^-24 = 6e-8; Adam divides by the root of the gradient's
-# square, so that single weights with tiny gradients turn rounding into moves, which the curve hardly sees.
+# fp32: sums in another order differ by a few units of 2^-24 = 6e-8, here less than 1e-6 of a loss or a norm over
+# 100 updates; ten times that is allowed. Adam divides by the root of the gradient's square: weights with tiny
+# gradients turn rounding into moves, which the curve hardly sees.
 # bf16: each value is rounded to 2^-9 = 2e-3, in another place when the batch is cut otherwise.
-TOLERANCES = {"fp32": Tolerance(1e-5, 1e-5, 1e-3), "bf16": Tolerance(5e-3, 2e-2, 2e-1)}
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-5, 1e-4), "bf16": Tolerance(5e-3, 2e-2, 2e-1)}
 
 
 def differences(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tolerance) -> list[str]:
