@@ -28,6 +28,7 @@ setup(
         "sentencepiece>=0.2.1,<0.3",
         "pydantic>=2.12,<3",
         "PyYAML>=6,<7",
+        "hjson>=3.1,<4",  # DeepSpeed reads its JSON with it, and so do we
         "typer>=0.20",
         "rich>=14",
         "safetensors>=0.6,<1",

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.errors import EXIT_DONE, EXIT_USER, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -33,14 +34,14 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 @tokenizer_app.command("train")
 def train_tokenizer(
     inputs: Inputs,
-    output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model and PREFIX.vocab")],
+    output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
     vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
     as_json: Json = False,
-) -> int:
+) -> None:
     """Train a lossless sentencepiece tokenizer on text."""
     from megagpt import prepare
 
-    return _answer(prepare.train_tokenizer_command(inputs, vocab_size, output), as_json)
+    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output), as_json)
 
 
 @app.command()
@@ -48,13 +49,13 @@ def prepare(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
-    validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.04,
+    validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
     as_json: Json = False,
-) -> int:
+) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json."""
     from megagpt import prepare as verb
 
-    return _answer(verb.prepare_command(inputs, tokenizer, output, validation_fraction), as_json)
+    _answer(verb.prepare_command(inputs, tokenizer, output, validation_fraction), as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -71,13 +72,13 @@ def train(
     expect_world_size: Annotated[int | None, typer.Option(help="refuse to start on other than N ranks")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="save and exit 75 after so long")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
-) -> int:
+) -> None:
     """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
     from megagpt import train as verb
+    from megagpt.assembly import Options
 
-    return verb.train(
-        verb.Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes)
-    )
+    options = Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes)
+    raise typer.Exit(verb.train(options))
 
 
 @app.command()
@@ -86,11 +87,11 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="a corpus prefix or a text file; the recipe's validation")] = None,
     yardsticks: Annotated[bool, typer.Option(help="also a unigram model and xz, on the same text")] = False,
     as_json: Json = False,
-) -> int:
+) -> None:
     """Loss, perplexity and bits per byte of a run's newest checkpoint over a whole corpus."""
     from megagpt import evaluate as verb
 
-    return _answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
+    _answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
 
 
 @app.command()
@@ -103,43 +104,34 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="draw among the likeliest that hold this share")] = None,
     seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
     as_json: Json = False,
-) -> int:
+) -> None:
     """Continue a text with a run's newest checkpoint."""
-    from megagpt import evaluate as verb
+    from megagpt import generate as verb
 
-    return _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
+    _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
 
 
 @app.command()
-def report(run: Run) -> int:
+def report(run: Run) -> None:
     """Draw a run's loss curve here and as loss.svg in the run directory."""
     from megagpt import report as verb
 
     print(verb.terminal(run, colour=sys.stdout.isatty()))
     print(f"picture: {verb.picture(run)}")
-    return EXIT_DONE
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code. A user's mistake is printed without a traceback."""
     try:
-        result = app(arguments, standalone_mode=False)
+        app(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    except typer.Abort:
-        return EXIT_USER
-    except Exception as error:
-        from click import ClickException  # what typer raises for a wrong option
-
-        if not isinstance(error, ClickException):
-            raise
-        error.show()
-        return EXIT_USER
-    return result if isinstance(result, int) else EXIT_DONE
+    except SystemExit as end:  # typer ends so, with 2 for a wrong option
+        return end.code if isinstance(end.code, int) else EXIT_DONE
+    return EXIT_DONE
 
 
-def _answer(summary: Any, as_json: bool) -> int:
+def _answer(summary: Any, as_json: bool) -> None:
     """Print a verb's figures, for people or as JSON."""
     print(json.dumps(asdict(summary)) if as_json else str(summary))
-    return EXIT_DONE

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.model import weights
 from megagpt.model.gpt import GPT
+from megagpt.run import trained
+
+if TYPE_CHECKING:
+    from megagpt.recipe import ModelSection
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and how a model went on from it."""
+
+    run: str
+    update: int
+    prompt: str
+    continuation: str
+
+    def __str__(self) -> str:
+        return self.prompt + self.continuation
+
+
+def generate(
+    run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> Text:
+    """Continue `prompt` with a run's newest checkpoint; see `sample` for the rest."""
+    model = trained.load(run)
+    if model.recipe.data.tokenizer is None:
+        raise UserError("text needs a tokenizer", f"{run / 'recipe.yaml'} has no data.tokenizer", "name one there")
+    tokenizer = Tokenizer(model.recipe.data.tokenizer)
+    new = sample(model.model, tokenizer.encode(prompt), tokens, temperature, top_k, top_p, seed, tokenizer.eod)
+    return Text(str(run), model.checkpoint.state.update, prompt, tokenizer.decode(new))
+
+
+def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_path: str, prompt: str) -> str:
+    """`prompt` continued by 40 tokens, on one line: what a run shows of itself while it learns. Always seed 0."""
+    tokenizer = Tokenizer(tokenizer_path)
+    model = weights.assemble(named, section)
+    text = tokenizer.decode(sample(model, tokenizer.encode(prompt), 40, 0.8, seed=0, eod=tokenizer.eod))
+    return " ".join((prompt + text).split())
 
 
 @torch.no_grad()

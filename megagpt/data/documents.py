@@ -129,7 +129,9 @@ def _text_of(line: str) -> str | Problem:
     """The text of a JSON line, or what is wrong with it."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        return Problem(f"broken JSON: {error.msg} at column {error.colno}", do="mend or remove the line")
+    except ValueError as error:  # a number of thousands of digits
         return Problem(f"broken JSON: {error}", do="mend or remove the line")
     except RecursionError:
         return Problem("broken JSON: nested too deeply", do="mend or remove the line")
@@ -137,5 +139,5 @@ def _text_of(line: str) -> str | Problem:
         return Problem('no key "text" in this line', do='write each line as {"text": "..."}')
     text = value["text"]
     if not isinstance(text, str):
-        return Problem(f'"text" is a {type(text).__name__}, not a string', do="put the text into quotes")
+        return Problem(f'"text" is {json.dumps(text)[:30]}, not a string', do="put the text into quotes")
     return text

@@ -41,7 +41,8 @@ class Writer:
             self._bin = _ChecksummedFile(self._partial(".bin"))
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
-            raise UserError(f"cannot write the corpus: {error.strerror}", self.prefix, do) from None
+            what = f"cannot write the corpus: {error.strerror}"
+            raise UserError(what, str(error.filename or self.prefix), do) from None
 
     def __enter__(self) -> Writer:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +19,8 @@ class Engine(Protocol):
         """One update over this rank's micro-batches: forward, backward, clip, step, schedule."""
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """The loss in nats per valid token over all ranks' batches; changes nothing."""
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The loss in nats per valid token over all ranks' batches, equally many on each; changes nothing."""
         ...
 
     def save_state(self, folder: Path) -> None:

@@ -84,8 +84,9 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         """The gradient with Nesterov momentum."""
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None  # the caller has looked
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        return torch.lerp(parameter.grad, buffer, momentum)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, buffer, momentum)

@@ -31,7 +31,10 @@ def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Op
 
 def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
     """Parameter groups, AdamW's first: its rate is the one that is logged."""
-    decay, rest, qkv, matrices = [], [], [], []
+    decay: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    qkv: list[torch.nn.Parameter] = []
+    matrices: list[torch.nn.Parameter] = []
     block_matrices = _block_matrices(model) if section.type == "muon" else {}
     for name, parameter in model.named_parameters():
         if name in block_matrices:

@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from megagpt.distributed import TIME_LIMIT, Rank
 
 
-def start(rank: Rank) -> torch.device:
-    """Join the job's process group; the device of this rank. Call once, before anything is built."""
+def start(rank: Rank) -> str:
+    """Join the job's process group; the name of this rank's device. Call once, before anything is built."""
     os.environ.update(rank.variables())
     for name in ("DeepSpeed", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -29,7 +29,9 @@ def start(rank: Rank) -> torch.device:
     else:
         accelerator.set_device(rank.local_rank)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIME_LIMIT, verbose=False)
-    return torch.device(accelerator.current_device_name())
+    if accelerator.device_name() == "cpu":
+        return f"CPU with {torch.get_num_threads()} threads"
+    return str(torch.cuda.get_device_name(rank.local_rank))
 
 
 def stop() -> None:

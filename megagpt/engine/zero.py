@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class ZeroEngine:
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
-        tokens = self._agreement.total(sum(int((batch.labels != IGNORED).sum()) for batch in batches))
+        tokens = self._agreement.total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over data-parallel ranks: each rank's sum over its share gives the global mean
         normalizer = max(tokens, 1.0) / self._layout.data_parallel
@@ -70,15 +70,15 @@ class ZeroEngine:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """See `Engine`. All ranks must bring equally many batches."""
-        tokens = self._agreement.total(sum(int((batch.labels != IGNORED).sum()) for batch in batches))
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """See `Engine`."""
         self._engine.eval()
-        loss = torch.zeros((), device=self._engine.device, dtype=torch.float64)
+        loss, tokens = torch.zeros((), device=self._engine.device, dtype=torch.float64), 0
         for batch in batches:
             loss += self._forward(batch, 1.0).double()
+            tokens += _valid(batch)
         self._engine.train()
-        return self._sum(loss) / max(tokens, 1.0)
+        return self._sum(loss) / max(self._agreement.total(tokens), 1.0)
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
@@ -142,6 +142,10 @@ class _ClipBeforeStep:
 
     def __call__(self, *_: Any) -> None:
         self.norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit or float("inf"))
+
+
+def _valid(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -40,3 +40,14 @@ def flops_per_token(section: ModelSection) -> float:
     subtracted, as in the figures that other trainers publish; recomputation is not counted.
     """
     return 6.0 * matmul_parameters(section) + 12.0 * section.n_layer * section.d_model * section.seq_len
+
+
+# dense bf16 and fp16, FLOP/s: NVIDIA's data sheets (SXM forms), without sparsity
+_PEAKS = {"V100": 125e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device by its name, for utilisation; None where it is not known, rather than a wrong figure."""
+    if precision == "fp32":
+        return None
+    return next((peak for name, peak in _PEAKS.items() if name in device), None)

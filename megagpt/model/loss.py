@@ -45,11 +45,16 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: f
     return total
 
 
+def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
+    """How many tokens a chunk may have, for its logits to be held."""
+    logits = 1 << 21 if rows.device.type == "cpu" else 1 << 26  # 8 MiB suit a cache, 256 MiB fill a GPU
+    return max(_SMALLEST_CHUNK, logits // len(weight))
+
+
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Even slices of the tokens, each small enough for its logits to be held."""
-    held = 1 << 21 if rows.device.type == "cpu" else 1 << 26  # logits: 8 MiB suit a cache, 256 MiB fill a GPU
+    """Cut the tokens into even chunks, as few as may be."""
     tokens = len(rows)
-    count = max(1, -(-tokens // max(_SMALLEST_CHUNK, held // len(weight))))
+    count = max(1, -(-tokens // _chunk_tokens(rows, weight)))
     edges = [tokens * i // count for i in range(count + 1)]
     return (slice(start, stop) for start, stop in pairwise(edges))
 

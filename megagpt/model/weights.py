@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,12 @@ def save(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
 
 def load(folder: Path, section: ModelSection) -> GPT:
     """A GPT with the weights of `folder`, on the CPU, in evaluation mode. Names and shapes must fit."""
+    return assemble(load_file(folder / NAME), section)
+
+
+def assemble(named: Mapping[str, torch.Tensor], section: ModelSection) -> GPT:
+    """A GPT that holds these very weights, in evaluation mode. Names and shapes must fit."""
     with torch.device("meta"):  # no memory for initial weights that are thrown away
         model = GPT(section)
-    model.load_state_dict(load_file(folder / NAME), assign=True)
+    model.load_state_dict(named, assign=True)
     return model.eval()

@@ -55,6 +55,13 @@ class CoreDumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
 
+def _write_text(dumper: CoreDumper, text: str) -> yaml.Node:
+    """Text with line breaks or control characters goes into double quotes: PyYAML's other styles lose some."""
+    node: yaml.Node = dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
+    return node
+
+
+CoreDumper.add_representer(str, _write_text)
 for _name, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, CoreDumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^{_pattern}$"), _first)

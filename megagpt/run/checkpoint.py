@@ -68,7 +68,7 @@ def publish(
 
 def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not."""
-    skipped = []
+    skipped: list[str] = []
     for folder in sorted((run / "checkpoints").glob("update_*"), reverse=True):
         checkpoint, wrong = _check(folder)
         if checkpoint is not None:

@@ -16,7 +16,7 @@ class Console:
     """Owns the console of a training process.
 
     From construction on, all that this process prints through file descriptors 1 and 2, libraries in C included,
-    goes to the rank's log file. Only `say` and `update` write to the real console, and only on rank 0.
+    goes to the rank's log file. Only `say` writes to the real console, and only on rank 0.
     """
 
     def __init__(self, run: Path, rank: int) -> None:
@@ -46,6 +46,10 @@ class Console:
             self._out.flush()
         print(text, flush=True)
 
+    def alarm(self, text: str) -> None:
+        """Print on the console's error stream, on whatever rank: this process is about to end."""
+        os.write(self._saved[1], f"{text}\n".encode())
+
     def close(self) -> None:
         """Give file descriptors 1 and 2 back."""
         sys.stdout.flush()
@@ -74,9 +78,11 @@ class Progress:
         self._updates += 1
         return seconds
 
-    def pause(self) -> None:
-        """Leave what ran since the last update (evaluation, saving) out of the speed."""
-        self._start = time.perf_counter()
+    def pause(self) -> float:
+        """Leave what ran since the last update (evaluation, saving) out of the speed; its seconds."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
 
     def line(self, state: TrainState, result: UpdateResult) -> str:
         """One line: update/total, loss, lr, grad norm, tokens per second, time left."""

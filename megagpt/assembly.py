@@ -1,0 +1,155 @@
+"""A run's parts, put together once: recipe and DeepSpeed config, data, engine, checkpoint, console."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt import ds_config
+from megagpt import recipe as recipes
+from megagpt.data.evaluation import Evaluation
+from megagpt.data.indexed import Reader
+from megagpt.data.loader import Loader
+from megagpt.distributed import Agreement, Rank
+from megagpt.model import cost
+from megagpt.run import checkpoint, resume
+from megagpt.run.console import Console, Progress
+from megagpt.run.metrics import Metrics
+from megagpt.run.stopping import Stopping
+from megagpt.state import TrainState
+
+if TYPE_CHECKING:
+    from megagpt.ds_config import Resolved
+    from megagpt.engine.base import Engine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; see `megagpt train --help`."""
+
+    recipe: Path
+    deepspeed_config: Path
+    overrides: tuple[str, ...] = ()
+    resume: str = "auto"
+    expect_world_size: int | None = None
+    max_minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on this rank, put together once."""
+
+    path: Path
+    rank: Rank
+    resolved: Resolved
+    total: int
+    loader: Loader
+    validation: Evaluation | None
+    engine: Engine
+    agreement: Agreement
+    console: Console
+    metrics: Metrics
+    progress: Progress
+    stopping: Stopping
+    facts: dict[str, Any]
+    flops_per_token: float
+    peak_flops: float | None  # of all devices together; None where it is not known
+
+
+def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Console) -> tuple[Run, TrainState] | None:
+    """Put the parts together and load the checkpoint to go on from; None where the run is done already."""
+    from megagpt.engine import build, keys, start
+
+    resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
+    recipe, path = resolved.recipe, Path(recipe.run_dir)
+    loader, validation = _data(resolved, rank)
+    total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    facts = _facts(resolved, loader)
+    found, damaged = resume.find(path, options.resume)
+    if found is not None:
+        resume.check(found, facts)
+        if found.state.update >= total:
+            console.say(
+                f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
+            )
+            return None
+
+    device = start.start(rank)
+    agreement = Agreement(rank.world_size)
+    engine = build.build(resolved, total, rank, agreement)
+    state = TrainState()
+    if found is not None:
+        engine.load_state(found.folder)
+        state = found.state
+    peak = cost.peak_flops(device, recipe.precision or "fp32")
+    metrics = Metrics(path, rank.main, state.update)
+    run = Run(
+        path, rank, resolved, total, loader, validation, engine, agreement, console, metrics,
+        Progress(total, recipe.batch.global_size * recipe.model.seq_len),
+        Stopping(options.max_minutes, agreement.any),
+        facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+    )  # fmt: skip
+    _open(run, device, damaged, state)
+    return run, state
+
+
+def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
+    """The training batches of this rank, and its share of the validation text."""
+    recipe, layout = resolved.recipe, resolved.layout
+    shape: dict[str, Any] = {
+        "seq_len": recipe.model.seq_len,
+        "vocab_size": recipe.model.vocab_size,
+        "micro_batch": layout.micro_batch,
+        "rank": rank.rank,
+        "data_parallel": layout.data_parallel,
+    }
+    sources = [(source.path, source.weight) for source in recipe.data.train]
+    loader = Loader(sources, seed=recipe.seed, accumulation=layout.accumulation, **shape)
+    if recipe.data.validation is None:
+        return loader, None
+    return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
+
+
+def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint says of its making, beside the state: enough to tell whether a resume is the same run."""
+    return {
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "deepspeed": resolved.config,
+        "layout": asdict(resolved.layout),
+        "data": loader.fingerprint,
+        "versions": {name: version(name) for name in ("megagpt", "deepspeed", "torch")},
+    }
+
+
+def _open(run: Run, device: str, damaged: list[str], state: TrainState) -> None:
+    """Write down what is about to be trained, and say it in a few lines."""
+    recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
+    if run.rank.main:
+        checkpoint.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
+        checkpoint.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
+    per_update = recipe.batch.global_size * recipe.model.seq_len
+    say = run.console.say
+    say(f"run      {run.path}   (log: {run.console.log_path})")
+    say(
+        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {cost.parameters(recipe.model):,} parameters"
+        f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
+    )
+    held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
+    say(f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}")
+    say(
+        f"layout   {layout.world_size} × {device}, ZeRO stage {layout.zero_stage}, "
+        f"{layout.data_parallel} × {layout.micro_batch} × {layout.accumulation} samples an update"
+    )
+    share = run.total * recipe.batch.global_size / order.samples_per_epoch
+    say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
+    for note in (*run.resolved.notes, *run.loader.notes, *(f"damaged, passed over: {line}" for line in damaged)):
+        say(f"note     {note}")
+    if state.update:
+        say(
+            f"resumed  at update {state.update:,}, data position {state.position:,}: "
+            "weights, optimizer, schedule, data, random state"
+        )
+        run.metrics.write("resume", **asdict(state))

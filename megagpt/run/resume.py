@@ -1,0 +1,89 @@
+"""From which checkpoint a run goes on, and whether it may: never a silent restart, never another recipe unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import UserError
+from megagpt.run.checkpoint import Checkpoint, newest_valid
+
+MODES = ("auto", "must", "never")
+# what may change in a run: how long it is, what it shows and keeps; nothing that moves the numbers before the end
+_FREE = ("run_dir", "length.", "evaluation.", "checkpoint.", "log.")
+_SHAPE = ("world_size", "zero_stage", "pipeline_stages", "tensor_parallel", "sequence_parallel")
+
+
+def find(run: Path, mode: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from (None: start anew), and a line for each damaged one that was passed over.
+
+    `auto` takes the newest valid one if there is any, `must` insists on one, `never` insists on an empty run.
+    """
+    if mode not in MODES:
+        raise UserError("there is no such way to resume", f"--resume {mode}", "write auto, must or never")
+    found, skipped = newest_valid(run)
+    damaged = "\n".join(skipped)
+    if mode == "never" and (found or skipped):
+        raise UserError(
+            "this run has checkpoints already, and --resume never would train over them",
+            str(run / "checkpoints"),
+            "choose another run_dir, remove this one, or go on with --resume auto",
+        )
+    if found is None and skipped:
+        raise UserError(
+            "this run has checkpoints, but none is whole",
+            damaged,
+            "restore one from a copy, or remove the run directory to start anew",
+        )
+    if found is None and mode == "must":
+        raise UserError(
+            "there is no checkpoint to resume from", str(run / "checkpoints"), "check run_dir, or use --resume auto"
+        )
+    return found, skipped
+
+
+def check(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
+    """Compare this start's recipe, data and layout with the checkpoint's. Raises UserError listing all that differs."""
+    then = checkpoint.facts
+    recipe = _differences(_flat(then["recipe"]), _flat(facts["recipe"]))
+    _refuse(
+        checkpoint,
+        "the recipe is not the one that this run was trained with",
+        [line for line in recipe if not line.startswith(_FREE)],
+        f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, or choose another run_dir to start anew",
+    )
+    _refuse(
+        checkpoint,
+        "the training data is not what this run was trained on",
+        _differences(_flat(then["data"]), _flat(facts["data"])),
+        "give the run its old data, or choose another run_dir to start anew",
+    )
+    shape = [{key: layout[key] for key in _SHAPE} for layout in (then["layout"], facts["layout"])]
+    _refuse(
+        checkpoint,
+        "this checkpoint was written on another layout",
+        _differences(*shape),
+        "start as many ranks with the same DeepSpeed config as then",
+    )
+
+
+def _refuse(checkpoint: Checkpoint, what: str, differences: list[str], do: str) -> None:
+    if differences:
+        raise UserError(f"{what}: {checkpoint.folder.name}", "\n".join(differences), do)
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = sorted({*then, *now})
+    return [f"{key}  {then.get(key)} then, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

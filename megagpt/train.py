@@ -1,0 +1,163 @@
+"""`megagpt train`: build, resume, and the loop. Start reading at `loop`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt import generate
+from megagpt import recipe as recipes
+from megagpt.assembly import Options, Run, assemble
+from megagpt.data.evaluation import Evaluation
+from megagpt.distributed import check_world_size, from_environment
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
+from megagpt.run import checkpoint
+from megagpt.run.console import Console
+from megagpt.state import TrainState, UpdateResult
+
+if TYPE_CHECKING:
+    pass
+
+
+def loop(run: Run, state: TrainState) -> int:
+    """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
+    recipe = run.resolved.recipe
+    while state.update < run.total:
+        result = run.engine.train_update(run.loader.batches(state.position))
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"the loss is {result.loss} at data positions from {state.position} on")
+        state = state.advanced(recipe.batch.global_size, result.tokens)
+        record(run, state, result)
+
+        stop, last = run.stopping.requested(), state.update == run.total
+        if stop or last or due(state, recipe.checkpoint.every):
+            save(run, state)
+        if last or (not stop and due(state, recipe.evaluation.every)):
+            validate(run, state)
+        if stop and not last:
+            run.console.say(f"stopped by {stop}, saved at update {state.update}. The same command goes on from there.")
+            return EXIT_REQUEUE
+    finish(run, state)
+    return EXIT_DONE
+
+
+def due(state: TrainState, every: int | None) -> bool:
+    """Whether something that is done every so many updates is due now."""
+    return every is not None and state.update % every == 0
+
+
+def record(run: Run, state: TrainState, result: UpdateResult) -> None:
+    """Write the update down, and show it if a line is due."""
+    seconds = run.progress.update()
+    speed = result.tokens / seconds
+    run.metrics.write(
+        "update",
+        update=state.update,
+        loss=result.loss,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        tokens=state.tokens,
+        position=state.position,
+        tokens_per_second=speed,
+        mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
+        seconds=seconds,
+    )
+    if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
+        run.console.say(run.progress.line(state, result))
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Publish a checkpoint."""
+    folder = checkpoint.publish(
+        run.path,
+        state,
+        run.engine.save_state,
+        facts=run.facts,
+        keep_last=run.resolved.recipe.checkpoint.keep_last,
+        main=run.rank.main,
+        barrier=run.agreement.barrier,
+    )
+    run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
+
+
+def validate(run: Run, state: TrainState) -> None:
+    """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
+    recipe = run.resolved.recipe
+    if run.validation is not None:
+        loss = run.engine.evaluate(run.validation.batches())
+        bits = bits_per_byte(loss, run.validation)
+        run.metrics.write("validation", update=state.update, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+        shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
+        run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+    if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
+        text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
+        run.console.say(f"{'sample':>11}  {text}")
+    run.progress.pause()
+
+
+def bits_per_byte(loss: float, corpus: Evaluation) -> float | None:
+    """The loss in bits per UTF-8 byte of text, which does not depend on the tokenizer; None without a sidecar."""
+    size = corpus.text_bytes
+    return loss * corpus.tokens / size / math.log(2) if size else None
+
+
+def sample(run: Run, prompt: str, tokenizer: str) -> str:
+    """`prompt` and 40 tokens more by the weights of this moment, on one line; "" on ranks other than 0."""
+    weights = dict(run.engine.weights())  # collective: every rank takes part
+    if not run.rank.main:
+        return ""
+    return generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
+
+
+def finish(run: Run, state: TrainState) -> None:
+    """Say where everything is, and leave DONE: only after the last checkpoint was published and read back."""
+    found, _ = checkpoint.newest_valid(run.path)
+    if found is None or found.state != state:
+        raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
+    run.metrics.write("done", **asdict(state))
+    if run.rank.main:
+        checkpoint.replace_text(run.path / "DONE", json.dumps(asdict(state)) + "\n")
+    run.console.say(f"done: {state.update:,} updates, {state.tokens:,} tokens, in {run.path}")
+    run.console.say(f"next: megagpt evaluate {run.path}")
+
+
+def train(options: Options) -> int:
+    """Train as the options say; the exit code. Called on every rank."""
+    rank = from_environment(os.environ)
+    try:
+        check_world_size(rank, options.expect_world_size)
+        recipe = recipes.load(options.recipe, options.overrides)
+        console = Console(Path(recipe.run_dir), rank.rank)
+        try:
+            assembled = assemble(options, rank, recipe, console)
+            return _loop_and_close(*assembled) if assembled else EXIT_DONE
+        except UserError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            console.alarm(
+                f"megagpt: rank {rank.rank} failed: {type(error).__name__}: {error}\n  log: {console.log_path}"
+            )
+            sys.stdout.flush()
+            os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
+        finally:
+            console.close()
+    except UserError:
+        if rank.local_rank == 0:  # every rank of a machine found the same mistake: say it once
+            raise
+        return EXIT_USER
+
+
+def _loop_and_close(run: Run, state: TrainState) -> int:
+    try:
+        return loop(run, state)
+    finally:
+        run.stopping.close()
+        run.metrics.close()
+        run.engine.close()

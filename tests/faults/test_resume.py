@@ -1,0 +1,173 @@
+"""A run that is stopped in any way and started again ends with the numbers of one that never stopped."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from tests import training
+from tests.training import curve, events, final_weights, finish, ranks, wait_for_update
+
+LAST = 100
+
+
+def assert_same(run, uninterrupted):
+    assert curve(run) == curve(uninterrupted)
+    assert final_weights(run) == final_weights(uninterrupted)
+    assert json.loads((run / "DONE").read_text())["update"] == LAST
+
+
+def test_the_uninterrupted_run_learns(uninterrupted):
+    losses = [update["loss"] for update in curve(uninterrupted)]
+    assert len(losses) == LAST
+    assert losses[-1] < losses[0] - 1
+    assert all(update["grad_norm"] > 0 for update in curve(uninterrupted))
+
+
+def test_a_run_killed_twice_without_warning_ends_bit_for_bit_the_same(recipe, uninterrupted):
+    run = recipe.with_suffix("")
+    for update in (13, 45):
+        with ranks(recipe) as (process,):
+            wait_for_update(run, update)
+            process.kill()
+    printed = finish(recipe)
+    assert "resumed  at update" in printed
+    assert_same(run, uninterrupted)
+
+
+def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
+    run = recipe.with_suffix("")
+    with ranks(recipe) as (process,):
+        wait_for_update(run, 3)
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+        assert process.returncode == 75
+    saved = events(run)[-1]
+    assert saved["event"] == "checkpoint"
+    assert f"stopped by signal SIGTERM, saved at update {saved['update']}." in printed
+    assert curve(run)[-1]["update"] == saved["update"]
+    assert f"resumed  at update {saved['update']}," in finish(recipe)
+    assert_same(run, uninterrupted)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_update(recipe, data, tmp_path):
+    straight = training.write_recipe(tmp_path / "straight", data)
+    finish(straight, world=2)
+    run = recipe.with_suffix("")
+    with ranks(recipe, world=2) as started:
+        wait_for_update(run, 3)
+        started[1].send_signal(signal.SIGUSR1)
+        printed = [process.communicate(timeout=60) for process in started]
+        assert [process.returncode for process in started] == [75, 75], printed
+    assert "a signal to another rank" in printed[0][0]
+    finish(recipe, world=2)
+    assert_same(run, straight.with_suffix(""))
+
+
+def test_the_time_limit_saves_and_exits_75(recipe):
+    printed = finish(recipe, "--max-minutes", "0", code=75)
+    assert "stopped by the time limit, saved at update 1." in printed
+
+
+def test_when_one_rank_is_killed_the_other_ends_too_and_says_why(recipe):
+    run = recipe.with_suffix("")
+    with ranks(recipe, world=2) as started:
+        wait_for_update(run, 3)
+        started[1].kill()
+        error = started[0].communicate(timeout=60)[1]
+        assert started[0].returncode == 1
+    assert error.startswith("megagpt: rank 0 failed: ")
+    assert "rank-0.log" in error
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp_path):
+    run = recipe.with_suffix("")
+    with ranks(recipe) as (process,):
+        wait_for_update(run, 23)
+        process.kill()
+    newest = sorted((run / "checkpoints").glob("update_*"))[-1]
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    printed = finish(recipe)
+    assert f"note     damaged, passed over: {newest.name}: weights.safetensors has" in printed
+    assert_same(run, uninterrupted)
+
+
+def copy(uninterrupted, recipe):
+    run = recipe.with_suffix("")
+    shutil.copytree(uninterrupted, run)
+    return run
+
+
+def test_a_run_that_is_done_says_so(uninterrupted, recipe):
+    run = copy(uninterrupted, recipe)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert finish(recipe) == f"{run} is done: 100 of 100 updates. A longer length goes on from there.\n"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_length_goes_on(uninterrupted, recipe):
+    run = copy(uninterrupted, recipe)
+    finish(recipe, "length.updates=104")
+    assert [update["update"] for update in curve(run)] == list(range(1, 105))
+
+
+REFUSED = {
+    "another recipe": (
+        ["optimizer.lr=0.01", "model.n_layer=1"],
+        "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
+        "  model.n_layer  2 then, 1 now\n"
+        "  optimizer.lr  0.003 then, 0.01 now\n"
+        "  do: train with {run}/recipe.yaml, or choose another run_dir to start anew\n",
+    ),
+    "another number of ranks": (
+        ["--expect-world-size", "2"],
+        "megagpt: 2 ranks were expected, 1 came\n"
+        "  launcher: env, --expect-world-size 2\n"
+        "  do: check the hostfile's path and slots, or the launcher's number of processes\n",
+    ),
+    "another stage": (
+        ["ds.zero_optimization.stage=2"],
+        "megagpt: this checkpoint was written on another layout: update_00000100\n"
+        "  zero_stage  1 then, 2 now\n"
+        "  do: start as many ranks with the same DeepSpeed config as then\n",
+    ),
+    "never": (
+        ["--resume", "never"],
+        "megagpt: this run has checkpoints already, and --resume never would train over them\n"
+        "  {run}/checkpoints\n"
+        "  do: choose another run_dir, remove this one, or go on with --resume auto\n",
+    ),
+    "a word that is none": (
+        ["--resume", "perhaps"],
+        "megagpt: there is no such way to resume\n  --resume perhaps\n  do: write auto, must or never\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_the_run_is_refused_with_a_reason(uninterrupted, recipe, case):
+    run = copy(uninterrupted, recipe)
+    arguments, message = REFUSED[case]
+    before = sorted(run.rglob("*"))
+    assert finish(recipe, *arguments, code=2) == message.format(run=run)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_must_insists_on_a_checkpoint(recipe):
+    run = recipe.with_suffix("")
+    assert finish(recipe, "--resume", "must", code=2) == (
+        "megagpt: there is no checkpoint to resume from\n"
+        f"  {run}/checkpoints\n"
+        "  do: check run_dir, or use --resume auto\n"
+    )
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(uninterrupted, recipe):
+    run = copy(uninterrupted, recipe)
+    for folder in (run / "checkpoints").glob("update_*"):
+        (folder / "manifest.json").unlink()
+    printed = finish(recipe, code=2)
+    assert printed.startswith("megagpt: this run has checkpoints, but none is whole\n  update_00000100: manifest.json")
+    assert len(curve(run)) == LAST

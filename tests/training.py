@@ -1,0 +1,112 @@
+"""Starts real training processes on a tiny corpus, and cleans up exactly what it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.distributed import free_port
+
+ROOT = Path(__file__).parent.parent
+WORDS = [*"abcdefgh", "the", "of", "and", "to", "in", "that", "is", "was", "for", "on", "with", "as", "his", "they"]
+
+RECIPE = """\
+run_dir: {run}
+seed: 7
+precision: fp32
+model: {{n_layer: 2, n_head: 2, d_model: 32, vocab_size: 320, seq_len: 32, position: rope, norm: rmsnorm}}
+data: {{tokenizer: {data}/text.model, train: {data}/text.train, validation: {data}/text.validation}}
+batch: {{global_size: 4}}
+optimizer: {{type: adamw, lr: 3.0e-3, clip: 1.0}}
+schedule: {{type: warmup_decay, warmup_updates: 5}}
+length: {{updates: 100}}
+evaluation: {{every: 30, samples: 8}}
+checkpoint: {{every: 10, keep_last: 3}}
+"""
+
+
+def write_text(folder: Path) -> Path:
+    """Some documents of random common words, the same at every call."""
+    rng = np.random.default_rng(5)
+    for number in range(40):
+        lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(20)]
+        (folder / f"document-{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def write_recipe(run: Path, data: Path) -> Path:
+    """A recipe that trains 100 updates in a few seconds."""
+    path = run.with_suffix(".yaml")
+    path.write_text(RECIPE.format(run=run, data=data))
+    return path
+
+
+def command(recipe: Path, *arguments: str) -> list[str]:
+    """The command line of one rank."""
+    config = ROOT / "ds_configs" / "zero1.json"
+    return [sys.executable, str(ROOT / "launch/pretrain.py"), "--recipe", str(recipe), *(
+        "--deepspeed_config", str(config)), *arguments]  # fmt: skip
+
+
+@contextmanager
+def ranks(recipe: Path, *arguments: str, world: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start `world` ranks as a launcher would; whatever is left of them at the end is killed."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(world):
+            env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+            started.append(
+                subprocess.Popen(
+                    command(recipe, *arguments), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0) -> str:
+    """Run to the end, insist on the exit code of every rank, and return what rank 0 printed."""
+    with ranks(recipe, *arguments, world=world) as started:
+        printed = [process.communicate(timeout=180) for process in started]
+        assert [process.returncode for process in started] == [code] * world, printed
+    return "".join(printed[0])
+
+
+def wait_for_update(run: Path, update: int, seconds: float = 90) -> None:
+    """Return when `update` is on record."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").exists() and curve(run)[-1:] and curve(run)[-1]["update"] >= update:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{run} has not come to update {update}")
+
+
+def events(run: Path) -> list[dict[str, object]]:
+    """All whole lines of metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def curve(run: Path) -> list[dict[str, object]]:
+    """Every update on record, without what may differ between two runs of the same numbers (time)."""
+    keep = ("update", "loss", "lr", "grad_norm", "tokens", "position")
+    return [{key: event[key] for key in keep} for event in events(run) if event["event"] == "update"]
+
+
+def final_weights(run: Path) -> bytes:
+    """The bytes of the newest checkpoint's weights."""
+    newest = sorted((run / "checkpoints").glob("update_*"))[-1]
+    return (newest / "weights.safetensors").read_bytes()

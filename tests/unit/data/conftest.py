@@ -1,0 +1,51 @@
+"""A tokenizer trained once, Megatron's own reader and writer, and a way to make a corpus out of ids."""
+
+import itertools
+import warnings
+
+import pytest
+from hypothesis import settings
+
+from megagpt.data.default_corpus import default_corpus
+from megagpt.data.indexed import Reader
+from megagpt.data.indexed_writer import Writer
+from megagpt.data.tokenizer import Tokenizer, train_tokenizer
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [document.text for document in itertools.islice(default_corpus().documents, 6)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts, tmp_path_factory):
+    return Tokenizer(train_tokenizer(texts, 700, tmp_path_factory.mktemp("tokenizer") / "small"))
+
+
+@pytest.fixture(scope="session")
+def megatron():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns about every GPU package that is not there
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """Write documents of ids, each standing for three bytes an id, and open them."""
+    numbers = itertools.count()
+
+    def make(documents, vocab_size=50_000, eod=1, verified=True):
+        prefix = tmp_path / f"corpus-{next(numbers)}"
+        with Writer(prefix, vocab_size) as writer:
+            for ids in documents:
+                writer.add_document(ids, 3 * len(ids))
+            writer.finish("0" * 64, eod)
+        if not verified:
+            prefix.with_name(prefix.name + ".json").unlink()
+        return Reader(prefix)
+
+    return make

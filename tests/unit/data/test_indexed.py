@@ -1,0 +1,209 @@
+import gc
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data import indexed_writer
+from megagpt.data.indexed import Reader, dtype_of
+from megagpt.data.indexed_writer import Writer
+from megagpt.errors import UserError
+
+DOCUMENTS = st.lists(st.lists(st.integers(0, 40_000), max_size=20), max_size=12)
+
+
+def write(prefix, documents, vocab_size=50_000):
+    with Writer(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add_document(ids, 2 * len(ids))
+        return writer.finish("f" * 64, 1)
+
+
+def content(prefix):
+    return [prefix.with_name(prefix.name + suffix).read_bytes() for suffix in (".bin", ".idx")]
+
+
+def write_with_megatron(megatron, prefix, documents, kind):
+    """As Megatron-LM's preprocess_data does: one sequence a document, none for an empty one."""
+    builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=kind)
+    for ids in documents:
+        builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(f"{prefix}.idx")
+
+
+@given(documents=DOCUMENTS, vocab_size=st.sampled_from([40_001, 65_499, 65_500, 100_000]))
+@settings(max_examples=40)
+def test_the_bytes_are_megatrons(megatron, tmp_path_factory, documents, vocab_size):
+    folder = tmp_path_factory.mktemp("both")
+    write(folder / "ours", documents, vocab_size)
+    kind = np.uint16 if vocab_size < 65_500 else np.int32
+    write_with_megatron(megatron, folder / "theirs", documents, kind)
+    assert content(folder / "ours") == content(folder / "theirs")
+
+
+@given(documents=DOCUMENTS.filter(any))
+@settings(max_examples=30)
+def test_megatron_reads_what_we_write(megatron, tmp_path_factory, documents):
+    prefix = tmp_path_factory.mktemp("ours") / "c"
+    write(prefix, documents)
+    theirs = megatron.IndexedDataset(str(prefix))
+    assert [theirs[i].tolist() for i in range(len(theirs))] == [ids for ids in documents if ids]
+    assert theirs.document_indices.tolist() == [0, *np.cumsum([bool(ids) for ids in documents]).tolist()]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
+def test_we_read_what_megatron_writes(megatron, tmp_path, kind):
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=kind)
+    for ids in ([1, 2, 3], [], [100], [4, 5]):  # [] becomes a sequence of no tokens
+        builder.add_item(torch.tensor(ids, dtype=torch.int64))
+        if ids != [1, 2, 3]:
+            builder.end_document()
+    builder.finalize(str(tmp_path / "c.idx"))
+    reader = Reader(tmp_path / "c")
+    assert reader.dtype == kind
+    assert [reader.sequence(i).tolist() for i in range(len(reader))] == [[1, 2, 3], [], [100], [4, 5]]
+    assert [reader.document(i).tolist() for i in range(3)] == [[1, 2, 3], [100], [4, 5]]
+    assert reader.tokens.tolist() == [1, 2, 3, 100, 4, 5]
+    assert reader.sidecar is None
+
+
+def test_the_layout_is_the_published_one(tmp_path):
+    write(tmp_path / "c", [[7, 8], [], [9]])
+    expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ2i2q4q", 1, 8, 2, 4, 2, 1, 0, 4, 0, 1, 1, 2)
+    assert content(tmp_path / "c") == [struct.pack("<3H", 7, 8, 9), expected]
+
+
+def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
+    sidecar = write(tmp_path / "c", [[7, 8], [], [9]])
+    binary, index = content(tmp_path / "c")
+    assert json.loads((tmp_path / "c.json").read_text()) == {
+        "tokenizer_sha256": "f" * 64,
+        "vocab_size": 50_000,
+        "eod": 1,
+        "documents": 3,
+        "tokens": 3,
+        "text_bytes": 6,
+        "bin_crc32": zlib.crc32(binary),
+        "idx_crc32": zlib.crc32(index),
+        "version": 1,
+    }
+    assert Reader(tmp_path / "c").sidecar == sidecar
+
+
+def test_ids_take_two_bytes_below_a_vocabulary_of_65500():
+    assert [dtype_of(size).str for size in (2, 65_499, 65_500, 65_536)] == ["<u2", "<u2", "<i4", "<i4"]
+
+
+def test_index_blocks_join_without_a_seam(tmp_path, megatron, monkeypatch):
+    documents = [[n] * (n % 7) for n in range(100)]
+    monkeypatch.setattr(indexed_writer, "_BLOCK", 8)
+    write(tmp_path / "ours", documents)
+    write_with_megatron(megatron, tmp_path / "theirs", documents, np.uint16)
+    assert content(tmp_path / "ours") == content(tmp_path / "theirs")
+
+
+def test_a_sequence_too_long_for_the_index_becomes_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 4)
+    write(tmp_path / "c", [range(10), range(4), []])
+    reader = Reader(tmp_path / "c")
+    assert reader.lengths.tolist() == [4, 4, 2, 4]
+    assert reader.documents.tolist() == [0, 3, 4, 4]
+    assert [reader.document(i).tolist() for i in range(3)] == [list(range(10)), list(range(4)), []]
+
+
+@pytest.mark.parametrize("documents", [[], [[], []]], ids=["no documents", "empty documents"])
+def test_a_corpus_of_no_tokens_can_be_written_and_opened(tmp_path, documents):
+    write(tmp_path / "c", documents)
+    reader = Reader(tmp_path / "c")
+    assert (len(reader), len(reader.tokens), len(reader.documents)) == (0, 0, len(documents) + 1)
+    assert all(reader.document(i).tolist() == [] for i in range(len(documents)))
+    reader.advise_random()
+
+
+def test_arrays_outlive_the_reader(tmp_path):
+    write(tmp_path / "c", [list(range(10_000))] * 50)
+    reader = Reader(tmp_path / "c")
+    tokens, lengths = reader.sequence(3), reader.lengths
+    del reader
+    gc.collect()
+    assert tokens.tolist() == list(range(10_000))
+    assert lengths.tolist() == [10_000] * 50
+
+
+def test_the_map_cannot_be_written_to(tmp_path):
+    write(tmp_path / "c", [[1, 2]])
+    with pytest.raises(ValueError, match="read-only"):
+        Reader(tmp_path / "c").tokens[0] = 5
+
+
+def test_coming_tokens_may_be_asked_for_up_to_the_last(tmp_path):
+    write(tmp_path / "c", [list(range(10_000))] * 3)
+    reader = Reader(tmp_path / "c")
+    for start, count in ((0, 1), (2_047, 2), (29_000, 1_000)):
+        reader.advise_coming(start, count)
+
+
+@pytest.mark.parametrize("ids", [[50_000], [1, -1], np.array([70_000]), np.array([-1], np.int8)])
+def test_ids_outside_the_vocabulary_are_refused_not_wrapped(tmp_path, ids):
+    with Writer(tmp_path / "c", 50_000) as writer:
+        writer.add_document([5], 1)
+        with pytest.raises(UserError) as error:
+            writer.add_document(ids, 1)
+    assert str(error.value) == (
+        f"megagpt: token ids {min(ids)} to {max(ids)} do not fit the vocabulary of 50000\n"
+        f"  {tmp_path / 'c'}, document 1\n  do: give the vocabulary size of the tokenizer that made the ids"
+    )
+
+
+def test_what_is_not_finished_leaves_nothing_behind(tmp_path):
+    def interrupted():
+        with Writer(tmp_path / "c", 100) as writer:
+            writer.add_document([5], 1)
+            assert (tmp_path / "c.bin.partial").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails_at", [".bin", ".json", ".idx"])
+def test_parts_of_two_corpora_never_form_one(tmp_path, monkeypatch, fails_at):
+    write(tmp_path / "c", [[1, 2, 3]])
+    replace = type(tmp_path).replace
+
+    def fail(path, target):
+        if target.suffix == fails_at:
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "c", [[4, 5, 6]])
+    assert not (tmp_path / "c.idx").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_finished_corpus_replaces_an_older_one(tmp_path):
+    write(tmp_path / "c", [[1, 2, 3]])
+    write(tmp_path / "c", [[4, 5]])
+    assert Reader(tmp_path / "c").tokens.tolist() == [4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        Writer(tmp_path / "file" / "c", 100)
+    assert str(error.value) == (
+        f"megagpt: cannot write the corpus: File exists\n  {tmp_path / 'file'}\n"
+        "  do: choose an output prefix in a folder that you may write to"
+    )
+    (tmp_path / "c.bin.partial").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        Writer(tmp_path / "c", 100)

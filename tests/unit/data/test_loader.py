@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megagpt.data.loader import Loader
+from megagpt.errors import UserError
+
+ANY_FIXTURE = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def corpora(make_corpus):
+    """Two corpora whose ids tell where they stand: counting up, and counting up from 20,000."""
+    return [make_corpus([range(0, 3000), range(3000, 5000)]), make_corpus([range(20_000, 21_500)])]
+
+
+def loader(corpora, weights=(1.0, 1.0), **changes):
+    options = {"seq_len": 16, "seed": 7, "vocab_size": 50_000, "micro_batch": 4, **changes}
+    sources = [(corpus.prefix, weight) for corpus, weight in zip(corpora, weights, strict=False)]
+    return Loader(sources, **options)
+
+
+def samples(batches):
+    """Rows of all micro-batches, as the stretches of tokens that they came from."""
+    for batch in batches:
+        assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+    return [[int(i[0]), *j.tolist()] for batch in batches for i, j in zip(*batch, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_batch_holds_the_stretches_that_the_order_names(corpora, count):
+    data = loader(corpora[:count], accumulation=3)
+    located = data.order.locate(range(96, 96 + 12))
+    expected = [
+        corpora[source].tokens[start : start + 17].tolist()
+        for source, start in zip(located.source, located.start, strict=True)
+    ]
+    batches = data.batches(96)
+    assert len(batches) == 3
+    for batch in batches:
+        for part in batch:
+            assert (part.dtype, part.shape) == (torch.int64, (4, 16))
+    assert samples(batches) == expected
+
+
+def test_inputs_and_labels_share_the_memory_that_was_gathered(corpora):
+    batch = loader(corpora[:1]).batches(0)[0]
+    assert batch.labels.data_ptr() == batch.input_ids.data_ptr() + 8
+    assert batch.input_ids.untyped_storage().nbytes() == 4 * 17 * 8
+
+
+@pytest.mark.parametrize("layout", [(1, 24, 1), (1, 2, 12), (2, 3, 4), (2, 12, 1), (3, 4, 2), (4, 1, 6), (4, 6, 1)])
+def test_every_layout_trains_the_same_samples_in_an_update(corpora, layout):
+    data_parallel, micro_batch, accumulation = layout
+    whole = loader(corpora, micro_batch=24)
+    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "data_parallel": data_parallel}
+    ranks = [loader(corpora, rank=rank, **shape) for rank in range(data_parallel)]
+    for position in (0, 24, 48, 1_000_000):
+        steps = zip(*(rank.batches(position) for rank in ranks), strict=True)
+        together = [sample for step in steps for sample in samples(step)]
+        assert together == samples(whole.batches(position))
+
+
+@given(positions=st.lists(st.integers(0, 2000), max_size=6))
+@ANY_FIXTURE
+def test_what_comes_does_not_depend_on_what_was_asked_before(corpora, positions):
+    used = loader(corpora)
+    for position in [*positions, 40, 44, 48]:
+        assert samples(used.batches(position)) == samples(loader(corpora).batches(position))
+
+
+def test_an_epoch_trains_every_window_once(corpora):
+    data = loader(corpora[:1], micro_batch=1)
+    firsts = [samples(data.batches(position))[0][0] for position in range(data.order.samples_per_epoch)]
+    assert np.array_equal(np.diff(sorted(firsts)), np.full(len(firsts) - 1, 16))
+
+
+def test_the_fingerprint_changes_with_data_order_and_cut_only(corpora, make_corpus):
+    same = loader(corpora).fingerprint
+    assert loader(corpora, micro_batch=2, accumulation=5).fingerprint == same
+    copy = make_corpus([range(0, 3000), range(3000, 5000)])
+    assert loader([copy, corpora[1]]).fingerprint == same
+    other = make_corpus([range(0, 3000), [*range(3000, 4999), 7]])
+    others = [
+        loader([other, corpora[1]]),
+        loader(corpora[::-1]),
+        loader(corpora[:1]),
+        loader(corpora, weights=(1.0, 2.0)),
+        loader(corpora, seq_len=15),
+        loader(corpora, seed=8),
+    ]
+    assert all(data.fingerprint != same for data in others)
+    assert same["sources"][0]["tokens"] == 5000
+
+
+def test_a_changed_file_without_a_sidecar_changes_the_fingerprint(make_corpus):
+    one, other = (make_corpus([[*range(3000), last]], verified=False) for last in (5, 6))
+    assert loader([one]).fingerprint != loader([other]).fingerprint
+    assert loader([one]).fingerprint["sources"][0]["crc32"] is None
+
+
+def test_a_corpus_without_a_sidecar_is_accepted_and_said_to_be_unverified(make_corpus):
+    corpus = make_corpus([range(3000)], verified=False)
+    name = corpus.prefix.rsplit("/", 1)[1]
+    assert loader([corpus]).notes == (f"{corpus.prefix}: unverified (no {name}.json says how it was made)",)
+    assert loader([make_corpus([range(3000)])]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("verified", "place"), [(True, 0), (True, 100_000), (True, 199_999), (False, 0), (False, 199_999)]
+)
+def test_ids_that_the_model_does_not_know_are_found_before_training(make_corpus, verified, place):
+    ids = np.full(200_000, 9)
+    ids[place] = 999
+    corpus = make_corpus([ids], vocab_size=1000, verified=verified)
+    with pytest.raises(UserError) as error:
+        loader([corpus], vocab_size=999)
+    assert str(error.value) == (
+        f"megagpt: the corpus holds token ids such as 999, the model knows 0 to 998\n  {corpus.prefix}.bin\n"
+        "  do: set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
+    )
+    loader([corpus], vocab_size=1000)
+
+
+def test_a_foreign_corpus_with_many_odd_ids_is_found_by_the_sample(make_corpus):
+    ids = np.full(1_000_000, 9)
+    ids[300_000:340_000] = 999
+    with pytest.raises(UserError, match="token ids such as 999"):
+        loader([make_corpus([ids], vocab_size=1000, verified=False)], vocab_size=999)
+
+
+def test_a_corpus_shorter_than_a_sample_is_named(make_corpus):
+    corpus = make_corpus([range(16)])
+    with pytest.raises(UserError) as error:
+        loader([make_corpus([range(17)]), corpus])
+    assert str(error.value) == (
+        f"megagpt: the corpus has 16 tokens, fewer than one sample (17)\n  {corpus.prefix}\n"
+        "  do: prepare more text, or lower model.seq_len"
+    )

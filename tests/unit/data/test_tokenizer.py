@@ -1,0 +1,186 @@
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data.tokenizer import Losses, Tokenizer, losses, sample_pieces, train_tokenizer
+from megagpt.errors import UserError
+
+ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
+AWKWARD = st.sampled_from(
+    ["\n", " ", "  ", "\t", "\r\n", "\u2581", "<eod>", "<unk>", "<s>", "<0x41>", "\0", "\ufeff", "\u2028", "\x85"]  # noqa: RUF005
+    + ["ﬁ", "½", "４", "e\u0301", "\xa0", "👩‍👩‍👧", "中文", "\ud83d", " the", "President", "1234"]
+)
+ANY_TEXT = st.lists(st.one_of(st.text(ANY_CHARACTER), AWKWARD)).map("".join)
+
+
+def whole(tokenizer, text):
+    """Ids by sentencepiece alone, the text in one piece."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(text)
+
+
+@given(text=ANY_TEXT)
+@settings(max_examples=300)
+def test_any_text_comes_back_but_for_the_two_named_losses(tokenizer, text):
+    expected = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else " " if c == "\u2581" else c for c in text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == expected
+    assert tokenizer.eod not in ids
+    lost = losses(text)
+    assert (expected == text) == (lost.lone_surrogates + lost.lower_blocks == 0)
+
+
+@given(text=st.lists(st.one_of(st.text(max_size=20), AWKWARD.filter(lambda s: s != "\ud83d"))).map("".join))
+def test_cutting_at_lines_gives_the_ids_of_the_whole(tokenizer, text):
+    assert tokenizer.encode(text) == whole(tokenizer, text)
+
+
+def test_cutting_at_lines_is_exact_on_documents(tokenizer, texts):
+    for text in texts:
+        assert "\n" in text
+        assert tokenizer.encode(text) == whole(tokenizer, text)
+
+
+def test_a_models_facts_are_those_of_its_file(tokenizer):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    assert tokenizer.vocab_size == model.vocab_size() == 700
+    assert model.is_control(tokenizer.eod)
+    assert model.id_to_piece(tokenizer.eod) == "<eod>"
+    assert (model.bos_id(), model.pad_id()) == (-1, -1)
+    assert tokenizer.decode([tokenizer.eod, *tokenizer.encode("a\nb"), tokenizer.eod]) == "a\nb"
+
+
+def test_losses_are_counted_by_kind():
+    assert losses("plain\n") == Losses(0, 0, 0)
+    assert losses("\ud800a\udfff \u2581\u2581\u2581 <eod> <eod>") == Losses(2, 3, 2)
+
+
+def test_common_words_become_one_token(tokenizer):
+    assert len(tokenizer.encode(" the")) == 1
+
+
+def test_training_is_deterministic_and_prints_nothing(texts, tmp_path):
+    code = "import sys; from megagpt.data.tokenizer import train_tokenizer\n"
+    code += "train_tokenizer(open(sys.argv[1]).read().split('\\f'), 500, sys.argv[2])"
+    (tmp_path / "text").write_text("\f".join(texts[:3]))
+    models = []
+    for seed in "12":
+        arguments = [sys.executable, "-c", code, tmp_path / "text", tmp_path / f"t{seed}"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        result = subprocess.run(arguments, capture_output=True, env=environment, check=True)
+        assert (result.stdout, result.stderr) == (b"", b"")
+        models.append((tmp_path / f"t{seed}.model").read_bytes())
+    assert models[0] == models[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t1.model", "t2.model", "text"]
+
+
+def test_a_document_without_line_ends_is_learned_from(tmp_path):
+    # sentencepiece skips inputs longer than its limit with a line in its log
+    model = Tokenizer(train_tokenizer(["wonderful " * 5000], 290, tmp_path / "t"))
+    assert len(model.encode(" wonderful")) == 1
+
+
+def test_the_sample_is_bounded_spread_over_the_whole_and_in_order():
+    documents = [f"{d:02d} line {n:03d}\n" * 1 for d in range(50) for n in range(200)]
+    sample = sample_pieces(documents, 12_000)  # of 110,000 bytes
+    assert 11_900 < sum(map(len, sample)) <= 12_000
+    assert sample == sorted(sample)
+    per_document = [sum(piece.startswith(f"{d:02d}") for piece in sample) for d in range(50)]
+    assert min(per_document) >= 8  # 22 expected, standard deviation 4.4
+    assert max(per_document) <= 40
+
+
+@given(st.text(alphabet="ab \n", max_size=60).map(lambda text: text * 100))
+def test_pieces_are_short_and_lose_only_newlines_and_blank_stretches(text):
+    pieces = sample_pieces([text], 10**9)
+    assert all(len(piece) <= 2000 and "\n" not in piece for piece in pieces)
+    assert "".join(pieces).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        ([], 500, "no text to train a tokenizer on\n  do: give files that hold text (.txt, .md, .jsonl), or `default`"),
+        (
+            ["hello world, how are you"],
+            1000,
+            "a vocabulary of 1000 is too large for this text\n  --vocab-size\n"
+            "  do: ask for at most 306, or give more text",
+        ),
+        (
+            ["hello world, how are you"],
+            200,
+            "a vocabulary of 200 is too small for this text\n  --vocab-size\n"
+            "  do: ask for at least 271: the bytes and the characters of this text need that many",
+        ),
+    ],
+    ids=["no text", "too large", "too small"],
+)
+def test_what_cannot_be_trained_is_said(tmp_path, capfd, texts, vocab_size, message):
+    with pytest.raises(UserError) as error:
+        train_tokenizer(texts, vocab_size, tmp_path / "t")
+    assert str(error.value) == f"megagpt: {message}"
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def foreign_model(path, **changes):
+    """A model with sentencepiece's own defaults."""
+    model = io.BytesIO()
+    text = ["the quick brown fox jumps over the lazy dog", "and so on and so forth"] * 10
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=33, minloglevel=2, **changes
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_a_foreign_model_is_given_whole_texts(tmp_path):
+    model = Tokenizer(foreign_model(tmp_path / "foreign.model"))
+    text = "the quick\nbrown fox\n and so on"
+    assert model.encode(text) == whole(model, text)
+    assert model.eod == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            None,
+            "cannot read the tokenizer: No such file or directory\n  {path}\n"
+            "  do: make one with `megagpt tokenizer train`, or correct the path",
+        ),
+        (b"", "not a sentencepiece model\n  {path}\n  do: give the .model file that `tokenizer train` wrote"),
+        (b"text", "not a sentencepiece model\n  {path}\n  do: give the .model file that `tokenizer train` wrote"),
+        (
+            "no eos",
+            "the tokenizer has no end-of-document symbol (sentencepiece's eos)\n  {path}\n"
+            "  do: train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
+        ),
+    ],
+    ids=["missing", "empty", "text", "no eos"],
+)
+def test_what_is_no_tokenizer_is_named(tmp_path, capfd, content, message):
+    path = tmp_path / "t.model"
+    if content == "no eos":
+        foreign_model(path, eos_id=-1)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Tokenizer(path)
+    assert str(error.value) == "megagpt: " + message.format(path=path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ids_of_another_vocabulary_are_refused(tokenizer):
+    with pytest.raises(UserError) as error:
+        tokenizer.decode([5, 700])
+    assert str(error.value) == (
+        f"megagpt: token ids 5 to 700 do not fit the vocabulary of 700\n  {tokenizer.path}\n"
+        "  do: use the tokenizer that the tokens were made with"
+    )

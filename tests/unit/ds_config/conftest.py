@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.ds_config import Resolved, load
+from megagpt.recipe import load as load_recipe
+
+RECIPE = """\
+run_dir: runs/a
+model: {preset: gpt2-124m}
+precision: fp32
+data: {train: data/x.train}
+batch: {global_size: 64}
+optimizer: {lr: 6.0e-4}
+schedule: {warmup_updates: 10}
+length: {updates: 100}
+"""
+
+Resolver = Callable[..., Resolved]
+
+
+@pytest.fixture(scope="session")
+def known() -> dict[str, Any]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megagpt.engine.keys import known_keys
+
+    return known_keys()
+
+
+@pytest.fixture
+def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]) -> Resolver:
+    """Resolves d.json, one line per entry between its braces, with r.yaml on some ranks."""
+    monkeypatch.chdir(tmp_path)
+
+    def resolve_lines(*lines: str, ranks: int = 2, words: tuple[str, ...] = ()) -> Resolved:
+        Path("r.yaml").write_text(RECIPE, encoding="utf-8")
+        Path("d.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        return load("d.json", load_recipe("r.yaml", words), ranks, known, words)
+
+    return resolve_lines

@@ -1,0 +1,428 @@
+"""One row per mistake in a DeepSpeed config: its lines, and the whole message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megagpt.ds_config import load
+from megagpt.errors import UserError
+from megagpt.recipe import load as load_recipe
+
+STAGE2 = '"zero_optimization": {"stage": 2}'
+STAGE3 = '"zero_optimization": {"stage": 3}'
+
+KEYS = {
+    "unknown key, near a known one": (
+        ['"gradient_clipp1ng": 1.0'],
+        "megagpt: unknown key gradient_clipp1ng\n  d.json:2  gradient_clipp1ng\n  do: write gradient_clipping",
+    ),
+    "unknown key in a section": (
+        ['"zero_optimization": {\n"stage": 2,\n"overlap_com": true}'],
+        "megagpt: unknown key zero_optimization.overlap_com\n  d.json:4  zero_optimization.overlap_com\n"
+        "  do: write zero_optimization.overlap_comm",
+    ),
+    "unknown key two levels down": (
+        ['"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}'],
+        "megagpt: unknown key zero_optimization.offload_param.devise\n"
+        "  d.json:2  zero_optimization.offload_param.devise\n  do: write zero_optimization.offload_param.device",
+    ),
+    "unknown key, near none": (
+        ['"aio": {"zzz": 1}'],
+        "megagpt: unknown key aio.zzz\n  d.json:2  aio.zzz\n  do: take it away: DeepSpeed has no such key in aio",
+    ),
+    "unknown key that only looks like a model's": (
+        ['"activation_checkpointing_": true'],
+        "megagpt: unknown key activation_checkpointing_\n  d.json:2  activation_checkpointing_\n"
+        "  do: write activation_checkpointing",
+    ),
+    "key of another section": (
+        ['"offload_optimizer": {"device": "cpu"}'],
+        "megagpt: misplaced key offload_optimizer: offload_optimizer belongs to zero_optimization\n"
+        "  d.json:2  offload_optimizer\n  do: move it to zero_optimization.offload_optimizer",
+    ),
+    "removed from DeepSpeed": (
+        ['"elasticity": {"enabled": true}', '"zero_optimization": {"mics_shard_size": 2}'],
+        "megagpt: DeepSpeed has removed elasticity\n  d.json:2  elasticity\n  do: take it away\n"
+        "megagpt: DeepSpeed has removed zero_optimization.mics_shard_size\n"
+        "  d.json:3  zero_optimization.mics_shard_size\n  do: take it away",
+    ),
+    "deprecated": (
+        ['"zero_optimization": {"stage": 2, "cpu_offload": true}'],
+        "megagpt: zero_optimization.cpu_offload is deprecated\n  d.json:2  zero_optimization.cpu_offload\n"
+        "  do: write offload_optimizer",
+    ),
+    "an old name": (
+        ['"bfloat16": {"enabled": true}'],
+        "megagpt: bfloat16 is deprecated\n  d.json:2  bfloat16\n  do: write bf16",
+    ),
+    "wrong type": (
+        ['"zero_optimization": {"stage": 2, "overlap_comm": "yes"}'],
+        'megagpt: zero_optimization.overlap_comm cannot be "yes"\n  d.json:2  zero_optimization.overlap_comm\n'
+        "  do: give true or false, or null",
+    ),
+    "a stage that does not exist": (
+        ['"zero_optimization": {"stage": 4, "offload_param": {"device": "cpu"}}'],
+        "megagpt: zero_optimization.stage cannot be 4\n  d.json:2  zero_optimization.stage\n  do: give 0, 1, 2 or 3",
+    ),
+    "out of range": (
+        ['"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}', '"gradient_accumulation_steps": 0'],
+        "megagpt: zero_optimization.reduce_bucket_size cannot be 0\n  d.json:2  zero_optimization.reduce_bucket_size\n"
+        "  do: give a whole number, above 0\n"
+        "megagpt: gradient_accumulation_steps cannot be 0\n  d.json:3  gradient_accumulation_steps\n"
+        "  do: give a whole number, at least 1",
+    ),
+    "the old form of a section": (
+        ['"zero_optimization": true'],
+        "megagpt: zero_optimization cannot be true\n  d.json:2  zero_optimization\n"
+        "  do: give keys and values in braces",
+    ),
+    "a stray auto": (
+        ['"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}'],
+        'megagpt: zero_optimization.reduce_bucket_size is "auto", and nothing here fills it\n'
+        "  d.json:2  zero_optimization.reduce_bucket_size\n"
+        "  do: write a value, or take the key away for DeepSpeed's default",
+    ),
+    "a key twice": (
+        ['"zero_optimization": {"stage": 1}', '"zero_optimization": {}'],
+        "megagpt: zero_optimization is given twice\n  d.json:2  zero_optimization\n  d.json:3  zero_optimization\n"
+        "  do: keep one of the two",
+    ),
+    "a dotted key": (
+        ['"zero_optimization.stage": 1'],
+        'megagpt: "zero_optimization.stage" is not a key\n  d.json:2\n  do: write keys inside their section',
+    ),
+}
+
+OWNERS = {
+    "learning rate": (
+        ['"optimizer": {"type": "AdamW", "params": {\n"lr": 1e-4}}'],
+        "megagpt: two places set the learning rate\n"
+        "  optimizer.lr         6.0e-4   r.yaml:6\n"
+        "  optimizer.params.lr  1.0e-4   d.json:3\n"
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "betas, against a default": (
+        ['"optimizer": {"params": {"betas": [0.9, 0.999]}}'],
+        "megagpt: two places set the betas\n"
+        "  optimizer.betas         [0.9, 0.95]    default\n"
+        "  optimizer.params.betas  [0.9, 0.999]   d.json:2\n"
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "optimizer": (
+        ['"optimizer": {"type": "Lion"}'],
+        "megagpt: two places set the optimizer\n"
+        '  optimizer.type  "adamw"   default\n  optimizer.type  "Lion"    d.json:2\n'
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "clipping": (
+        ['"gradient_clipping": 0.5'],
+        "megagpt: two places set the clipping norm\n"
+        "  optimizer.clip     1.0   default\n  gradient_clipping  0.5   d.json:2\n"
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "global batch": (
+        ['"train_batch_size": 32'],
+        "megagpt: two places set the global batch\n"
+        "  batch.global_size  64   r.yaml:5\n  train_batch_size   32   d.json:2\n"
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "precision": (
+        ['"bf16": {"enabled": true}'],
+        "megagpt: two places set the precision\n"
+        '  precision     "fp32"   r.yaml:3\n  bf16.enabled  true     d.json:2\n'
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "schedule": (
+        ['"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20, "total_num_steps": 100}}'],
+        "megagpt: two places set the schedule\n"
+        '  schedule.type   "warmup_decay"   default\n  scheduler.type  "WarmupLR"       d.json:2\n'
+        '  do: write "auto" in d.json (the recipe owns it)\n'
+        "megagpt: two places set the warm-up\n"
+        "  schedule.warmup_updates            10   r.yaml:7\n  scheduler.params.warmup_num_steps  20   d.json:2\n"
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "form of the warm-up": (
+        ['"scheduler": {"params": {"warmup_type": "log"}}'],
+        "megagpt: two places set the form of the warm-up\n"
+        '  schedule.warmup_updates       10      r.yaml:7\n  scheduler.params.warmup_type  "log"   d.json:2\n'
+        '  do: write "auto" in d.json (the recipe owns it)',
+    ),
+    "a parameter that would be ignored": (
+        ['"optimizer": {"legacy_fusion": true, "params": {"torch_adam": true, "betaz": 1}}'],
+        "megagpt: optimizer.params.torch_adam would be ignored: megagpt builds the optimizer itself\n"
+        "  d.json:2  optimizer.params.torch_adam\n  do: take it away\n"
+        "megagpt: optimizer.params.betaz would be ignored: megagpt builds the optimizer itself\n"
+        "  d.json:2  optimizer.params.betaz\n  do: write betas\n"
+        "megagpt: optimizer.legacy_fusion would be ignored: megagpt builds the optimizer itself\n"
+        "  d.json:2  optimizer.legacy_fusion\n  do: take it away",
+    ),
+}
+
+COMBINATIONS = {
+    "both low precisions": (
+        ['"bf16": {"enabled": true}', '"fp16": {"enabled": true}'],
+        "megagpt: bf16 and fp16 are both switched on\n  bf16.enabled  true   d.json:2\n"
+        "  fp16.enabled  true   d.json:3\n"
+        '  do: keep one of the two, or write "auto" in both and state precision in the recipe',
+    ),
+    "offload_param below stage 3": (
+        ['"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}'],
+        "megagpt: offload_param is ignored below ZeRO stage 3, where parameters are not partitioned\n"
+        "  zero_optimization.stage                 2       d.json:2\n"
+        '  zero_optimization.offload_param.device  "cpu"   d.json:2\n'
+        "  do: set zero_optimization.stage to 3, or take offload_param away",
+    ),
+    "offload_optimizer at stage 0": (
+        ['"zero_optimization": {"offload_optimizer": {"device": "cpu"}}'],
+        "megagpt: offload_optimizer is ignored at ZeRO stage 0, where nothing is partitioned\n"
+        '  zero_optimization.offload_optimizer.device  "cpu"   d.json:2\n'
+        "  zero_optimization.stage                     0       default\n"
+        "  do: set zero_optimization.stage to 1, 2 or 3, or take offload_optimizer away",
+    ),
+    "optimizer to NVMe below stage 3": (
+        ['"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}'],
+        "megagpt: offload to NVMe needs ZeRO stage 3\n"
+        "  zero_optimization.stage                     2        d.json:2\n"
+        '  zero_optimization.offload_optimizer.device  "nvme"   d.json:2\n'
+        "  do: set zero_optimization.stage to 3, or the device to cpu",
+    ),
+    "NVMe without a path": (
+        ['"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}'],
+        "megagpt: zero_optimization.offload_param to NVMe needs a path\n"
+        "  d.json:2  zero_optimization.offload_param.device\n"
+        "  do: give zero_optimization.offload_param.nvme_path: a directory on the local disk of every node",
+    ),
+    "partial offload below stage 3": (
+        ['"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}'],
+        "megagpt: partial offload needs ZeRO stage 3\n"
+        "  zero_optimization.stage                    1     d.json:2\n"
+        "  zero_optimization.offload_optimizer.ratio  0.5   d.json:2\n"
+        "  do: set zero_optimization.stage to 3, or take ratio away",
+    ),
+    "ZeRO++ below stage 3": (
+        ['"zero_optimization": {"stage": 2, "zero_quantized_gradients": true}'],
+        "megagpt: ZeRO++ is ignored below ZeRO stage 3\n"
+        "  zero_optimization.stage                     2      d.json:2\n"
+        "  zero_optimization.zero_quantized_gradients  true   d.json:2\n"
+        "  do: set zero_optimization.stage to 3, or take the ZeRO++ keys away",
+    ),
+    "ZeRO++ with offload": (
+        ['"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2,\n"offload_optimizer": {"device": "cpu"}}'],
+        "megagpt: ZeRO++ with offload does not train: the loss stays constant (DeepSpeed #6926)\n"
+        "  zero_optimization.zero_hpz_partition_size   2       d.json:2\n"
+        '  zero_optimization.offload_optimizer.device  "cpu"   d.json:3\n  do: keep one of the two',
+    ),
+    "a pipeline at stage 2": (
+        [STAGE2, '"pipeline": {"stages": 2}'],
+        "megagpt: a pipeline cannot run at ZeRO stage 2: its gradients must stay whole between micro-batches\n"
+        "  zero_optimization.stage  2   d.json:2\n  pipeline.stages          2   d.json:3\n"
+        "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2\n"
+        "megagpt: pipeline parallelism is not built yet\n  d.json:3  pipeline.stages\n"
+        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
+    ),
+    "layouts that are not built": (
+        ['"tensor_parallel": {"autotp_size": 2}', '"activation_checkpointing": {"cpu_checkpointing": true}'],
+        "megagpt: tensor parallelism is not built yet\n  d.json:2  tensor_parallel.autotp_size\n"
+        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
+        "megagpt: recomputation is not built yet, so activation_checkpointing would be ignored\n"
+        "  d.json:3  activation_checkpointing\n  do: take it away; a smaller micro-batch saves memory too",
+    ),
+    "a world that the degrees do not divide": (
+        ['"sequence_parallel_size": 3'],
+        "megagpt: sequence parallelism is not built yet\n  d.json:2  sequence_parallel_size\n"
+        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
+        "megagpt: a world of 2 does not divide by 3, the ranks of one copy\n  d.json:2  sequence_parallel_size\n"
+        "  do: start a multiple of 3 ranks",
+    ),
+}
+
+BATCHES = {
+    "a micro-batch that does not divide": (
+        ['"train_micro_batch_size_per_gpu": 5'],
+        "megagpt: train_micro_batch_size_per_gpu does not divide the 32 samples of a rank\n"
+        "  batch.global_size               64   r.yaml:5\n"
+        "  data-parallel ranks             2    from the world size\n"
+        "  train_micro_batch_size_per_gpu  5    d.json:2\n"
+        "  do: set it to 4 or 8, or batch.global_size to 60 or 70",
+    ),
+    "a micro-batch beyond the batch": (
+        ['"train_micro_batch_size_per_gpu": 64'],
+        "megagpt: train_micro_batch_size_per_gpu does not divide the 32 samples of a rank\n"
+        "  batch.global_size               64   r.yaml:5\n"
+        "  data-parallel ranks             2    from the world size\n"
+        "  train_micro_batch_size_per_gpu  64   d.json:2\n"
+        "  do: set it to 32, or batch.global_size to 128",
+    ),
+    "an accumulation that does not divide": (
+        ['"gradient_accumulation_steps": 3'],
+        "megagpt: gradient_accumulation_steps does not divide the 32 samples of a rank\n"
+        "  batch.global_size            64   r.yaml:5\n"
+        "  data-parallel ranks          2    from the world size\n"
+        "  gradient_accumulation_steps  3    d.json:2\n"
+        "  do: set it to 2 or 4, or batch.global_size to 60 or 66",
+    ),
+    "sizes that do not multiply up": (
+        ['"gradient_accumulation_steps": 4', '"train_micro_batch_size_per_gpu": 4'],
+        "megagpt: the batch sizes do not multiply up to the global batch\n"
+        "  batch.global_size               64   r.yaml:5\n"
+        "  data-parallel ranks             2    from the world size\n"
+        "  train_micro_batch_size_per_gpu  4    d.json:3\n"
+        "  gradient_accumulation_steps     4    d.json:2\n"
+        '  do: write "auto" for gradient_accumulation_steps: it is derived',
+    ),
+}
+
+
+def _told(resolve, lines, message, **how):
+    with pytest.raises(UserError) as caught:
+        resolve(*lines, **how)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("lines", "message"), KEYS.values(), ids=KEYS)
+def test_a_key_is_checked_against_deepspeed_itself(resolve, lines, message):
+    _told(resolve, lines, message)
+
+
+@pytest.mark.parametrize(("lines", "message"), OWNERS.values(), ids=OWNERS)
+def test_a_second_owner_is_refused_with_both_places_and_values(resolve, lines, message):
+    _told(resolve, lines, message)
+
+
+@pytest.mark.parametrize(("lines", "message"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_what_deepspeed_would_ignore_or_reject_is_refused_with_a_way_out(resolve, lines, message):
+    _told(resolve, lines, message)
+
+
+@pytest.mark.parametrize(("lines", "message"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_that_does_not_divide_names_the_nearest_sizes_that_do(resolve, lines, message):
+    _told(resolve, lines, message)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_told(resolve):
+    message = (
+        "megagpt: the global batch does not divide by the ranks\n"
+        "  batch.global_size    64   r.yaml:5\n  data-parallel ranks  3    from the world size\n"
+        "  do: set batch.global_size to 63 or 66, or start 1, 2 or 4 ranks"
+    )
+    _told(resolve, [], message, ranks=3)
+
+
+MUON = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
+WORDS = {
+    "unknown key": (
+        ("ds.zero_optimization.stag=3",),
+        "megagpt: unknown key zero_optimization.stag\n  command line  ds.zero_optimization.stag=3\n"
+        "  do: write zero_optimization.stage",
+    ),
+    "no value": (("ds.zero1",), 'megagpt: "ds.zero1" is not key=value\n  command line\n  do: write ds.KEY=VALUE'),
+    "a second owner": (
+        ("ds.optimizer.params.lr=1e-4",),
+        "megagpt: two places set the learning rate\n  optimizer.lr         6.0e-4   r.yaml:6\n"
+        "  optimizer.params.lr  1.0e-4   command line\n  do: say optimizer.lr=VALUE (the recipe owns it)",
+    ),
+    "muon at stage 1": (
+        (*MUON, "ds.zero_optimization.stage=1"),
+        "megagpt: muon is not proven at ZeRO stage 1: partitioned matrices cannot be orthogonalised whole\n"
+        '  zero_optimization.stage  1        command line\n  optimizer.type           "muon"   command line\n'
+        "  do: set zero_optimization.stage to 0, or optimizer.type to adamw",
+    ),
+    "muon in low precision": (
+        (*MUON, "precision=bf16"),
+        "megagpt: muon is not proven at ZeRO stage 1: partitioned matrices cannot be orthogonalised whole\n"
+        '  optimizer.type  "muon"   command line\n  precision       "bf16"   command line\n'
+        "  do: set precision to fp32, or optimizer.type to adamw",
+    ),
+    "a scheduler for wsd, which DeepSpeed has not": (
+        ("schedule.type=wsd", "schedule.decay_updates=5", "ds.scheduler.type=WarmupDecayLR"),
+        'megagpt: two places set the schedule\n  schedule.type   "wsd"             command line\n'
+        '  scheduler.type  "WarmupDecayLR"   command line\n  do: say schedule.type=VALUE (the recipe owns it)',
+    ),
+    "updates for a length in tokens": (
+        ("length={tokens: 1e9}", "ds.scheduler.params.total_num_steps=100"),
+        "megagpt: two places set the length of training\n"
+        "  length.tokens                     1000000000   command line\n"
+        "  scheduler.params.total_num_steps  100          command line\n"
+        "  do: say length.tokens=VALUE (the recipe owns it)",
+    ),
+    "another accumulation dtype": (
+        ("precision=bf16", "ds.data_types.grad_accum_dtype=bf16"),
+        "megagpt: data_types.grad_accum_dtype is refused: gradients accumulate in fp32\n"
+        '  command line  ds.data_types.grad_accum_dtype=bf16\n  do: write "auto"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS)
+def test_a_mistake_on_the_command_line_is_told_too(resolve, words, message):
+    _told(resolve, [], message, words=words)
+
+
+NEVER = {
+    "zero_optimization.zenflow": {"topk_ratio": 0.1},
+    "zero_optimization.offload_optimizer.super_offload": True,
+    "zero_optimization.compute_grad_norm": False,
+    "zero_optimization.legacy_stage1": True,
+    "zero_optimization.elastic_checkpoint": True,
+    "torch_autocast.enabled": True,
+    "bf16.bf16_master_weights_and_grads": True,
+    "bf16.bf16_optimizer_states": True,
+    "fp16.fp16_master_weights_and_grads": True,
+    "gradient_allreduce_op": "sum",
+    "managed_gradient_accumulation": False,
+    "zero_force_ds_cpu_optimizer": True,
+    "data_parallel_size": 2,
+    "data_efficiency.enabled": True,
+    "dataloader_drop_last": True,
+    "autotuning.enabled": True,
+    "hybrid_engine.enabled": True,
+    "expert_parallel.enabled": True,
+    "weight_quantization.enabled": True,
+    "compile.deepcompile": True,
+    "checkpoint.writer": {"type": "fast"},
+    "checkpoint.load_universal": True,
+    "datastates_ckpt": {"enabled": True},
+}
+
+
+@pytest.mark.parametrize("key", NEVER)
+def test_what_would_do_harm_is_refused_with_its_reason(resolve, key):
+    with pytest.raises(UserError) as caught:
+        resolve(words=(f"ds.{key}={json.dumps(NEVER[key])}", "ds.zero_optimization.stage=1"))
+    (problem,) = caught.value.problems
+    what, _, reason = problem.what.partition(": ")
+    assert what == f"{key} is refused"
+    assert reason
+    assert problem.where.startswith(f"command line  ds.{key}=")
+    assert problem.do
+
+
+def test_all_mistakes_are_told_at_once(resolve):
+    with pytest.raises(UserError) as caught:
+        resolve('"gradient_clipping": 2', '"nope_nope": 1', '"bf16": {"enabled": true}', ranks=3)
+    assert [problem.what for problem in caught.value.problems] == [
+        "unknown key nope_nope",
+        "two places set the precision",
+        "two places set the clipping norm",
+        "the global batch does not divide by the ranks",
+    ]
+
+
+def test_files_that_are_no_json_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolve, known):
+    resolve()
+    recipe = load_recipe("r.yaml")
+    texts = {
+        "[1]": "megagpt: d.json has no keys and values\n  d.json\n  do: see ds_configs for examples",
+        '{"a":\n': "megagpt: d.json is not valid JSON: Expecting value\n  d.json:2\n  do: mend that line",
+        '{"a": 1 /* x': "megagpt: d.json ends inside a comment\n  d.json\n  do: close it with */",
+    }
+    for text, message in texts.items():
+        Path("d.json").write_text(text)
+        with pytest.raises(UserError) as caught:
+            load("d.json", recipe, 1, known)
+        assert str(caught.value) == message
+    with pytest.raises(UserError, match=r"cannot read none\.json"):
+        load("none.json", recipe, 1, known)

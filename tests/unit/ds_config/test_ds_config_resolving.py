@@ -1,0 +1,227 @@
+"""What a sound DeepSpeed config resolves to, and whether DeepSpeed takes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import hjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.ds_config import Layout, load
+from megagpt.ds_config.batch import Batch, divide
+from megagpt.ds_config.reading import read_json
+from megagpt.ds_config.view import View
+from megagpt.errors import UserError
+from megagpt.recipe import load as load_recipe
+from megagpt.recipe.reading import Tree
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
+AUTO = (
+    '"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"',
+    '"optimizer": {"type": "auto", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}',
+    '"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}',
+    '"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}',
+)
+
+
+def deepspeed_accepts(config: dict, ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """DeepSpeed's own check of a config, as on one of several ranks."""
+    from deepspeed.runtime import config as ds
+
+    monkeypatch.setattr(ds.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ds.dist, "get_world_size", lambda: ranks)
+    return ds.DeepSpeedConfig(config)
+
+
+def autos(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(autos, value.values()))
+    return value == "auto"
+
+
+def test_auto_and_absent_mean_the_same(resolve):
+    auto, absent = resolve(*AUTO).config, resolve().config
+    assert auto == absent
+    assert not autos(auto)
+    assert auto == {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 16,  # 16 · 1,024 tokens are 16,384
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def test_equal_values_in_both_places_are_no_second_owner(resolve):
+    stated = (
+        '"train_batch_size": 64, "gradient_clipping": 1, "bf16": {"enabled": false}',
+        '"optimizer": {"type": "adamw", "params": {"lr": 0.0006, "betas": [0.9, 0.95], "eps": 1e-8}}',
+        '"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 6e-4, '
+        '"warmup_num_steps": 10, "total_num_steps": 100, "warmup_type": "linear"}}',
+    )
+    assert resolve(*stated).config == resolve().config
+
+
+def test_muon_is_owned_with_both_rates(resolve):
+    words = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
+    stated = '"optimizer": {"type": "Muon", "params": {"adam_lr": 6e-4, "muon_lr": 0.02, "momentum": 0.95}}'
+    assert resolve(stated, words=words).layout.zero_stage == 0
+    with pytest.raises(UserError, match="two places set Muon's learning rate"):
+        resolve(stated.replace("0.02", "0.03"), words=words)
+
+
+def test_no_clipping_is_written_out_because_deepspeed_clips_at_1_by_default(resolve):
+    assert resolve(words=("optimizer.clip=null",)).config["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stated", "precision"),
+    [
+        ("null", "{}", "fp32"),
+        ("null", '{"enabled": "auto"}', "fp32"),
+        ("null", '{"enabled": true}', "bf16"),
+        ("null", '{"enabled": false}', "fp32"),
+        ("bf16", '{"enabled": "auto"}', "bf16"),
+        ("bf16", '{"enabled": true}', "bf16"),
+        ("fp16", '{"enabled": false}', "fp16"),
+    ],
+)
+def test_precision_is_the_recipes_or_what_the_json_states(resolve, recipe, stated, precision):
+    resolved = resolve(f'"bf16": {stated}', words=(f"precision={recipe}",))
+    assert resolved.recipe.precision == precision
+    assert resolved.config["bf16"]["enabled"] == (precision == "bf16")
+    assert resolved.config["fp16"]["enabled"] == (precision == "fp16")
+    accumulation = resolved.config.get("data_types", {}).get("grad_accum_dtype")
+    assert accumulation == ("fp32" if precision == "bf16" else None)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_at_stage_0_runs_at_stage_1_and_says_so(resolve, precision):
+    resolved = resolve(words=(f"precision={precision}",))
+    assert (resolved.layout.zero_stage, resolved.config["zero_optimization"]["stage"]) == (1, 1)
+    why = "DeepSpeed's stage 0 begins with an Adam step on zero gradients"
+    assert resolved.notes == (f"{precision} runs at ZeRO stage 1 instead of 0: {why}",)
+    assert resolve('"zero_optimization": {"stage": 2}', words=(f"precision={precision}",)).notes == ()
+
+
+def test_what_moves_the_numbers_is_noted(resolve):
+    resolved = resolve(
+        '"zero_optimization": {"stage": 3, "zero_quantized_gradients": true}', '"communication_data_type": "bf16"'
+    )
+    assert resolved.notes == (
+        "zero_quantized_gradients quantizes: the curve is not that of other layouts",
+        "communication_data_type rounds gradients on the wire: the curve is not that of other layouts",
+    )
+
+
+def test_the_layout_follows(resolve):
+    resolved = resolve('"zero_optimization": {"stage": 3}', '"train_micro_batch_size_per_gpu": 4', ranks=8)
+    assert resolved.layout == Layout(
+        world_size=8, data_parallel=8, micro_batch=4, accumulation=2, zero_stage=3,
+        pipeline_stages=1, tensor_parallel=1, sequence_parallel=1,
+    )  # fmt: skip
+
+
+def test_given_accumulation_yields_the_micro_batch(resolve):
+    layout = resolve('"gradient_accumulation_steps": 4').layout
+    assert (layout.micro_batch, layout.accumulation) == (8, 4)
+
+
+@given(
+    ranks=st.integers(1, 64),
+    share=st.integers(1, 500),
+    seq_len=st.integers(1, 40_000),
+    extra=st.integers(0, 63),
+)
+def test_the_micro_batch_is_the_largest_that_divides_and_fits(ranks, share, seq_len, extra):
+    recipe = load_recipe(RECIPES[0], [f"batch.global_size={ranks * share + extra}", f"model.seq_len={seq_len}"])
+    batch = divide(View(Tree("d.json"), frozenset()), recipe, ranks)
+    if (ranks * share + extra) % ranks:
+        assert not isinstance(batch, Batch)
+        return
+    share += extra // ranks
+    assert isinstance(batch, Batch)
+    assert batch.micro * batch.accumulation == share
+    assert batch.micro == 1 or batch.micro * seq_len <= 16_384
+    assert not [m for m in range(batch.micro + 1, share + 1) if share % m == 0 and m * seq_len <= 16_384]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe_path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_on_every_config_or_is_refused_with_a_reason(recipe_path, path, ranks, known, monkeypatch):
+    recipe = load_recipe(recipe_path)
+    try:
+        resolved = load(path, recipe, ranks, known)
+    except UserError as error:
+        indivisible = recipe.batch.global_size % ranks != 0
+        refused_muon = recipe.optimizer.type == "muon" and path.stem != "zero0"
+        assert len(error.problems) == indivisible + refused_muon  # noqa: PT017
+        assert all(problem.where and problem.do for problem in error.problems)  # noqa: PT017
+        return
+    accepted = deepspeed_accepts(resolved.config, ranks, monkeypatch)
+    assert accepted.train_batch_size == recipe.batch.global_size
+    assert accepted.zero_optimization_stage == resolved.layout.zero_stage
+    assert accepted.gradient_clipping == recipe.optimizer.clip
+    assert math.prod((resolved.layout.micro_batch, resolved.layout.accumulation, ranks)) == recipe.batch.global_size
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_ours_is_short_and_says_what_it_is_for_and_what_it_costs(path):
+    text = path.read_text(encoding="utf-8")
+    head = text.partition("{")[0]
+    assert len(text.splitlines()) <= 30
+    assert "// For: " in head
+    assert "// Costs: " in head
+    assert not {"gpt2", "gpt3", "llama", "sotu", "cluster", "slurm"} & set(path.stem.replace("-", " ").split())
+    stage = hjson.loads(text)["zero_optimization"]["stage"]
+    assert path.stem.startswith(f"zero{stage}")
+
+
+def test_the_file_is_read_as_deepspeed_reads_it(tmp_path):
+    text = '// one\n# two\n{\n"a": 1, /* three\n*/ "b": {"c": [1, {"d": 5e8}], e: x y\n},\n  "f": 1e-4, "g": null\n}'
+    (tmp_path / "d.json").write_text(text)
+    tree = read_json(tmp_path / "d.json")
+    assert tree.values == hjson.loads(text)  # the library that DeepSpeed calls
+    lines = {key: int(place.at.rpartition(":")[2]) for key, place in tree.places.items()}
+    assert lines == {"a": 4, "b": 5, "b.c": 5, "b.c.1.d": 5, "b.e": 5, "f": 7, "g": 7}
+
+
+def test_known_keys_are_deepspeeds(known):
+    keys = known["properties"]
+    zero = keys["zero_optimization"]["properties"]
+    # all from https://www.deepspeed.ai/docs/config-json/
+    assert {"train_batch_size", "optimizer", "scheduler", "fp16", "bf16", "gradient_clipping", "aio"} <= set(keys)
+    assert {"activation_checkpointing", "flops_profiler", "steps_per_print", "csv_monitor", "pipeline"} <= set(keys)
+    assert {"stage", "overlap_comm", "stage3_max_live_parameters", "offload_param"} <= set(zero)
+    assert "nvme_path" in zero["offload_param"]["properties"]
+    assert zero["reduce_bucket_size"] == {"exclusiveMinimum": 0, "type": "integer"}
+    assert keys["elasticity"]["removed"]
+    assert zero["cpu_offload"]["deprecated"] == "offload_optimizer"
+    assert "train_batch_sise" not in keys
+
+
+def test_resolving_loads_neither_torch_nor_deepspeed(known, tmp_path):
+    code = (
+        "import json, sys, megagpt.ds_config as d, megagpt.recipe as r\n"
+        "d.load(sys.argv[1], r.load(sys.argv[2]), 1, json.load(open(sys.argv[3])))\n"
+        "print({'torch', 'deepspeed'} & set(sys.modules))"
+    )
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    words = [sys.executable, "-c", code, CONFIGS[0], RECIPES[0], tmp_path / "known.json"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout == "set()\n"

@@ -1,0 +1,48 @@
+"""Counts by arithmetic against the modules' own, published counts, and torch's FLOP counter."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagpt.model import cost
+from megagpt.model.gpt import GPT
+from megagpt.recipe import PRESETS, ModelSection
+
+# Hugging Face's count of the published checkpoints (safetensors metadata, less the buffers of GPT-2's masks)
+PUBLISHED = {"gpt2-124m": 124_439_808, "gpt2-1.5b": 1_557_611_200, "llama-1b": 1_100_048_384, "llama-7b": 6_738_415_616}
+
+
+def counted(section):
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(section).parameters())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_the_counted_parameters(preset):
+    section = ModelSection(preset=preset)
+    assert cost.parameters(section) == counted(section)
+    assert cost.parameters(section) == PUBLISHED.get(preset, cost.parameters(section))
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_every_switch_is_counted(tiny, norm, position):
+    for activation, tied, kv_heads in itertools.product(("gelu", "swiglu", "relu2"), (True, False), (4, 2)):
+        section = tiny(norm=norm, position=position, activation=activation, tie_embeddings=tied, n_kv_head=kv_heads)
+        assert cost.parameters(section) == counted(section)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flops_are_those_that_torch_counts(tiny, batch, activation, tied, kv_heads):
+    section = tiny(activation=activation, tie_embeddings=tied, n_kv_head=kv_heads)
+    model = GPT(section)
+    ids, labels = batch
+    # torch counts no fused attention on CPUs; unfused, it is two plain products per direction
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, labels=labels).loss.backward()
+    assert counter.get_total_flops() == cost.flops_per_token(section) * ids.numel()
