@@ -17,10 +17,11 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.materialise import materialise
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
 from megagpt.model import weights
-from megagpt.model.gpt import GPT, initialize
+from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
 
@@ -32,11 +33,10 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
-        model = GPT(recipe.model)
-        initialize(model, recipe.seed)
+        config = dict(resolved.config)
+        model = materialise(recipe, config, resolved.layout.zero_stage)
         self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
-        config = dict(resolved.config)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
@@ -59,7 +59,9 @@ class ZeroEngine:
         loss = torch.zeros((), device=self._engine.device)
         for batch in batches:
             part = self._forward(batch, normalizer)
-            self._engine.backward(part, scale_wrt_gas=False)
+            # a copy: DeepSpeed's hook on the very tensor that forward returned divides by the accumulation all the
+            # same, where no loss scaler comes between (deepspeed/runtime/engine.py, _backward_prologue_per_tensor)
+            self._engine.backward(part.clone(), scale_wrt_gas=False)
             self._engine.step()
             loss += part.detach()
         return UpdateResult(
