@@ -2,16 +2,20 @@
 # From a fresh clone to a GPT that writes English: installs, prepares, trains, evaluates. Typed again, it goes on.
 #   bash launch/quickstart.sh            writes only into this clone: .venv and runs/quickstart
 #   bash launch/quickstart.sh --fresh    forgets runs/quickstart first
+#   bash launch/quickstart.sh length.updates=300      any key of launch/recipes/quickstart.yaml
 # Every step is printed as the command that you would type yourself. Variables: see launch/install.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 run=runs/quickstart data=runs/quickstart/data
-case "${1-}" in
-  --fresh) rm -rf "$run" ;;
-  "") ;;
-  *) printf 'megagpt: unknown option %s\n  do: bash launch/quickstart.sh [--fresh]\n' "$1" >&2; exit 2 ;;
-esac
+changes=()
+for word in "$@"; do
+  case "$word" in
+    --fresh) rm -rf "$run" ;;
+    *=*) changes+=("$word") ;;
+    *) printf 'megagpt: unknown option %s\n  do: bash launch/quickstart.sh [--fresh] [key=value …]\n' "$word" >&2; exit 2 ;;
+  esac
+done
 
 bash launch/install.sh quickstart
 export PATH=$PWD/.venv/bin:$PATH XDG_CACHE_HOME=$PWD/.venv/cache MPLCONFIGDIR=$PWD/.venv/cache
@@ -33,7 +37,8 @@ ranks=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
 [ "$ranks" -le 8 ] || ranks=8 # the global batch has no more to share out
 code=0
 step deepspeed --num_accelerators "$ranks" --master_port "$(python -m megagpt.distributed)" --no_local_rank --quiet \
-  launch/pretrain.py --recipe launch/recipes/quickstart.yaml --deepspeed_config ds_configs/zero0.json || code=$?
+  launch/pretrain.py --recipe launch/recipes/quickstart.yaml --deepspeed_config ds_configs/zero0.json \
+  ${changes[@]+"${changes[@]}"} || code=$?
 if [ ! -e "$run/DONE" ]; then
   echo "Training has not come to its end. To go on from the last checkpoint: bash launch/quickstart.sh"
   exit $((code ? code : 1))

@@ -42,7 +42,17 @@ def generate(
     if model.recipe.data.tokenizer is None:
         raise UserError("text needs a tokenizer", f"{run / 'recipe.yaml'} has no data.tokenizer", "name one there")
     tokenizer = Tokenizer(model.recipe.data.tokenizer)
-    new = sample(model.model, tokenizer.encode(prompt), tokens, temperature, top_k, top_p, seed, tokenizer.eod)
+    new = sample(
+        model.model,
+        tokenizer.encode(prompt),
+        tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tokenizer.eod,
+        tokenizer.vocab_size,
+    )
     return Text(str(run), model.checkpoint.state.update, prompt, tokenizer.decode(new))
 
 
@@ -50,7 +60,8 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
     """`prompt` continued by 40 tokens, on one line: what a run shows of itself while it learns. Always seed 0."""
     tokenizer = Tokenizer(tokenizer_path)
     model = weights.assemble(named, section)
-    text = tokenizer.decode(sample(model, tokenizer.encode(prompt), 40, 0.8, seed=0, eod=tokenizer.eod))
+    new = sample(model, tokenizer.encode(prompt), 40, 0.8, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    text = tokenizer.decode(new)
     return " ".join((prompt + text).split())
 
 
@@ -64,11 +75,13 @@ def sample(
     top_p: float | None = None,
     seed: int = 0,
     eod: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """Continue `ids`; return the new tokens, at most `max_new_tokens`, without a final `eod`.
 
     Temperature 0 takes the likeliest token. `top_k` keeps that many, `top_p` the fewest that hold this
-    probability together (arXiv 1904.09751). The same seed gives the same tokens.
+    probability together (arXiv 1904.09751). The same seed gives the same tokens. `vocab_size` keeps the model
+    to the tokenizer's ids where its own vocabulary was padded.
     The model sees at most seq_len tokens. When they are full, the oldest quarter is forgotten and the rest is
     read anew: exact for learned and rotary positions alike, and cheaper than to read anew for every token.
     Raises UserError if there is nothing to continue and no `eod` to start from.
@@ -83,7 +96,7 @@ def sample(
     model.eval()  # no dropout
     try:
         pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return _continue(model, seen, max_new_tokens, pick, eod)
+        return _continue(model, seen, max_new_tokens, lambda logits: pick(logits[:vocab_size]), eod)
     finally:
         model.train(was_training)
 

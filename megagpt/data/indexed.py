@@ -81,12 +81,15 @@ class Reader:
         if isinstance(self._bytes, mmap.mmap):
             self._bytes.madvise(mmap.MADV_RANDOM)
 
-    def advise_coming(self, start: int, count: int) -> None:
-        """Ask the system to bring `count` tokens from `start` on into memory; returns at once."""
+    def advise_coming(self, starts: npt.NDArray[np.int64], count: int) -> None:
+        """Ask the system to bring `count` tokens from each of `starts` on into memory; returns at once."""
         if isinstance(self._bytes, mmap.mmap):
-            begin, width = start * self.dtype.itemsize, self.dtype.itemsize
-            page = begin - begin % mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_WILLNEED, page, begin - page + count * width)
+            begins = starts * self.dtype.itemsize
+            pages = begins - begins % mmap.PAGESIZE
+            # A sample begins somewhere in its first page, so it may reach into one page more.
+            length = count * self.dtype.itemsize + mmap.PAGESIZE - 1
+            for page in pages.tolist():
+                self._bytes.madvise(mmap.MADV_WILLNEED, page, length)
 
     def _header(self, index: bytes | mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         if index[:8] == b"TNTIDX\0\0":

@@ -7,6 +7,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -35,10 +36,12 @@ class Writer:
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Without names: they vanish even if this process is killed.
-            self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-            self._ends: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-            self._bin = _ChecksummedFile(self._partial(".bin"))
+            with ExitStack() as stack:
+                # Without names: they vanish even if this process is killed.
+                self._lengths: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                self._bin = stack.enter_context(_ChecksummedFile(self._partial(".bin")))
+                self._files = stack.pop_all()
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
             what = f"cannot write the corpus: {error.strerror}"
@@ -50,8 +53,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._bin, self._lengths, self._ends):
-            file.close()
+        self._files.close()
         for suffix in (".bin", ".idx", ".json"):
             self._partial(suffix).unlink(missing_ok=True)
 
@@ -133,7 +135,7 @@ class _ChecksummedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
 
     def write(self, content: bytes) -> None:
         self._file.write(content)
@@ -142,6 +144,3 @@ class _ChecksummedFile:
     def sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()

@@ -65,21 +65,34 @@ class Loader:
         self._shape = (accumulation, micro_batch)
         self._global_batch = data_parallel * micro_batch * accumulation
         self._windows = [_windows(reader.tokens, seq_len + 1) for reader in self._readers]
-        self._ahead: tuple[int, Located] | None = None
+        # Positions are located some 4,096 at a time: hardly dearer than a handful.
+        self._block_updates = max(1, 4096 // (micro_batch * accumulation))
+        self._fill_block(0)
 
     def batches(self, position: int) -> list[Batch]:
         """The micro-batches `[accumulation]` of the update that begins at this data position.
 
         The samples of the update after it are asked for from the disk on the way.
         """
-        ahead = self._ahead
-        located = ahead[1] if ahead and ahead[0] == position else self._locate(position)
-        samples = torch.from_numpy(self._gather(located)).view(*self._shape, -1)
-        self._look_ahead(position + self._global_batch)
+        samples = torch.from_numpy(self._gather(self._locate(position))).view(*self._shape, -1)
+        self._advise(self._locate(position + self._global_batch))
         return [Batch(micro[:, :-1], micro[:, 1:]) for micro in samples]
 
     def _locate(self, position: int) -> Located:
-        return self.order.locate(rank_positions(position, *self._share).reshape(-1))
+        """This rank's samples of the update at `position`, out of a block of updates that is computed at once."""
+        update, rest = divmod(position - self._block_position, self._global_batch)
+        if rest or not 0 <= update < self._block_updates:
+            self._fill_block(position)
+            update = 0
+        count = len(self._block.start) // self._block_updates
+        part = slice(update * count, (update + 1) * count)
+        return Located(*(column[part] for column in self._block))
+
+    def _fill_block(self, position: int) -> None:
+        rank, data_parallel, micro_batch, accumulation = self._share
+        steps = accumulation * self._block_updates
+        positions = rank_positions(position, rank, data_parallel, micro_batch, steps)
+        self._block_position, self._block = position, self.order.locate(positions.reshape(-1))
 
     def _gather(self, located: Located) -> npt.NDArray[np.int64]:
         """Samples `[count, seq + 1]`: one fancy index per source, copied once."""
@@ -91,11 +104,11 @@ class Loader:
             samples[rows] = self._windows[source][located.start[rows]]
         return samples
 
-    def _look_ahead(self, position: int) -> None:
-        located = self._locate(position)
-        self._ahead = (position, located)
-        for source, start in zip(located.source.tolist(), located.start.tolist(), strict=True):
-            self._readers[source].advise_coming(start, self.order.seq_len + 1)
+    def _advise(self, located: Located) -> None:
+        """Ask for coming samples, so that the disk works while the model does."""
+        for source, reader in enumerate(self._readers):
+            starts = located.start if len(self._readers) == 1 else located.start[located.source == source]
+            reader.advise_coming(starts, self.order.seq_len + 1)
 
 
 def check_ids(reader: Reader, vocab_size: int) -> int:
@@ -103,16 +116,15 @@ def check_ids(reader: Reader, vocab_size: int) -> int:
 
     Raises UserError if an id does not fit, or if the corpus says itself that its vocabulary is larger.
     """
+    do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
+    if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
+        what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"
+        raise UserError(what, reader.prefix, do)
     probe = _probe(reader.tokens)
-    facts = reader.sidecar
-    largest = max(int(probe.max(initial=0)), facts.vocab_size - 1 if facts else 0)
-    if largest >= vocab_size or probe.min(initial=0) < 0:
-        odd = int(probe.min(initial=0)) if largest < vocab_size else largest
-        raise UserError(
-            f"the corpus holds token ids such as {odd}, the model knows 0 to {vocab_size - 1}",
-            f"{reader.prefix}.bin",
-            "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer",
-        )
+    odd = probe[(probe < 0) | (probe >= vocab_size)]
+    if odd.size:
+        what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
+        raise UserError(what, reader.prefix, do)
     return zlib.crc32(probe.tobytes())
 
 

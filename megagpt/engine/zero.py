@@ -54,18 +54,17 @@ class ZeroEngine:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         tokens = self._agreement.total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
-        # DeepSpeed averages over data-parallel ranks: each rank's sum over its share gives the global mean
-        normalizer = max(tokens, 1.0) / self._layout.data_parallel
+        # DeepSpeed averages over ranks and micro-batches: this share makes its average the sum over all by `tokens`.
+        # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
+        parts = self._layout.data_parallel * self._layout.accumulation
         loss = torch.zeros((), device=self._engine.device)
         for batch in batches:
-            part = self._forward(batch, normalizer)
-            # a copy: DeepSpeed's hook on the very tensor that forward returned divides by the accumulation all the
-            # same, where no loss scaler comes between (deepspeed/runtime/engine.py, _backward_prologue_per_tensor)
-            self._engine.backward(part.clone(), scale_wrt_gas=False)
+            part = self._forward(batch, max(tokens, 1.0) / parts)
+            self._engine.backward(part)
             self._engine.step()
             loss += part.detach()
         return UpdateResult(
-            loss=self._sum(loss) / self._layout.data_parallel,
+            loss=self._sum(loss) / parts,
             grad_norm=float(self._clip.norm if self._clip else self._engine.get_global_grad_norm()),
             lr=lr,
             tokens=int(tokens),

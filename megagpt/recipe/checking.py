@@ -23,7 +23,7 @@ def check(tree: Tree) -> tuple[Recipe | None, list[Problem]]:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
         errors = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
-    found = _shape_problems(errors, tree)
+    found = _shape_problems(errors, tree) if errors else []
     broken = {_key(error) for error in errors}
     found += [p for p in (rule_problem(rule, tree, broken) for rule in RULES) if p]
     return recipe, found

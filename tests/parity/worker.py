@@ -43,7 +43,7 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
     folder = Path(job["folder"])
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, agreement)
-    initial = dict(engine.weights())
+    initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     held_out = share(layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank)
     evaluations = [engine.evaluate(held_out)]
     results = []

@@ -87,5 +87,5 @@ def test_what_cannot_be_evaluated_is_named(make_corpus):
     assert str(error.value) == (
         f"megagpt: the corpus holds no tokens to validate on\n  {empty.prefix}\n  do: prepare more text"
     )
-    with pytest.raises(UserError, match="token ids such as 99, the model knows 0 to 98"):
+    with pytest.raises(UserError, match="vocabulary of 100, the model only one of 99"):
         evaluation(make_corpus([range(50)], vocab_size=100), vocab_size=99)

@@ -117,8 +117,10 @@ def test_ids_that_the_model_does_not_know_are_found_before_training(make_corpus,
     corpus = make_corpus([ids], vocab_size=1000, verified=verified)
     with pytest.raises(UserError) as error:
         loader([corpus], vocab_size=999)
+    known = "has a vocabulary of 1000, the model only one of 999"
+    seen = "holds token ids such as 999, the model knows 0 to 998"
     assert str(error.value) == (
-        f"megagpt: the corpus holds token ids such as 999, the model knows 0 to 998\n  {corpus.prefix}.bin\n"
+        f"megagpt: the corpus {known if verified else seen}\n  {corpus.prefix}\n"
         "  do: set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
     )
     loader([corpus], vocab_size=1000)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megagpt.ds_config import Resolved, load
+from megagpt.errors import UserError
 from megagpt.recipe import load as load_recipe
 
 RECIPE = """\
@@ -43,3 +44,15 @@ def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: dict[str, An
         return load("d.json", load_recipe("r.yaml", words), ranks, known, words)
 
     return resolve_lines
+
+
+@pytest.fixture
+def told(resolve: Resolver) -> Callable[..., None]:
+    """Asserts that resolving some lines fails with exactly this message."""
+
+    def compare(lines: list[str], message: str, **how: Any) -> None:
+        with pytest.raises(UserError) as caught:
+            resolve(*lines, **how)
+        assert str(caught.value) == message
+
+    return compare

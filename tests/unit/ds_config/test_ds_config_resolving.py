@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.ds_config import Layout, load
@@ -74,6 +74,15 @@ def test_equal_values_in_both_places_are_no_second_owner(resolve):
         '"warmup_num_steps": 10, "total_num_steps": 100, "warmup_type": "linear"}}',
     )
     assert resolve(*stated).config == resolve().config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_resolved_config_resolves_to_itself(path, known, tmp_path):
+    recipe = load_recipe(RECIPES[0])
+    first = load(path, recipe, 2, known)
+    (tmp_path / "deepspeed.json").write_text(json.dumps(first.config, indent=2))
+    again = load(tmp_path / "deepspeed.json", recipe, 2, known)
+    assert (again.config, again.layout) == (first.config, first.layout)
 
 
 def test_muon_is_owned_with_both_rates(resolve):
@@ -141,6 +150,7 @@ def test_given_accumulation_yields_the_micro_batch(resolve):
     assert (layout.micro_batch, layout.accumulation) == (8, 4)
 
 
+@settings(deadline=None)
 @given(
     ranks=st.integers(1, 64),
     share=st.integers(1, 500),

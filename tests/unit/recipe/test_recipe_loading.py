@@ -83,6 +83,7 @@ def test_words_replace_and_add(loader):
     assert (recipe.optimizer.lr, recipe.optimizer.clip) == (2e-3, None)
     assert (recipe.evaluation.every, recipe.model.n_layer) == (5, 2)
     assert (recipe.length.updates, recipe.length.tokens) == (None, 65536000)
+    assert [recipe.was_given(key) for key in ("length.tokens", "length.updates")] == [True, False]
 
 
 def test_a_word_mends_a_mistake_of_the_file(loader):
