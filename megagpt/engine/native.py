@@ -1,4 +1,4 @@
-"""DeepSpeed's own shards of a checkpoint, and the random state of each rank: exact at the same layout."""
+"""What DeepSpeed's engines share: the config they get, their own shards of a checkpoint, their end."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
+from megagpt.ds_config import Resolved
 from megagpt.errors import UserError
 
 _TAG = "deepspeed"
 
 
+def config(resolved: Resolved) -> dict[str, Any]:
+    """The config for deepspeed.initialize: without what DeepSpeed is not told, since engine/ does it itself."""
+    ours = ("tensor_parallel", "sequence_parallel_size", "train_batch_size")  # the last counts sequence parts
+    return {key: value for key, value in resolved.config.items() if key not in ours}
+
+
+def release(engine: Any) -> None:
+    """Free what an engine holds, and the process groups that DeepSpeed would use for the next engine too."""
+    engine.destroy()
+    groups.mpu = None
+
+
 def save(engine: Any, folder: Path, rank: int) -> None:
-    """Write this rank's part into `folder`; collective."""
+    """Write this rank's shards and random state into `folder`; collective. Exact at the same layout."""
     engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
     state = {"cpu": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":

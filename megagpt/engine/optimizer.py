@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
 from megagpt.model.layers import MLP, Attention
 from megagpt.recipe.sections import OptimizerSection
@@ -40,7 +41,7 @@ def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]
         if name in block_matrices:
             (qkv if block_matrices[name] > 1 else matrices).append(parameter)
         else:
-            (decay if parameter.ndim >= 2 else rest).append(parameter)
+            (decay if len(whole_shape(parameter)) >= 2 else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "lr": section.lr, "weight_decay": section.weight_decay},
         {"params": rest, "lr": section.lr, "weight_decay": 0.0},
@@ -61,7 +62,7 @@ def _block_matrices(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, (Attention, MLP)):
             for part, weight in module.named_parameters(prefix=name):
-                if weight.ndim == 2:
+                if len(whole_shape(weight)) == 2:
                     parts[part] = module.group + 2 if isinstance(module, Attention) and ".qkv." in part else 1
     return parts
 

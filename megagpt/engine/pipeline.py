@@ -24,6 +24,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import native, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
 from megagpt.model import weights
@@ -39,12 +40,14 @@ class PipelineEngine:
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe, layout = resolved.recipe, resolved.layout
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
+        self._ulysses = Ulysses(layout, rank.rank)
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
+        self._ulysses.connect(self._stages, recipe.model.seq_len)
         optimizer = optimizers.build(recipe.optimizer, self._stages, get_accelerator().device_name() != "cpu")
         # reentrant recomputation loses the gradient of a stage that begins with token ids (DeepSpeed #688)
         pipeline = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
-        config = {**resolved.config, "pipeline": {**resolved.config.get("pipeline", {}), **pipeline}}
-        config.pop("tensor_parallel", None)
+        config = native.config(resolved)
+        config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
         self._engine: Any = deepspeed.initialize(
             model=self._stages,
             optimizer=optimizer,
@@ -55,10 +58,12 @@ class PipelineEngine:
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
+        batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._tokens(batches)
         lr = self._engine.optimizer.param_groups[0]["lr"]
-        # DeepSpeed averages over micro-batches and data-parallel ranks: their number makes a sum of it again
-        self._stages.normalizer = max(tokens, 1.0) / (len(batches) * self._layout.data_parallel)
+        # DeepSpeed averages over micro-batches and data-parallel ranks: their number makes it a sum again
+        parts = self._layout.data_parallel * self._layout.sequence_parallel * len(batches)
+        self._stages.normalizer = max(tokens, 1.0) / parts
         loss = self._engine.train_batch(self._stages.feed(batches))
         return UpdateResult(
             loss=float(loss),
@@ -70,7 +75,7 @@ class PipelineEngine:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """See `Engine`. No batch may be larger than in training."""
         self._stages.loss_sum.zero_()
-        tokens, coming = 0.0, iter(batches)
+        tokens, coming = 0.0, map(self._ulysses.part, batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
             tokens += self._tokens(part)
             fed = self._stages.feed(part)
@@ -108,7 +113,7 @@ class PipelineEngine:
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
-        self._engine.destroy()
+        native.release(self._engine)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -119,7 +124,7 @@ class PipelineEngine:
     def _tokens(self, batches: Sequence[Batch]) -> float:
         """The valid target tokens of all data-parallel ranks."""
         mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-        return self._agreement.total(mine) * self._layout.data_parallel / self._layout.world_size
+        return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
     def _shaped(self, batch: Batch) -> Batch:
         """The batch filled up with ignored samples to the shape of training: stages agree on it only once."""

@@ -17,7 +17,7 @@ from megagpt.ds_config import Layout
 from megagpt.model import gpt
 from megagpt.model.layers import MLP, Attention
 from megagpt.model.shards import Cut, cut_of
-from megagpt.recipe import ModelSection
+from megagpt.recipe import ModelSection, Recipe
 
 
 class _Enter(torch.autograd.Function):
@@ -77,7 +77,8 @@ def grid(layout: Layout) -> Any:
 
 def topology(layout: Layout) -> Any:
     """The order of ranks: tensor parts next to each other, then data-parallel copies, then pipeline stages."""
-    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, layout.data_parallel)
+    copies = layout.data_parallel * layout.sequence_parallel  # see sequence.py
+    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
 
 
 def split(module: nn.Module, degree: int) -> None:
@@ -118,6 +119,16 @@ def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
         names.append(name)
     return names
+
+
+def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
+    """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
+    with torch.device("meta"):
+        model = gpt.GPT(recipe.model)
+    split(model, degree)
+    fill(model, "", recipe.model, recipe.seed, index, degree)
+    connect(model, group)
+    return model
 
 
 def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:

@@ -18,9 +18,11 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import native, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.materialise import materialise
+from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
 from megagpt.model import weights
-from megagpt.model.gpt import GPT, initialize
+from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
 from megagpt.model.shards import cut_of
 from megagpt.recipe import Recipe
@@ -34,10 +36,10 @@ class ZeroEngine:
         recipe = resolved.recipe
         self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
         self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
-        model = self._model(recipe)
+        self._ulysses = Ulysses(resolved.layout, rank.rank)
+        config = native.config(resolved)
+        model = self._model(recipe, config)
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
-        config = dict(resolved.config)
-        config.pop("tensor_parallel", None)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
@@ -52,27 +54,24 @@ class ZeroEngine:
             dist_init_required=False,
         )[0]
 
-    def _model(self, recipe: Recipe) -> GPT:
+    def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
-        degree = self._layout.tensor_parallel
-        if degree == 1:
-            model = GPT(recipe.model)
-            initialize(model, recipe.seed)
-            return model
-        with torch.device("meta"):
-            model = GPT(recipe.model)
-        tensor.split(model, degree)
-        tensor.fill(model, "", recipe.model, recipe.seed, self._rank.rank % degree, degree)
-        tensor.connect(model, self._grid.get_slice_parallel_group())
+        if self._grid is None:
+            model = materialise(recipe, config, self._layout.zero_stage)
+        else:
+            degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
+            model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
+        self._ulysses.connect(model, recipe.model.seq_len)
         return model
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
+        batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over ranks and micro-batches: this share makes its average the sum over all by `tokens`.
         # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
-        parts = self._layout.data_parallel * self._layout.accumulation
+        parts = self._layout.data_parallel * self._layout.sequence_parallel * self._layout.accumulation
         loss = torch.zeros((), device=self._engine.device)
         for batch in batches:
             part = self._forward(batch, max(tokens, 1.0) / parts)
@@ -91,7 +90,7 @@ class ZeroEngine:
         """See `Engine`."""
         self._engine.eval()
         loss, tokens = torch.zeros((), device=self._engine.device, dtype=torch.float64), 0
-        for batch in batches:
+        for batch in map(self._ulysses.part, batches):
             loss += self._forward(batch, 1.0).double()
             tokens += _valid(batch)
         self._engine.train()
@@ -119,12 +118,12 @@ class ZeroEngine:
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
-        self._engine.destroy()
+        native.release(self._engine)
 
     def close(self) -> None:
         """See `Engine`."""
         with contextlib.suppress(AttributeError):
-            self._engine.destroy()
+            self.release()
         stop()
 
     def _forward(self, batch: Batch, normalizer: float) -> torch.Tensor:

@@ -32,6 +32,8 @@ LLAMA = (
     "model.tie_embeddings=false",
 )
 
+# eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
+# rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
 RECIPE = """
 run_dir: unused
 seed: 7
@@ -39,7 +41,7 @@ precision: fp32
 model: {n_layer: 2, n_head: 4, d_model: 64, vocab_size: 128, seq_len: 32}
 data: {train: unused}
 batch: {global_size: 12}
-optimizer: {type: adamw, lr: 3.0e-3, clip: 1.15}
+optimizer: {type: adamw, lr: 3.0e-3, eps: 1.0e-6, clip: 1.15}
 schedule: {type: warmup_decay, warmup_updates: 4}
 length: {updates: 100}
 """
@@ -72,6 +74,10 @@ def _tensor(degree: int, config: dict[str, Any]) -> dict[str, Any]:
     return {"tensor_parallel": {"autotp_size": degree}, **config}
 
 
+def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"sequence_parallel_size": degree, **config}
+
+
 # deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
@@ -98,6 +104,13 @@ CASES: tuple[Case, ...] = (
     Case("pipeline2-tensor2", 4, _tensor(2, _pipeline(2, 2)), FOUR),
     Case("pipeline2-tensor2-llama", 4, _tensor(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
     Case("pipeline2-tensor2-bf16", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, "precision=bf16")),
+    *(Case(f"ulysses2-zero{stage}", 2, _ulysses(2, _zero(stage, 6))) for stage in range(4)),
+    *(Case(f"ulysses2-zero{stage}-llama-data2", 4, _ulysses(2, _zero(stage, 3)), LLAMA) for stage in (1, 2, 3)),
+    Case("ulysses4-zero3", 4, _ulysses(4, _zero(3))),
+    Case("ulysses2-zero1-bf16", 2, _ulysses(2, _zero(1)), ("precision=bf16",)),
+    Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
+    Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
+    Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
 )
 
 

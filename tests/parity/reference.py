@@ -7,26 +7,15 @@ and precision are written out here a second time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from curve import Curve
 
 from megagpt.model.gpt import GPT, initialize
 from megagpt.recipe import Recipe
 
 Samples = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, each [global batch, seq]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Per update loss and gradient norm before clipping; held-out losses before and after; weights before and after."""
-
-    losses: list[float]
-    norms: list[float]
-    held_out: list[float]
-    initial: dict[str, torch.Tensor]
-    weights: dict[str, torch.Tensor]
 
 
 def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samples) -> Curve:
@@ -50,12 +39,14 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
         eps=section.eps,
         fused=False,
     )
-    losses, norms, evaluations = [], [], [_loss(model, held_out).item()]
+    losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(model, held_out).item()]
     for number, samples in enumerate(updates, start=1):
         warmup = recipe.schedule.warmup_updates
         share = min(number / warmup, (total + 1 - number) / (total + 1 - warmup))
+        rates.append(section.lr * share)
+        tokens.append(int((samples[1] != -100).sum()))
         for group in optimizer.param_groups:
-            group["lr"] = section.lr * share
+            group["lr"] = rates[-1]
         model.zero_grad()
         loss = _loss(model, samples)
         loss.backward()
@@ -67,7 +58,8 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
             parameter.data.copy_(masters[name])
         losses.append(loss.item())
     evaluations.append(_loss(model, held_out).item())
-    return Curve(losses, norms, evaluations, initial, masters)
+    final = {name: p.detach() for name, p in masters.items()}
+    return Curve(losses, norms, rates, tokens, evaluations, initial, final)
 
 
 def _loss(model: GPT, samples: Samples) -> torch.Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import layouts
 import torch
-from safetensors.torch import save_file
+from curve import Curve
 
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -25,7 +24,7 @@ from megagpt.engine.start import start, stop
 
 
 def main(job: dict[str, Any]) -> None:
-    """Run the cases in order; rank 0 writes ID.json and ID.safetensors of each, the JSON last."""
+    """Run the cases in order; rank 0 writes the curve of each."""
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
@@ -44,34 +43,35 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
     folder = Path(job["folder"])
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, agreement)
-    initial = {name: digest(value) for name, value in engine.weights()}
+    initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     held_out = share(layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank)
-    curve: dict[str, list[float]] = {"losses": [], "norms": [], "lrs": [], "tokens": []}
     evaluations = [engine.evaluate(held_out)]
+    results = []
     for update in range(job["updates"]):
         data = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, update * layouts.GLOBAL_BATCH)
-        result = engine.train_update(share(data, resolved.layout, rank))
-        for key, value in zip(curve, (result.loss, result.grad_norm, result.lr, result.tokens), strict=True):
-            curve[key].append(value)
+        results.append(engine.train_update(share(data, resolved.layout, rank)))
+        if update == 1:
+            engine.evaluate(held_out)  # must not disturb training
     evaluations.append(engine.evaluate(held_out))
-    weights = dict(engine.weights())
-    moments = moved(engine)
+    check_moved(engine)
+    columns = zip(*((row.loss, row.grad_norm, row.lr, row.tokens) for row in results), strict=True)
+    curve = Curve(*map(list, columns), evaluations, initial, dict(engine.weights()))
     if rank.main:
-        save_file(weights, folder / f"{case.id}.safetensors")
-        answer = {**curve, "held_out": evaluations, "initial": initial, "moments": moments}
-        (folder / f"{case.id}.json").write_text(json.dumps(answer))
+        curve.save(folder / case.id)
     engine.release()
     del engine
     gc.collect()
 
 
-def moved(engine: Any) -> list[float]:
-    """The largest first moment of each tensor that this rank's optimizer works on; 0 where it did nothing."""
+def check_moved(engine: Any) -> None:
+    """The optimizer has done something to every tensor that it works on, on this rank."""
     wrapper = engine._engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     # not through DeepSpeed's safe_get_*: with two parameter groups it finds the moments of the first one only
     moments = [state["exp_avg"] for state in inner.state.values() if "exp_avg" in state]
-    return [value.abs().max().item() for value in moments if value.numel()]
+    assert moments
+    for moment in moments:
+        assert not moment.numel() or moment.abs().max() > 0
 
 
 def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -> list[Batch]:
@@ -79,11 +79,6 @@ def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -
     micro, ranks = layout.micro_batch, layout.data_parallel
     starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
     return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]
-
-
-def digest(value: torch.Tensor) -> str:
-    """A hash of a tensor's bits."""
-    return hashlib.blake2b(value.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 if __name__ == "__main__":
