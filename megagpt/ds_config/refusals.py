@@ -66,7 +66,7 @@ _NEVER = (
 )
 
 
-def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
+def refusals(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     """Every refused value and combination. `stage` is the ZeRO stage that will run."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
@@ -77,7 +77,6 @@ def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> It
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated)
-    yield from _pipeline(view, recipe, stated, pipeline_stages)
     yield from _muon(view, recipe, stage)
 
 
@@ -126,21 +125,6 @@ def _zeropp(view: View, stage: int) -> Iterator[Problem]:
         yield view.problem(what, [*used, *offloaded], "keep one of the two")
 
 
-def _pipeline(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
-    if pipeline_stages < 2:
-        return
-    if pipeline_stages > recipe.model.n_layer:
-        rows: list[Row] = [("model.n_layer", recipe.model.n_layer, recipe.place("model.n_layer") or "default")]
-        do = f"set pipeline.stages to at most {recipe.model.n_layer}"
-        yield view.problem(
-            "the pipeline has more stages than the model has blocks", ["pipeline.stages"], do, defaults=rows
-        )
-    if stage > 1:
-        what = f"a pipeline cannot run at ZeRO stage {stage}: its gradients must stay whole between micro-batches"
-        do = f"set {STAGE} to 1, or take pipeline away and keep ZeRO stage {stage}"
-        yield view.problem(what, [STAGE, "pipeline.stages"], do)
-
-
 def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     if recipe.optimizer.type != "muon" or stage == 0:
         return
@@ -151,6 +135,8 @@ def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
         do = "set precision to fp32, or optimizer.type to adamw"
     elif view.number("pipeline.stages", 1) > 1:
         do = "take pipeline away, or set optimizer.type to adamw"
+    elif view.number("tensor_parallel.autotp_size", 1) > 1:
+        do = "take tensor_parallel away, or set optimizer.type to adamw"
     else:
         do = f"set {STAGE} to 0, or optimizer.type to adamw"
     between = [STAGE] if view.given(STAGE) else []

@@ -66,6 +66,9 @@ def _zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": section, **batch}
 
 
+_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
 def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
     return {"pipeline": {"stages": stages, **more}, **_zero(1, micro)}
 
@@ -111,6 +114,11 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
     Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("tensor2-zero3", 2, _tensor(2, _zero(3))),
+    Case("tensor2-zero2-offload", 2, _tensor(2, _zero(2, **_OFFLOAD))),
+    Case("ulysses2-zero3-offload", 2, _ulysses(2, _zero(3, **_OFFLOAD, offload_param={"device": "cpu"}))),
+    Case("tensor2-zero3-data2-llama", 4, _tensor(2, _zero(3)), LLAMA),
+    Case("pipeline2-data2-offload", 4, {"pipeline": {"stages": 2}, **_zero(1, 2, **_OFFLOAD)}, FOUR),
 )
 
 
