@@ -143,13 +143,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         heads = d_model // head_dim
-        self.head_dim, self.group, self.dropout, self.qk_norm, self.rotary = (
-            head_dim,
-            group,
-            dropout,
-            qk_norm,
-            rotary,
-        )
+        self.head_dim, self.group, self.dropout = head_dim, group, dropout
+        self.qk_norm, self.rotary = qk_norm, rotary
         self.qkv = nn.Linear(d_model, (heads + 2 * (heads // group)) * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, d_model, bias=bias)
 
