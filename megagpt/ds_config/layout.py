@@ -23,6 +23,13 @@ class Layout:
     tensor_parallel: int = 1
     sequence_parallel: int = 1
 
+    def data_rank(self, rank: int) -> int:
+        """Which share of the data a rank is given: the ranks of one copy of the model are given the same.
+
+        Ranks count tensor and sequence parts first, then data-parallel copies, then pipeline stages.
+        """
+        return rank // (self.tensor_parallel * self.sequence_parallel) % self.data_parallel
+
 
 @dataclass(frozen=True)
 class Resolved:

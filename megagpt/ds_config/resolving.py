@@ -54,7 +54,7 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     pipeline = view.number("pipeline.stages", 1)
     tensor = max(view.number("tensor_parallel.autotp_size", 1), 1)  # DeepSpeed's 0 is "off"
     sequence = view.number("sequence_parallel_size", 1)
-    stage, notes = _stage(view, recipe, pipeline)
+    stage, notes = _stage(view, recipe, pipeline, tensor)
     problems = [*refusals(view, recipe, stage, pipeline), *not_built(view)]
     ranks, rest = divmod(world_size, pipeline * tensor * sequence)
     if rest:
@@ -62,14 +62,14 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
         what = f"a world of {world_size} does not divide by {pipeline * tensor * sequence}, the ranks of one copy"
         do = f"start a multiple of {pipeline * tensor * sequence} ranks"
         return None, notes, [*problems, view.problem(what, [key for key in keys if view.given(key)], do)]
-    batch = divide(view, recipe, ranks)
+    batch = divide(view, recipe, ranks, pipeline)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
     layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, pipeline, tensor, sequence)
     return layout, notes, problems
 
 
-def _stage(view: View, recipe: Recipe, pipeline: int) -> tuple[int, list[str]]:
+def _stage(view: View, recipe: Recipe, pipeline: int, tensor: int) -> tuple[int, list[str]]:
     """The ZeRO stage that runs: DeepSpeed's stage 0 is wrong in low precision and in pipelines."""
     stage = view.number(STAGE, 0)
     if stage == 0 and recipe.precision != "fp32":
@@ -77,6 +77,8 @@ def _stage(view: View, recipe: Recipe, pipeline: int) -> tuple[int, list[str]]:
         return 1, [f"{recipe.precision} runs at ZeRO stage 1 instead of 0: {why}"]
     if stage == 0 and pipeline > 1:
         return 1, ["the pipeline runs at ZeRO stage 1 instead of 0: there each stage clips by its own norm"]
+    if stage == 0 and tensor > 1:
+        return 1, ["tensor parallelism runs at ZeRO stage 1 instead of 0: there each part clips by its own norm"]
     return int(stage), []
 
 

@@ -113,7 +113,7 @@ def known_keys() -> Node:
 
 def _spied() -> dict[str, Node]:
     seen: dict[str, Node] = {}
-    top = _Spy({"train_batch_size": 1}, "", seen)
+    top = _Spy({"train_micro_batch_size_per_gpu": 1}, "", seen)  # holds in a world of any size
     for name in (*_SPIED, *_OPAQUE):
         top[name] = _Spy({}, name, seen)
     top["checkpoint"]["writer"] = _Spy({}, "checkpoint.writer", seen)
