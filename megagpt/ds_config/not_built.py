@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem
 
+
 def not_built(view: View) -> Iterator[Problem]:
     """A problem for each layout that the config asks for and that is not there yet."""
     if view.get("activation_checkpointing"):
