@@ -20,6 +20,3 @@ def not_built(view: View) -> Iterator[Problem]:
         if view.number(key, 1) > 1:
             do = "take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it"
             yield view.problem(f"{name} is not built yet", [key], do)
-    if view.get("activation_checkpointing"):
-        what = "recomputation is not built yet, so activation_checkpointing would be ignored"
-        yield view.problem(what, ["activation_checkpointing"], "take it away; a smaller micro-batch saves memory too")

@@ -49,6 +49,15 @@ _NEVER = (
     _Never("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
     _Never("managed_gradient_accumulation", (True,), "DeepSpeed counts the micro-batches of an update"),
     _Never("zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, also for offload"),
+    *(
+        _Never(f"activation_checkpointing.{name}", (False,), "recomputation is torch's own, and would ignore it")
+        for name in (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    ),
     _Never("data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over the sequence ranks"),
     _Never("data_efficiency.enabled", (False,), "it would be ignored: the data order is the recipe's"),
     _Never("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),

@@ -14,12 +14,13 @@ from megagpt.ds_config.not_built import not_built
 from megagpt.ds_config.owners import Owned, foreign_parameters, owned, second_owners
 from megagpt.ds_config.precision import KEYS, fill_precision, resolve_precision
 from megagpt.ds_config.reading import read_json
+from megagpt.ds_config.recomputation import BLOCKS, against_recomputation, fill_recomputation, recomputed
 from megagpt.ds_config.refusals import STAGE, layout_dependent, refusals
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem, UserError
 from megagpt.recipe import Recipe
 
-_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", *KEYS)
+_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", BLOCKS, *KEYS)
 _NEVER_PRINTED = 10**9
 
 
@@ -56,6 +57,7 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     sequence = view.number("sequence_parallel_size", 1)
     stage, notes = _stage(view, recipe, pipeline)
     problems = [*refusals(view, recipe, stage, pipeline), *not_built(view)]
+    problems += against_recomputation(view, recipe.model.n_layer)
     ranks, rest = divmod(world_size, pipeline * tensor * sequence)
     if rest:
         keys = ("pipeline.stages", "tensor_parallel.autotp_size", "sequence_parallel_size")
@@ -65,7 +67,8 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     batch = divide(view, recipe, ranks)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
-    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, pipeline, tensor, sequence)
+    again = recomputed(view, recipe.model.n_layer)
+    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, pipeline, tensor, sequence, *again)
     return layout, notes, problems
 
 
@@ -89,6 +92,7 @@ def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Seq
     config[MICRO], config[ACCUMULATION] = layout.micro_batch, layout.accumulation
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": layout.zero_stage}
     fill_precision(config, recipe.precision or "fp32")
+    fill_recomputation(config, layout.recomputed_blocks)
     config["zero_allow_untested_optimizer"] = True  # ours: torch's AdamW, or Muon
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", _NEVER_PRINTED)

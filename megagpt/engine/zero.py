@@ -17,7 +17,7 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import materialise
+from megagpt.engine.materialise import materialise, recompute
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
 from megagpt.model import weights
@@ -35,6 +35,7 @@ class ZeroEngine:
         recipe = resolved.recipe
         config = dict(resolved.config)
         model = materialise(recipe, config, resolved.layout.zero_stage)
+        recompute(model, resolved.layout.recomputed_blocks, resolved.layout.activations_on_host)
         self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
         self._clip: _ClipBeforeStep | None = None

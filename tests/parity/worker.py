@@ -1,6 +1,6 @@
 """One rank of a process group that runs many layouts one after another. Started by groups.py.
 
-    worker.py JOB.json      JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
+worker.py JOB.json      JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
 """
 
 from __future__ import annotations

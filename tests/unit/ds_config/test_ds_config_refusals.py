@@ -71,11 +71,23 @@ COMBINATIONS = {
         "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
     ),
     "layouts that are not built": (
-        ['"tensor_parallel": {"autotp_size": 2}', '"activation_checkpointing": {"cpu_checkpointing": true}'],
+        ['"tensor_parallel": {"autotp_size": 2}'],
         "megagpt: tensor parallelism is not built yet\n  d.json:2  tensor_parallel.autotp_size\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
-        "megagpt: recomputation is not built yet, so activation_checkpointing would be ignored\n"
-        "  d.json:3  activation_checkpointing\n  do: take it away; a smaller micro-batch saves memory too",
+        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
+    ),
+    "activations on the host that are not kept": (
+        ['"activation_checkpointing": {"cpu_checkpointing": true}'],
+        "megagpt: only what a recomputed block starts from can wait in host memory, and no block is recomputed\n"
+        "  d.json:2  activation_checkpointing.cpu_checkpointing\n"
+        '  do: set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
+    "more blocks recomputed than there are": (
+        ['"activation_checkpointing": {"number_checkpoints": 99', '"profile": true}'],
+        "megagpt: activation_checkpointing.profile is refused: recomputation is torch's own, and would ignore it\n"
+        "  d.json:3  activation_checkpointing.profile\n  do: take it away\n"
+        "megagpt: more blocks are to be recomputed than the model has (12)\n"
+        "  d.json:2  activation_checkpointing.number_checkpoints\n"
+        '  do: set it to 12 or less, or to "auto" for all',
     ),
     "a world that the degrees do not divide": (
         ['"sequence_parallel_size": 3'],
