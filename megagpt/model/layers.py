@@ -167,17 +167,20 @@ class Attention(nn.Module):
         q, k, v = split_heads(qkv, kv_heads, tables, EPSILON if self.qk_norm else None)
         if past is not None:
             k, v = past.extend(k, v)
-        mixed = self.attend(q, k, v)
+        mixed = self.attend(q, k, v, is_causal=start == 0)
         return _drop(self.output(mixed.flatten(2)), self.dropout, self.training)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """From q [B, T, H, h], k and v [B, S, K, h] to [B, T, H, h]; S > T = 1 while generating."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+        """From q [B, T, H, h], k and v [B, S, K, h] to [B, T, H, h].
+
+        S = T, or T = 1 for a token that follows others and sees them all: then `is_causal` is False.
+        """
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=q.shape[1] == k.shape[1],  # else one new token, which sees everything
+            is_causal=is_causal,
             enable_gqa=self.group > 1,
         )
         return mixed.transpose(1, 2)
