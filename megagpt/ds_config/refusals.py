@@ -49,6 +49,15 @@ _NEVER = (
     _Never("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
     _Never("managed_gradient_accumulation", (True,), "DeepSpeed counts the micro-batches of an update"),
     _Never("zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, also for offload"),
+    *(
+        _Never(f"activation_checkpointing.{name}", (False,), "recomputation is torch's own, and would ignore it")
+        for name in (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    ),
     _Never("data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over the sequence ranks"),
     _Never("data_efficiency.enabled", (False,), "it would be ignored: the data order is the recipe's"),
     _Never("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
@@ -60,6 +69,12 @@ _NEVER = (
     _Never("pipeline.partition", ("best",), "megagpt cuts the stages by what their layers cost"),
     _Never("pipeline.seed_layers", (False,), "the layout would change the random numbers"),
     _Never("pipeline.use_reentrant", (None, False), "a stage that begins with token ids would lose its gradient"),
+    _Never(
+        "pipeline.activation_checkpoint_interval",
+        (0,),
+        "recomputation has one key for all layouts",
+        'set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
     _Never("checkpoint.writer", (None,), "DeepSpeed's writers fail (0.19.8), and megagpt publishes checkpoints"),
     _Never("checkpoint.load_universal", (False,), "megagpt resumes on any layout by itself"),
     _Never("datastates_ckpt", (False,), "megagpt publishes checkpoints itself"),

@@ -10,17 +10,17 @@ from typing import Any
 from megagpt.ds_config.batch import ACCUMULATION, MICRO, Batch, divide
 from megagpt.ds_config.checking import Checker
 from megagpt.ds_config.layout import Layout, Resolved
-from megagpt.ds_config.not_built import not_built
 from megagpt.ds_config.owners import Owned, foreign_parameters, owned, second_owners
 from megagpt.ds_config.parallel import SEQUENCE, STAGES, TENSOR, Degrees, degrees, impossible
 from megagpt.ds_config.precision import KEYS, fill_precision, resolve_precision
 from megagpt.ds_config.reading import read_json
+from megagpt.ds_config.recomputation import BLOCKS, against_recomputation, fill_recomputation, recomputed
 from megagpt.ds_config.refusals import STAGE, layout_dependent, refusals
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem, UserError
 from megagpt.recipe import Recipe
 
-_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", *KEYS)
+_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", BLOCKS, *KEYS)
 _NEVER_PRINTED = 10**9
 
 
@@ -54,7 +54,8 @@ def load(
 def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None, list[str], list[Problem]]:
     cut = degrees(view)
     stage, notes = _stage(view, recipe, cut)
-    problems = [*refusals(view, recipe, stage), *impossible(view, recipe, cut), *not_built(view)]
+    problems = [*refusals(view, recipe, stage), *impossible(view, recipe, cut)]
+    problems += against_recomputation(view, recipe.model.n_layer)
     ranks, rest = divmod(world_size, cut.ranks)
     if rest:
         what = f"a world of {world_size} does not divide by {cut.ranks}, the ranks of one copy"
@@ -64,7 +65,9 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     batch = divide(view, recipe, ranks, cut)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
-    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, cut.stages, cut.tensor, cut.sequence)
+    again = recomputed(view, recipe.model.n_layer)
+    parts = (cut.stages, cut.tensor, cut.sequence)
+    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, *parts, *again)
     return layout, notes, problems
 
 
@@ -90,6 +93,7 @@ def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Seq
     config[MICRO], config[ACCUMULATION] = layout.micro_batch, layout.accumulation
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": layout.zero_stage}
     fill_precision(config, recipe.precision or "fp32")
+    fill_recomputation(config, layout.recomputed_blocks)
     config["zero_allow_untested_optimizer"] = True  # ours: torch's AdamW, or Muon
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", _NEVER_PRINTED)

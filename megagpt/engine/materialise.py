@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
@@ -10,6 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megagpt.model.gpt import GPT, initial_value, initialize
+from megagpt.model.layers import Block
 from megagpt.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +29,14 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
     return model
+
+
+def recompute(layers: Iterable[torch.nn.Module], number: int, on_host: bool) -> None:
+    """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
+    blocks = [layer for layer in layers if isinstance(layer, Block)]
+    for index, block in enumerate(blocks):
+        if (index + 1) * number // len(blocks) > index * number // len(blocks):
+            block.recompute = "from host" if on_host else "yes"
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -18,7 +18,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import native, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import materialise
+from megagpt.engine.materialise import materialise, recompute
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
 from megagpt.model import weights
@@ -62,6 +62,7 @@ class ZeroEngine:
             degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
             model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
         self._ulysses.connect(model, recipe.model.seq_len)
+        recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:

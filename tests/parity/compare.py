@@ -24,7 +24,7 @@ class Tolerance:
 # 100 updates; ten times that is allowed. Adam divides by the root of the gradient's square: weights with tiny
 # gradients turn rounding into moves, which the curve hardly sees.
 # bf16: each value is rounded to 2^-9 = 2e-3, in another place when the batch is cut otherwise.
-TOLERANCES = {"fp32": Tolerance(1e-5, 1e-5, 1e-4), "bf16": Tolerance(5e-3, 2e-2, 2e-1)}
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-5, 1e-4), "bf16": Tolerance(1e-3, 2e-2, 1e-1)}
 
 
 @dataclass(frozen=True)

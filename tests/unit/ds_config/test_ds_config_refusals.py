@@ -68,10 +68,19 @@ COMBINATIONS = {
         "  zero_optimization.stage  2   d.json:2\n  pipeline.stages          2   d.json:3\n"
         "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2",
     ),
-    "layouts that are not built": (
+    "activations on the host that are not kept": (
         ['"activation_checkpointing": {"cpu_checkpointing": true}'],
-        "megagpt: recomputation is not built yet, so activation_checkpointing would be ignored\n"
-        "  d.json:2  activation_checkpointing\n  do: take it away; a smaller micro-batch saves memory too",
+        "megagpt: only what a recomputed block starts from can wait in host memory, and no block is recomputed\n"
+        "  d.json:2  activation_checkpointing.cpu_checkpointing\n"
+        '  do: set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
+    "more blocks recomputed than there are": (
+        ['"activation_checkpointing": {"number_checkpoints": 99', '"profile": true}'],
+        "megagpt: activation_checkpointing.profile is refused: recomputation is torch's own, and would ignore it\n"
+        "  d.json:3  activation_checkpointing.profile\n  do: take it away\n"
+        "megagpt: more blocks are to be recomputed than the model has (12)\n"
+        "  d.json:2  activation_checkpointing.number_checkpoints\n"
+        '  do: set it to 12 or less, or to "auto" for all',
     ),
     "a world that the degrees do not divide": (
         ['"sequence_parallel_size": 4'],
@@ -205,6 +214,7 @@ NEVER = {
     "zero_force_ds_cpu_optimizer": True,
     "data_parallel_size": 2,
     "pipeline.use_reentrant": True,
+    "pipeline.activation_checkpoint_interval": 1,
     "data_efficiency.enabled": True,
     "dataloader_drop_last": True,
     "autotuning.enabled": True,
