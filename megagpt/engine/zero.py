@@ -15,9 +15,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
+from megagpt.engine import offload
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import materialise, recompute
+from megagpt.engine.materialise import check_precision, materialise, recompute
 from megagpt.engine.start import stop
 from megagpt.errors import UserError
 from megagpt.model import weights
@@ -33,11 +34,13 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
-        config = dict(resolved.config)
+        check_precision(recipe)
+        config = offload.ready(resolved.config, recipe.model, resolved.layout.data_parallel)
         model = materialise(recipe, config, resolved.layout.zero_stage)
         recompute(model, resolved.layout.recomputed_blocks, resolved.layout.activations_on_host)
         self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
-        optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
+        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
+        optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
