@@ -9,11 +9,22 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
 from megagpt.model.layers import Block
 from megagpt.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raises UserError where this device has no fp16."""
+    if recipe.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"this device ({get_accelerator().device_name()}) does not train in fp16",
+            f"{recipe.place('precision')}  precision".strip(),
+            "set precision to bf16 or fp32",
+        )
 
 
 def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:
