@@ -43,6 +43,7 @@ _TYPES: Mapping[str, Node] = {
     "gradient_accumulation_steps": {"type": "integer", "minimum": 1},
     "gradient_clipping": {"type": "number", "minimum": 0},
     "sequence_parallel_size": {"type": "integer", "minimum": 1},
+    "activation_checkpointing.number_checkpoints": {"type": "integer", "minimum": 1},
     "pipeline.stages": {"type": "integer", "minimum": 1},
 }
 _SPIED = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers", "torch_autocast")

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
+from megagpt.model.layers import Block
 from megagpt.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raises UserError where this device has no fp16."""
+    if recipe.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"this device ({get_accelerator().device_name()}) does not train in fp16",
+            f"{recipe.place('precision')}  precision".strip(),
+            "set precision to bf16 or fp32",
+        )
 
 
 def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:
@@ -28,6 +40,14 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
     return model
+
+
+def recompute(layers: Iterable[torch.nn.Module], number: int, on_host: bool) -> None:
+    """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
+    blocks = [layer for layer in layers if isinstance(layer, Block)]
+    for index, block in enumerate(blocks):
+        if (index + 1) * number // len(blocks) > index * number // len(blocks):
+            block.recompute = "from host" if on_host else "yes"
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

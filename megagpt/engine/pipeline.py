@@ -21,9 +21,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native, tensor
+from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.materialise import check_precision
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
@@ -39,13 +40,14 @@ class PipelineEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe, layout = resolved.recipe, resolved.layout
+        check_precision(recipe)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
         self._ulysses.connect(self._stages, recipe.model.seq_len)
-        optimizer = optimizers.build(recipe.optimizer, self._stages, get_accelerator().device_name() != "cpu")
-        # reentrant recomputation loses the gradient of a stage that begins with token ids (DeepSpeed #688)
-        pipeline = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
+        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(resolved.config, "optimizer") == "none"
+        optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu)
+        pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = native.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
         self._engine: Any = deepspeed.initialize(

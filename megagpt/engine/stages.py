@@ -12,6 +12,7 @@ from torch import nn
 from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout
 from megagpt.engine import tensor
+from megagpt.engine.materialise import recompute
 from megagpt.model import cost, gpt
 from megagpt.recipe import ModelSection
 
@@ -49,6 +50,7 @@ class Stages(PipelineModule):
             layers = gpt.layers(section)
             for layer in layers:
                 tensor.split(layer, layout.tensor_parallel)
+        recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
         self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
         local = set(range(self._cuts[stage], self._cuts[stage + 1]))
@@ -66,7 +68,6 @@ class Stages(PipelineModule):
             super().__init__(
                 self._specs(layers, section.tie_embeddings),
                 topology=tensor.topology(layout),
-                checkpointable_layers=["Block"],  # recomputing the head would double the dearest layer
             )
         tensor.connect(self, self.mpu().get_slice_parallel_group())
 

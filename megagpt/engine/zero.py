@@ -15,10 +15,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native, tensor
+from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import materialise
+from megagpt.engine.materialise import check_precision, materialise, recompute
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
 from megagpt.model import weights
@@ -34,12 +34,15 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
+        check_precision(recipe)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
         self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
         self._ulysses = Ulysses(resolved.layout, rank.rank)
-        config = native.config(resolved)
+        shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
+        config = offload.ready(native.config(resolved), recipe.model, shards)
         model = self._model(recipe, config)
-        optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
+        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
+        optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
@@ -62,6 +65,7 @@ class ZeroEngine:
             degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
             model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
         self._ulysses.connect(model, recipe.model.seq_len)
+        recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:

@@ -8,9 +8,14 @@ returns logits [B, T, vocab_size].
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.functions import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import cross_entropy_sum, project
@@ -208,9 +213,21 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.recompute: Literal["no", "yes", "from host"] = "no"
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """From hidden [B, T, D] to hidden [B, T, D].
+
+        With `recompute` only the input is kept for the backward pass (in host memory if so said), and all between
+        is computed again there (arXiv 1604.06174).
+        """
+        if self.recompute == "no" or not torch.is_grad_enabled():
+            return self._mix(hidden, past)
+        with save_on_cpu() if self.recompute == "from host" else nullcontext():
+            again: Tensor = checkpoint(self._mix, hidden, use_reentrant=False)
+        return again
+
+    def _mix(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), past)
         mixed: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
         return mixed

@@ -23,7 +23,6 @@ from megagpt.recipe import Recipe
 GLOBAL_BATCH = 12  # by 1, 2, 3 and 4 ranks
 HELD_OUT = 12
 HELD_OUT_FROM = 1_000_000  # far from what is trained on
-GPT2 = ()
 LLAMA = (
     "model.position=rope",
     "model.norm=rmsnorm",
@@ -31,6 +30,8 @@ LLAMA = (
     "model.n_kv_head=2",
     "model.tie_embeddings=false",
 )
+SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
+BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
 
 # eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
 # rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
@@ -81,18 +82,48 @@ def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
 # deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
+
+
+def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
+    """Recomputation of so many blocks."""
+    return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
 CASES: tuple[Case, ...] = (
     *(Case(f"zero{stage}-1rank", 1, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-2ranks", 2, _zero(stage)) for stage in range(4)),
-    *(Case(f"zero{stage}-4ranks", 4, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-accumulate4-3ranks", 3, _zero(stage, 1)) for stage in range(4)),
+    *(Case(f"zero{stage}-4ranks", 4, _zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-llama-2ranks", 2, _zero(stage, 3), LLAMA) for stage in range(4)),
+    Case("zero3-persistent-2ranks", 2, {"zero_optimization": {"stage": 3}}),
+    Case("zero3-tied-rope-2ranks", 2, _zero(3, 2), (*LLAMA, "model.tie_embeddings=true", "optimizer.clip=0.95")),
+    Case("zero2-untied-learned-2ranks", 2, _zero(2, 2), ("model.tie_embeddings=false",)),
+    Case("zero3-every-switch-4ranks", 4, _zero(3, 1), SWITCHES),
+    Case("zero1-every-switch-accumulate4-3ranks", 3, _zero(1, 1), SWITCHES),
+    Case("zero1-no-clip-2ranks", 2, _zero(1), ("optimizer.clip=null",)),
+    *(Case(f"zero{stage}-offload-2ranks", 2, _zero(stage, 3, offload_optimizer=CPU)) for stage in (1, 2, 3)),
+    Case("zero1-offload-1rank", 1, _zero(1, 3, offload_optimizer=CPU)),
+    Case("zero3-offload-parameters-1rank", 1, _zero(3, 3, offload_optimizer=CPU, offload_param=CPU)),
+    Case("zero3-offload-parameters-4ranks", 4, _zero(3, 1, offload_optimizer=CPU, offload_param=CPU), LLAMA),
+    Case("zero3-nvme-2ranks", 2, _zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
+    *(Case(f"zero{stage}-recompute-all-2ranks", 2, _zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
+    Case("zero1-recompute-1of2-1rank", 1, _zero(1, 6) | _again(1)),
+    Case("zero3-recompute-host-2ranks", 2, _zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),
+    Case("zero3-offload-recompute-2ranks", 2, _zero(3, 2, offload_optimizer=CPU, offload_param=CPU) | _again("auto")),
+    *(Case(f"zero{stage}-bf16-2ranks", 2, _zero(stage, 3), BF16) for stage in range(4)),
+    *(Case(f"zero{stage}-fp16-2ranks", 2, _zero(stage, 3), FP16) for stage in range(4)),
+    Case("zero1-bf16-1rank", 1, _zero(1), BF16),
+    Case("zero2-bf16-offload-2ranks", 2, _zero(2, 2, offload_optimizer=CPU), BF16),
+    Case("zero3-bf16-llama-recompute-2ranks", 2, _zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),
     *(Case(f"pipeline{stages}", stages, _pipeline(stages, 2), FOUR) for stages in (2, 3, 4)),
     Case("pipeline2-1micro", 2, _pipeline(2, 12), FOUR),
     Case("pipeline2-untied", 2, _pipeline(2, 3), (*FOUR, "model.tie_embeddings=false")),
     Case("pipeline4-llama", 4, _pipeline(4, 2), (*DEEP, *LLAMA)),
     Case("pipeline2-data2", 4, _pipeline(2, 2), FOUR),
     Case("pipeline2-data2-llama", 4, _pipeline(2, 1), (*DEEP, *LLAMA)),
-    Case("pipeline2-recomputation", 2, _pipeline(2, 2, activation_checkpoint_interval=1), FOUR),
+    Case("pipeline2-recomputation", 2, {**_pipeline(2, 2), **_again("auto")}, FOUR),
+    Case("pipeline2-tensor2-recomputation3", 4, {**_tensor(2, _pipeline(2, 2)), **_again(3)}, FOUR),
     Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
     Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
     *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
@@ -111,6 +142,11 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
     Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("tensor2-zero3", 2, _tensor(2, _zero(3))),
+    Case("tensor2-zero2-offload", 2, _tensor(2, _zero(2, offload_optimizer=CPU))),
+    Case("ulysses2-zero3-offload", 2, _ulysses(2, _zero(3, offload_optimizer=CPU, offload_param=CPU))),
+    Case("tensor2-zero3-data2-llama", 4, _tensor(2, _zero(3)), LLAMA),
+    Case("pipeline2-data2-offload", 4, {"pipeline": {"stages": 2}, **_zero(1, 2, offload_optimizer=CPU)}, FOUR),
 )
 
 
@@ -124,7 +160,7 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
 def resolve(case: Case, folder: Path) -> Resolved:
     """What the engine is built from, as a user's files would give it."""
     path = folder / f"{case.id}-{os.getpid()}.json"
-    path.write_text(json.dumps(case.config))
+    path.write_text(json.dumps(case.config).replace("NVME", str(folder / "nvme")))
     return ds_config.load(path, recipe_of(case, folder), case.world, _known())
 
 

@@ -21,9 +21,10 @@ Samples = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, each [globa
 def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samples) -> Curve:
     """Train on one global batch per update; the schedule is `warmup_decay` over `total` updates.
 
-    In bf16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
+    In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
     """
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # lest small gradients vanish
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
@@ -49,9 +50,9 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
             group["lr"] = rates[-1]
         model.zero_grad()
         loss = _loss(model, samples)
-        loss.backward()
+        (loss * scale).backward()
         for name, parameter in model.named_parameters():
-            masters[name].grad = parameter.grad.float()
+            masters[name].grad = parameter.grad.float() / scale
         norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), section.clip or float("inf")).item())
         optimizer.step()
         for name, parameter in model.named_parameters():

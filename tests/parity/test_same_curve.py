@@ -59,17 +59,15 @@ def curve(tmp_path_factory, updates):
 
 
 @pytest.mark.parametrize("case", layouts.CASES, ids=lambda case: case.id)
-def test_same_curve(case, results, curve, record_property):
+def test_same_curve(case, results, curve, worst_differences):
     recipe, expected = curve(case.recipe)
     got = results(case)
     found = compare(recipe, expected, got)
-    for kind in ("loss", "norm", "held-out", "weights"):
-        record_property(kind, worst(found, kind))
+    worst_differences[case.id] = {kind: worst(found, kind) for kind in ("loss", "norm", "held-out", "weights")}
     wrong = [str(row) for row in found if row.too_far]
     assert not wrong, "\n".join(wrong)
     # alive: what does nothing is equal everywhere
     assert sum(got.losses[-5:]) < sum(got.losses[:5]) - 1
     assert min(got.norms) > 0
-    clipped = [norm > recipe.optimizer.clip for norm in expected.norms]
-    assert any(clipped)
-    assert not all(clipped)
+    if recipe.optimizer.clip is not None:  # Adam hides a gradient off by a factor, where clipping is always on or never
+        assert {norm > recipe.optimizer.clip for norm in expected.norms} == {True, False}
