@@ -28,7 +28,7 @@ if [ -e "$run/DONE" ]; then
   exit 0
 fi
 
-[ -e "$data/sotu.model" ] || step megagpt tokenizer train default --vocab-size 2048 --output "$data/sotu"
+[ -e "$data/sotu.model" ] || step megagpt tokenizer train default --vocab-size 4096 --output "$data/sotu"
 [ -e "$data/sotu.validation.json" ] || step megagpt prepare default --tokenizer "$data/sotu.model" --output "$data/sotu"
 
 # One rank per GPU, as many as share the global batch evenly. Without a GPU one rank with a thread per core, up to 8:

@@ -103,7 +103,7 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
         "seq_len": recipe.model.seq_len,
         "vocab_size": recipe.model.vocab_size,
         "micro_batch": layout.micro_batch,
-        "rank": rank.rank,
+        "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
     sources = [(source.path, source.weight) for source in recipe.data.train]

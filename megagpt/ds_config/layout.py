@@ -27,6 +27,13 @@ class Layout:
     activations_on_host: bool = False
     """whether what a recomputed block starts from waits in host memory"""
 
+    def data_rank(self, rank: int) -> int:
+        """Which share of the data a rank is given: the ranks of one copy of the model are given the same.
+
+        Ranks count tensor and sequence parts first, then data-parallel copies, then pipeline stages.
+        """
+        return rank // (self.tensor_parallel * self.sequence_parallel) % self.data_parallel
+
 
 @dataclass(frozen=True)
 class Resolved:

@@ -10,7 +10,6 @@ from typing import Any
 from megagpt.ds_config.batch import ACCUMULATION, MICRO, Batch, divide
 from megagpt.ds_config.checking import Checker
 from megagpt.ds_config.layout import Layout, Resolved
-from megagpt.ds_config.not_built import not_built
 from megagpt.ds_config.owners import Owned, foreign_parameters, owned, second_owners
 from megagpt.ds_config.precision import KEYS, fill_precision, resolve_precision
 from megagpt.ds_config.reading import read_json
@@ -55,8 +54,8 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     pipeline = view.number("pipeline.stages", 1)
     tensor = max(view.number("tensor_parallel.autotp_size", 1), 1)  # DeepSpeed's 0 is "off"
     sequence = view.number("sequence_parallel_size", 1)
-    stage, notes = _stage(view, recipe, pipeline)
-    problems = [*refusals(view, recipe, stage, pipeline), *not_built(view)]
+    stage, notes = _stage(view, recipe, pipeline, tensor)
+    problems = [*refusals(view, recipe, stage, pipeline)]
     problems += against_recomputation(view, recipe.model.n_layer)
     ranks, rest = divmod(world_size, pipeline * tensor * sequence)
     if rest:
@@ -64,7 +63,7 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
         what = f"a world of {world_size} does not divide by {pipeline * tensor * sequence}, the ranks of one copy"
         do = f"start a multiple of {pipeline * tensor * sequence} ranks"
         return None, notes, [*problems, view.problem(what, [key for key in keys if view.given(key)], do)]
-    batch = divide(view, recipe, ranks)
+    batch = divide(view, recipe, ranks, pipeline)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
     again = recomputed(view, recipe.model.n_layer)
@@ -72,7 +71,7 @@ def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None,
     return layout, notes, problems
 
 
-def _stage(view: View, recipe: Recipe, pipeline: int) -> tuple[int, list[str]]:
+def _stage(view: View, recipe: Recipe, pipeline: int, tensor: int) -> tuple[int, list[str]]:
     """The ZeRO stage that runs: DeepSpeed's stage 0 is wrong in low precision and in pipelines."""
     stage = view.number(STAGE, 0)
     if stage == 0 and recipe.precision != "fp32":
@@ -80,6 +79,8 @@ def _stage(view: View, recipe: Recipe, pipeline: int) -> tuple[int, list[str]]:
         return 1, [f"{recipe.precision} runs at ZeRO stage 1 instead of 0: {why}"]
     if stage == 0 and pipeline > 1:
         return 1, ["the pipeline runs at ZeRO stage 1 instead of 0: there each stage clips by its own norm"]
+    if stage == 0 and tensor > 1:
+        return 1, ["tensor parallelism runs at ZeRO stage 1 instead of 0: there each part clips by its own norm"]
     return int(stage), []
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
+from megagpt.ds_config import Layout
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
 from megagpt.model.layers import Block
@@ -42,15 +44,15 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     return model
 
 
-def recompute(model: GPT, number: int, on_host: bool) -> None:
-    """Let `number` of the model's blocks, spread evenly, compute their activations again in the backward pass."""
-    blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+def recompute(layers: Iterable[nn.Module], layout: Layout) -> None:
+    """Let as many of a model's blocks as the layout says, spread evenly, compute their activations twice."""
+    blocks, number = [layer for layer in layers if isinstance(layer, Block)], layout.recomputed_blocks
     for index, block in enumerate(blocks):
         if (index + 1) * number // len(blocks) > index * number // len(blocks):
-            block.recompute = "from host" if on_host else "yes"
+            block.recompute = "from host" if layout.activations_on_host else "yes"
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter before ZeRO stage 3 sharded it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

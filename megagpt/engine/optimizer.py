@@ -6,17 +6,17 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
-from megagpt.model.gpt import GPT
 from megagpt.model.layers import MLP, Attention
 from megagpt.recipe.sections import OptimizerSection
 
 log = logging.getLogger(__name__)
 
 
-def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Optimizer:
+def build(section: OptimizerSection, model: nn.Module, on_gpu: bool) -> torch.optim.Optimizer:
     """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not."""
     groups = _groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
@@ -30,7 +30,7 @@ def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Op
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 
-def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
+def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups, AdamW's first: its rate is the one that is logged."""
     decay: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
@@ -53,7 +53,7 @@ def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _block_matrices(model: GPT) -> dict[str, int]:
+def _block_matrices(model: nn.Module) -> dict[str, int]:
     """Names of the blocks' matrices, and into how many equal blocks of rows each is cut for Muon.
 
     A fused qkv holds `group` query blocks, one of keys and one of values, all with the rows of the key heads.

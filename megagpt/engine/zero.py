@@ -15,18 +15,18 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import offload
+from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.materialise import check_precision, materialise, recompute
+from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
-from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
+from megagpt.model.shards import cut_of
+from megagpt.recipe import Recipe
 from megagpt.state import UpdateResult
-
-_TAG = "deepspeed"
 
 
 class ZeroEngine:
@@ -35,10 +35,11 @@ class ZeroEngine:
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
         check_precision(recipe)
-        config = offload.ready(resolved.config, recipe.model, resolved.layout.data_parallel)
-        model = materialise(recipe, config, resolved.layout.zero_stage)
-        recompute(model, resolved.layout.recomputed_blocks, resolved.layout.activations_on_host)
-        self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
+        self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
+        self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
+        self._ulysses = Ulysses(resolved.layout, rank.rank)
+        config = offload.ready(native.config(resolved), recipe.model, resolved.layout.data_parallel)
+        model = self._model(recipe, config)
         on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
         optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
         self._clip: _ClipBeforeStep | None = None
@@ -51,16 +52,29 @@ class ZeroEngine:
             optimizer=optimizer,
             lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
             config=config,
+            mpu=self._grid,
             dist_init_required=False,
         )[0]
 
+    def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
+        """The model with its initial weights, or this rank's share of it."""
+        if self._grid is None:
+            model = materialise(recipe, config, self._layout.zero_stage)
+        else:
+            degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
+            model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
+        self._ulysses.connect(model, recipe.model.seq_len)
+        recompute(model.layers, self._layout)
+        return model
+
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
-        tokens = self._agreement.total(sum(_valid(batch) for batch in batches))
+        batches = [self._ulysses.part(batch) for batch in batches]
+        tokens = self._total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over ranks and micro-batches: this share makes its average the sum over all by `tokens`.
         # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
-        parts = self._layout.data_parallel * self._layout.accumulation
+        parts = self._layout.data_parallel * self._layout.sequence_parallel * self._layout.accumulation
         loss = torch.zeros((), device=self._engine.device)
         for batch in batches:
             part = self._forward(batch, max(tokens, 1.0) / parts)
@@ -79,48 +93,40 @@ class ZeroEngine:
         """See `Engine`."""
         self._engine.eval()
         loss, tokens = torch.zeros((), device=self._engine.device, dtype=torch.float64), 0
-        for batch in batches:
+        for batch in map(self._ulysses.part, batches):
             loss += self._forward(batch, 1.0).double()
             tokens += _valid(batch)
         self._engine.train()
-        return self._sum(loss) / max(self._agreement.total(tokens), 1.0)
+        return self._sum(loss) / max(self._total(tokens), 1.0)
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save(_random_state(), folder / f"random-{self._rank.rank}.pt")
+        native.save(self._engine, folder, self._rank.rank)
         named = dict(self.weights())
         if self._rank.main:
             weights.save(named.items(), folder)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise UserError(
-                "DeepSpeed could not load its part of the checkpoint",
-                str(folder / _TAG),
-                "remove this checkpoint so that the one before it is taken",
-            )
-        state = torch.load(folder / f"random-{self._rank.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "device" in state:
-            get_accelerator().set_rng_state(state["device"])
+        native.load(self._engine, folder, self._rank.rank)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
         for name, parameter in self._engine.module.named_parameters():
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if self._grid is not None:
+                group = self._grid.get_slice_parallel_group()
+                whole = tensor.whole(whole, cut_of(name, self._section), group, self._layout.tensor_parallel)
             yield name, whole.detach().float().cpu().contiguous()
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
-        self._engine.destroy()
+        native.release(self._engine)
 
     def close(self) -> None:
         """See `Engine`."""
         with contextlib.suppress(AttributeError):
-            self._engine.destroy()
+            self.release()
         stop()
 
     def _forward(self, batch: Batch, normalizer: float) -> torch.Tensor:
@@ -132,9 +138,13 @@ class ZeroEngine:
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
-        if self._layout.data_parallel > 1:
+        if self._layout.world_size > 1:
             torch.distributed.all_reduce(value)
-        return float(value.item())
+        return float(value.item()) / self._layout.tensor_parallel
+
+    def _total(self, value: float) -> float:
+        """The sum over the data-parallel ranks of a number that all tensor-parallel ranks have."""
+        return self._agreement.total(value) / self._layout.tensor_parallel
 
 
 class _ClipBeforeStep:
@@ -151,11 +161,3 @@ class _ClipBeforeStep:
 
 def _valid(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """The random state of this rank: the host's, and the device's where there is one."""
-    state = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state

@@ -1,7 +1,8 @@
 """Functions with a hand-written backward: the same mathematics as plain torch in far fewer passes over memory.
 
-Written out in eager torch, RMSNorm, QK-norm, rotation and ReLU² cost as much as the matrix products of a
-small model. All work in fp32 inside and give back the dtype that they got. None can be differentiated twice.
+Written out in eager torch, RMSNorm, QK-norm, rotation and ReLU² make an update of a small model a sixth dearer
+(4 layers of width 192, one AVX512 core). All work in fp32 inside and give back the dtype that they got. None
+can be differentiated twice.
 """
 
 from __future__ import annotations

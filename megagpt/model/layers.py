@@ -55,6 +55,7 @@ class Rotary:
 
     def __init__(self, head_dim: int, seq_len: int, theta: float) -> None:
         self.head_dim, self.seq_len, self.theta = head_dim, seq_len, theta
+        self.first = 0  # position of the first token here, where sequences are cut over ranks
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def tables(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,7 @@ class Rotary:
                 angles = torch.outer(places, 1.0 / self.theta**exponents).unsqueeze(1)
                 self._tables[device] = (angles.cos(), angles.sin())
         cosine, sine = self._tables[device]
+        start += self.first
         return cosine[start : start + tokens], sine[start : start + tokens]
 
 
@@ -90,13 +92,14 @@ class PositionEmbedding(nn.Embedding):
     def __init__(self, seq_len: int, d_model: int, dropout: float) -> None:
         super().__init__(seq_len, d_model)
         self.dropout = dropout
+        self.first = 0  # position of the first token here, where sequences are cut over ranks
 
     def reset_parameters(self) -> None:
         """Draw nothing: `gpt.initialize` does."""
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
-        start, tokens = 0, hidden.shape[1]
+        start, tokens = self.first, hidden.shape[1]
         if past is not None:
             start = past.seen
             past.seen += tokens
@@ -148,13 +151,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         heads = d_model // head_dim
-        self.head_dim, self.group, self.dropout, self.qk_norm, self.rotary = (
-            head_dim,
-            group,
-            dropout,
-            qk_norm,
-            rotary,
-        )
+        self.head_dim, self.group, self.dropout = head_dim, group, dropout
+        self.qk_norm, self.rotary = qk_norm, rotary
         self.qkv = nn.Linear(d_model, (heads + 2 * (heads // group)) * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, d_model, bias=bias)
 

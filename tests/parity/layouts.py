@@ -72,7 +72,23 @@ def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
     return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
 
 
+def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
+    return {"pipeline": {"stages": stages}, **_zero(1, micro, **more)}
+
+
+def _tensor(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"tensor_parallel": {"autotp_size": degree}, **config}
+
+
+def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"sequence_parallel_size": degree, **config}
+
+
+# deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
+DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
+FOUR = (*DEEP, "optimizer.clip=1.5")
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
+OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU}
 CASES: tuple[Case, ...] = (
     *(Case(f"zero{stage}-1rank", 1, _zero(stage)) for stage in range(4)),
     *(Case(f"zero{stage}-2ranks", 2, _zero(stage)) for stage in range(4)),
@@ -87,18 +103,47 @@ CASES: tuple[Case, ...] = (
     Case("zero1-no-clip-2ranks", 2, _zero(1), ("optimizer.clip=null",)),
     *(Case(f"zero{stage}-offload-2ranks", 2, _zero(stage, 3, offload_optimizer=CPU)) for stage in (1, 2, 3)),
     Case("zero1-offload-1rank", 1, _zero(1, 3, offload_optimizer=CPU)),
-    Case("zero3-offload-parameters-1rank", 1, _zero(3, 3, offload_optimizer=CPU, offload_param=CPU)),
-    Case("zero3-offload-parameters-4ranks", 4, _zero(3, 1, offload_optimizer=CPU, offload_param=CPU), LLAMA),
+    Case("zero3-offload-parameters-1rank", 1, _zero(3, 3, **OFFLOADED)),
+    Case("zero3-offload-parameters-4ranks", 4, _zero(3, 1, **OFFLOADED), LLAMA),
     Case("zero3-nvme-2ranks", 2, _zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
     *(Case(f"zero{stage}-recompute-all-2ranks", 2, _zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
     Case("zero1-recompute-1of2-1rank", 1, _zero(1, 6) | _again(1)),
     Case("zero3-recompute-host-2ranks", 2, _zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),
-    Case("zero3-offload-recompute-2ranks", 2, _zero(3, 2, offload_optimizer=CPU, offload_param=CPU) | _again("auto")),
+    Case("zero3-offload-recompute-2ranks", 2, _zero(3, 2, **OFFLOADED) | _again("auto")),
     *(Case(f"zero{stage}-bf16-2ranks", 2, _zero(stage, 3), BF16) for stage in range(4)),
     *(Case(f"zero{stage}-fp16-2ranks", 2, _zero(stage, 3), FP16) for stage in range(4)),
     Case("zero1-bf16-1rank", 1, _zero(1), BF16),
     Case("zero2-bf16-offload-2ranks", 2, _zero(2, 2, offload_optimizer=CPU), BF16),
     Case("zero3-bf16-llama-recompute-2ranks", 2, _zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),
+    *(Case(f"pipeline{stages}", stages, _pipeline(stages, 2), FOUR) for stages in (2, 3, 4)),
+    Case("pipeline2-1micro", 2, _pipeline(2, 12), FOUR),
+    Case("pipeline2-untied", 2, _pipeline(2, 3), (*FOUR, "model.tie_embeddings=false")),
+    Case("pipeline4-llama", 4, _pipeline(4, 2), (*DEEP, *LLAMA)),
+    Case("pipeline2-data2", 4, _pipeline(2, 2), FOUR),
+    Case("pipeline2-data2-llama", 4, _pipeline(2, 1), (*DEEP, *LLAMA)),
+    Case("pipeline2-recompute-all", 2, _pipeline(2, 2) | _again("auto"), FOUR),
+    Case("pipeline2-data2-recompute-2of4-host", 4, _pipeline(2, 2) | _again(2, cpu_checkpointing=True), FOUR),
+    Case("pipeline2-offload", 2, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
+    Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
+    Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
+    *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
+    *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, _zero(stage, 2)), LLAMA) for stage in (1, 2)),
+    Case("tensor4", 4, _tensor(4, _zero(1, 3))),
+    Case("tensor2-untied", 2, _tensor(2, _zero(1)), ("model.tie_embeddings=false",)),
+    Case("tensor2-bf16", 2, _tensor(2, _zero(1)), ("precision=bf16",)),
+    Case("tensor2-bf16-zero2-data2", 4, _tensor(2, _zero(2, 3)), ("precision=bf16",)),
+    Case("tensor2-offload-recompute", 2, _tensor(2, _zero(1, 3, offload_optimizer=CPU) | _again("auto"))),
+    Case("pipeline2-tensor2", 4, _tensor(2, _pipeline(2, 2)), FOUR),
+    Case("pipeline2-tensor2-llama", 4, _tensor(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("pipeline2-tensor2-bf16", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, "precision=bf16")),
+    *(Case(f"ulysses2-zero{stage}", 2, _ulysses(2, _zero(stage, 6))) for stage in range(4)),
+    *(Case(f"ulysses2-zero{stage}-llama-data2", 4, _ulysses(2, _zero(stage, 3)), LLAMA) for stage in (1, 2, 3)),
+    Case("ulysses4-zero3", 4, _ulysses(4, _zero(3))),
+    Case("ulysses2-zero1-bf16", 2, _ulysses(2, _zero(1)), ("precision=bf16",)),
+    Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
+    Case("ulysses2-zero3-offload-recompute", 2, _ulysses(2, _zero(3, 4, **OFFLOADED) | _again("auto")), LLAMA),
+    Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
+    Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
 )
 
 

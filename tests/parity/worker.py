@@ -77,7 +77,7 @@ def check_moved(engine: Any) -> None:
 def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -> list[Batch]:
     """This rank's micro-batches: sample k of micro-step j on data rank r is j·micro·ranks + r·micro + k."""
     micro, ranks = layout.micro_batch, layout.data_parallel
-    starts = range(rank.rank * micro, len(samples[0]), micro * ranks)
+    starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
     return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]
 
 

@@ -66,14 +66,12 @@ COMBINATIONS = {
         ['"zero_optimization": {"stage": 2}', '"pipeline": {"stages": 2}'],
         "megagpt: a pipeline cannot run at ZeRO stage 2: its gradients must stay whole between micro-batches\n"
         "  zero_optimization.stage  2   d.json:2\n  pipeline.stages          2   d.json:3\n"
-        "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2\n"
-        "megagpt: pipeline parallelism is not built yet\n  d.json:3  pipeline.stages\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
+        "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2",
     ),
-    "layouts that are not built": (
-        ['"tensor_parallel": {"autotp_size": 2}'],
-        "megagpt: tensor parallelism is not built yet\n  d.json:2  tensor_parallel.autotp_size\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
+    "a second key for recomputation": (
+        ['"pipeline": {"stages": 2', '"activation_checkpoint_interval": 1}'],
+        "megagpt: pipeline.activation_checkpoint_interval is refused: recomputation has one key on all layouts\n"
+        "  d.json:3  pipeline.activation_checkpoint_interval\n  do: set activation_checkpointing.number_checkpoints",
     ),
     "activations on the host that are not kept": (
         ['"activation_checkpointing": {"cpu_checkpointing": true}'],
@@ -91,8 +89,6 @@ COMBINATIONS = {
     ),
     "a world that the degrees do not divide": (
         ['"sequence_parallel_size": 3'],
-        "megagpt: sequence parallelism is not built yet\n  d.json:2  sequence_parallel_size\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
         "megagpt: a world of 2 does not divide by 3, the ranks of one copy\n  d.json:2  sequence_parallel_size\n"
         "  do: start a multiple of 3 ranks",
     ),
