@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megagpt.ds_config.parallel import WHOLE, Degrees
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem
 from megagpt.recipe import Recipe
@@ -22,10 +23,10 @@ class Batch:
     accumulation: int
 
 
-def divide(view: View, recipe: Recipe, ranks: int, stages: int = 1) -> Batch | Problem:
+def divide(view: View, recipe: Recipe, ranks: int, cut: Degrees = WHOLE) -> Batch | Problem:
     """Cut the global batch over the data-parallel ranks; a problem if it does not divide.
 
-    An automatic micro-batch is small enough to keep the `stages` of a pipeline busy.
+    An automatic micro-batch is small enough to keep the stages of a pipeline busy.
     """
     total, micro, accumulation = recipe.batch.global_size, view.number(MICRO, 0), view.number(ACCUMULATION, 0)
     rows: list[Row] = [
@@ -33,7 +34,7 @@ def divide(view: View, recipe: Recipe, ranks: int, stages: int = 1) -> Batch | P
         ("data-parallel ranks", ranks, "from the world size"),
     ]
     if total % ranks:
-        fewer = listed(str(count) for count in divisors(total) if count <= 2 * ranks)
+        fewer = listed(str(count * cut.ranks) for count in divisors(total) if count <= 2 * ranks)
         do = f"set batch.global_size to {_multiples(total, ranks)}, or start {fewer} ranks"
         return Problem("the global batch does not divide by the ranks", table(rows), do)
     share = total // ranks
@@ -46,7 +47,7 @@ def divide(view: View, recipe: Recipe, ranks: int, stages: int = 1) -> Batch | P
             what = f"{key} does not divide the {share} samples of a rank"
             do = f"set it to {_neighbours(share, given)}, or batch.global_size to {_multiples(total, ranks * given)}"
             return Problem(what, table(rows), do)
-    micro = micro or (share // accumulation if accumulation else _largest(share, recipe.model.seq_len, stages))
+    micro = micro or (share // accumulation if accumulation else _largest(share, recipe.model.seq_len, cut.stages))
     return Batch(micro, share // micro)
 
 

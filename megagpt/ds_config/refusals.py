@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagpt.ds_config.recomputation import BLOCKS
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem
 from megagpt.recipe import Recipe
@@ -69,17 +68,20 @@ _NEVER = (
     _Never("compile.deepcompile", (False,), "DeepCompile is not proven to train the same"),
     _Never("pipeline.partition", ("best",), "megagpt cuts the stages by what their layers cost"),
     _Never("pipeline.seed_layers", (False,), "the layout would change the random numbers"),
-    _Never(
-        "pipeline.activation_checkpoint_interval", (0,), "recomputation has one key on all layouts", f"set {BLOCKS}"
-    ),
     _Never("pipeline.use_reentrant", (None, False), "a stage that begins with token ids would lose its gradient"),
+    _Never(
+        "pipeline.activation_checkpoint_interval",
+        (0,),
+        "recomputation has one key for all layouts",
+        'set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
     _Never("checkpoint.writer", (None,), "DeepSpeed's writers fail (0.19.8), and megagpt publishes checkpoints"),
     _Never("checkpoint.load_universal", (False,), "megagpt resumes on any layout by itself"),
     _Never("datastates_ckpt", (False,), "megagpt publishes checkpoints itself"),
 )
 
 
-def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
+def refusals(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     """Every refused value and combination. `stage` is the ZeRO stage that will run."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
@@ -90,7 +92,6 @@ def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> It
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated)
-    yield from _pipeline(view, recipe, stated, pipeline_stages)
     yield from _muon(view, recipe, stage)
 
 
@@ -139,21 +140,6 @@ def _zeropp(view: View, stage: int) -> Iterator[Problem]:
         yield view.problem(what, [*used, *offloaded], "keep one of the two")
 
 
-def _pipeline(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
-    if pipeline_stages < 2:
-        return
-    if pipeline_stages > recipe.model.n_layer:
-        rows: list[Row] = [("model.n_layer", recipe.model.n_layer, recipe.place("model.n_layer") or "default")]
-        do = f"set pipeline.stages to at most {recipe.model.n_layer}"
-        yield view.problem(
-            "the pipeline has more stages than the model has blocks", ["pipeline.stages"], do, defaults=rows
-        )
-    if stage > 1:
-        what = f"a pipeline cannot run at ZeRO stage {stage}: its gradients must stay whole between micro-batches"
-        do = f"set {STAGE} to 1, or take pipeline away and keep ZeRO stage {stage}"
-        yield view.problem(what, [STAGE, "pipeline.stages"], do)
-
-
 def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     if recipe.optimizer.type != "muon" or stage == 0:
         return
@@ -164,6 +150,8 @@ def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
         do = "set precision to fp32, or optimizer.type to adamw"
     elif view.number("pipeline.stages", 1) > 1:
         do = "take pipeline away, or set optimizer.type to adamw"
+    elif view.number("tensor_parallel.autotp_size", 1) > 1:
+        do = "take tensor_parallel away, or set optimizer.type to adamw"
     else:
         do = f"set {STAGE} to 0, or optimizer.type to adamw"
     between = [STAGE] if view.given(STAGE) else []

@@ -10,7 +10,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megagpt.ds_config import Layout
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
 from megagpt.model.layers import Block
@@ -44,12 +43,12 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     return model
 
 
-def recompute(layers: Iterable[nn.Module], layout: Layout) -> None:
-    """Let as many of a model's blocks as the layout says, spread evenly, compute their activations twice."""
-    blocks, number = [layer for layer in layers if isinstance(layer, Block)], layout.recomputed_blocks
+def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
+    """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
+    blocks = [layer for layer in layers if isinstance(layer, Block)]
     for index, block in enumerate(blocks):
         if (index + 1) * number // len(blocks) > index * number // len(blocks):
-            block.recompute = "from host" if layout.activations_on_host else "yes"
+            block.recompute = "from host" if on_host else "yes"
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

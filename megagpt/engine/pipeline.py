@@ -46,8 +46,7 @@ class PipelineEngine:
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
         self._ulysses.connect(self._stages, recipe.model.seq_len)
         optimizer = optimizers.build(recipe.optimizer, self._stages, get_accelerator().device_name() != "cpu")
-        # reentrant recomputation loses the gradient of a stage that begins with token ids (DeepSpeed #688)
-        pipeline = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
+        pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = native.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
         self._engine: Any = deepspeed.initialize(

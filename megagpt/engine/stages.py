@@ -50,7 +50,7 @@ class Stages(PipelineModule):
             layers = gpt.layers(section)
             for layer in layers:
                 tensor.split(layer, layout.tensor_parallel)
-        recompute(layers, layout)
+        recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
         self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
         local = set(range(self._cuts[stage], self._cuts[stage + 1]))
@@ -68,7 +68,6 @@ class Stages(PipelineModule):
             super().__init__(
                 self._specs(layers, section.tie_embeddings),
                 topology=tensor.topology(layout),
-                checkpointable_layers=["Block"],  # recomputing the head would double the dearest layer
             )
         tensor.connect(self, self.mpu().get_slice_parallel_group())
 

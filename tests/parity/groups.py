@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from layouts import Case
 
@@ -35,10 +36,14 @@ def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict
 
 def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str:
     """One process group over all cases; the end of the ranks' logs."""
-    world = cases[0].world
-    job = {"folder": str(folder), "updates": updates, "total": total, "seconds": SECONDS}
+    job = {"folder": str(folder), "updates": updates, "total": total, "cases": [case.id for case in cases]}
+    return launch("worker.py", cases[0].world, job, folder, SECONDS * len(cases) + 60)
+
+
+def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float) -> str:
+    """Run a program of this folder on `world` ranks, until all end or one fails; the end of their logs."""
     path = folder / "job.json"
-    path.write_text(json.dumps({**job, "cases": [case.id for case in cases]}))
+    path.write_text(json.dumps({"seconds": SECONDS, **job}))
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -57,14 +62,14 @@ def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str
         with log.open("w") as output:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "worker.py"), str(path)],
+                    [sys.executable, str(HERE / program), str(path)],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
             )
     try:
-        _wait(ranks, SECONDS * len(cases) + 60)
+        _wait(ranks, seconds)
     finally:
         for process in ranks:
             process.kill()

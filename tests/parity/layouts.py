@@ -124,6 +124,7 @@ CASES: tuple[Case, ...] = (
     Case("pipeline2-recompute-all", 2, _pipeline(2, 2) | _again("auto"), FOUR),
     Case("pipeline2-data2-recompute-2of4-host", 4, _pipeline(2, 2) | _again(2, cpu_checkpointing=True), FOUR),
     Case("pipeline2-offload", 2, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
+    Case("pipeline2-tensor2-recompute-3of4", 4, {**_tensor(2, _pipeline(2, 2)), **_again(3)}, FOUR),
     Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
     Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
     *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
@@ -144,6 +145,11 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-offload-recompute", 2, _ulysses(2, _zero(3, 4, **OFFLOADED) | _again("auto")), LLAMA),
     Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("tensor2-zero3", 2, _tensor(2, _zero(3))),
+    Case("tensor2-zero2-offload", 2, _tensor(2, _zero(2, offload_optimizer=CPU))),
+    Case("ulysses2-zero3-offload", 2, _ulysses(2, _zero(3, **OFFLOADED))),
+    Case("tensor2-zero3-data2-llama", 4, _tensor(2, _zero(3)), LLAMA),
+    Case("pipeline2-data2-offload", 4, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
 )
 
 
