@@ -16,7 +16,6 @@ import layouts
 import torch
 import torch.nn.functional as F
 
-
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
