@@ -130,6 +130,8 @@ CASES: tuple[Case, ...] = (
     *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
     *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, _zero(stage, 2)), LLAMA) for stage in (1, 2)),
     Case("tensor4", 4, _tensor(4, _zero(1, 3))),
+    Case("tensor2-odd-vocabulary", 2, _tensor(2, _zero(1)), ("model.vocab_size=129",)),
+    Case("tensor2-every-switch", 2, _tensor(2, _zero(2, 3)), SWITCHES),
     Case("tensor2-untied", 2, _tensor(2, _zero(1)), ("model.tie_embeddings=false",)),
     Case("tensor2-bf16", 2, _tensor(2, _zero(1)), ("precision=bf16",)),
     Case("tensor2-fp16", 2, _tensor(2, _zero(1)), ("precision=fp16",)),
