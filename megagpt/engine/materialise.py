@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
@@ -42,7 +43,7 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     return model
 
 
-def recompute(layers: Iterable[torch.nn.Module], number: int, on_host: bool) -> None:
+def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
     """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
     blocks = [layer for layer in layers if isinstance(layer, Block)]
     for index, block in enumerate(blocks):
@@ -50,7 +51,7 @@ def recompute(layers: Iterable[torch.nn.Module], number: int, on_host: bool) -> 
             block.recompute = "from host" if on_host else "yes"
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter before ZeRO stage 3 sharded it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

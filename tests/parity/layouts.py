@@ -16,7 +16,9 @@ import torch
 
 from megagpt import ds_config
 from megagpt import recipe as recipes
-from megagpt.ds_config import Resolved
+from megagpt.data.loader import Batch
+from megagpt.distributed import Rank
+from megagpt.ds_config import Layout, Resolved
 from megagpt.engine.keys import known_keys
 from megagpt.recipe import Recipe
 
@@ -58,7 +60,7 @@ class Case:
     recipe: tuple[str, ...] = ()
 
 
-def _zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
+def zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
     """A config with a ZeRO stage; parameters are sharded however small they are."""
     section: dict[str, Any] = {"stage": stage, **more}
     if stage == 3:
@@ -67,8 +69,13 @@ def _zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": section, **batch}
 
 
+def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
+    """Recomputation of so many blocks."""
+    return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
+
+
 def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
-    return {"pipeline": {"stages": stages, **more}, **_zero(1, micro)}
+    return {"pipeline": {"stages": stages}, **zero(1, micro, **more)}
 
 
 def _tensor(degree: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -82,77 +89,75 @@ def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
 # deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
-
-
-def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
-    """Recomputation of so many blocks."""
-    return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
-
-
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
+OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU}
 CASES: tuple[Case, ...] = (
-    *(Case(f"zero{stage}-1rank", 1, _zero(stage)) for stage in range(4)),
-    *(Case(f"zero{stage}-2ranks", 2, _zero(stage)) for stage in range(4)),
-    *(Case(f"zero{stage}-accumulate4-3ranks", 3, _zero(stage, 1)) for stage in range(4)),
-    *(Case(f"zero{stage}-4ranks", 4, _zero(stage)) for stage in range(4)),
-    *(Case(f"zero{stage}-llama-2ranks", 2, _zero(stage, 3), LLAMA) for stage in range(4)),
+    *(Case(f"zero{stage}-1rank", 1, zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-2ranks", 2, zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-accumulate4-3ranks", 3, zero(stage, 1)) for stage in range(4)),
+    *(Case(f"zero{stage}-4ranks", 4, zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-llama-2ranks", 2, zero(stage, 3), LLAMA) for stage in range(4)),
     Case("zero3-persistent-2ranks", 2, {"zero_optimization": {"stage": 3}}),
-    Case("zero3-tied-rope-2ranks", 2, _zero(3, 2), (*LLAMA, "model.tie_embeddings=true", "optimizer.clip=0.95")),
-    Case("zero2-untied-learned-2ranks", 2, _zero(2, 2), ("model.tie_embeddings=false",)),
-    Case("zero3-every-switch-4ranks", 4, _zero(3, 1), SWITCHES),
-    Case("zero1-every-switch-accumulate4-3ranks", 3, _zero(1, 1), SWITCHES),
-    Case("zero1-no-clip-2ranks", 2, _zero(1), ("optimizer.clip=null",)),
-    *(Case(f"zero{stage}-offload-2ranks", 2, _zero(stage, 3, offload_optimizer=CPU)) for stage in (1, 2, 3)),
-    Case("zero1-offload-1rank", 1, _zero(1, 3, offload_optimizer=CPU)),
-    Case("zero3-offload-parameters-1rank", 1, _zero(3, 3, offload_optimizer=CPU, offload_param=CPU)),
-    Case("zero3-offload-parameters-4ranks", 4, _zero(3, 1, offload_optimizer=CPU, offload_param=CPU), LLAMA),
-    Case("zero3-nvme-2ranks", 2, _zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
-    *(Case(f"zero{stage}-recompute-all-2ranks", 2, _zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
-    Case("zero1-recompute-1of2-1rank", 1, _zero(1, 6) | _again(1)),
-    Case("zero3-recompute-host-2ranks", 2, _zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),
-    Case("zero3-offload-recompute-2ranks", 2, _zero(3, 2, offload_optimizer=CPU, offload_param=CPU) | _again("auto")),
-    *(Case(f"zero{stage}-bf16-2ranks", 2, _zero(stage, 3), BF16) for stage in range(4)),
-    *(Case(f"zero{stage}-fp16-2ranks", 2, _zero(stage, 3), FP16) for stage in range(4)),
-    Case("zero1-bf16-1rank", 1, _zero(1), BF16),
-    Case("zero2-bf16-offload-2ranks", 2, _zero(2, 2, offload_optimizer=CPU), BF16),
-    Case("zero3-bf16-llama-recompute-2ranks", 2, _zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),
+    Case("zero3-tied-rope-2ranks", 2, zero(3, 2), (*LLAMA, "model.tie_embeddings=true", "optimizer.clip=0.95")),
+    Case("zero2-untied-learned-2ranks", 2, zero(2, 2), ("model.tie_embeddings=false",)),
+    Case("zero3-every-switch-4ranks", 4, zero(3, 1), SWITCHES),
+    Case("zero1-every-switch-accumulate4-3ranks", 3, zero(1, 1), SWITCHES),
+    Case("zero1-no-clip-2ranks", 2, zero(1), ("optimizer.clip=null",)),
+    *(Case(f"zero{stage}-offload-2ranks", 2, zero(stage, 3, offload_optimizer=CPU)) for stage in (1, 2, 3)),
+    Case("zero1-offload-1rank", 1, zero(1, 3, offload_optimizer=CPU)),
+    Case("zero3-offload-parameters-1rank", 1, zero(3, 3, **OFFLOADED)),
+    Case("zero3-offload-parameters-4ranks", 4, zero(3, 1, **OFFLOADED), LLAMA),
+    Case("zero3-nvme-2ranks", 2, zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
+    *(Case(f"zero{stage}-recompute-all-2ranks", 2, zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
+    Case("zero1-recompute-1of2-1rank", 1, zero(1, 6) | _again(1)),
+    Case("zero3-recompute-host-2ranks", 2, zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),
+    Case("zero3-offload-recompute-2ranks", 2, zero(3, 2, **OFFLOADED) | _again("auto")),
+    *(Case(f"zero{stage}-bf16-2ranks", 2, zero(stage, 3), BF16) for stage in range(4)),
+    *(Case(f"zero{stage}-fp16-2ranks", 2, zero(stage, 3), FP16) for stage in range(4)),
+    Case("zero1-bf16-1rank", 1, zero(1), BF16),
+    Case("zero2-bf16-offload-2ranks", 2, zero(2, 2, offload_optimizer=CPU), BF16),
+    Case("zero3-bf16-llama-recompute-2ranks", 2, zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),
     *(Case(f"pipeline{stages}", stages, _pipeline(stages, 2), FOUR) for stages in (2, 3, 4)),
     Case("pipeline2-1micro", 2, _pipeline(2, 12), FOUR),
     Case("pipeline2-untied", 2, _pipeline(2, 3), (*FOUR, "model.tie_embeddings=false")),
     Case("pipeline4-llama", 4, _pipeline(4, 2), (*DEEP, *LLAMA)),
     Case("pipeline2-data2", 4, _pipeline(2, 2), FOUR),
     Case("pipeline2-data2-llama", 4, _pipeline(2, 1), (*DEEP, *LLAMA)),
-    Case("pipeline2-recomputation", 2, {**_pipeline(2, 2), **_again("auto")}, FOUR),
-    Case("pipeline2-tensor2-recomputation3", 4, {**_tensor(2, _pipeline(2, 2)), **_again(3)}, FOUR),
+    Case("pipeline2-recompute-all", 2, _pipeline(2, 2) | _again("auto"), FOUR),
+    Case("pipeline2-data2-recompute-2of4-host", 4, _pipeline(2, 2) | _again(2, cpu_checkpointing=True), FOUR),
+    Case("pipeline2-offload", 2, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
+    Case("pipeline2-tensor2-recompute-3of4", 4, {**_tensor(2, _pipeline(2, 2)), **_again(3)}, FOUR),
     Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
     Case("pipeline2-fp16-untied", 2, _pipeline(2, 2), (*FOUR, "precision=fp16", "model.tie_embeddings=false")),
     Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
-    *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
-    *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, _zero(stage, 2)), LLAMA) for stage in (1, 2)),
-    Case("tensor4", 4, _tensor(4, _zero(1, 3))),
-    Case("tensor2-odd-vocabulary", 2, _tensor(2, _zero(1)), ("model.vocab_size=129",)),
-    Case("tensor2-every-switch", 2, _tensor(2, _zero(2, 3)), SWITCHES),
-    Case("tensor2-untied", 2, _tensor(2, _zero(1)), ("model.tie_embeddings=false",)),
-    Case("tensor2-bf16", 2, _tensor(2, _zero(1)), ("precision=bf16",)),
-    Case("tensor2-fp16", 2, _tensor(2, _zero(1)), ("precision=fp16",)),
-    Case("tensor2-bf16-zero2-data2", 4, _tensor(2, _zero(2, 3)), ("precision=bf16",)),
+    *(Case(f"tensor2-zero{stage}", 2, _tensor(2, zero(stage))) for stage in (0, 1, 2)),
+    *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, zero(stage, 2)), LLAMA) for stage in (1, 2)),
+    Case("tensor4", 4, _tensor(4, zero(1, 3))),
+    Case("tensor2-odd-vocabulary", 2, _tensor(2, zero(1)), ("model.vocab_size=129",)),
+    Case("tensor2-every-switch", 2, _tensor(2, zero(2, 3)), SWITCHES),
+    Case("tensor2-untied", 2, _tensor(2, zero(1)), ("model.tie_embeddings=false",)),
+    Case("tensor2-bf16", 2, _tensor(2, zero(1)), ("precision=bf16",)),
+    Case("tensor2-fp16", 2, _tensor(2, zero(1)), ("precision=fp16",)),
+    Case("tensor2-bf16-zero2-data2", 4, _tensor(2, zero(2, 3)), ("precision=bf16",)),
+    Case("tensor2-offload-recompute", 2, _tensor(2, zero(1, 3, offload_optimizer=CPU) | _again("auto"))),
     Case("pipeline2-tensor2", 4, _tensor(2, _pipeline(2, 2)), FOUR),
     Case("pipeline2-tensor2-llama", 4, _tensor(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
     Case("pipeline2-tensor2-fp16-llama", 4, _tensor(2, _pipeline(2, 2)), (*DEEP, *LLAMA, "precision=fp16")),
-    Case("ulysses2-fp16", 2, _ulysses(2, _zero(2)), ("precision=fp16",)),
+    Case("ulysses2-fp16", 2, _ulysses(2, zero(2)), ("precision=fp16",)),
     Case("pipeline2-tensor2-bf16", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, "precision=bf16")),
-    *(Case(f"ulysses2-zero{stage}", 2, _ulysses(2, _zero(stage, 6))) for stage in range(4)),
-    *(Case(f"ulysses2-zero{stage}-llama-data2", 4, _ulysses(2, _zero(stage, 3)), LLAMA) for stage in (1, 2, 3)),
-    Case("ulysses4-zero3", 4, _ulysses(4, _zero(3))),
-    Case("ulysses2-zero1-bf16", 2, _ulysses(2, _zero(1)), ("precision=bf16",)),
-    Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
-    Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
+    *(Case(f"ulysses2-zero{stage}", 2, _ulysses(2, zero(stage, 6))) for stage in range(4)),
+    *(Case(f"ulysses2-zero{stage}-llama-data2", 4, _ulysses(2, zero(stage, 3)), LLAMA) for stage in (1, 2, 3)),
+    Case("ulysses4-zero3", 4, _ulysses(4, zero(3))),
+    Case("ulysses2-zero1-bf16", 2, _ulysses(2, zero(1)), ("precision=bf16",)),
+    Case("ulysses2-zero3-bf16", 2, _ulysses(2, zero(3)), ("precision=bf16",)),
+    Case("ulysses2-zero3-offload-recompute", 2, _ulysses(2, zero(3, 4, **OFFLOADED) | _again("auto")), LLAMA),
+    Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
-    Case("tensor2-zero3", 2, _tensor(2, _zero(3))),
-    Case("tensor2-zero2-offload", 2, _tensor(2, _zero(2, offload_optimizer=CPU))),
-    Case("ulysses2-zero3-offload", 2, _ulysses(2, _zero(3, offload_optimizer=CPU, offload_param=CPU))),
-    Case("tensor2-zero3-data2-llama", 4, _tensor(2, _zero(3)), LLAMA),
-    Case("pipeline2-data2-offload", 4, {"pipeline": {"stages": 2}, **_zero(1, 2, offload_optimizer=CPU)}, FOUR),
+    Case("tensor2-zero3", 2, _tensor(2, zero(3))),
+    Case("tensor2-zero2-offload", 2, _tensor(2, zero(2, offload_optimizer=CPU))),
+    Case("ulysses2-zero3-offload", 2, _ulysses(2, zero(3, **OFFLOADED))),
+    Case("tensor2-zero3-data2-llama", 4, _tensor(2, zero(3)), LLAMA),
+    Case("pipeline2-data2-offload", 4, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
 )
 
 
@@ -192,6 +197,13 @@ def samples(recipe: Recipe, number: int, first: int = 0) -> tuple[torch.Tensor, 
         masks.append(torch.arange(length) >= length - tail)
     ids = torch.stack(rows)
     return ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(masks), -100)
+
+
+def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Layout, rank: Rank) -> list[Batch]:
+    """This rank's micro-batches: sample k of micro-step j on data rank r is j·micro·ranks + r·micro + k."""
+    micro, ranks = layout.micro_batch, layout.data_parallel
+    starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
+    return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]
 
 
 _RANGES = ((0, 128), (1, 4), (0, 24))

@@ -15,7 +15,6 @@ from typing import Any
 import layouts
 import torch
 import torch.nn.functional as F
-from worker import share
 
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -80,13 +79,13 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> d
 def data(resolved: Any, rank: Rank, update: int) -> list[Batch]:
     """The micro-batches of one update."""
     size = layouts.GLOBAL_BATCH
-    return share(layouts.samples(resolved.recipe, size, update * size), resolved.layout, rank)
+    return layouts.share(layouts.samples(resolved.recipe, size, update * size), resolved.layout, rank)
 
 
 def ragged(resolved: Any, rank: Rank) -> list[Batch]:
     """Held-out samples in a number of batches that is not training's, the last one smaller than the others."""
     samples = layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
-    batches = share(samples, resolved.layout, rank)
+    batches = layouts.share(samples, resolved.layout, rank)
     kept = batches[0]
     return [*batches, *batches[:1], Batch(kept.input_ids[:1], kept.labels[:1])]
 

@@ -10,6 +10,7 @@ import reference
 from compare import compare, worst
 from curve import Curve
 from groups import run_cases
+from needs import missing
 
 TOTAL = 100  # the schedule's length, also of the short run
 
@@ -22,13 +23,16 @@ def updates(request):
 @pytest.fixture(scope="session")
 def results(request, tmp_path_factory, updates):
     """By case id what its ranks did; a world size runs when its first case is asked for."""
+    build = request.config.getoption("--full")
     asked = {item.callspec.params["case"].id: item.callspec.params["case"] for item in _selected(request)}
     failed, done = {}, {}
     folder = tmp_path_factory.mktemp("parity")
 
     def result(case):
+        if reason := missing(case, build):
+            pytest.skip(reason)
         if case.world not in done:
-            cases = [other for other in asked.values() if other.world == case.world]
+            cases = [other for other in asked.values() if other.world == case.world and not missing(other, build)]
             failed.update(run_cases(cases, folder, updates, TOTAL))
             done[case.world] = True
         if case.id in failed:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import mutants
 import torch
 from curve import Curve
 
-from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
@@ -29,12 +29,16 @@ def main(job: dict[str, Any]) -> None:
     rank = from_environment(os.environ)
     start(rank)
     agreement = Agreement(rank.world_size)
-    for case in layouts.CASES:
-        if case.id in job["cases"]:
-            # one rank of a group may fail while the others wait for it: a limit for each case
-            faulthandler.dump_traceback_later(job["seconds"], exit=True)
-            run(case, job, rank, agreement)
-            faulthandler.cancel_dump_traceback_later()
+    cases = {case.id: case for case in (*layouts.CASES, *mutants.SEEDS)}
+    for id in job["cases"]:
+        # one rank of a group may fail while the others wait for it: a limit for each case
+        faulthandler.dump_traceback_later(job["seconds"], exit=True)
+        if id in mutants.MUTANTS:
+            with mutants.MUTANTS[id].planted():
+                run(mutants.MUTANTS[id].case, job, rank, agreement)
+        else:
+            run(cases[id], job, rank, agreement)
+        faulthandler.cancel_dump_traceback_later()
     stop()
 
 
@@ -44,12 +48,14 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, agreement)
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
-    held_out = share(layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank)
+    held_out = layouts.share(
+        layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank
+    )
     evaluations = [engine.evaluate(held_out)]
     results = []
     for update in range(job["updates"]):
         data = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, update * layouts.GLOBAL_BATCH)
-        results.append(engine.train_update(share(data, resolved.layout, rank)))
+        results.append(engine.train_update(layouts.share(data, resolved.layout, rank)))
         if update == 1:
             engine.evaluate(held_out)  # must not disturb training
     evaluations.append(engine.evaluate(held_out))
@@ -72,13 +78,6 @@ def check_moved(engine: Any) -> None:
     assert moments
     for moment in moments:
         assert not moment.numel() or moment.abs().max() > 0
-
-
-def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -> list[Batch]:
-    """This rank's micro-batches: sample k of micro-step j on data rank r is j·micro·ranks + r·micro + k."""
-    micro, ranks = layout.micro_batch, layout.data_parallel
-    starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
-    return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]
 
 
 if __name__ == "__main__":

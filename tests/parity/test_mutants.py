@@ -1,0 +1,48 @@
+"""The comparison is awake: planted bugs make it fail, and other seeds do not."""
+
+from __future__ import annotations
+
+import layouts
+import mutants
+import pytest
+import reference
+from compare import compare
+from curve import Curve
+from groups import run_cases
+
+UPDATES = 6
+TOTAL = 100
+
+
+@pytest.fixture(scope="session")
+def differences(tmp_path_factory):
+    """By case id the differences that are too large; all cases run in one process group."""
+    folder = tmp_path_factory.mktemp("mutants")
+    cases = [*(mutant.case for mutant in mutants.MUTANTS.values()), *mutants.SEEDS]
+    failed = run_cases(cases, folder, UPDATES, TOTAL)
+    found, expected = {}, {}
+    for case in cases:
+        if case.id in failed:
+            continue
+        if case.recipe not in expected:
+            recipe = layouts.recipe_of(case, folder)
+            data = [layouts.samples(recipe, layouts.GLOBAL_BATCH, n * layouts.GLOBAL_BATCH) for n in range(UPDATES)]
+            held_out = layouts.samples(recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
+            expected[case.recipe] = recipe, reference.train(recipe, data, TOTAL, held_out)
+        rows = compare(*expected[case.recipe], Curve.load(folder / case.id))
+        found[case.id] = [row for row in rows if row.too_far]
+    return found, failed
+
+
+@pytest.mark.parametrize("id", mutants.MUTANTS)
+def test_a_planted_bug_is_found(id, differences):
+    found, failed = differences
+    assert id not in failed, failed[id]  # a mutant must train to the end: only numbers may betray it
+    assert found[id]
+
+
+@pytest.mark.parametrize("case", mutants.SEEDS, ids=lambda case: case.id)
+def test_a_seed_is_no_false_alarm(case, differences):
+    found, failed = differences
+    assert case.id not in failed, failed[case.id]
+    assert not found[case.id], [str(row) for row in found[case.id]]
