@@ -108,7 +108,7 @@ class PipelineEngine:
             whole = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
                 part = safe_get_full_fp32_param(mine[name]).detach().float()
-                cut = cut_of(name, self._section)
+                cut = cut_of(name, self._section, self._layout.tensor_parallel)
                 whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()

@@ -48,8 +48,8 @@ class Stages(PipelineModule):
     def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
         with torch.device("meta"):
             layers = gpt.layers(section)
-            for layer in layers:
-                tensor.split(layer, layout.tensor_parallel)
+            if layout.tensor_parallel > 1:
+                tensor.split(layers, layout.tensor_parallel)
         recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
         self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
@@ -57,9 +57,9 @@ class Stages(PipelineModule):
         if section.tie_embeddings and len(layers) - 1 in local:
             local.add(0)
         self.names: dict[nn.Parameter, str] = {}
+        degree, part = layout.tensor_parallel, rank % layout.tensor_parallel
         for index in sorted(local):
-            tensor_rank = rank % layout.tensor_parallel
-            names = tensor.fill(layers[index], f"layers.{index}", section, seed, tensor_rank, layout.tensor_parallel)
+            names = tensor.fill(layers[index], f"layers.{index}", section, seed, part, degree)
             self.names.update(zip(layers[index].parameters(), names, strict=True))
         self.normalizer = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
@@ -69,7 +69,8 @@ class Stages(PipelineModule):
                 self._specs(layers, section.tie_embeddings),
                 topology=tensor.topology(layout),
             )
-        tensor.connect(self, self.mpu().get_slice_parallel_group())
+        if degree > 1:
+            tensor.connect(layers, section, part, degree, self.mpu().get_slice_parallel_group())
 
     def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on, each one's labels kept for the forward pass that follows."""

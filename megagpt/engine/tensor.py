@@ -1,4 +1,4 @@
-"""Tensor parallelism: the two matrices of attention and of MLP cut over ranks, Megatron's way (arXiv 1909.08053).
+"""Tensor parallelism: the matrices of attention, of MLP and of the vocabulary cut over ranks (arXiv 1909.08053).
 
 Own layers, and DeepSpeed's grid as the `mpu` that tells its optimizers who shares what. DeepSpeed's AutoTP would
 build process groups of its own over all ranks of the world, which leaves no place for pipeline stages.
@@ -6,6 +6,7 @@ build process groups of its own over all ranks of the world, which leaves no pla
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from megagpt.ds_config import Layout
 from megagpt.model import gpt
-from megagpt.model.layers import MLP, Attention
+from megagpt.model.layers import MLP, Attention, Head, TokenEmbedding
 from megagpt.model.shards import Cut, cut_of
 from megagpt.recipe import ModelSection, Recipe
 
@@ -70,6 +71,28 @@ class _Second(nn.Linear):
         return total if self.bias is None else total + self.bias
 
 
+class _VocabularyShare:
+    """A `Share` on a process group."""
+
+    def __init__(self, first: int, group: Any) -> None:
+        self.first, self._group = first, group
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._group)
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        total: Tensor = _Leave.apply(x, self._group)
+        return total
+
+
 def grid(layout: Layout) -> Any:
     """DeepSpeed's process groups for a layout without a pipeline; collective."""
     return PipelineParallelGrid(topology(layout))
@@ -81,23 +104,27 @@ def topology(layout: Layout) -> Any:
     return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
 
 
-def split(module: nn.Module, degree: int) -> None:
-    """Put shares in the place of the linear layers of every attention and MLP in `module`; rubbish weights."""
-    if degree == 1:
-        return
-    for part in list(module.modules()):
+def split(layers: Iterable[nn.Module], degree: int) -> None:
+    """Put shares in the place of what is cut in a GPT's layers; their weights are rubbish, on the meta device."""
+    for part in [part for layer in layers for part in layer.modules()]:
         if isinstance(part, Attention):
             part.qkv, part.output = _first(part.qkv, degree), _second(part.output, degree)
         elif isinstance(part, MLP):
             part.up, part.down = _first(part.up, degree), _second(part.down, degree)
             part.gate = None if part.gate is None else _first(part.gate, degree)
+        elif isinstance(part, (TokenEmbedding, Head)) and (weight := part._parameters.get("weight")) is not None:
+            rows = len(weight) if len(weight) % degree else len(weight) // degree
+            part.weight = nn.Parameter(torch.empty(rows, weight.shape[1], device="meta"))
 
 
-def connect(module: nn.Module, group: Any) -> None:
-    """Tell the shares in `module` their ranks."""
-    for part in module.modules():
+def connect(layers: Iterable[nn.Module], section: ModelSection, index: int, degree: int, group: Any) -> None:
+    """Tell the shares in a GPT's layers their place among the ranks, and how to reach the others."""
+    rows, rest = divmod(section.vocab_size, degree)
+    for part in [part for layer in layers for part in layer.modules()]:
         if isinstance(part, (_First, _Second)):
             part.group = group
+        elif isinstance(part, (TokenEmbedding, Head)) and not rest:
+            part.share = _VocabularyShare(index * rows, group)
 
 
 @torch.no_grad()
@@ -109,7 +136,7 @@ def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index
     module.to_empty(device="cpu")
     names = []
     for name, parameter in module.named_parameters(prefix=prefix):
-        cut = cut_of(name, section) if degree > 1 else None
+        cut = cut_of(name, section, degree)
         shape = list(parameter.shape)
         if cut is None:
             parameter.copy_(gpt.initial_value(name, shape, section, seed))
@@ -125,15 +152,15 @@ def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
     """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
     with torch.device("meta"):
         model = gpt.GPT(recipe.model)
-    split(model, degree)
+    split(model.layers, degree)
     fill(model, "", recipe.model, recipe.seed, index, degree)
-    connect(model, group)
+    connect(model.layers, recipe.model, index, degree, group)
     return model
 
 
 def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:
     """The whole tensor of the ranks' parts; collective where there is a cut."""
-    if cut is None or degree == 1:
+    if cut is None:
         return part
     parts = [torch.empty_like(part) for _ in range(degree)]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)

@@ -118,7 +118,12 @@ class ZeroEngine:
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if self._grid is not None:
                 group = self._grid.get_slice_parallel_group()
-                whole = tensor.whole(whole, cut_of(name, self._section), group, self._layout.tensor_parallel)
+                whole = tensor.whole(
+                    whole,
+                    cut_of(name, self._section, self._layout.tensor_parallel),
+                    group,
+                    self._layout.tensor_parallel,
+                )
             yield name, whole.detach().float().cpu().contiguous()
 
     def release(self) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.functions import relu_squared, rms_norm, split_heads
-from megagpt.model.loss import cross_entropy_sum, project
+from megagpt.model.loss import Share, cross_entropy_sum, project
 
 EPSILON = 1e-5  # of every norm
 
@@ -77,13 +77,22 @@ class TokenEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, d_model: int, dropout: float = 0.0) -> None:
         super().__init__(vocab_size, d_model)
         self.dropout = dropout
+        self.share: Share | None = None  # set where the rows are cut over ranks
 
     def reset_parameters(self) -> None:
         """Draw nothing: `gpt.initialize` does."""
 
     def forward(self, input_ids: Tensor, past: Past | None = None) -> Tensor:
         """Look up the rows of input_ids [B, T]."""
-        return _drop(super().forward(input_ids), self.dropout, self.training)
+        return _drop(self._rows(input_ids), self.dropout, self.training)
+
+    def _rows(self, input_ids: Tensor) -> Tensor:
+        if self.share is None:
+            return super().forward(input_ids)
+        mine = input_ids - self.share.first
+        elsewhere = (mine < 0) | (mine >= len(self.weight))
+        rows = super().forward(mine.masked_fill(elsewhere, 0))
+        return self.share.join(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
 class PositionEmbedding(nn.Embedding):
@@ -239,6 +248,7 @@ class Head(nn.Module):
     def __init__(self, vocab_size: int, d_model: int, softcap: float | None, tied: TokenEmbedding | None) -> None:
         super().__init__()
         self.softcap = softcap
+        self.share: Share | None = None  # set where the rows are cut over ranks
         self._tied = None if tied is None else (tied,)  # in a tuple, lest the module be registered twice
         if tied is None:
             self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
@@ -248,10 +258,10 @@ class Head(nn.Module):
         return self.weight if self._tied is None else self._tied[0].weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab_size]; with labels [B, T] the summed loss instead, without the logits."""
+        """Logits [B, T, vocab_size], of a share its own; with labels [B, T] the summed loss, without the logits."""
         if labels is None:
             return project(hidden, self.matrix(), self.softcap)
-        return cross_entropy_sum(hidden, self.matrix(), labels, self.softcap)
+        return cross_entropy_sum(hidden, self.matrix(), labels, self.softcap, self.share)
 
 
 def _drop(x: Tensor, probability: float, training: bool) -> Tensor:

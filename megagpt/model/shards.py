@@ -32,12 +32,18 @@ class Cut:
         return torch.cat([share for block in zip(*split, strict=True) for share in block], self.dim)
 
 
-def cut_of(name: str, section: ModelSection) -> Cut | None:
-    """How the parameter of this name in `GPT` is cut; None where every rank has it whole.
+def cut_of(name: str, section: ModelSection, degree: int) -> Cut | None:
+    """How the parameter of this name in `GPT` is cut over `degree` ranks; None where every rank has it whole.
 
     As Megatron does (arXiv 1909.08053): the first matrix of attention and of MLP by its outputs, so that each
-    rank has whole heads, and the second by its inputs; their products are summed over the ranks.
+    rank has whole heads, and the second by its inputs; their products are summed over the ranks. The vocabulary's
+    rows are cut too, if their number divides by the degree.
     """
+    if degree == 1:
+        return None
+    head = section.n_layer + (3 if section.position == "learned" else 2)
+    if name in ("layers.0.weight", f"layers.{head}.weight"):
+        return None if section.vocab_size % degree else Cut(0, (section.vocab_size,))
     head_dim = section.d_model // section.n_head
     key_width = section.n_kv_head * head_dim
     if ".attention.qkv." in name:

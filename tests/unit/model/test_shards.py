@@ -33,10 +33,15 @@ def test_parts_joined_are_the_whole_and_no_value_is_on_two_ranks(shares, degree,
 
 
 def test_which_parameters_are_cut():
-    names = [name for name, _ in GPT(SECTION).named_parameters() if cut_of(name, SECTION) is not None]
+    names = [name for name, _ in GPT(SECTION).named_parameters() if cut_of(name, SECTION, 2) is not None]
     block = [f"attention.{name}" for name in ("qkv.weight", "qkv.bias", "output.weight")]
     block += [f"mlp.{name}" for name in ("gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight")]
-    assert names == [f"layers.2.{name}" for name in block]
+    assert names == ["layers.0.weight", *(f"layers.2.{name}" for name in block)]
+    assert cut_of("layers.0.weight", SECTION, 3) is None  # 40 rows
+    untied = SECTION.model_copy(update={"tie_embeddings": False, "position": "rope"})
+    assert [name for name, _ in GPT(untied).named_parameters()][-1] == "layers.3.weight"
+    assert cut_of("layers.3.weight", untied, 2) == Cut(0, (40,))
+    assert cut_of("layers.2.weight", untied, 2) is None  # the last norm
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
@@ -57,7 +62,7 @@ def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
                 full = f"{name}.{kept}"
                 if full not in whole:
                     continue
-                cut = cut_of(f"{prefix}.{full}", SECTION)
+                cut = cut_of(f"{prefix}.{full}", SECTION, degree)
                 part = whole[full] if cut is None else cut.part(whole[full], index, degree)
                 if cut is None:  # the last bias is whole on every rank, and added once after the sum
                     part = part if index == 0 else torch.zeros_like(part)
