@@ -17,14 +17,12 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.portable import Portable
 from megagpt.engine.start import stop
-from megagpt.errors import UserError
-from megagpt.model import weights
+from megagpt.files import Write
 from megagpt.model.gpt import GPT, initialize
 from megagpt.model.loss import IGNORED
 from megagpt.state import UpdateResult
-
-_TAG = "deepspeed"
 
 
 class ZeroEngine:
@@ -34,7 +32,7 @@ class ZeroEngine:
         recipe = resolved.recipe
         model = GPT(recipe.model)
         initialize(model, recipe.seed)
-        self._rank, self._agreement, self._layout = rank, agreement, resolved.layout
+        self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
         optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
         config = dict(resolved.config)
         self._clip: _ClipBeforeStep | None = None
@@ -81,27 +79,13 @@ class ZeroEngine:
         self._engine.train()
         return self._sum(loss) / max(self._agreement.total(tokens), 1.0)
 
-    def save_state(self, folder: Path) -> None:
-        """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save(_random_state(), folder / f"random-{self._rank.rank}.pt")
-        named = dict(self.weights())
-        if self._rank.main:
-            weights.save(named.items(), folder)
+    def save_state(self, sink: Write) -> None:
+        """See `Engine`."""
+        self._portable().save(sink)
 
     def load_state(self, folder: Path) -> None:
-        """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise UserError(
-                "DeepSpeed could not load its part of the checkpoint",
-                str(folder / _TAG),
-                "remove this checkpoint so that the one before it is taken",
-            )
-        state = torch.load(folder / f"random-{self._rank.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "device" in state:
-            get_accelerator().set_rng_state(state["device"])
+        """See `Engine`. Raises UserError where the state does not arrive whole."""
+        self._portable().load(folder, self._idle_update)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
@@ -121,6 +105,16 @@ class ZeroEngine:
         output = self._engine(input_ids=batch.input_ids.to(**to), labels=batch.labels.to(**to), normalizer=normalizer)
         loss: torch.Tensor = output.loss
         return loss
+
+    def _portable(self) -> Portable:
+        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
+        sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for parameter, name in names.items()}
+        return Portable(self._engine, names, sizes, self._rank, self._agreement)
+
+    def _idle_update(self) -> None:
+        """An update in which no label is valid: its gradient is zero."""
+        ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
@@ -143,11 +137,3 @@ class _ClipBeforeStep:
 
 def _valid(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """The random state of this rank: the host's, and the device's where there is one."""
-    state = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state
