@@ -44,6 +44,7 @@ setup(
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",
             "transformers>=5,<6",
+            "megatron-core==0.16.1",  # the reader and writer that our .bin/.idx are held against
             "ruff==0.17.6",  # exact: another version formats otherwise
             "mypy==2.4.1",
             "types-PyYAML",

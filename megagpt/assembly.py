@@ -103,7 +103,7 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
         "seq_len": recipe.model.seq_len,
         "vocab_size": recipe.model.vocab_size,
         "micro_batch": layout.micro_batch,
-        "rank": rank.rank,
+        "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
     sources = [(source.path, source.weight) for source in recipe.data.train]
@@ -139,8 +139,11 @@ def _open(run: Run, device: str, damaged: list[str], state: TrainState) -> None:
     )
     held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
     say(f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}")
+    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
+            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
+    cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)
     say(
-        f"layout   {layout.world_size} × {device}, ZeRO stage {layout.zero_stage}, "
+        f"layout   {layout.world_size} × {device}, {cut}ZeRO stage {layout.zero_stage}, "
         f"{layout.data_parallel} × {layout.micro_batch} × {layout.accumulation} samples an update"
     )
     share = run.total * recipe.batch.global_size / order.samples_per_epoch

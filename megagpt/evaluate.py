@@ -102,8 +102,9 @@ def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
 
 @torch.no_grad()
 def _loss(trained_model: trained.Trained, share: Evaluation) -> float:
-    total, tokens = 0.0, 0
+    model, total, tokens = trained_model.model, 0.0, 0
+    device = next(model.parameters()).device
     for input_ids, labels in share.batches():
-        total += float(trained_model.model(input_ids, labels, normalizer=1.0).loss)
+        total += float(model(input_ids.to(device), labels.to(device), normalizer=1.0).loss)
         tokens += int((labels != IGNORED).sum())
     return total / max(tokens, 1)

@@ -36,6 +36,16 @@ def write(path: Path, data: bytes) -> Written:
     return Written(len(data), zlib.crc32(data))
 
 
+def into(folder: Path) -> Write:
+    """Writes files into a folder, those above them made."""
+
+    def sink(name: str, data: bytes) -> None:
+        make_folder((folder / name).parent)
+        write(folder / name, data)
+
+    return sink
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace the file by `text` in one step: a reader sees the old one or the new one."""
     temporary = path.with_name(path.name + ".new")

@@ -22,6 +22,17 @@ class Layout:
     pipeline_stages: int = 1
     tensor_parallel: int = 1
     sequence_parallel: int = 1
+    recomputed_blocks: int = 0
+    """transformer blocks, spread evenly, whose activations are computed again in the backward pass"""
+    activations_on_host: bool = False
+    """whether what a recomputed block starts from waits in host memory"""
+
+    def data_rank(self, rank: int) -> int:
+        """Which share of the data a rank is given: the ranks of one copy of the model are given the same.
+
+        Ranks count tensor and sequence parts first, then data-parallel copies, then pipeline stages.
+        """
+        return rank // (self.tensor_parallel * self.sequence_parallel) % self.data_parallel
 
 
 @dataclass(frozen=True)

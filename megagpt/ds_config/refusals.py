@@ -49,6 +49,15 @@ _NEVER = (
     _Never("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
     _Never("managed_gradient_accumulation", (True,), "DeepSpeed counts the micro-batches of an update"),
     _Never("zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, also for offload"),
+    *(
+        _Never(f"activation_checkpointing.{name}", (False,), "recomputation is torch's own, and would ignore it")
+        for name in (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    ),
     _Never("data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over the sequence ranks"),
     _Never("data_efficiency.enabled", (False,), "it would be ignored: the data order is the recipe's"),
     _Never("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
@@ -57,13 +66,22 @@ _NEVER = (
     _Never("expert_parallel.enabled", (False,), "the model has no experts"),
     _Never("weight_quantization.enabled", (False,), "it is for inference"),
     _Never("compile.deepcompile", (False,), "DeepCompile is not proven to train the same"),
+    _Never("pipeline.partition", ("best",), "megagpt cuts the stages by what their layers cost"),
+    _Never("pipeline.seed_layers", (False,), "the layout would change the random numbers"),
+    _Never("pipeline.use_reentrant", (None, False), "a stage that begins with token ids would lose its gradient"),
+    _Never(
+        "pipeline.activation_checkpoint_interval",
+        (0,),
+        "recomputation has one key for all layouts",
+        'set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
     _Never("checkpoint.writer", (None,), "DeepSpeed's writers fail (0.19.8), and megagpt publishes checkpoints"),
     _Never("checkpoint.load_universal", (False,), "megagpt resumes on any layout by itself"),
     _Never("datastates_ckpt", (False,), "megagpt publishes checkpoints itself"),
 )
 
 
-def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> Iterator[Problem]:
+def refusals(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     """Every refused value and combination. `stage` is the ZeRO stage that will run."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
@@ -74,7 +92,6 @@ def refusals(view: View, recipe: Recipe, stage: int, pipeline_stages: int) -> It
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated)
-    yield from _pipeline(view, stated, pipeline_stages)
     yield from _muon(view, recipe, stage)
 
 
@@ -123,13 +140,6 @@ def _zeropp(view: View, stage: int) -> Iterator[Problem]:
         yield view.problem(what, [*used, *offloaded], "keep one of the two")
 
 
-def _pipeline(view: View, stage: int, pipeline_stages: int) -> Iterator[Problem]:
-    if pipeline_stages > 1 and stage > 1:
-        what = f"a pipeline cannot run at ZeRO stage {stage}: its gradients must stay whole between micro-batches"
-        do = f"set {STAGE} to 1, or take pipeline away and keep ZeRO stage {stage}"
-        yield view.problem(what, [STAGE, "pipeline.stages"], do)
-
-
 def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     if recipe.optimizer.type != "muon" or stage == 0:
         return
@@ -138,6 +148,10 @@ def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
     if recipe.precision != "fp32":  # which is why the stage is not the stated one
         rows.append(("precision", recipe.precision, recipe.place("precision") or "default"))
         do = "set precision to fp32, or optimizer.type to adamw"
+    elif view.number("pipeline.stages", 1) > 1:
+        do = "take pipeline away, or set optimizer.type to adamw"
+    elif view.number("tensor_parallel.autotp_size", 1) > 1:
+        do = "take tensor_parallel away, or set optimizer.type to adamw"
     else:
         do = f"set {STAGE} to 0, or optimizer.type to adamw"
     between = [STAGE] if view.given(STAGE) else []

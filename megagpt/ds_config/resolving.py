@@ -10,16 +10,17 @@ from typing import Any
 from megagpt.ds_config.batch import ACCUMULATION, MICRO, Batch, divide
 from megagpt.ds_config.checking import Checker
 from megagpt.ds_config.layout import Layout, Resolved
-from megagpt.ds_config.not_built import not_built
 from megagpt.ds_config.owners import Owned, foreign_parameters, owned, second_owners
+from megagpt.ds_config.parallel import SEQUENCE, STAGES, TENSOR, Degrees, degrees, impossible
 from megagpt.ds_config.precision import KEYS, fill_precision, resolve_precision
 from megagpt.ds_config.reading import read_json
+from megagpt.ds_config.recomputation import BLOCKS, against_recomputation, fill_recomputation, recomputed
 from megagpt.ds_config.refusals import STAGE, layout_dependent, refusals
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem, UserError
 from megagpt.recipe import Recipe
 
-_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", *KEYS)
+_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", BLOCKS, *KEYS)
 _NEVER_PRINTED = 10**9
 
 
@@ -51,32 +52,35 @@ def load(
 
 
 def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None, list[str], list[Problem]]:
-    pipeline = view.number("pipeline.stages", 1)
-    tensor = max(view.number("tensor_parallel.autotp_size", 1), 1)  # DeepSpeed's 0 is "off"
-    sequence = view.number("sequence_parallel_size", 1)
-    stage, notes = _stage(view, recipe, pipeline)
-    problems = [*refusals(view, recipe, stage, pipeline), *not_built(view)]
-    ranks, rest = divmod(world_size, pipeline * tensor * sequence)
+    cut = degrees(view)
+    stage, notes = _stage(view, recipe, cut)
+    problems = [*refusals(view, recipe, stage), *impossible(view, recipe, cut)]
+    problems += against_recomputation(view, recipe.model.n_layer)
+    ranks, rest = divmod(world_size, cut.ranks)
     if rest:
-        keys = ("pipeline.stages", "tensor_parallel.autotp_size", "sequence_parallel_size")
-        what = f"a world of {world_size} does not divide by {pipeline * tensor * sequence}, the ranks of one copy"
-        do = f"start a multiple of {pipeline * tensor * sequence} ranks"
-        return None, notes, [*problems, view.problem(what, [key for key in keys if view.given(key)], do)]
-    batch = divide(view, recipe, ranks)
+        what = f"a world of {world_size} does not divide by {cut.ranks}, the ranks of one copy"
+        do = f"start a multiple of {cut.ranks} ranks"
+        keys = [key for key in (STAGES, TENSOR, SEQUENCE) if view.given(key)]
+        return None, notes, [*problems, view.problem(what, keys, do)]
+    batch = divide(view, recipe, ranks, cut)
     if not isinstance(batch, Batch):
         return None, notes, [*problems, batch]
-    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, pipeline, tensor, sequence)
+    again = recomputed(view, recipe.model.n_layer)
+    parts = (cut.stages, cut.tensor, cut.sequence)
+    layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, *parts, *again)
     return layout, notes, problems
 
 
-def _stage(view: View, recipe: Recipe, pipeline: int) -> tuple[int, list[str]]:
+def _stage(view: View, recipe: Recipe, cut: Degrees) -> tuple[int, list[str]]:
     """The ZeRO stage that runs: DeepSpeed's stage 0 is wrong in low precision and in pipelines."""
     stage = view.number(STAGE, 0)
     if stage == 0 and recipe.precision != "fp32":
         why = "DeepSpeed's stage 0 begins with an Adam step on zero gradients"
         return 1, [f"{recipe.precision} runs at ZeRO stage 1 instead of 0: {why}"]
-    if stage == 0 and pipeline > 1:
+    if stage == 0 and cut.stages > 1:
         return 1, ["the pipeline runs at ZeRO stage 1 instead of 0: there each stage clips by its own norm"]
+    if stage == 0 and cut.tensor > 1:
+        return 1, ["tensor parallelism runs at ZeRO stage 1 instead of 0: there each part clips by its own norm"]
     return int(stage), []
 
 
@@ -89,6 +93,7 @@ def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Seq
     config[MICRO], config[ACCUMULATION] = layout.micro_batch, layout.accumulation
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": layout.zero_stage}
     fill_precision(config, recipe.precision or "fp32")
+    fill_recomputation(config, layout.recomputed_blocks)
     config["zero_allow_untested_optimizer"] = True  # ours: torch's AdamW, or Muon
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", _NEVER_PRINTED)

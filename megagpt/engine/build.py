@@ -5,9 +5,12 @@ from __future__ import annotations
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
 from megagpt.engine.base import Engine
+from megagpt.engine.pipeline import PipelineEngine
 from megagpt.engine.zero import ZeroEngine
 
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> Engine:
     """Build the model with the recipe's initial weights, and the engine around it."""
+    if resolved.layout.pipeline_stages > 1:
+        return PipelineEngine(resolved, total_updates, rank, agreement)
     return ZeroEngine(resolved, total_updates, rank, agreement)

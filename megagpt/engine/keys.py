@@ -43,6 +43,7 @@ _TYPES: Mapping[str, Node] = {
     "gradient_accumulation_steps": {"type": "integer", "minimum": 1},
     "gradient_clipping": {"type": "number", "minimum": 0},
     "sequence_parallel_size": {"type": "integer", "minimum": 1},
+    "activation_checkpointing.number_checkpoints": {"type": "integer", "minimum": 1},
     "pipeline.stages": {"type": "integer", "minimum": 1},
 }
 _SPIED = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers", "torch_autocast")
@@ -113,7 +114,7 @@ def known_keys() -> Node:
 
 def _spied() -> dict[str, Node]:
     seen: dict[str, Node] = {}
-    top = _Spy({"train_batch_size": 1}, "", seen)
+    top = _Spy({"train_micro_batch_size_per_gpu": 1}, "", seen)  # holds in a world of any size
     for name in (*_SPIED, *_OPAQUE):
         top[name] = _Spy({}, name, seen)
     top["checkpoint"]["writer"] = _Spy({}, "checkpoint.writer", seen)

@@ -29,10 +29,31 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     if tall:
         work = work.mT
     work = work / (work.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    wide = 2 * work.size(2) >= 3 * work.size(1) and work.dtype == torch.float32
+    work = _through_gram(work, steps) if wide else _direct(work, steps)
+    return (work.mT if tall else work).to(matrices.dtype)
+
+
+def _direct(work: torch.Tensor, steps: int) -> torch.Tensor:
+    """X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ, step by step."""
     for _ in range(steps):
         gram = work @ work.mT
         work = torch.baddbmm(work, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), work, beta=_A)
-    return (work.mT if tall else work).to(matrices.dtype)
+    return work
+
+
+def _through_gram(work: torch.Tensor, steps: int) -> torch.Tensor:
+    """The same for wide matrices with products of the short side only: G ← Q·G·Q, and all Q together at the end.
+
+    Needs fp32: rounding in G is not corrected by looking at X again.
+    """
+    gram = work @ work.mT
+    total = torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device).expand_as(gram)
+    for _ in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        factor.diagonal(dim1=1, dim2=2).add_(_A)
+        total, gram = factor @ total, factor @ (gram @ factor)
+    return total @ work
 
 
 class Muon(torch.optim.Optimizer):

@@ -6,16 +6,17 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
+from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
-from megagpt.model.gpt import GPT
 from megagpt.model.layers import MLP, Attention
 from megagpt.recipe.sections import OptimizerSection
 
 log = logging.getLogger(__name__)
 
 
-def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Optimizer:
+def build(section: OptimizerSection, model: nn.Module, on_gpu: bool) -> torch.optim.Optimizer:
     """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not."""
     groups = _groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
@@ -29,7 +30,7 @@ def build(section: OptimizerSection, model: GPT, on_gpu: bool) -> torch.optim.Op
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 
-def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
+def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups, AdamW's first: its rate is the one that is logged."""
     decay: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
@@ -40,7 +41,7 @@ def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
         if name in block_matrices:
             (qkv if block_matrices[name] > 1 else matrices).append(parameter)
         else:
-            (decay if parameter.ndim >= 2 else rest).append(parameter)
+            (decay if len(whole_shape(parameter)) >= 2 else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decay, "lr": section.lr, "weight_decay": section.weight_decay},
         {"params": rest, "lr": section.lr, "weight_decay": 0.0},
@@ -52,7 +53,7 @@ def _groups(section: OptimizerSection, model: GPT) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _block_matrices(model: GPT) -> dict[str, int]:
+def _block_matrices(model: nn.Module) -> dict[str, int]:
     """Names of the blocks' matrices, and into how many equal blocks of rows each is cut for Muon.
 
     A fused qkv holds `group` query blocks, one of keys and one of values, all with the rows of the key heads.
@@ -61,7 +62,7 @@ def _block_matrices(model: GPT) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, (Attention, MLP)):
             for part, weight in module.named_parameters(prefix=name):
-                if weight.ndim == 2:
+                if len(whole_shape(weight)) == 2:
                     parts[part] = module.group + 2 if isinstance(module, Attention) and ".qkv." in part else 1
     return parts
 

@@ -21,12 +21,16 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from megagpt.distributed import Agreement, Rank
+from megagpt.ds_config import Layout
 from megagpt.engine import schedule
 from megagpt.engine.shares import Share, Shares, shares_of
 from megagpt.errors import UserError
 from megagpt.files import Write
 from megagpt.model import pieces
-from megagpt.model.pieces import FOLDER, WEIGHT, Piece, Pieces
+from megagpt.model.gpt import GPT
+from megagpt.model.pieces import FOLDER, WEIGHT, Part, Piece, Pieces
+from megagpt.model.shards import cut_of
+from megagpt.recipe import ModelSection
 
 _SUMMARY = f"{FOLDER}/state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -36,21 +40,23 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class Portable:
     """Saves and restores one DeepSpeed engine.
 
-    `names` gives this rank's parameters their names in `GPT`; `sizes` the elements of every parameter of the model,
-    on whatever rank it is.
+    `names` gives this rank's parameters their names in `GPT`. `copies` are names of those that another pipeline
+    stage saves.
     """
 
     engine: Any
     names: Mapping[torch.nn.Parameter, str]
-    sizes: Mapping[str, int]
+    section: ModelSection
+    layout: Layout
     rank: Rank
     agreement: Agreement
+    copies: frozenset[str] = frozenset()
 
     def save(self, sink: Write) -> None:
         """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
         shares = shares_of(self.engine, self.names)
-        mine = shares.own(self.rank.rank, self.rank.world_size)
-        pieces.write(_pieces(shares, mine), self.rank.rank, sink)
+        mine = self._mine(shares)
+        pieces.write(self._pieces(shares, mine), self.rank.rank, sink)
         sink(f"{FOLDER}/random-{self.rank.rank:05d}.safetensors", to_bytes(_random_state()))
         sums, _ = self._checksums(shares, mine)
         steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
@@ -72,13 +78,13 @@ class Portable:
         source = Pieces(folder, self.rank.rank)
         shares = shares_of(self.engine, self.names)
         for share in shares.all():
-            shares.put(share, WEIGHT, source.read(WEIGHT, share.name, share.start, share.numel))
+            shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
         with _no_step(shares.optimizer):
             idle_update()
         shares = shares_of(self.engine, self.names)  # the moments exist now
         for share in shares.all():
             for kind in shares.kinds(share):
-                shares.put(share, kind, source.read(kind, share.name, share.start, share.numel))
+                shares.put(share, kind, self._read(source, share, kind))
         _set_adam_step(shares.optimizer, summary["adam_step"])
         self.engine.global_steps = summary["scheduled"]
         schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
@@ -86,26 +92,70 @@ class Portable:
         self._verify(shares, summary["checksums"], folder)
         _set_random_state(folder, self.rank)
 
-    def _checksums(self, shares: Shares, which: list[Share]) -> tuple[dict[str, int], dict[str, int]]:
-        """`kind:name` → checksum over all ranks' stretches, and how many elements went into it; collective."""
-        keys = [f"{kind}:{name}" for kind in (WEIGHT, *_MOMENTS) for name in self.sizes]
-        sums, counts = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+    def _mine(self, shares: Shares) -> list[Share]:
+        """What this rank saves: each element of the model is in it on one rank."""
+        replicas = self.layout.data_parallel * self.layout.sequence_parallel
+        replica = self.rank.rank // self.layout.tensor_parallel % replicas
+        first = self.rank.rank % self.layout.tensor_parallel == 0
+        return [
+            share
+            for share in shares.own(replica, replicas)
+            if share.name not in self.copies and (first or self._part(share.name).degree > 1)
+        ]
+
+    def _part(self, name: str) -> Part:
+        """Which part of the parameter this rank holds."""
+        degree = self.layout.tensor_parallel
+        return Part() if degree == 1 or cut_of(name, self.section) is None else Part(self.rank.rank % degree, degree)
+
+    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
         for share in which:
             for kind in (WEIGHT, *shares.kinds(share)):
-                key = f"{kind}:{share.name}"
-                sums[key] += pieces.checksum(shares.get(share, kind), share.start)
-                counts[key] += share.numel
+                yield Piece(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
+
+    def _read(self, source: Pieces, share: Share, kind: str) -> Tensor:
+        """A stretch from the checkpoint; only where the tensor degree has changed is the whole tensor read for it."""
+        part = self._part(share.name)
+        if source.degree(share.name) == part.degree:
+            return source.read(kind, share.name, share.start, share.numel, part)
+        whole = source.whole(kind, share.name, self._shapes()[share.name], self.section)
+        return self._of_part(whole, share)
+
+    def _of_part(self, whole: Tensor, share: Share) -> Tensor:
+        """The stretch of this rank's part of a whole tensor."""
+        part, cut = self._part(share.name), cut_of(share.name, self.section)
+        mine = whole if part.degree == 1 or cut is None else cut.part(whole, part.index, part.degree)
+        return mine.reshape(-1)[share.start : share.start + share.numel]
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Name → whole shape of every parameter of the model, on whatever rank it is."""
+        with torch.device("meta"):
+            return {name: parameter.shape for name, parameter in GPT(self.section).named_parameters()}
+
+    def _checksums(self, shares: Shares, which: list[Share]) -> tuple[dict[str, int], dict[str, int]]:
+        """`kind:name` → checksum over all ranks' stretches, and how many elements went into it; collective."""
+        shapes = self._shapes()
+        keys = [f"{kind}:{name}" for kind in (WEIGHT, *_MOMENTS) for name in shapes]
+        sums, counts = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+        for share in which:
+            places: Tensor | int = share.start
+            if self._part(share.name).degree > 1:
+                shape = shapes[share.name]
+                places = self._of_part(torch.arange(shape.numel()).view(shape), share)
+            for kind in (WEIGHT, *shares.kinds(share)):
+                sums[f"{kind}:{share.name}"] += pieces.checksum(shares.get(share, kind), places)
+                counts[f"{kind}:{share.name}"] += share.numel
         totals = self.agreement.totals([*sums.values(), *counts.values()])
-        found = [key for key, count in zip(keys, totals[len(keys) :], strict=True) if count]
-        together = dict(zip([*keys, *(f"#{key}" for key in keys)], totals, strict=True))
-        return {key: together[key] for key in found}, {key: together[f"#{key}"] for key in found}
+        sums, counts = dict(zip(keys, totals, strict=False)), dict(zip(keys, totals[len(keys) :], strict=True))
+        return {key: sums[key] for key in keys if counts[key]}, counts
 
     def _verify(self, shares: Shares, expected: Mapping[str, str], folder: Path) -> None:
         """Compare what is in the engine now with what was saved; a replicated tensor counts as often as it is held."""
         sums, counts = self._checksums(shares, shares.all())
+        shapes = self._shapes()
         wrong = sorted({*expected} ^ {*sums})
         for key in {*expected} & {*sums}:
-            copies, rest = divmod(counts[key], self.sizes[key.partition(":")[2]])
+            copies, rest = divmod(counts[key], shapes[key.partition(":")[2]].numel())
             if rest or sums[key] != int(expected[key], 16) * copies % (1 << 64):
                 wrong.append(key)
         if wrong:
@@ -114,12 +164,6 @@ class Portable:
                 "\n".join([str(folder), *wrong[:10]]),
                 "remove this checkpoint so that the one before it is taken",
             )
-
-
-def _pieces(shares: Shares, which: list[Share]) -> Iterator[Piece]:
-    for share in which:
-        for kind in (WEIGHT, *shares.kinds(share)):
-            yield Piece(kind, share.name, share.start, shares.get(share, kind))
 
 
 class _no_step:  # reads as a statement

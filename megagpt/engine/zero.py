@@ -15,13 +15,18 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
+from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.materialise import check_precision, materialise, recompute
 from megagpt.engine.portable import Portable
+from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
 from megagpt.files import Write
-from megagpt.model.gpt import GPT, initialize
+from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
+from megagpt.model.shards import cut_of
+from megagpt.recipe import Recipe
 from megagpt.state import UpdateResult
 
 
@@ -30,11 +35,15 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
-        model = GPT(recipe.model)
-        initialize(model, recipe.seed)
+        check_precision(recipe)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
-        optimizer = optimizers.build(recipe.optimizer, model, get_accelerator().device_name() != "cpu")
-        config = dict(resolved.config)
+        self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
+        self._ulysses = Ulysses(resolved.layout, rank.rank)
+        shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
+        config = offload.ready(native.config(resolved), recipe.model, shards)
+        model = self._model(recipe, config)
+        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
+        optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could
@@ -45,16 +54,29 @@ class ZeroEngine:
             optimizer=optimizer,
             lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
             config=config,
+            mpu=self._grid,
             dist_init_required=False,
         )[0]
 
+    def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
+        """The model with its initial weights, or this rank's share of it."""
+        if self._grid is None:
+            model = materialise(recipe, config, self._layout.zero_stage)
+        else:
+            degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
+            model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
+        self._ulysses.connect(model, recipe.model.seq_len)
+        recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
+        return model
+
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
-        tokens = self._agreement.total(sum(_valid(batch) for batch in batches))
+        batches = [self._ulysses.part(batch) for batch in batches]
+        tokens = self._total(sum(_valid(batch) for batch in batches))
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over ranks and micro-batches: this share makes its average the sum over all by `tokens`.
         # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
-        parts = self._layout.data_parallel * self._layout.accumulation
+        parts = self._layout.data_parallel * self._layout.sequence_parallel * self._layout.accumulation
         loss = torch.zeros((), device=self._engine.device)
         for batch in batches:
             part = self._forward(batch, max(tokens, 1.0) / parts)
@@ -73,11 +95,11 @@ class ZeroEngine:
         """See `Engine`."""
         self._engine.eval()
         loss, tokens = torch.zeros((), device=self._engine.device, dtype=torch.float64), 0
-        for batch in batches:
+        for batch in map(self._ulysses.part, batches):
             loss += self._forward(batch, 1.0).double()
             tokens += _valid(batch)
         self._engine.train()
-        return self._sum(loss) / max(self._agreement.total(tokens), 1.0)
+        return self._sum(loss) / max(self._total(tokens), 1.0)
 
     def save_state(self, sink: Write) -> None:
         """See `Engine`."""
@@ -91,12 +113,19 @@ class ZeroEngine:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
         for name, parameter in self._engine.module.named_parameters():
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if self._grid is not None:
+                group = self._grid.get_slice_parallel_group()
+                whole = tensor.whole(whole, cut_of(name, self._section), group, self._layout.tensor_parallel)
             yield name, whole.detach().float().cpu().contiguous()
+
+    def release(self) -> None:
+        """Free what DeepSpeed holds; the process group stays, for another engine."""
+        native.release(self._engine)
 
     def close(self) -> None:
         """See `Engine`."""
         with contextlib.suppress(AttributeError):
-            self._engine.destroy()
+            self.release()
         stop()
 
     def _forward(self, batch: Batch, normalizer: float) -> torch.Tensor:
@@ -108,8 +137,7 @@ class ZeroEngine:
 
     def _portable(self) -> Portable:
         names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
-        sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for parameter, name in names.items()}
-        return Portable(self._engine, names, sizes, self._rank, self._agreement)
+        return Portable(self._engine, names, self._section, self._layout, self._rank, self._agreement)
 
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
@@ -118,9 +146,13 @@ class ZeroEngine:
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
-        if self._layout.data_parallel > 1:
+        if self._layout.world_size > 1:
             torch.distributed.all_reduce(value)
-        return float(value.item())
+        return float(value.item()) / self._layout.tensor_parallel
+
+    def _total(self, value: float) -> float:
+        """The sum over the data-parallel ranks of a number that all tensor-parallel ranks have."""
+        return self._agreement.total(value) / self._layout.tensor_parallel
 
 
 class _ClipBeforeStep:

@@ -42,6 +42,21 @@ def flops_per_token(section: ModelSection) -> float:
     return 6.0 * matmul_parameters(section) + 12.0 * section.n_layer * section.d_model * section.seq_len
 
 
+def layer_costs(section: ModelSection) -> list[float]:
+    """The cost of each of `gpt.layers(section)`, to balance pipeline stages by; FLOPs per token.
+
+    Forward and backward as in `flops_per_token`, and one more for each parameter: an embedding is looked up
+    and not multiplied, but its optimizer state is updated and held like any other.
+    """
+    width = section.d_model
+    held = sum(i * o for i, o in _linears_per_block(section))
+    vocabulary = section.vocab_size * width
+    positions = [float(section.seq_len * width)] if section.position == "learned" else []
+    block = 7.0 * held + 12.0 * width * section.seq_len
+    head = 6.0 * vocabulary + (0 if section.tie_embeddings else vocabulary)
+    return [float(vocabulary), *positions, *[block] * section.n_layer, float(width), head]
+
+
 # dense bf16 and fp16, FLOP/s: NVIDIA's data sheets (SXM forms), without sparsity
 _PEAKS = {"V100": 125e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
 

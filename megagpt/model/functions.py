@@ -1,7 +1,8 @@
 """Functions with a hand-written backward: the same mathematics as plain torch in far fewer passes over memory.
 
-Written out in eager torch, RMSNorm, QK-norm, rotation and ReLU² cost as much as the matrix products of a
-small model. All work in fp32 inside and give back the dtype that they got. None can be differentiated twice.
+Written out in eager torch, RMSNorm, QK-norm, rotation and ReLU² make an update of a small model a sixth dearer
+(4 layers of width 192, one AVX512 core). All work in fp32 inside and give back the dtype that they got. None
+can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
-    """Write x, its pairs (i, i + h / 2) turned, to `out` of the same shape."""
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cosine, out=out_first).addcmul_(second, sine, value=-1)
-    torch.mul(second, cosine, out=out_second).addcmul_(first, sine)
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """A new fp32 tensor: x with its pairs (i, i + h / 2) turned."""
+    pairs = x.view(*x.shape[:-1], 2, -1)
+    turned = pairs * cosine.unsqueeze(-2)
+    turned[..., 0, :].addcmul_(pairs[..., 1, :], sine, value=-1)
+    turned[..., 1, :].addcmul_(pairs[..., 0, :], sine)
+    return turned.flatten(-2)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -94,14 +97,10 @@ class _NormAndRotate(torch.autograd.Function):
         ctx: Any, qkv: Tensor, kv_heads: int, tables: tuple[Tensor, Tensor] | None, epsilon: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         qk, v = qkv.split_with_sizes((qkv.shape[2] - kv_heads, kv_heads), dim=2)
-        turned = torch.empty_like(qk, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if tables is None:
-            turned.copy_(qk)
-        else:
-            _turn(qk, *tables, turned)
+        turned = qk.float() if tables is None else _turn(qk, *tables)
         inverse = None if epsilon is None else _inverse_rms(qk, epsilon)
         if inverse is not None:
-            turned *= inverse
+            turned = turned * inverse if tables is None else turned.mul_(inverse)
         turned = turned.to(qkv.dtype)
         ctx.save_for_backward(None if inverse is None else turned, inverse, *(tables or (None, None)))
         q, k = turned.split_with_sizes((qk.shape[2] - kv_heads, kv_heads), dim=2)
@@ -115,10 +114,6 @@ class _NormAndRotate(torch.autograd.Function):
         if inverse is not None:
             along = (d_qk * turned).sum(-1, keepdim=True) / -d_qk.shape[-1]
             d_qk.addcmul_(turned, along).mul_(inverse)
-        if cosine is None:
-            return torch.cat((d_qk.to(d_v.dtype), d_v), dim=2), None, None, None
-        heads, kv_heads = d_qk.shape[2], d_v.shape[2]
-        d_qkv = d_qk.new_empty(*d_qk.shape[:2], heads + kv_heads, d_qk.shape[3])
-        _turn(d_qk, cosine, -sine, d_qkv[:, :, :heads])
-        d_qkv[:, :, heads:] = d_v
-        return d_qkv.to(d_v.dtype), None, None, None
+        if cosine is not None:
+            d_qk = _turn(d_qk, cosine, -sine)
+        return torch.cat((d_qk.to(d_v.dtype), d_v), dim=2), None, None, None

@@ -8,9 +8,14 @@ returns logits [B, T, vocab_size].
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.functions import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import cross_entropy_sum, project
@@ -50,6 +55,7 @@ class Rotary:
 
     def __init__(self, head_dim: int, seq_len: int, theta: float) -> None:
         self.head_dim, self.seq_len, self.theta = head_dim, seq_len, theta
+        self.first = 0  # position of the first token here, where sequences are cut over ranks
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def tables(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -61,6 +67,7 @@ class Rotary:
                 angles = torch.outer(places, 1.0 / self.theta**exponents).unsqueeze(1)
                 self._tables[device] = (angles.cos(), angles.sin())
         cosine, sine = self._tables[device]
+        start += self.first
         return cosine[start : start + tokens], sine[start : start + tokens]
 
 
@@ -85,13 +92,14 @@ class PositionEmbedding(nn.Embedding):
     def __init__(self, seq_len: int, d_model: int, dropout: float) -> None:
         super().__init__(seq_len, d_model)
         self.dropout = dropout
+        self.first = 0  # position of the first token here, where sequences are cut over ranks
 
     def reset_parameters(self) -> None:
         """Draw nothing: `gpt.initialize` does."""
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D]."""
-        start, tokens = 0, hidden.shape[1]
+        start, tokens = self.first, hidden.shape[1]
         if past is not None:
             start = past.seen
             past.seen += tokens
@@ -143,13 +151,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         heads = d_model // head_dim
-        self.head_dim, self.group, self.dropout, self.qk_norm, self.rotary = (
-            head_dim,
-            group,
-            dropout,
-            qk_norm,
-            rotary,
-        )
+        self.head_dim, self.group, self.dropout = head_dim, group, dropout
+        self.qk_norm, self.rotary = qk_norm, rotary
         self.qkv = nn.Linear(d_model, (heads + 2 * (heads // group)) * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, d_model, bias=bias)
 
@@ -162,17 +165,20 @@ class Attention(nn.Module):
         q, k, v = split_heads(qkv, kv_heads, tables, EPSILON if self.qk_norm else None)
         if past is not None:
             k, v = past.extend(k, v)
-        mixed = self.attend(q, k, v)
+        mixed = self.attend(q, k, v, is_causal=start == 0)
         return _drop(self.output(mixed.flatten(2)), self.dropout, self.training)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """From q [B, T, H, h], k and v [B, S, K, h] to [B, T, H, h]; S > T = 1 while generating."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+        """From q [B, T, H, h], k and v [B, S, K, h] to [B, T, H, h].
+
+        S = T, or T = 1 for a token that follows others and sees them all: then `is_causal` is False.
+        """
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=q.shape[1] == k.shape[1],  # else one new token, which sees everything
+            is_causal=is_causal,
             enable_gqa=self.group > 1,
         )
         return mixed.transpose(1, 2)
@@ -207,9 +213,21 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.recompute: Literal["no", "yes", "from host"] = "no"
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """From hidden [B, T, D] to hidden [B, T, D].
+
+        With `recompute` only the input is kept for the backward pass (in host memory if so said), and all between
+        is computed again there (arXiv 1604.06174).
+        """
+        if self.recompute == "no" or not torch.is_grad_enabled():
+            return self._mix(hidden, past)
+        with save_on_cpu() if self.recompute == "from host" else nullcontext():
+            again: Tensor = checkpoint(self._mix, hidden, use_reentrant=False)
+        return again
+
+    def _mix(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), past)
         mixed: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
         return mixed

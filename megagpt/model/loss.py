@@ -88,8 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = rows.new_zeros((), dtype=torch.float32)
         for_rows, for_weight = ctx.needs_input_grad[:2]
         d_rows = torch.empty_like(rows) if for_rows else None
-        # fp32: many small bf16 contributions to a frequent word's row would be rounded away
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        d_weight = None
         for part in _chunks(rows, weight):
             loss, log_probabilities, logits = _chunk_loss(rows[part], weight, targets[part], softcap)
             total += loss
@@ -97,8 +96,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             valid = (targets[part] != IGNORED).unsqueeze(-1)
             if d_rows is not None:
                 d_rows[part] = (gradient @ weight).mul_(valid)
-            if d_weight is not None:
-                d_weight += gradient.t() @ (rows[part] * valid)
+            if for_weight:  # summed in fp32: bf16 would round away small parts of a frequent word's row
+                product = (gradient.t() @ (rows[part] * valid)).float()
+                d_weight = product if d_weight is None else d_weight.add_(product)
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total

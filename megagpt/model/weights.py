@@ -27,9 +27,7 @@ def load(folder: Path, section: ModelSection) -> GPT:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(section).named_parameters()}
     pieces = Pieces(folder)
-    return assemble(
-        {name: pieces.read(WEIGHT, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}, section
-    )
+    return assemble({name: pieces.whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}, section)
 
 
 def assemble(named: Mapping[str, torch.Tensor], section: ModelSection) -> GPT:

@@ -12,7 +12,7 @@ _Shape = Mapping[str, Any]
 
 # A small model with the choices that learn fastest per update: for the first ten minutes, on a CPU.
 _QUICKSTART: _Shape = {
-    "n_layer": 4, "n_head": 3, "d_model": 192, "vocab_size": 2048, "seq_len": 128,
+    "n_layer": 4, "n_head": 2, "d_model": 128, "vocab_size": 4096, "seq_len": 128,
     "position": "rope", "norm": "rmsnorm", "activation": "relu2",
     "qk_norm": True, "tie_embeddings": False, "init": "zero_projections",
 }  # fmt: skip

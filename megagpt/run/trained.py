@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megagpt import recipe as recipes
 from megagpt.errors import UserError
 from megagpt.model import weights
@@ -14,7 +16,7 @@ from megagpt.run.checkpoint import Checkpoint, newest_valid
 
 @dataclass(frozen=True)
 class Trained:
-    """The newest valid checkpoint of a run: its recipe, and its model on the CPU in evaluation mode."""
+    """The newest valid checkpoint of a run: its recipe, and its model in evaluation mode, on a GPU if there is one."""
 
     recipe: recipes.Recipe
     checkpoint: Checkpoint
@@ -31,4 +33,5 @@ def load(run: Path) -> Trained:
             "name the run directory of a run that has saved at least once",
         )
     recipe = recipes.load(run / "recipe.yaml")
-    return Trained(recipe, found, weights.load(found.folder, recipe.model))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Trained(recipe, found, weights.load(found.folder, recipe.model).to(device))

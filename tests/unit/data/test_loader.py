@@ -29,20 +29,21 @@ def samples(batches):
     return [[int(i[0]), *j.tolist()] for batch in batches for i, j in zip(*batch, strict=True)]
 
 
+def named_by_the_order(data, corpora, positions):
+    located = data.order.locate(positions)
+    places = zip(located.source, located.start, strict=True)
+    return [corpora[source].tokens[start : start + 17].tolist() for source, start in places]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_batch_holds_the_stretches_that_the_order_names(corpora, count):
     data = loader(corpora[:count], accumulation=3)
-    located = data.order.locate(range(96, 96 + 12))
-    expected = [
-        corpora[source].tokens[start : start + 17].tolist()
-        for source, start in zip(located.source, located.start, strict=True)
-    ]
     batches = data.batches(96)
     assert len(batches) == 3
     for batch in batches:
         for part in batch:
             assert (part.dtype, part.shape) == (torch.int64, (4, 16))
-    assert samples(batches) == expected
+    assert samples(batches) == named_by_the_order(data, corpora, range(96, 96 + 12))
 
 
 def test_inputs_and_labels_share_the_memory_that_was_gathered(corpora):
@@ -68,7 +69,8 @@ def test_every_layout_trains_the_same_samples_in_an_update(corpora, layout):
 def test_what_comes_does_not_depend_on_what_was_asked_before(corpora, positions):
     used = loader(corpora)
     for position in [*positions, 40, 44, 48]:
-        assert samples(used.batches(position)) == samples(loader(corpora).batches(position))
+        expected = named_by_the_order(used, corpora, range(position, position + 4))
+        assert samples(used.batches(position)) == expected
 
 
 def test_an_epoch_trains_every_window_once(corpora):

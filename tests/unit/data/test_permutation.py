@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from megagpt.data.permutation import as_numbers, keys, permute, sides
 
-# 0.999 quantile of chi-square over degrees of freedom, for many of them: 1 + 3.09 sqrt(2 / df)
+# Chi-square over its degrees of freedom has mean 1 and standard deviation sqrt(2 / df); 3.3 of those is one in 1,000.
 
 
 def permutation(n, key, indices=None):
@@ -59,6 +59,16 @@ def test_over_many_keys_each_index_lands_everywhere_equally_often(n):
 
 
 def test_neighbours_land_independently_of_each_other():
+    n = 300
+    steps = np.zeros(n)
+    for key in keys(7, as_numbers(np.arange(2000))):
+        values = permutation(n, as_numbers([key])).astype(np.int64)
+        steps += np.bincount((values[1:] - values[:-1]) % n, minlength=n)
+    assert steps[0] == 0
+    assert abs(chi_square(steps[1:]) / 298 - 1) < 3.3 * (2 / 298) ** 0.5
+
+
+def test_neighbours_land_independently_of_each_other_in_a_large_permutation():
     n = 1_000_003
     values = permutation(n, keys(3)).astype(np.float64)
     steps = np.histogram((values[1:] - values[:-1]) % n, bins=1000, range=(0, n))[0]

@@ -66,23 +66,65 @@ COMBINATIONS = {
         ['"zero_optimization": {"stage": 2}', '"pipeline": {"stages": 2}'],
         "megagpt: a pipeline cannot run at ZeRO stage 2: its gradients must stay whole between micro-batches\n"
         "  zero_optimization.stage  2   d.json:2\n  pipeline.stages          2   d.json:3\n"
-        "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2\n"
-        "megagpt: pipeline parallelism is not built yet\n  d.json:3  pipeline.stages\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it",
+        "  do: set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage 2",
     ),
-    "layouts that are not built": (
-        ['"tensor_parallel": {"autotp_size": 2}', '"activation_checkpointing": {"cpu_checkpointing": true}'],
-        "megagpt: tensor parallelism is not built yet\n  d.json:2  tensor_parallel.autotp_size\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
-        "megagpt: recomputation is not built yet, so activation_checkpointing would be ignored\n"
-        "  d.json:3  activation_checkpointing\n  do: take it away; a smaller micro-batch saves memory too",
+    "activations on the host that are not kept": (
+        ['"activation_checkpointing": {"cpu_checkpointing": true}'],
+        "megagpt: only what a recomputed block starts from can wait in host memory, and no block is recomputed\n"
+        "  d.json:2  activation_checkpointing.cpu_checkpointing\n"
+        '  do: set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
+    ),
+    "more blocks recomputed than there are": (
+        ['"activation_checkpointing": {"number_checkpoints": 99', '"profile": true}'],
+        "megagpt: activation_checkpointing.profile is refused: recomputation is torch's own, and would ignore it\n"
+        "  d.json:3  activation_checkpointing.profile\n  do: take it away\n"
+        "megagpt: more blocks are to be recomputed than the model has (12)\n"
+        "  d.json:2  activation_checkpointing.number_checkpoints\n"
+        '  do: set it to 12 or less, or to "auto" for all',
     ),
     "a world that the degrees do not divide": (
+        ['"sequence_parallel_size": 4'],
+        "megagpt: a world of 2 does not divide by 4, the ranks of one copy\n  d.json:2  sequence_parallel_size\n"
+        "  do: start a multiple of 4 ranks",
+    ),
+}
+
+PARALLEL = {
+    "more stages than blocks": (
+        16,
+        ['"pipeline": {"stages": 16}'],
+        "megagpt: the pipeline has more stages than the model has blocks\n"
+        "  pipeline.stages  16   d.json:2\n  model.n_layer    12   r.yaml:2\n"
+        "  do: set pipeline.stages to at most 12",
+    ),
+    "stages cut in DeepSpeed's way": (
+        2,
+        ['"pipeline": {"stages": 2, "partition": "uniform", "seed_layers": true}'],
+        "megagpt: pipeline.partition is refused: megagpt cuts the stages by what their layers cost\n"
+        "  d.json:2  pipeline.partition\n  do: take it away\n"
+        "megagpt: pipeline.seed_layers is refused: the layout would change the random numbers\n"
+        "  d.json:2  pipeline.seed_layers\n  do: take it away",
+    ),
+    "heads that the ranks cannot share": (
+        16,
+        ['"tensor_parallel": {"autotp_size": 8}', '"sequence_parallel_size": 2'],
+        "megagpt: the key and value heads cannot be shared evenly by the ranks that cut attention\n"
+        "  tensor_parallel.autotp_size  8    d.json:2\n  sequence_parallel_size       2    d.json:3\n"
+        "  model.n_kv_head              12   r.yaml:2\n"
+        "  do: set tensor_parallel.autotp_size times sequence_parallel_size to 1, 2, 3, 4, 6 or 12",
+    ),
+    "a sequence that the ranks cannot share": (
+        3,
         ['"sequence_parallel_size": 3'],
-        "megagpt: sequence parallelism is not built yet\n  d.json:2  sequence_parallel_size\n"
-        "  do: take it away; zero1.json, zero2.json and zero3.json in ds_configs spread a model without it\n"
-        "megagpt: a world of 2 does not divide by 3, the ranks of one copy\n  d.json:2  sequence_parallel_size\n"
-        "  do: start a multiple of 3 ranks",
+        "megagpt: model.seq_len does not divide by sequence_parallel_size\n"
+        "  sequence_parallel_size  3      d.json:2\n  model.seq_len           1024   r.yaml:2\n"
+        "  do: set model.seq_len to a multiple of 3",
+    ),
+    "keys of AutoTP": (
+        2,
+        ['"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}'],
+        "megagpt: tensor_parallel.preset_model would be ignored: megagpt knows how its layers are cut\n"
+        "  d.json:2  tensor_parallel.preset_model\n  do: take it away; autotp_size is all that is needed",
     ),
 }
 
@@ -128,6 +170,21 @@ def test_what_deepspeed_would_ignore_or_reject_is_refused_with_a_way_out(told, l
     told(lines, message)
 
 
+@pytest.mark.parametrize(("ranks", "lines", "message"), PARALLEL.values(), ids=PARALLEL)
+def test_a_model_that_cannot_be_cut_so_is_refused_with_what_can(told, ranks, lines, message):
+    told(lines, message, ranks=ranks)
+
+
+def test_a_batch_that_does_not_divide_names_numbers_of_ranks_that_hold_whole_copies(told):
+    told(
+        ['"pipeline": {"stages": 2}'],
+        "megagpt: the global batch does not divide by the ranks\n"
+        "  batch.global_size    64   r.yaml:5\n  data-parallel ranks  3    from the world size\n"
+        "  do: set batch.global_size to 63 or 66, or start 2, 4 or 8 ranks",
+        ranks=6,
+    )
+
+
 @pytest.mark.parametrize(("lines", "message"), BATCHES.values(), ids=BATCHES)
 def test_a_batch_that_does_not_divide_names_the_nearest_sizes_that_do(told, lines, message):
     told(lines, message)
@@ -156,6 +213,8 @@ NEVER = {
     "managed_gradient_accumulation": False,
     "zero_force_ds_cpu_optimizer": True,
     "data_parallel_size": 2,
+    "pipeline.use_reentrant": True,
+    "pipeline.activation_checkpoint_interval": 1,
     "data_efficiency.enabled": True,
     "dataloader_drop_last": True,
     "autotuning.enabled": True,

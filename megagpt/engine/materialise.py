@@ -1,0 +1,68 @@
+"""The model of a recipe with its initial weights, where the layout keeps it: the same bits on every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT, initial_value, initialize
+from megagpt.model.layers import Block
+from megagpt.recipe import Recipe
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raises UserError where this device has no fp16."""
+    if recipe.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"this device ({get_accelerator().device_name()}) does not train in fp16",
+            f"{recipe.place('precision')}  precision".strip(),
+            "set precision to bf16 or fp32",
+        )
+
+
+def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:
+    """A GPT in the recipe's precision, on this rank's device; at ZeRO stage 3 only this rank's share of it.
+
+    Masters in fp32 are made from these weights later, so that in low precision they start at rounded values.
+    """
+    dtype = _DTYPES[recipe.precision or "fp32"]
+    if zero_stage == 3:
+        return _sharded(recipe, config, dtype)
+    with torch.device("meta"):  # no memory and no time for the values that the layers would draw
+        model = GPT(recipe.model)
+    model.to(dtype).to_empty(device=get_accelerator().current_device_name())
+    initialize(model, recipe.seed)
+    return model
+
+
+def recompute(layers: Iterable[torch.nn.Module], number: int, on_host: bool) -> None:
+    """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
+    blocks = [layer for layer in layers if isinstance(layer, Block)]
+    for index, block in enumerate(blocks):
+        if (index + 1) * number // len(blocks) > index * number // len(blocks):
+            block.recompute = "from host" if on_host else "yes"
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of a parameter before ZeRO stage 3 sharded it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+@torch.no_grad()
+def _sharded(recipe: Recipe, config: Mapping[str, Any], dtype: torch.dtype) -> GPT:
+    """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value."""
+    with deepspeed.zero.Init(config_dict_or_path=dict(config), dtype=dtype):
+        model = GPT(recipe.model)
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(initial_value(name, parameter.shape, recipe.model, recipe.seed))
+    return model

@@ -1,0 +1,21 @@
+"""What DeepSpeed's engines share: the config they get, and their end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.utils import groups
+
+from megagpt.ds_config import Resolved
+
+
+def config(resolved: Resolved) -> dict[str, Any]:
+    """The config for deepspeed.initialize: without what DeepSpeed is not told, since engine/ does it itself."""
+    ours = ("tensor_parallel", "sequence_parallel_size", "train_batch_size")  # the last counts sequence parts
+    return {key: value for key, value in resolved.config.items() if key not in ours}
+
+
+def release(engine: Any) -> None:
+    """Free what an engine holds, and the process groups that DeepSpeed would use for the next engine too."""
+    engine.destroy()
+    groups.mpu = None

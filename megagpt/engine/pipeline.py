@@ -1,0 +1,143 @@
+"""The pipeline engine: the layers cut into stages, each on its own ranks, micro-batches flowing through them.
+
+Optimizer states are sharded over the data-parallel ranks of a stage (ZeRO-1), always: without ZeRO, DeepSpeed
+would clip each stage by its own gradient norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+
+from megagpt.data.loader import Batch
+from megagpt.distributed import Agreement, Rank
+from megagpt.ds_config import Resolved
+from megagpt.engine import native, offload, tensor
+from megagpt.engine import optimizer as optimizers
+from megagpt.engine import schedule as schedules
+from megagpt.engine.materialise import check_precision
+from megagpt.engine.portable import Portable
+from megagpt.engine.sequence import Ulysses
+from megagpt.engine.stages import Stages
+from megagpt.engine.start import stop
+from megagpt.files import Write
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import IGNORED
+from megagpt.model.shards import cut_of
+from megagpt.state import UpdateResult
+
+
+class PipelineEngine:
+    """An `Engine` on DeepSpeed's PipelineModule. All ranks of one pipeline are given the same batches."""
+
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
+        recipe, layout = resolved.recipe, resolved.layout
+        check_precision(recipe)
+        self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
+        self._ulysses = Ulysses(layout, rank.rank)
+        self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
+        self._ulysses.connect(self._stages, recipe.model.seq_len)
+        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(resolved.config, "optimizer") == "none"
+        optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu)
+        pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
+        config = native.config(resolved)
+        config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
+        self._engine: Any = deepspeed.initialize(
+            model=self._stages,
+            optimizer=optimizer,
+            lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
+            config=config,
+            dist_init_required=False,
+        )[0]
+
+    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
+        """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
+        batches = [self._ulysses.part(batch) for batch in batches]
+        tokens = self._tokens(batches)
+        lr = self._engine.optimizer.param_groups[0]["lr"]
+        # DeepSpeed averages over micro-batches and data-parallel ranks: their number makes it a sum again
+        parts = self._layout.data_parallel * self._layout.sequence_parallel * len(batches)
+        self._stages.normalizer = max(tokens, 1.0) / parts
+        loss = self._engine.train_batch(self._stages.feed(batches))
+        return UpdateResult(
+            loss=float(loss),
+            grad_norm=float(self._engine.get_global_grad_norm()),
+            lr=lr,
+            tokens=int(tokens),
+        )
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """See `Engine`. No batch may be larger than in training."""
+        self._stages.loss_sum.zero_()
+        tokens, coming = 0.0, map(self._ulysses.part, batches)
+        while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
+            tokens += self._tokens(part)
+            fed = self._stages.feed(part)
+            self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
+        loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
+        return loss / max(tokens, 1.0)
+
+    def save_state(self, sink: Write) -> None:
+        """See `Engine`."""
+        self._portable().save(sink)
+
+    def load_state(self, folder: Path) -> None:
+        """See `Engine`. Raises UserError where the state does not arrive whole."""
+        self._portable().load(folder, self._idle_update)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine`: collective, whole on every rank, one parameter after the other."""
+        with torch.device("meta"):
+            shapes = {name: parameter.shape for name, parameter in GPT(self._section).named_parameters()}
+        mine = {name: parameter for parameter, name in self._stages.names.items()}
+        degree = self._layout.tensor_parallel
+        grid = self._stages.mpu()
+        for name, shape in shapes.items():
+            owner = grid.stage_to_global(self._stages.stage_owner(int(name.split(".")[1])))
+            whole = torch.empty(shape, device=self._engine.device)
+            if self._rank.rank == owner:
+                part = safe_get_full_fp32_param(mine[name]).detach().float()
+                cut = cut_of(name, self._section)
+                whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
+            torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
+            yield name, whole.cpu()
+
+    def release(self) -> None:
+        """Free what DeepSpeed holds; the process group stays, for another engine."""
+        native.release(self._engine)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with contextlib.suppress(AttributeError):
+            self.release()
+        stop()
+
+    def _tokens(self, batches: Sequence[Batch]) -> float:
+        """The valid target tokens of all data-parallel ranks."""
+        mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
+
+    def _portable(self) -> Portable:
+        names, stage = self._stages.names, self._stages.stage_id
+        copies = {name for name in names.values() if self._stages.stage_owner(int(name.split(".")[1])) != stage}
+        layout = self._layout
+        return Portable(self._engine, names, self._section, layout, self._rank, self._agreement, frozenset(copies))
+
+    def _idle_update(self) -> None:
+        """An update in which no label is valid: its gradient is zero."""
+        ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
+
+    def _shaped(self, batch: Batch) -> Batch:
+        """The batch filled up with ignored samples to the shape of training: stages agree on it only once."""
+        missing = self._layout.micro_batch - len(batch.labels)
+        return Batch(F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORED))

@@ -1,0 +1,127 @@
+"""A GPT's list of layers, cut into the stages of DeepSpeed's pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch import nn
+
+from megagpt.data.loader import Batch
+from megagpt.ds_config import Layout
+from megagpt.engine import tensor
+from megagpt.engine.materialise import recompute
+from megagpt.model import cost, gpt
+from megagpt.recipe import ModelSection
+
+
+def boundaries(costs: Sequence[float], stages: int) -> list[int]:
+    """The first layer of each stage, and the number of layers: [stages + 1], every stage with a layer at least.
+
+    The dearest stage is as cheap as can be; among equals, the one before it, and so on.
+    """
+    # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
+    total = len(costs)
+    best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
+    for count in range(2, stages + 1):
+        best = {
+            n: min(
+                (sorted([sum(costs[n:cut]), *loads], reverse=True), [n, *cuts])
+                for cut, (loads, cuts) in best.items()
+                if cut > n
+            )
+            for n in range(total - count + 1)
+        }
+    return best[0][1]
+
+
+class Stages(PipelineModule):
+    """The layers of one stage with their initial weights; the other stages' layers take no memory here.
+
+    `names` gives each parameter its name in `GPT`. The last stage of a tied model has a copy of the matrix, and
+    of nothing else: DeepSpeed keeps no more than that in step. The last stage returns the loss of a micro-batch
+    taken from `feed`: the sum over its valid tokens divided by `normalizer`.
+    """
+
+    def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
+        with torch.device("meta"):
+            layers = gpt.layers(section)
+            for layer in layers:
+                tensor.split(layer, layout.tensor_parallel)
+        recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
+        self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
+        stage = rank // (layout.world_size // layout.pipeline_stages)
+        local = set(range(self._cuts[stage], self._cuts[stage + 1]))
+        if section.tie_embeddings and len(layers) - 1 in local:
+            local.add(0)
+        self.names: dict[nn.Parameter, str] = {}
+        for index in sorted(local):
+            tensor_rank = rank % layout.tensor_parallel
+            names = tensor.fill(layers[index], f"layers.{index}", section, seed, tensor_rank, layout.tensor_parallel)
+            self.names.update(zip(layers[index].parameters(), names, strict=True))
+        self.normalizer = 1.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self._labels: torch.Tensor | None = None
+        with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
+            super().__init__(
+                self._specs(layers, section.tie_embeddings),
+                topology=tensor.topology(layout),
+            )
+        tensor.connect(self, self.mpu().get_slice_parallel_group())
+
+    def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass the batches on, each one's labels kept for the forward pass that follows."""
+        for batch in batches:
+            self._labels = batch.labels
+            yield batch
+
+    def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
+        """What DeepSpeed cuts: modules, and a tied embedding at both ends."""
+        first, *middle, head = layers
+        if not tied:
+            return [first, *middle, _Last(head, self._loss)]
+        return [_Tied(first), *middle, _Tied(first, lambda _, hidden: self._loss(head, hidden))]
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Cut by cost: DeepSpeed's own methods count layers, parameters or class names."""
+        self.parts = self._cuts
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _loss(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The loss of the micro-batch that was fed last.
+
+        Made inside the module's forward and not by DeepSpeed's `loss_fn`: gradients of parameters that are used
+        there are thrown away by BF16_Optimizer, which clears all when backward reaches the module's output.
+        """
+        assert self._labels is not None  # DeepSpeed loads a micro-batch just before the last stage's forward
+        total: torch.Tensor = head(hidden, self._labels.to(hidden.device))
+        self.loss_sum += total.detach().double().cpu()
+        return total / self.normalizer
+
+
+class _Last(nn.Module):
+    """The head's place in the list: from hidden states to the loss."""
+
+    def __init__(self, head: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.head = head
+        self._loss = loss
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """From hidden [batch, seq, d_model] to the loss, a scalar."""
+        return self._loss(self.head, hidden)
+
+
+class _Tied(TiedLayerSpec):
+    """A tied layer that exists already."""
+
+    def __init__(self, layer: nn.Module, forward_fn: Any = None) -> None:
+        super().__init__("embedding", type(layer), forward_fn=forward_fn)
+        self._layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        """The layer itself."""
+        return self._layer

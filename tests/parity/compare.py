@@ -1,0 +1,105 @@
+"""The tolerances of parity, once, and the comparison of a curve with the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from curve import Curve
+
+from megagpt.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative difference of a loss, of a gradient norm, and of one tensor's whole way from its start."""
+
+    loss: float
+    norm: float
+    weights: float
+
+
+# fp32: sums in another order differ by a few units of 2^-24 = 6e-8, here less than 1e-6 of a loss or a norm over
+# 100 updates; ten times that is allowed. Adam divides by the root of the gradient's square: weights with tiny
+# gradients turn rounding into moves, which the curve hardly sees.
+# bf16 and fp16: each value is rounded to 2^-9 = 2e-3 or 2^-12 = 2e-4, in another place when the batch is cut otherwise;
+# a loss averages over hundreds of tokens, a norm is led by few large values, weights sum up all updates.
+TOLERANCES = {
+    "fp32": Tolerance(1e-5, 1e-5, 1e-4),
+    "bf16": Tolerance(1e-3, 2e-2, 1e-1),
+    "fp16": Tolerance(2e-4, 4e-3, 2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number of a curve beside the reference's: `off` is relative, `limit` the largest allowed."""
+
+    kind: str
+    what: str
+    got: float
+    expected: float
+    off: float
+    limit: float
+
+    @property
+    def too_far(self) -> bool:
+        """Whether parity is broken; a NaN breaks it."""
+        return not self.off <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.got:.9g} for {self.expected:.9g}, off by {self.off:.2g}, allowed {self.limit:.2g}"
+
+
+def compare(recipe: Recipe, expected: Curve, got: Curve) -> list[Difference]:
+    """Every number of `got` beside the reference's: first what should be equal, then update by update, then weights."""
+    tolerance = TOLERANCES[recipe.precision or "fp32"]
+    return [*_exact(expected, got), *_updates(expected, got, tolerance), *_weights(recipe, expected, got, tolerance)]
+
+
+def worst(differences: list[Difference], kind: str) -> float:
+    """The largest relative difference of a kind: loss, norm, held-out, weights."""
+    return max(row.off for row in differences if row.kind == kind)
+
+
+def _exact(expected: Curve, got: Curve) -> Iterator[Difference]:
+    yield _row("length", "number of updates", len(got.losses), len(expected.losses), 0.0)
+    for number, pair in enumerate(zip(got.tokens, expected.tokens, strict=True), start=1):
+        yield _row("tokens", f"valid tokens of update {number}", *pair, 0.0)
+    for number, pair in enumerate(zip(got.rates, expected.rates, strict=True), start=1):
+        yield _row("rate", f"learning rate of update {number}", *pair, 1e-12)
+    for name, start in expected.initial.items():
+        equal = torch.equal(got.initial[name], start)
+        off = 0.0 if equal else float("inf")
+        values = (got.initial[name].norm().item(), start.norm().item())
+        yield Difference("initial", f"initial value of {name}", *values, off, 0.0)
+
+
+def _updates(expected: Curve, got: Curve, tolerance: Tolerance) -> Iterator[Difference]:
+    pairs = zip(got.losses, expected.losses, got.norms, expected.norms, strict=True)
+    for number, (loss, right_loss, norm, right_norm) in enumerate(pairs, start=1):
+        yield _row("loss", f"loss of update {number}", loss, right_loss, tolerance.loss)
+        yield _row("norm", f"gradient norm of update {number}", norm, right_norm, tolerance.norm)
+    for when, pair in zip(("before", "after"), zip(got.held_out, expected.held_out, strict=True), strict=True):
+        yield _row("held-out", f"loss on held-out samples {when} training", *pair, tolerance.loss)
+
+
+def _weights(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tolerance) -> Iterator[Difference]:
+    for name, right in expected.weights.items():
+        way = _seen(recipe, name, right - expected.initial[name]).norm().item()
+        off = _seen(recipe, name, got.weights[name] - right).norm().item() / way
+        values = (got.weights[name].norm().item(), right.norm().item())
+        yield Difference("weights", f"final value of {name}", *values, off, tolerance.weights)
+
+
+def _row(kind: str, what: str, got: float, expected: float, limit: float) -> Difference:
+    return Difference(kind, what, got, expected, abs(got - expected) / abs(expected), limit)
+
+
+def _seen(recipe: Recipe, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Without the bias of the keys: softmax does not see it, so that its gradient is rounding alone."""
+    if not name.endswith(".qkv.bias"):
+        return tensor
+    width = recipe.model.d_model // recipe.model.n_head
+    return torch.cat((tensor[: recipe.model.d_model], tensor[-recipe.model.n_kv_head * width :]))

@@ -1,0 +1,89 @@
+"""Starts process groups of ranks without a launcher, and ends them: by process id, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from layouts import Case
+
+from megagpt.distributed import free_port
+
+SECONDS = 300  # for one case; a rank that waits longer writes its stack and exits
+HERE = Path(__file__).parent
+
+
+def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict[str, str]:
+    """Run the cases of one world size in one process group; the reason of each that failed.
+
+    A case that fails ends its group (its ranks no longer agree); the cases after it go on in a new one.
+    """
+    failed: dict[str, str] = {}
+    pending = list(cases)
+    while pending:
+        log = _run_group(pending, folder, updates, total)
+        left = [case for case in pending if not (folder / f"{case.id}.json").exists()]
+        if left:
+            failed[left[0].id] = log
+        pending = left[1:]
+    return failed
+
+
+def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str:
+    """One process group over all cases; the end of the ranks' logs."""
+    job = {"folder": str(folder), "updates": updates, "total": total, "cases": [case.id for case in cases]}
+    return launch("worker.py", cases[0].world, job, folder, SECONDS * len(cases) + 60)
+
+
+def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float) -> str:
+    """Run a program of this folder on `world` ranks, until all end or one fails; the end of their logs."""
+    path = folder / "job.json"
+    path.write_text(json.dumps({"seconds": SECONDS, **job}))
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCHDYNAMO_DISABLE": "1",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+    }
+    logs = [folder / f"rank-{rank}.log" for rank in range(world)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, str(HERE / program), str(path)],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        _wait(ranks, seconds)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Until all ranks are done, one has failed (the others get a moment to say why), or time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        if None not in codes:
+            return
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.1)

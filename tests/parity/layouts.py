@@ -1,0 +1,191 @@
+"""The named layouts, each with its DeepSpeed config, and the tiny run that all of them repeat.
+
+A case is a name, a number of ranks, the DeepSpeed JSON as a user writes it, and changes to the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt import ds_config
+from megagpt import recipe as recipes
+from megagpt.ds_config import Resolved
+from megagpt.engine.keys import known_keys
+from megagpt.recipe import Recipe
+
+GLOBAL_BATCH = 12  # by 1, 2, 3 and 4 ranks
+HELD_OUT = 12
+HELD_OUT_FROM = 1_000_000  # far from what is trained on
+LLAMA = (
+    "model.position=rope",
+    "model.norm=rmsnorm",
+    "model.activation=swiglu",
+    "model.n_kv_head=2",
+    "model.tie_embeddings=false",
+)
+SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
+BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
+
+# eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
+# rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
+RECIPE = """
+run_dir: unused
+seed: 7
+precision: fp32
+model: {n_layer: 2, n_head: 4, d_model: 64, vocab_size: 128, seq_len: 32}
+data: {train: unused}
+batch: {global_size: 12}
+optimizer: {type: adamw, lr: 3.0e-3, eps: 1.0e-6, clip: 1.15}
+schedule: {type: warmup_decay, warmup_updates: 4}
+length: {updates: 100}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout: `config` is DeepSpeed's JSON, `recipe` holds overrides as on the command line."""
+
+    id: str
+    world: int
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: tuple[str, ...] = ()
+
+
+def _zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
+    """A config with a ZeRO stage; parameters are sharded however small they are."""
+    section: dict[str, Any] = {"stage": stage, **more}
+    if stage == 3:
+        section |= {"stage3_param_persistence_threshold": 0}
+    batch = {} if micro is None else {"train_micro_batch_size_per_gpu": micro}
+    return {"zero_optimization": section, **batch}
+
+
+def _pipeline(stages: int, micro: int, **more: Any) -> dict[str, Any]:
+    return {"pipeline": {"stages": stages, **more}, **_zero(1, micro)}
+
+
+def _tensor(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"tensor_parallel": {"autotp_size": degree}, **config}
+
+
+def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {"sequence_parallel_size": degree, **config}
+
+
+# deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
+DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
+FOUR = (*DEEP, "optimizer.clip=1.5")
+
+
+def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
+    """Recomputation of so many blocks."""
+    return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
+CASES: tuple[Case, ...] = (
+    *(Case(f"zero{stage}-1rank", 1, _zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-2ranks", 2, _zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-accumulate4-3ranks", 3, _zero(stage, 1)) for stage in range(4)),
+    *(Case(f"zero{stage}-4ranks", 4, _zero(stage)) for stage in range(4)),
+    *(Case(f"zero{stage}-llama-2ranks", 2, _zero(stage, 3), LLAMA) for stage in range(4)),
+    Case("zero3-persistent-2ranks", 2, {"zero_optimization": {"stage": 3}}),
+    Case("zero3-tied-rope-2ranks", 2, _zero(3, 2), (*LLAMA, "model.tie_embeddings=true", "optimizer.clip=0.95")),
+    Case("zero2-untied-learned-2ranks", 2, _zero(2, 2), ("model.tie_embeddings=false",)),
+    Case("zero3-every-switch-4ranks", 4, _zero(3, 1), SWITCHES),
+    Case("zero1-every-switch-accumulate4-3ranks", 3, _zero(1, 1), SWITCHES),
+    Case("zero1-no-clip-2ranks", 2, _zero(1), ("optimizer.clip=null",)),
+    *(Case(f"zero{stage}-offload-2ranks", 2, _zero(stage, 3, offload_optimizer=CPU)) for stage in (1, 2, 3)),
+    Case("zero1-offload-1rank", 1, _zero(1, 3, offload_optimizer=CPU)),
+    Case("zero3-offload-parameters-1rank", 1, _zero(3, 3, offload_optimizer=CPU, offload_param=CPU)),
+    Case("zero3-offload-parameters-4ranks", 4, _zero(3, 1, offload_optimizer=CPU, offload_param=CPU), LLAMA),
+    Case("zero3-nvme-2ranks", 2, _zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
+    *(Case(f"zero{stage}-recompute-all-2ranks", 2, _zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
+    Case("zero1-recompute-1of2-1rank", 1, _zero(1, 6) | _again(1)),
+    Case("zero3-recompute-host-2ranks", 2, _zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),
+    Case("zero3-offload-recompute-2ranks", 2, _zero(3, 2, offload_optimizer=CPU, offload_param=CPU) | _again("auto")),
+    *(Case(f"zero{stage}-bf16-2ranks", 2, _zero(stage, 3), BF16) for stage in range(4)),
+    *(Case(f"zero{stage}-fp16-2ranks", 2, _zero(stage, 3), FP16) for stage in range(4)),
+    Case("zero1-bf16-1rank", 1, _zero(1), BF16),
+    Case("zero2-bf16-offload-2ranks", 2, _zero(2, 2, offload_optimizer=CPU), BF16),
+    Case("zero3-bf16-llama-recompute-2ranks", 2, _zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),
+    *(Case(f"pipeline{stages}", stages, _pipeline(stages, 2), FOUR) for stages in (2, 3, 4)),
+    Case("pipeline2-1micro", 2, _pipeline(2, 12), FOUR),
+    Case("pipeline2-untied", 2, _pipeline(2, 3), (*FOUR, "model.tie_embeddings=false")),
+    Case("pipeline4-llama", 4, _pipeline(4, 2), (*DEEP, *LLAMA)),
+    Case("pipeline2-data2", 4, _pipeline(2, 2), FOUR),
+    Case("pipeline2-data2-llama", 4, _pipeline(2, 1), (*DEEP, *LLAMA)),
+    Case("pipeline2-recomputation", 2, {**_pipeline(2, 2), **_again("auto")}, FOUR),
+    Case("pipeline2-tensor2-recomputation3", 4, {**_tensor(2, _pipeline(2, 2)), **_again(3)}, FOUR),
+    Case("pipeline2-bf16", 2, _pipeline(2, 2), (*FOUR, "precision=bf16")),
+    Case("pipeline2-data2-bf16-untied", 4, _pipeline(2, 2), (*FOUR, "precision=bf16", "model.tie_embeddings=false")),
+    *(Case(f"tensor2-zero{stage}", 2, _tensor(2, _zero(stage))) for stage in (0, 1, 2)),
+    *(Case(f"tensor2-zero{stage}-llama-data2", 4, _tensor(2, _zero(stage, 2)), LLAMA) for stage in (1, 2)),
+    Case("tensor4", 4, _tensor(4, _zero(1, 3))),
+    Case("tensor2-untied", 2, _tensor(2, _zero(1)), ("model.tie_embeddings=false",)),
+    Case("tensor2-bf16", 2, _tensor(2, _zero(1)), ("precision=bf16",)),
+    Case("tensor2-bf16-zero2-data2", 4, _tensor(2, _zero(2, 3)), ("precision=bf16",)),
+    Case("pipeline2-tensor2", 4, _tensor(2, _pipeline(2, 2)), FOUR),
+    Case("pipeline2-tensor2-llama", 4, _tensor(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("pipeline2-tensor2-bf16", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, "precision=bf16")),
+    *(Case(f"ulysses2-zero{stage}", 2, _ulysses(2, _zero(stage, 6))) for stage in range(4)),
+    *(Case(f"ulysses2-zero{stage}-llama-data2", 4, _ulysses(2, _zero(stage, 3)), LLAMA) for stage in (1, 2, 3)),
+    Case("ulysses4-zero3", 4, _ulysses(4, _zero(3))),
+    Case("ulysses2-zero1-bf16", 2, _ulysses(2, _zero(1)), ("precision=bf16",)),
+    Case("ulysses2-zero3-bf16", 2, _ulysses(2, _zero(3)), ("precision=bf16",)),
+    Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, _zero(1)))),
+    Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("tensor2-zero3", 2, _tensor(2, _zero(3))),
+    Case("tensor2-zero2-offload", 2, _tensor(2, _zero(2, offload_optimizer=CPU))),
+    Case("ulysses2-zero3-offload", 2, _ulysses(2, _zero(3, offload_optimizer=CPU, offload_param=CPU))),
+    Case("tensor2-zero3-data2-llama", 4, _tensor(2, _zero(3)), LLAMA),
+    Case("pipeline2-data2-offload", 4, {"pipeline": {"stages": 2}, **_zero(1, 2, offload_optimizer=CPU)}, FOUR),
+)
+
+
+def recipe_of(case: Case, folder: Path) -> Recipe:
+    """The recipe of a case; the file is written into `folder`."""
+    path = folder / f"recipe-{os.getpid()}.yaml"
+    path.write_text(RECIPE)
+    return recipes.load(path, case.recipe)
+
+
+def resolve(case: Case, folder: Path) -> Resolved:
+    """What the engine is built from, as a user's files would give it."""
+    path = folder / f"{case.id}-{os.getpid()}.json"
+    path.write_text(json.dumps(case.config).replace("NVME", str(folder / "nvme")))
+    return ds_config.load(path, recipe_of(case, folder), case.world, _known())
+
+
+@lru_cache(maxsize=1)
+def _known() -> dict[str, Any]:
+    return known_keys()
+
+
+def samples(recipe: Recipe, number: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels [number, seq] of the data positions from `first` on.
+
+    Each sequence counts upwards in steps of its own, with one token in eight replaced by chance, so that
+    there is something to learn. Labels are ragged: a tail of its own length is ignored in every sequence.
+    """
+    size, length = recipe.model.vocab_size, recipe.model.seq_len
+    rows, masks = [], []
+    for position in range(first, first + number):
+        generator = torch.Generator().manual_seed(position)
+        start, step, tail = (int(torch.randint(low, high, (), generator=generator)) for low, high in _RANGES)
+        row = (start + step * torch.arange(length + 1)) % size
+        noise = torch.rand(length + 1, generator=generator) < 0.125
+        rows.append(torch.where(noise, torch.randint(size, (length + 1,), generator=generator), row))
+        masks.append(torch.arange(length) >= length - tail)
+    ids = torch.stack(rows)
+    return ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(masks), -100)
+
+
+_RANGES = ((0, 128), (1, 4), (0, 24))

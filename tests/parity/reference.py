@@ -1,0 +1,69 @@
+"""The curve that every layout must give: one process, plain PyTorch, the global batch in one go.
+
+Of megagpt only the model is used (held against transformers elsewhere); loss, optimizer, clipping, schedule
+and precision are written out here a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from curve import Curve
+
+from megagpt.model.gpt import GPT, initialize
+from megagpt.recipe import Recipe
+
+Samples = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, each [global batch, seq]
+
+
+def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samples) -> Curve:
+    """Train on one global batch per update; the schedule is `warmup_decay` over `total` updates.
+
+    In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # lest small gradients vanish
+    model = GPT(recipe.model)
+    initialize(model, recipe.seed)
+    model.to(dtype)
+    masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+    initial = {name: p.clone() for name, p in masters.items()}
+    section = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in masters.values() if p.ndim > 1], "weight_decay": section.weight_decay},
+            {"params": [p for p in masters.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=section.betas,
+        eps=section.eps,
+        fused=False,
+    )
+    losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(model, held_out).item()]
+    for number, samples in enumerate(updates, start=1):
+        warmup = recipe.schedule.warmup_updates
+        share = min(number / warmup, (total + 1 - number) / (total + 1 - warmup))
+        rates.append(section.lr * share)
+        tokens.append(int((samples[1] != -100).sum()))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
+        model.zero_grad()
+        loss = _loss(model, samples)
+        (loss * scale).backward()
+        for name, parameter in model.named_parameters():
+            masters[name].grad = parameter.grad.float() / scale
+        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), section.clip or float("inf")).item())
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(masters[name])
+        losses.append(loss.item())
+    evaluations.append(_loss(model, held_out).item())
+    final = {name: p.detach() for name, p in masters.items()}
+    return Curve(losses, norms, rates, tokens, evaluations, initial, final)
+
+
+def _loss(model: GPT, samples: Samples) -> torch.Tensor:
+    """The sum over the valid tokens of all samples, by their number."""
+    logits = model(samples[0]).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="mean")

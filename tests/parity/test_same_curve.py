@@ -1,0 +1,73 @@
+"""Every layout trains the same: each update's loss and gradient norm, and the final weights, equal plain PyTorch's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import layouts
+import pytest
+import reference
+from compare import compare, worst
+from curve import Curve
+from groups import run_cases
+
+TOTAL = 100  # the schedule's length, also of the short run
+
+
+@pytest.fixture(scope="session")
+def updates(request):
+    return TOTAL if request.config.getoption("--full") else 20
+
+
+@pytest.fixture(scope="session")
+def results(request, tmp_path_factory, updates):
+    """By case id what its ranks did; a world size runs when its first case is asked for."""
+    asked = {item.callspec.params["case"].id: item.callspec.params["case"] for item in _selected(request)}
+    failed, done = {}, {}
+    folder = tmp_path_factory.mktemp("parity")
+
+    def result(case):
+        if case.world not in done:
+            cases = [other for other in asked.values() if other.world == case.world]
+            failed.update(run_cases(cases, folder, updates, TOTAL))
+            done[case.world] = True
+        if case.id in failed:
+            pytest.fail(failed[case.id], pytrace=False)
+        return Curve.load(folder / case.id)
+
+    return result
+
+
+def _selected(request):
+    return [item for item in request.session.items if item.function.__name__ == "test_same_curve"]
+
+
+@pytest.fixture(scope="session")
+def curve(tmp_path_factory, updates):
+    """By recipe the reference's curve."""
+    folder = tmp_path_factory.mktemp("reference")
+
+    @lru_cache
+    def of(words):
+        case = layouts.Case("reference", 1, {}, words)
+        recipe = layouts.recipe_of(case, folder)
+        data = [layouts.samples(recipe, layouts.GLOBAL_BATCH, n * layouts.GLOBAL_BATCH) for n in range(updates)]
+        held_out = layouts.samples(recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
+        return recipe, reference.train(recipe, data, TOTAL, held_out)
+
+    return of
+
+
+@pytest.mark.parametrize("case", layouts.CASES, ids=lambda case: case.id)
+def test_same_curve(case, results, curve, worst_differences):
+    recipe, expected = curve(case.recipe)
+    got = results(case)
+    found = compare(recipe, expected, got)
+    worst_differences[case.id] = {kind: worst(found, kind) for kind in ("loss", "norm", "held-out", "weights")}
+    wrong = [str(row) for row in found if row.too_far]
+    assert not wrong, "\n".join(wrong)
+    # alive: what does nothing is equal everywhere
+    assert sum(got.losses[-5:]) < sum(got.losses[:5]) - 1
+    assert min(got.norms) > 0
+    if recipe.optimizer.clip is not None:  # Adam hides a gradient off by a factor, where clipping is always on or never
+        assert {norm > recipe.optimizer.clip for norm in expected.norms} == {True, False}

@@ -1,0 +1,85 @@
+"""One rank of a process group that runs many layouts one after another. Started by groups.py.
+
+worker.py JOB.json      JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import layouts
+import torch
+from curve import Curve
+
+from megagpt.data.loader import Batch
+from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.engine.build import build
+from megagpt.engine.start import start, stop
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run the cases in order; rank 0 writes the curve of each."""
+    torch.set_num_threads(1)
+    rank = from_environment(os.environ)
+    start(rank)
+    agreement = Agreement(rank.world_size)
+    for case in layouts.CASES:
+        if case.id in job["cases"]:
+            # one rank of a group may fail while the others wait for it: a limit for each case
+            faulthandler.dump_traceback_later(job["seconds"], exit=True)
+            run(case, job, rank, agreement)
+            faulthandler.cancel_dump_traceback_later()
+    stop()
+
+
+def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreement) -> None:
+    """Train one layout and write what it did."""
+    folder = Path(job["folder"])
+    resolved = layouts.resolve(case, folder)
+    engine = build(resolved, job["total"], rank, agreement)
+    initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
+    held_out = share(layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank)
+    evaluations = [engine.evaluate(held_out)]
+    results = []
+    for update in range(job["updates"]):
+        data = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, update * layouts.GLOBAL_BATCH)
+        results.append(engine.train_update(share(data, resolved.layout, rank)))
+        if update == 1:
+            engine.evaluate(held_out)  # must not disturb training
+    evaluations.append(engine.evaluate(held_out))
+    check_moved(engine)
+    columns = zip(*((row.loss, row.grad_norm, row.lr, row.tokens) for row in results), strict=True)
+    curve = Curve(*map(list, columns), evaluations, initial, dict(engine.weights()))
+    if rank.main:
+        curve.save(folder / case.id)
+    engine.release()
+    del engine
+    gc.collect()
+
+
+def check_moved(engine: Any) -> None:
+    """The optimizer has done something to every tensor that it works on, on this rank."""
+    wrapper = engine._engine.optimizer
+    inner = getattr(wrapper, "optimizer", wrapper)
+    # not through DeepSpeed's safe_get_*: with two parameter groups it finds the moments of the first one only
+    moments = [state["exp_avg"] for state in inner.state.values() if "exp_avg" in state]
+    assert moments
+    for moment in moments:
+        assert not moment.numel() or moment.abs().max() > 0
+
+
+def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Any, rank: Rank) -> list[Batch]:
+    """This rank's micro-batches: sample k of micro-step j on data rank r is j·micro·ranks + r·micro + k."""
+    micro, ranks = layout.micro_batch, layout.data_parallel
+    starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
+    return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
