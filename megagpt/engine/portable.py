@@ -124,7 +124,7 @@ class Portable:
     def _of_part(self, whole: Tensor, share: Share) -> Tensor:
         """The stretch of this rank's part of a whole tensor."""
         part, cut = self._part(share.name), cut_of(share.name, self.section)
-        mine = whole if part.degree == 1 or cut is None else cut.part(whole, part.index, part.degree)
+        mine = whole if part.degree == 1 or cut is None else cut.part(whole, part.number, part.degree)
         return mine.reshape(-1)[share.start : share.start + share.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:

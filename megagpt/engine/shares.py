@@ -29,7 +29,7 @@ class Share:
     name: str
     start: int
     numel: int
-    parameter: torch.nn.Parameter
+    parameter: Any  # torch's, with what DeepSpeed hangs on it
 
 
 class Shares(Protocol):
@@ -58,7 +58,7 @@ class Shares(Protocol):
         ...
 
 
-def shares_of(engine: Any, names: Mapping[torch.nn.Parameter, str]) -> Shares:
+def shares_of(engine: Any, names: Mapping[Any, str]) -> Shares:
     """The access that fits an engine: by how its parameters are marked."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     one = next(iter(names))
@@ -72,7 +72,7 @@ def shares_of(engine: Any, names: Mapping[torch.nn.Parameter, str]) -> Shares:
 class _Whole:
     """ZeRO stage 0: every rank holds everything; each saves an even part of every parameter."""
 
-    def __init__(self, names: Mapping[torch.nn.Parameter, str], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
         self._names, self.optimizer = names, optimizer
 
     def all(self) -> list[Share]:
@@ -99,7 +99,7 @@ class _Whole:
 class _Flat:
     """ZeRO stages 1 and 2, and DeepSpeed's bf16 optimizer: a stretch of a flat group for each parameter on it."""
 
-    def __init__(self, names: Mapping[torch.nn.Parameter, str], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
         self._names, self.optimizer = names, optimizer
 
     def all(self) -> list[Share]:
@@ -134,7 +134,7 @@ class _Flat:
 class _Partitioned:
     """ZeRO stage 3: each rank holds one even, padded part of every parameter; it may be swapped out to NVMe."""
 
-    def __init__(self, names: Mapping[torch.nn.Parameter, str], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
         self._names, self.optimizer = names, optimizer
 
     def all(self) -> list[Share]:

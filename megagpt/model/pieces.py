@@ -33,7 +33,7 @@ _CHUNK = 1 << 22
 class Part(NamedTuple):
     """Which share of a parameter that tensor parallelism has cut into `degree`; (0, 1) where it is whole."""
 
-    index: int = 0
+    number: int = 0
     degree: int = 1
 
 
