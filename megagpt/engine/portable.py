@@ -106,7 +106,7 @@ class Portable:
     def _part(self, name: str) -> Part:
         """Which part of the parameter this rank holds."""
         degree = self.layout.tensor_parallel
-        return Part() if degree == 1 or cut_of(name, self.section) is None else Part(self.rank.rank % degree, degree)
+        return Part() if cut_of(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
 
     def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
         for share in which:
@@ -123,8 +123,9 @@ class Portable:
 
     def _of_part(self, whole: Tensor, share: Share) -> Tensor:
         """The stretch of this rank's part of a whole tensor."""
-        part, cut = self._part(share.name), cut_of(share.name, self.section)
-        mine = whole if part.degree == 1 or cut is None else cut.part(whole, part.number, part.degree)
+        part = self._part(share.name)
+        cut = cut_of(share.name, self.section, part.degree)
+        mine = whole if cut is None else cut.part(whole, part.number, part.degree)
         return mine.reshape(-1)[share.start : share.start + share.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:

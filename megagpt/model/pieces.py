@@ -107,7 +107,8 @@ class Pieces:
 
     def whole(self, kind: str, name: str, shape: Sequence[int], section: ModelSection) -> Tensor:
         """A whole tensor of this shape, whatever it was cut into. Raises UserError for a gap."""
-        degree, cut, numel = self.degree(name), cut_of(name, section), math.prod(shape)
+        degree, numel = self.degree(name), math.prod(shape)
+        cut = cut_of(name, section, degree)
         if degree == 1 or cut is None:
             return self.read(kind, name, 0, numel).view(*shape)
         local = [length // degree if dim == cut.dim else length for dim, length in enumerate(shape)]
