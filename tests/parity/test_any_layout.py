@@ -7,9 +7,10 @@ import layouts
 import move_worker
 import pytest
 import reference
-from compare import TOLERANCES, _seen
 from groups import SECONDS, launch
 from safetensors.torch import load_file
+
+from megagpt.parity.curve import TOLERANCES, seen
 
 PAIRS = (
     ("zero1-2ranks", "zero3-4ranks"),
@@ -92,5 +93,5 @@ def test_another_layout_goes_on_as_if_nothing_had_happened(source, target, moved
         assert result["grad_norm"] == pytest.approx(norm, rel=tolerance.norm), number
         assert result["lr"] == pytest.approx(rate, rel=1e-12), number
     for name, right in curve.weights.items():
-        way = _seen(recipe, name, right - curve.initial[name]).norm()
-        assert _seen(recipe, name, weights[name] - right).norm() <= tolerance.weights * way, name
+        way = seen(recipe, name, right - curve.initial[name]).norm()
+        assert seen(recipe, name, weights[name] - right).norm() <= tolerance.weights * way, name
