@@ -111,6 +111,25 @@ def generate(
     _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
 
 
+@app.command(context_settings={"allow_interspersed_args": True})
+def parity(
+    recipe: Annotated[Path, typer.Option(help="what is trained; it is shrunk to seconds, all switches kept")],
+    deepspeed_config: Annotated[
+        Path,
+        typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON"),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
+    ] = None,
+    updates: Annotated[int, typer.Option(help="how many are compared", min=8)] = 20,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Does this layout, on these machines, train the same as one process? Start it as you will start training."""
+    from megagpt import parity as verb
+
+    raise typer.Exit(verb.parity(verb.Options(recipe, deepspeed_config, tuple(overrides or ()), updates)))
+
+
 @app.command()
 def report(run: Run) -> None:
     """Draw a run's loss curve here and as loss.svg in the run directory."""

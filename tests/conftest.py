@@ -1,5 +1,25 @@
-"""Options of the whole test suite."""
+"""Options of the whole test suite, and the tiny corpus that real training processes use."""
+
+import pytest
+
+from megagpt.prepare import prepare_command, train_tokenizer_command
+from tests import training
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the long repeats: 100 updates of each layout")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = tmp_path_factory.mktemp("text")
+    inputs = [str(training.write_text(text))]
+    train_tokenizer_command(inputs, 320, folder / "text")
+    prepare_command(inputs, folder / "text.model", folder / "text", validation_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def recipe(data, tmp_path):
+    return training.write_recipe(tmp_path / "run", data)

@@ -49,15 +49,17 @@ def write_recipe(run: Path, data: Path) -> Path:
     return path
 
 
-def command(recipe: Path, *arguments: str) -> list[str]:
+def command(recipe: Path, *arguments: str, config: str = "zero1") -> list[str]:
     """The command line of one rank."""
-    config = ROOT / "ds_configs" / "zero1.json"
+    path = ROOT / "ds_configs" / f"{config}.json"
     return [sys.executable, str(ROOT / "launch/pretrain.py"), "--recipe", str(recipe), *(
-        "--deepspeed_config", str(config)), *arguments]  # fmt: skip
+        "--deepspeed_config", str(path)), *arguments]  # fmt: skip
 
 
 @contextmanager
-def ranks(recipe: Path, *arguments: str, world: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(
+    recipe: Path, *arguments: str, world: int = 1, config: str = "zero1"
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start `world` ranks as a launcher would; whatever is left of them at the end is killed."""
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started: list[subprocess.Popen[str]] = []
@@ -66,7 +68,11 @@ def ranks(recipe: Path, *arguments: str, world: int = 1) -> Iterator[list[subpro
             env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
             started.append(
                 subprocess.Popen(
-                    command(recipe, *arguments), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                    command(recipe, *arguments, config=config),
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
             )
         yield started
@@ -76,9 +82,9 @@ def ranks(recipe: Path, *arguments: str, world: int = 1) -> Iterator[list[subpro
             process.communicate()
 
 
-def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0) -> str:
+def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0, config: str = "zero1") -> str:
     """Run to the end, insist on the exit code of every rank, and return what rank 0 printed."""
-    with ranks(recipe, *arguments, world=world) as started:
+    with ranks(recipe, *arguments, world=world, config=config) as started:
         printed = [process.communicate(timeout=180) for process in started]
         assert [process.returncode for process in started] == [code] * world, printed
     return "".join(printed[0])

@@ -81,8 +81,8 @@ _NEVER = (
 )
 
 
-def refusals(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
-    """Every refused value and combination. `stage` is the ZeRO stage that will run."""
+def refusals(view: View, recipe: Recipe, stage: int, world_size: int) -> Iterator[Problem]:
+    """Every refused value and combination on so many ranks. `stage` is the ZeRO stage that will run."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
         if not any(value is harmless or value == harmless for harmless in never.harmless):
@@ -91,7 +91,7 @@ def refusals(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
         return
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
-    yield from _zeropp(view, stated)
+    yield from _zeropp(view, stated, world_size)
     yield from _muon(view, recipe, stage)
 
 
@@ -124,7 +124,7 @@ def _offload(view: View, stage: int) -> Iterator[Problem]:
             yield view.problem(f"{key} to NVMe needs a path", [f"{key}.device"], do)
 
 
-def _zeropp(view: View, stage: int) -> Iterator[Problem]:
+def _zeropp(view: View, stage: int, world_size: int) -> Iterator[Problem]:
     hpz = f"{_ZERO}.zero_hpz_partition_size"
     used = [key for key in _QUANTIZED if view.number(key, False)]
     used += [hpz] if view.number(hpz, 1) > 1 else []
@@ -134,6 +134,9 @@ def _zeropp(view: View, stage: int) -> Iterator[Problem]:
         do = f"set {STAGE} to 3, or take the ZeRO++ keys away"
         defaults = [] if between else [(STAGE, 0, "default")]
         yield view.problem(what, [*between, *used], do, defaults=defaults)
+    if world_size % view.number(hpz, 1):
+        what = f"the {world_size} ranks cannot be cut into groups of {view.number(hpz, 1)} that hold the weights"
+        yield view.problem(what, [hpz], "set it to the ranks of one node, or take it away")
     offloaded = [f"{key}.device" for key in (_PARAM, _OPTIMIZER) if _device(view, key) != "none"]
     if used and offloaded:
         what = "ZeRO++ with offload does not train: the loss stays constant (DeepSpeed #6926)"

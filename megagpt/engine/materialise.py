@@ -18,14 +18,17 @@ from megagpt.recipe import Recipe
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(recipe: Recipe) -> None:
-    """Raises UserError where this device has no fp16."""
+def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raises UserError where this device cannot do what recipe and config ask for."""
     if recipe.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(
             f"this device ({get_accelerator().device_name()}) does not train in fp16",
             f"{recipe.place('precision')}  precision".strip(),
             "set precision to bf16 or fp32",
         )
+    quantized = [key for key, on in config.get("zero_optimization", {}).items() if on and "zero_quantized_" in key]
+    if quantized and get_accelerator().device_name() == "cpu":
+        raise UserError("a CPU does not quantize ZeRO's traffic", f"zero_optimization.{quantized[0]}", "take it away")
 
 
 def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:

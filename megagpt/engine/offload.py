@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +16,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.recipe import ModelSection
+from megagpt.recipe import Recipe
 
+_KINDS = ("optimizer", "float32params", "bfloat16params", "float16params")  # DeepSpeed's names
 _BUFFERS = 16  # of parameters read ahead: a layer's own, and those of the next block
 
 
@@ -22,22 +28,46 @@ def offloaded(config: Mapping[str, Any], what: str) -> str:
     return str(section.get("device") or "none")
 
 
-def ready(config: Mapping[str, Any], section: ModelSection, ranks: int) -> dict[str, Any]:
-    """The config with buffers that fit the model, where it names NVMe and no sizes.
+def ready(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """The config with what NVMe needs: a folder of the run's own, and buffers that fit the model if it names none.
 
-    DeepSpeed's default buffers are a gigabyte for any model, and too small for a large embedding on few ranks.
-    Raises UserError where NVMe cannot be reached from here.
+    DeepSpeed's default buffers are a gigabyte for any model, and too small for a large embedding on few ranks; its
+    folder is one for all runs on a machine, and each run's files stay. Raises UserError where NVMe cannot be used.
     """
     filled = copy.deepcopy(dict(config))
-    if "nvme" in (offloaded(config, "param"), offloaded(config, "optimizer")):
+    on_nvme = [f"offload_{what}" for what in ("param", "optimizer") if offloaded(config, what) == "nvme"]
+    if on_nvme:
         _check_operator()
-    if offloaded(config, "param") == "nvme":
+    run = hashlib.blake2b(os.path.abspath(recipe.run_dir).encode(), digest_size=4).hexdigest()
+    for name in on_nvme:
+        section = filled["zero_optimization"][name]
+        section["nvme_path"] = os.path.join(section["nvme_path"], f"megagpt-{run}")
+    if "offload_param" in on_nvme:
         with torch.device("meta"):
-            largest = max(parameter.numel() for parameter in GPT(section).parameters())
+            largest = max(parameter.numel() for parameter in GPT(recipe.model).parameters())
         parameters = filled["zero_optimization"]["offload_param"]
         parameters.setdefault("buffer_size", -(-largest // ranks))
         parameters.setdefault("buffer_count", _BUFFERS)
     return filled
+
+
+def swap_folders(config: Mapping[str, Any], rank: int) -> list[Path]:
+    """The folders on NVMe that hold this rank's files; emptied, if a run before this one was killed."""
+    sections = [config.get("zero_optimization", {}).get(f"offload_{what}") or {} for what in ("param", "optimizer")]
+    roots = {Path(section["nvme_path"]) for section in sections if section.get("device") == "nvme"}
+    folders = [root / "zero_stage_3" / kind / f"rank{rank}" for root in roots for kind in _KINDS]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folders
+
+
+def clear(folders: Sequence[Path]) -> None:
+    """Remove this rank's folders, and those above them that are then empty. Only when no rank makes new ones."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        for above in list(folder.parents)[:3]:
+            with contextlib.suppress(OSError):  # not empty: another rank's
+                above.rmdir()
 
 
 def _check_operator() -> None:

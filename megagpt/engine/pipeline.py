@@ -24,7 +24,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import check_precision
+from megagpt.engine.materialise import check_device
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
@@ -40,7 +40,7 @@ class PipelineEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe, layout = resolved.recipe, resolved.layout
-        check_precision(recipe)
+        check_device(recipe, resolved.config)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)

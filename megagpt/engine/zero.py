@@ -18,7 +18,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.materialise import check_precision, materialise, recompute
+from megagpt.engine.materialise import check_device, materialise, recompute
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
 from megagpt.model import weights
@@ -34,12 +34,13 @@ class ZeroEngine:
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
         recipe = resolved.recipe
-        check_precision(recipe)
+        check_device(recipe, resolved.config)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
         self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
         self._ulysses = Ulysses(resolved.layout, rank.rank)
         shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
-        config = offload.ready(native.config(resolved), recipe.model, shards)
+        config = offload.ready(native.config(resolved), recipe, shards)
+        self._swap = offload.swap_folders(config, rank.rank)
         model = self._model(recipe, config)
         on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
         optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
@@ -128,6 +129,7 @@ class ZeroEngine:
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
         native.release(self._engine)
+        offload.clear(self._swap)
 
     def close(self) -> None:
         """See `Engine`."""

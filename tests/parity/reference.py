@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from curve import Curve
 
 from megagpt.model.gpt import GPT, initialize
+from megagpt.parity.curve import Curve
 from megagpt.recipe import Recipe
 
 Samples = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, each [global batch, seq]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import curve
 import layouts
 import mutants
 import pytest
 import reference
-from compare import compare
-from curve import Curve
 from groups import run_cases
+
+from megagpt.parity.curve import compare
 
 UPDATES = 6
 TOTAL = 100
@@ -29,7 +30,7 @@ def differences(tmp_path_factory):
             data = [layouts.samples(recipe, layouts.GLOBAL_BATCH, n * layouts.GLOBAL_BATCH) for n in range(UPDATES)]
             held_out = layouts.samples(recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
             expected[case.recipe] = recipe, reference.train(recipe, data, TOTAL, held_out)
-        rows = compare(*expected[case.recipe], Curve.load(folder / case.id))
+        rows = compare(*expected[case.recipe], curve.load(folder / case.id))
         found[case.id] = [row for row in rows if row.too_far]
     return found, failed
 

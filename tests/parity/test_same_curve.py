@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import curve as curves
 import layouts
 import pytest
 import reference
-from compare import compare, worst
-from curve import Curve
 from groups import run_cases
 from needs import missing
+
+from megagpt.parity.curve import KINDS, compare, worst
 
 TOTAL = 100  # the schedule's length, also of the short run
 
@@ -37,7 +38,7 @@ def results(request, tmp_path_factory, updates):
             done[case.world] = True
         if case.id in failed:
             pytest.fail(failed[case.id], pytrace=False)
-        return Curve.load(folder / case.id)
+        return curves.load(folder / case.id)
 
     return result
 
@@ -67,7 +68,7 @@ def test_same_curve(case, results, curve, worst_differences):
     recipe, expected = curve(case.recipe)
     got = results(case)
     found = compare(recipe, expected, got)
-    worst_differences[case.id] = {kind: worst(found, kind) for kind in ("loss", "norm", "held-out", "weights")}
+    worst_differences[case.id] = {kind: worst(found, kind).off for kind in KINDS}
     wrong = [str(row) for row in found if row.too_far]
     assert not wrong, "\n".join(wrong)
     # alive: what does nothing is equal everywhere

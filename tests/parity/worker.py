@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import curve as curves
 import layouts
 import mutants
 import torch
-from curve import Curve
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
+from megagpt.parity.curve import Curve
 
 
 def main(job: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreemen
     columns = zip(*((row.loss, row.grad_norm, row.lr, row.tokens) for row in results), strict=True)
     curve = Curve(*map(list, columns), evaluations, initial, dict(engine.weights()))
     if rank.main:
-        curve.save(folder / case.id)
+        curves.save(curve, folder / case.id)
     engine.release()
     del engine
     gc.collect()

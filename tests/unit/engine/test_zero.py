@@ -113,7 +113,7 @@ def test_evaluation_is_the_mean_over_valid_tokens_and_changes_nothing(make):
     inputs, labels = global_batch(9)
     expected = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
     before = {name: tensor.clone() for name, tensor in engine.weights()}
-    assert engine.evaluate(cut(Batch(inputs, labels), 2)) == pytest.approx(float(expected), rel=1e-6)
+    assert engine.evaluate(cut(Batch(inputs, labels), 2)) == pytest.approx(expected.item(), rel=1e-6)
     assert all(torch.equal(before[name], tensor) for name, tensor in engine.weights())
 
 
