@@ -104,9 +104,9 @@ class ZeroEngine:
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
         native.save(self._engine, folder, self._rank.rank)
-        named = dict(self.weights())
+        named = [(name, whole) for name, whole in self.weights() if self._rank.main]  # elsewhere nothing is kept
         if self._rank.main:
-            weights.save(named.items(), folder)
+            weights.save(named, folder)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
@@ -117,13 +117,9 @@ class ZeroEngine:
         for name, parameter in self._engine.module.named_parameters():
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if self._grid is not None:
-                group = self._grid.get_slice_parallel_group()
-                whole = tensor.whole(
-                    whole,
-                    cut_of(name, self._section, self._layout.tensor_parallel),
-                    group,
-                    self._layout.tensor_parallel,
-                )
+                degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
+                whole = whole.to(self._engine.device)  # where it is offloaded, it comes on the host
+                whole = tensor.whole(whole, cut_of(name, self._section, degree), group, degree)
             yield name, whole.detach().float().cpu().contiguous()
 
     def release(self) -> None:
