@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt import ds_config
+from megagpt import ds_config, files
 from megagpt import recipe as recipes
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import Reader
@@ -17,8 +17,9 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.model import cost
 from megagpt.run import checkpoint, resume
 from megagpt.run.console import Console, Progress
+from megagpt.run.health import MOST_FAILED_SAVES, Row
 from megagpt.run.metrics import Metrics
-from megagpt.run.stopping import Stopping
+from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.state import TrainState
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Options:
     resume: str = "auto"
     expect_world_size: int | None = None
     max_minutes: float | None = None
+    allow_change: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ class Run:
     validation: Evaluation | None
     engine: Engine
     agreement: Agreement
+    store: checkpoint.Store
     console: Console
     metrics: Metrics
+    failed_saves: Row
     progress: Progress
     stopping: Stopping
     facts: dict[str, Any]
@@ -68,31 +72,38 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     loader, validation = _data(resolved, rank)
     total = recipes.updates(recipe, loader.order.samples_per_epoch)
     facts = _facts(resolved, loader)
-    found, damaged = resume.find(path, options.resume)
+    device = start.start(rank)
+    agreement = Agreement(rank.world_size)
+    store = checkpoint.Store(
+        path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
+        needed=12 * cost.parameters(recipe.model),  # a weight and two moments in fp32
+    )  # fmt: skip
+    found, damaged = resume.find(store, options.resume)
     if found is not None:
-        resume.check(found, facts)
+        resume.check(found, facts, options.allow_change)
         if found.state.update >= total:
             console.say(
                 f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
             )
             return None
 
-    device = start.start(rank)
-    agreement = Agreement(rank.world_size)
     engine = build.build(resolved, total, rank, agreement)
-    state = TrainState()
+    state, notes = TrainState(), [f"damaged, passed over: {line}" for line in damaged]
     if found is not None:
         engine.load_state(found.folder)
         state = found.state
+        moved = resume.moved(found, facts)
+        notes += [f"changed: {line}" for line in resume.changes(found, facts)]
+        notes += [f"moved to another layout: {moved}"] if moved else []
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, console, metrics,
-        Progress(total, recipe.batch.global_size * recipe.model.seq_len),
-        Stopping(options.max_minutes, agreement.any),
+        path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
+        Row(MOST_FAILED_SAVES), Progress(total, recipe.batch.global_size * recipe.model.seq_len),
+        Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
         facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
-    _open(run, device, damaged, state)
+    _open(run, device, notes, state)
     return run, state
 
 
@@ -124,12 +135,12 @@ def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
     }
 
 
-def _open(run: Run, device: str, damaged: list[str], state: TrainState) -> None:
+def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
     """Write down what is about to be trained, and say it in a few lines."""
     recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
     if run.rank.main:
-        checkpoint.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
-        checkpoint.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
+        files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
+        files.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
     per_update = recipe.batch.global_size * recipe.model.seq_len
     say = run.console.say
     say(f"run      {run.path}   (log: {run.console.log_path})")
@@ -148,7 +159,7 @@ def _open(run: Run, device: str, damaged: list[str], state: TrainState) -> None:
     )
     share = run.total * recipe.batch.global_size / order.samples_per_epoch
     say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
-    for note in (*run.resolved.notes, *run.loader.notes, *(f"damaged, passed over: {line}" for line in damaged)):
+    for note in (*run.resolved.notes, *run.loader.notes, *notes):
         say(f"note     {note}")
     if state.update:
         say(

@@ -71,13 +71,17 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, must or never")] = "auto",
     expect_world_size: Annotated[int | None, typer.Option(help="refuse to start on other than N ranks")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="save and exit 75 after so long")] = None,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="a key of the recipe that may differ from the checkpoint's; repeat it")
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
     from megagpt import train as verb
     from megagpt.assembly import Options
 
-    options = Options(recipe, deepspeed_config, tuple(overrides or ()), resume, expect_world_size, max_minutes)
+    words, allowed = tuple(overrides or ()), tuple(allow_change or ())
+    options = Options(recipe, deepspeed_config, words, resume, expect_world_size, max_minutes, allowed)
     raise typer.Exit(verb.train(options))
 
 
@@ -128,6 +132,26 @@ def parity(
     from megagpt import parity as verb
 
     raise typer.Exit(verb.parity(verb.Options(recipe, deepspeed_config, tuple(overrides or ()), updates)))
+
+
+@app.command()
+def checkpoints(
+    run: Run,
+    verify: Annotated[bool, typer.Option(help="read every byte")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a run's checkpoints: update, tokens, size, layout, and what is wrong with a damaged one."""
+    from megagpt import checkpoints as verb
+
+    _answer(verb.checkpoints(run, verify), as_json)
+
+
+@app.command()
+def stop(run: Run) -> None:
+    """Ask a run that is training to save, and to exit 75."""
+    from megagpt import checkpoints as verb
+
+    print(verb.stop(run))
 
 
 @app.command()

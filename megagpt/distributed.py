@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -118,6 +118,27 @@ class Agreement:
         tensor = torch.tensor([value], dtype=torch.float64)
         torch.distributed.all_reduce(tensor, group=self._group)
         return float(tensor.item())
+
+    def totals(self, values: Sequence[int]) -> list[int]:
+        """The sums of whole numbers over the ranks, modulo 2^64."""
+        if self._group is None:
+            return [value % (1 << 64) for value in values]
+        import torch
+
+        signed = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in values]
+        tensor = torch.tensor(signed, dtype=torch.int64)
+        torch.distributed.all_reduce(tensor, group=self._group)
+        return [value % (1 << 64) for value in tensor.tolist()]
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order, on every rank."""
+        if self._group is None:
+            return [text]
+        import torch.distributed
+
+        texts = [""] * torch.distributed.get_world_size(self._group)
+        torch.distributed.all_gather_object(texts, text, group=self._group)
+        return texts
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on at least one rank."""

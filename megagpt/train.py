@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt import generate
+from megagpt import files, generate
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
 from megagpt.data.evaluation import Evaluation
@@ -37,7 +37,7 @@ def loop(run: Run, state: TrainState) -> int:
 
         stop, last = run.stopping.requested(), state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
-            save(run, state)
+            save(run, state, last_chance=bool(stop) or last)
         if last or (not stop and due(state, recipe.evaluation.every)):
             validate(run, state)
         if stop and not last:
@@ -72,17 +72,17 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         run.console.say(run.progress.line(state, result))
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Publish a checkpoint."""
-    folder = checkpoint.publish(
-        run.path,
-        state,
-        run.engine.save_state,
-        facts=run.facts,
-        keep_last=run.resolved.recipe.checkpoint.keep_last,
-        main=run.rank.main,
-        barrier=run.agreement.barrier,
-    )
+def save(run: Run, state: TrainState, last_chance: bool) -> None:
+    """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    try:
+        folder = run.store.publish(state, run.engine.save_state, run.facts)
+    except checkpoint.SaveFailed as error:
+        run.metrics.write("save_failed", update=state.update, error=str(error), seconds=run.progress.pause())
+        run.console.say(f"{'NOT SAVED':>11}  update {state.update}: {error}")
+        if run.failed_saves.add() or last_chance:
+            raise
+        return
+    run.failed_saves.end()
     run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
 
 
@@ -117,12 +117,12 @@ def sample(run: Run, prompt: str, tokenizer: str) -> str:
 
 def finish(run: Run, state: TrainState) -> None:
     """Say where everything is, and leave DONE: only after the last checkpoint was published and read back."""
-    found, _ = checkpoint.newest_valid(run.path)
+    found, _ = run.store.newest_valid()
     if found is None or found.state != state:
         raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
     run.metrics.write("done", **asdict(state))
     if run.rank.main:
-        checkpoint.replace_text(run.path / "DONE", json.dumps(asdict(state)) + "\n")
+        files.replace_text(run.path / "DONE", json.dumps(asdict(state)) + "\n")
     run.console.say(f"done: {state.update:,} updates, {state.tokens:,} tokens, in {run.path}")
     run.console.say(f"next: megagpt evaluate {run.path}")
 

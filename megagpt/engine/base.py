@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from megagpt.data.loader import Batch
+from megagpt.files import Write
 from megagpt.state import UpdateResult
 
 
@@ -23,12 +24,12 @@ class Engine(Protocol):
         """The loss in nats per valid token over all ranks' batches, equally many on each; changes nothing."""
         ...
 
-    def save_state(self, folder: Path) -> None:
-        """Write all that `load_state` needs, and the weights by name, into `folder`."""
+    def save_state(self, sink: Write) -> None:
+        """Write all that `load_state` needs, file by file, through `sink`; the weights by name are among it."""
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Restore weights, optimizer, schedule and random state at the same layout."""
+        """Restore weights, optimizer, schedule and random state, whatever layout saved them."""
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,10 +25,11 @@ from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.materialise import check_device
+from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
-from megagpt.model import weights
+from megagpt.files import Write
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
 from megagpt.model.shards import cut_of
@@ -85,16 +86,13 @@ class PipelineEngine:
         loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
-    def save_state(self, folder: Path) -> None:
-        """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
-        native.save(self._engine, folder, self._rank.rank)
-        named = [(name, whole) for name, whole in self.weights() if self._rank.main]  # elsewhere nothing is kept
-        if self._rank.main:
-            weights.save(named, folder)
+    def save_state(self, sink: Write) -> None:
+        """See `Engine`."""
+        self._portable().save(sink)
 
     def load_state(self, folder: Path) -> None:
-        """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
-        native.load(self._engine, folder, self._rank.rank)
+        """See `Engine`. Raises UserError where the state does not arrive whole."""
+        self._portable().load(folder, self._idle_update)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`: collective, whole on every rank, one parameter after the other."""
@@ -127,6 +125,17 @@ class PipelineEngine:
         """The valid target tokens of all data-parallel ranks."""
         mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
+
+    def _portable(self) -> Portable:
+        names, stage = self._stages.names, self._stages.stage_id
+        copies = {name for name in names.values() if self._stages.stage_owner(int(name.split(".")[1])) != stage}
+        layout = self._layout
+        return Portable(self._engine, names, self._section, layout, self._rank, self._agreement, frozenset(copies))
+
+    def _idle_update(self) -> None:
+        """An update in which no label is valid: its gradient is zero."""
+        ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
 
     def _shaped(self, batch: Batch) -> Batch:
         """The batch filled up with ignored samples to the shape of training: stages agree on it only once."""

@@ -41,6 +41,22 @@ def build(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: in
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: factor(schedule, done + 1, total, floor))
 
 
+def done(scheduler: Any) -> int:
+    """Updates that a scheduler of `build` has counted."""
+    if isinstance(scheduler, WarmupDecayLR):
+        return int(scheduler.last_batch_iteration) - 1
+    return int(scheduler.last_epoch)
+
+
+def go_to(scheduler: Any, updates: int) -> None:
+    """Set a scheduler of `build` to where it stands after `updates` updates, with the rate of the next one."""
+    if isinstance(scheduler, WarmupDecayLR):
+        scheduler.step(updates + 1)
+    else:
+        scheduler.last_epoch = updates - 1
+        scheduler.step()
+
+
 def _warmup_decay_lr(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: int) -> Any:
     """DeepSpeed's WarmupDecayLR (needs a warm-up of 2 or more: it takes 0 and 1 for 2)."""
     peaks = [group["lr"] for group in optimizer.param_groups]

@@ -19,9 +19,10 @@ from megagpt.engine import native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.materialise import check_device, materialise, recompute
+from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.start import stop
-from megagpt.model import weights
+from megagpt.files import Write
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
 from megagpt.model.shards import cut_of
@@ -101,16 +102,13 @@ class ZeroEngine:
         self._engine.train()
         return self._sum(loss) / max(self._total(tokens), 1.0)
 
-    def save_state(self, folder: Path) -> None:
-        """See `Engine`: DeepSpeed's own shards, the random state of each rank, the weights by name."""
-        native.save(self._engine, folder, self._rank.rank)
-        named = [(name, whole) for name, whole in self.weights() if self._rank.main]  # elsewhere nothing is kept
-        if self._rank.main:
-            weights.save(named, folder)
+    def save_state(self, sink: Write) -> None:
+        """See `Engine`."""
+        self._portable().save(sink)
 
     def load_state(self, folder: Path) -> None:
-        """See `Engine`. Raises UserError where DeepSpeed finds nothing to load."""
-        native.load(self._engine, folder, self._rank.rank)
+        """See `Engine`. Raises UserError where the state does not arrive whole."""
+        self._portable().load(folder, self._idle_update)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`: collective above stage 0; the fp32 master where precision is lower."""
@@ -139,6 +137,15 @@ class ZeroEngine:
         output = self._engine(input_ids=batch.input_ids.to(**to), labels=batch.labels.to(**to), normalizer=normalizer)
         loss: torch.Tensor = output.loss
         return loss
+
+    def _portable(self) -> Portable:
+        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
+        return Portable(self._engine, names, self._section, self._layout, self._rank, self._agreement)
+
+    def _idle_update(self) -> None:
+        """An update in which no label is valid: its gradient is zero."""
+        ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""

@@ -1,4 +1,4 @@
-"""The weights of a GPT on disk: by parameter name, fp32, whatever layout trained them."""
+"""The weights of a GPT out of a checkpoint: by parameter name, fp32, whatever layout trained them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from megagpt.files import Write
 from megagpt.model.gpt import GPT
+from megagpt.model.pieces import WEIGHT, Piece, Pieces
+from megagpt.model.pieces import write as write_pieces
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
-NAME = "weights.safetensors"
 
-
-def save(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write named weights into `folder`."""
-    save_file(dict(weights), folder / NAME)
+def save(weights: Iterable[tuple[str, torch.Tensor]], sink: Write) -> None:
+    """Write named weights alone, as one rank would."""
+    write_pieces((Piece(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
 
 
 def load(folder: Path, section: ModelSection) -> GPT:
-    """A GPT with the weights of `folder`, on the CPU, in evaluation mode. Names and shapes must fit."""
-    return assemble(load_file(folder / NAME), section)
+    """A GPT with the weights of a checkpoint, on the CPU, in evaluation mode. Raises UserError where one is missing."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in GPT(section).named_parameters()}
+    pieces = Pieces(folder)
+    return assemble({name: pieces.whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}, section)
 
 
 def assemble(named: Mapping[str, torch.Tensor], section: ModelSection) -> GPT:

@@ -101,8 +101,8 @@ def _updates(expected: Curve, got: Curve, tolerance: Tolerance) -> Iterator[Diff
 
 def _weights(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tolerance) -> Iterator[Difference]:
     for name, right in expected.weights.items():
-        way = _seen(recipe, name, right - expected.initial[name]).norm().item()
-        off = _seen(recipe, name, got.weights[name] - right).norm().item() / way
+        way = seen(recipe, name, right - expected.initial[name]).norm().item()
+        off = seen(recipe, name, got.weights[name] - right).norm().item() / way
         values = (got.weights[name].norm().item(), right.norm().item())
         yield Difference("weights", f"final value of {name}", *values, off, tolerance.weights)
 
@@ -111,7 +111,7 @@ def _row(kind: str, what: str, got: float, expected: float, limit: float) -> Dif
     return Difference(kind, what, got, expected, abs(got - expected) / abs(expected), limit)
 
 
-def _seen(recipe: Recipe, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def seen(recipe: Recipe, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Without the bias of the keys: softmax does not see it, so that its gradient is rounding alone."""
     if not name.endswith(".qkv.bias"):
         return tensor

@@ -198,6 +198,8 @@ class CheckpointSection(Section):
     """updates between checkpoints; null for one at the end only"""
     keep_last: _Count | None = 3
     """checkpoints kept; null for all"""
+    keep_every: _Count | None = None
+    """updates between checkpoints that are kept for good; null for none"""
 
 
 class LogSection(Section):

@@ -1,23 +1,27 @@
 """Checkpoints are published, not written: a folder exists whole under its name, or not at all.
 
-Ranks write into a partial folder; when all are done rank 0 writes sizes and checksums into a manifest, flushes
-everything to the disk, renames the folder, and points `latest` at it. `latest` is a hint: the manifest decides.
+Ranks write into a partial folder, each flushing and checksumming its own files; all tell all whether it went well;
+rank 0 joins sizes and checksums into a manifest, renames the folder, and points `latest` at it. `latest` is a hint:
+the manifest decides. Whatever fails on one rank is a failed save on every rank, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagpt import files
+from megagpt.distributed import Agreement, Rank
+from megagpt.files import Write
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
+PINNED = "PINNED"  # a file of this name in a checkpoint keeps it
 _PARTIAL = ".partial_"
 
 
@@ -29,109 +33,192 @@ class Checkpoint:
     state: TrainState
     facts: dict[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """The size of all its files."""
+        return sum(file["bytes"] for file in self.facts["files"].values())
 
-def publish(
-    run: Path,
-    state: TrainState,
-    write: Callable[[Path], None],
-    *,
-    facts: dict[str, Any],
-    keep_last: int | None,
-    main: bool,
-    barrier: Callable[[], None],
-) -> Path:
-    """Save through `write` (called on every rank with the partial folder) and publish; the final folder.
 
-    `facts` go into the manifest as they are. Older checkpoints beyond `keep_last` (None: none) are removed after.
+class SaveFailed(Exception):
+    """A checkpoint could not be published; those before it are as they were. The same on every rank."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where the checkpoints of a run are published, and which are kept.
+
+    Of the published ones, the newest `keep_last` stay (None: all), those whose update divides by `keep_every`, and
+    pinned ones. `needed` is the space in bytes that a checkpoint takes at least.
     """
-    root = run / "checkpoints"
-    final = root / f"update_{state.update:08d}"
-    partial = root / (_PARTIAL + final.name)
-    if main:
-        for leftover in root.glob(_PARTIAL + "*"):
+
+    run: Path
+    rank: Rank = field(default_factory=Rank)
+    agreement: Agreement = field(default_factory=lambda: Agreement(1))
+    keep_last: int | None = None
+    keep_every: int | None = None
+    needed: int = 0
+
+    @property
+    def root(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run / "checkpoints"
+
+    def publish(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Path:
+        """Save through `save_state`, called on every rank; the final folder. `facts` go into the manifest.
+
+        Raises SaveFailed, on every rank, whichever rank it happened on.
+        """
+        final = self.root / f"update_{state.update:08d}"
+        partial = self.root / (_PARTIAL + final.name)
+        self._on_main(lambda: self._begin(partial))
+        recorder = _Recorder(partial)
+        save_state(recorder)
+        answers = self._exchange(recorder.error, recorder.written)
+        self._on_main(lambda: self._finish(partial, final, state, facts, answers))
+        return final
+
+    def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not.
+
+        The ranks share the reading, and all get the same answer.
+        """
+        skipped: list[str] = []
+        names = json.loads(self.agreement.gather(json.dumps([folder.name for folder in self.folders()]))[0])
+        for name in reversed(names):
+            checkpoint, wrong = check(self.root / name, self.rank.rank, self.rank.world_size)
+            reasons = [reason for reason in self.agreement.gather(wrong) if reason]
+            if checkpoint is not None and not reasons:
+                return checkpoint, skipped
+            skipped.append(f"{name}: {reasons[0]}")
+        return None, skipped
+
+    def folders(self) -> list[Path]:
+        """All published checkpoints, the oldest first."""
+        return sorted(self.root.glob("update_*"))
+
+    def _begin(self, partial: Path) -> None:
+        """Clear what a save that was cut short has left, see that there is room, and make the partial folder."""
+        for leftover in [*self.root.glob(_PARTIAL + "*"), *self.root.glob(".removed_*")]:
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    barrier()
-    write(partial)
-    barrier()
-    if main:
-        _write_manifest(partial, state, facts)
-        if final.exists():  # a damaged one of the same update, which resume passed over
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(root)
-        replace_text(root / "latest", final.name + "\n")
-        _remove_old(root, keep_last)
-    barrier()
-    return final
+        files.make_folder(partial)
+        last = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read(folder)[0])]
+        needed, free = int(1.2 * max([self.needed, *last])), shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
+
+    def _finish(
+        self, partial: Path, final: Path, state: TrainState, facts: dict[str, Any], answers: list[dict[str, Any]]
+    ) -> None:
+        manifest = {"state": asdict(state), **facts, "files": {k: v for answer in answers for k, v in answer.items()}}
+        for folder in {(partial / name).parent for name in manifest["files"]}:
+            files.sync(folder)
+        body = json.dumps(manifest, indent=1) + "\n"
+        files.write(partial / MANIFEST, f'{{"checksum": {zlib.crc32(body[1:].encode())},{body[1:]}'.encode())
+        files.sync(partial)
+        files.remove_folder(final)  # a damaged one of the same update, which resume passed over
+        files.rename(partial, final)
+        files.replace_text(self.root / "latest", final.name + "\n")
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove what is not to be kept, as long as the newest one is whole as far as sizes tell."""
+        folders = self.folders()
+        if self.keep_last is None or incomplete(folders[-1]):
+            return
+        for folder in folders[: -self.keep_last]:
+            update = int(folder.name.removeprefix("update_"))
+            if (self.keep_every and update % self.keep_every == 0) or (folder / PINNED).exists():
+                continue
+            files.remove_folder(folder)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on rank 0; its failure is everyone's. All ranks wait for it."""
+        error = ""
+        if self.rank.main:
+            try:
+                work()
+            except OSError as problem:
+                error = _said(problem)
+        self._exchange(error, {})
+
+    def _exchange(self, error: str, written: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each rank has written. Raises SaveFailed if any rank has an error."""
+        answers = [json.loads(text) for text in self.agreement.gather(json.dumps([error, written]))]
+        failed = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(answers) if problem]
+        if failed:
+            raise SaveFailed("; ".join(failed))
+        return [files_of_rank for _, files_of_rank in answers]
+
+
+def read(folder: Path) -> tuple[Checkpoint | None, str]:
+    """A checkpoint by its manifest alone, or why it cannot be read."""
+    try:
+        first, _, rest = (folder / MANIFEST).read_text(encoding="utf-8").partition(",")
+        if json.loads(first + "}") != {"checksum": zlib.crc32(rest.encode())}:
+            return None, f"{MANIFEST} is damaged: its checksum differs"
+        manifest = json.loads("{" + rest)
+        return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{MANIFEST} cannot be read ({error})"
+
+
+def check(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | None, str]:
+    """A checkpoint whose files are all there, or what is wrong; every byte of each `parts`-th file is read."""
+    checkpoint, wrong = read(folder)
+    wrong = wrong or incomplete(folder)
+    if checkpoint is None or wrong:
+        return None, wrong
+    for number, (name, expected) in enumerate(checkpoint.facts["files"].items()):
+        if number % parts == part:
+            try:
+                differs = files.crc32(folder / name) != expected["crc32"]
+            except OSError as error:
+                return None, f"{name} cannot be read ({_said(error)})"
+            if differs:
+                return None, f"{name} is damaged: its checksum differs"
+    return checkpoint, ""
 
 
 def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not."""
-    skipped: list[str] = []
-    for folder in sorted((run / "checkpoints").glob("update_*"), reverse=True):
-        checkpoint, wrong = _check(folder)
-        if checkpoint is not None:
-            return checkpoint, skipped
-        skipped.append(f"{folder.name}: {wrong}")
-    return None, skipped
+    """`Store.newest_valid` for one process."""
+    return Store(run).newest_valid()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace the file by `text` in one step: a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+class _Recorder:
+    """Writes the files of one rank and remembers what they hold.
+
+    It never raises: other ranks may be waiting in a collective of the same save. After an error it writes no more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.error = ""
+        self.written: dict[str, dict[str, int]] = {}
+
+    def __call__(self, name: str, data: bytes) -> None:
+        if self.error:
+            return
+        try:
+            files.make_folder((self._folder / name).parent)
+            self.written[name] = asdict(files.write(self._folder / name, data))
+        except OSError as problem:
+            self.error = _said(problem)
 
 
-def _check(folder: Path) -> tuple[Checkpoint | None, str]:
-    """Read one checkpoint's manifest and hold every byte against it."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        state = TrainState(**manifest.pop("state"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
+def incomplete(folder: Path) -> str:
+    """What is wrong with a checkpoint as far as names and sizes tell."""
+    checkpoint, wrong = read(folder)
+    if checkpoint is None:
+        return wrong
+    for name, expected in checkpoint.facts["files"].items():
         path = folder / name
         if not path.is_file():
-            return None, f"{name} is missing"
+            return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
-            return None, f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        if _crc32(path) != expected["crc32"]:
-            return None, f"{name} is damaged: its checksum differs"
-    return Checkpoint(folder, state, manifest), ""
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+    return ""
 
 
-def _write_manifest(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-    manifest = {"state": asdict(state), **facts, "files": files}
-    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's or folder's bytes from the cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_old(root: Path, keep_last: int | None) -> None:
-    folders = sorted(root.glob("update_*"))
-    for folder in folders[:-keep_last] if keep_last is not None else []:
-        shutil.rmtree(folder)
+def _said(problem: OSError) -> str:
+    where = f" ({problem.filename})" if problem.filename else ""
+    return f"{problem.strerror or problem}{where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -44,7 +45,8 @@ class Console:
         if self._main:
             self._out.write(text + "\n")
             self._out.flush()
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # a full disk takes no log, and is not the end
+            print(text, flush=True)
 
     def alarm(self, text: str) -> None:
         """Print on the console's error stream, on whatever rank: this process is about to end."""

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagpt.run.checkpoint import replace_text
+from megagpt.files import replace_text
 
 NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends events to a run's record. On ranks other than 0 (`main` false) it does nothing."""
+    """Appends events to a run's record. On ranks other than 0 (`main` false) it does nothing.
+
+    What the disk has no room for waits in memory for the next event: a full disk leaves no gap in the record.
+    """
 
     def __init__(self, run: Path, main: bool, resumed_at: int) -> None:
         path = run / NAME
-        self._file = None
+        self._file: int | None = None
+        self._waiting = b""
         if main:
             if path.exists():
                 _truncate(path, resumed_at)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event; it is on its way to the disk when this returns."""
-        if self._file is not None:
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
-            self._file.flush()
+        """Append one event; it is on its way to the disk when this returns, if there is room."""
+        if self._file is None:
+            return
+        self._waiting += json.dumps({"event": event, **values}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
+            self._file = None
 
 
 def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:

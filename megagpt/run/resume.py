@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megagpt.errors import UserError
-from megagpt.run.checkpoint import Checkpoint, newest_valid
+from megagpt.run.checkpoint import Checkpoint, Store
 
 MODES = ("auto", "must", "never")
 # what may change in a run: how long it is, what it shows and keeps; nothing that moves the numbers before the end
 _FREE = ("run_dir", "length.", "evaluation.", "checkpoint.", "log.")
-_SHAPE = ("world_size", "zero_stage", "pipeline_stages", "tensor_parallel", "sequence_parallel")
 
 
-def find(run: Path, mode: str) -> tuple[Checkpoint | None, list[str]]:
+def find(store: Store, mode: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None: start anew), and a line for each damaged one that was passed over.
 
     `auto` takes the newest valid one if there is any, `must` insists on one, `never` insists on an empty run.
     """
     if mode not in MODES:
         raise UserError("there is no such way to resume", f"--resume {mode}", "write auto, must or never")
-    found, skipped = newest_valid(run)
+    run = store.run
+    found, skipped = store.newest_valid()
     damaged = "\n".join(skipped)
     if mode == "never" and (found or skipped):
         raise UserError(
@@ -43,15 +42,23 @@ def find(run: Path, mode: str) -> tuple[Checkpoint | None, list[str]]:
     return found, skipped
 
 
-def check(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-    """Compare this start's recipe, data and layout with the checkpoint's. Raises UserError listing all that differs."""
+def check(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+    """Compare this start's recipe and data with the checkpoint's. Raises UserError listing all that differs.
+
+    `allowed` are keys of the recipe, or its sections, that may have changed; one that has not is a mistake, too.
+    """
     then = checkpoint.facts
     recipe = _differences(_flat(then["recipe"]), _flat(facts["recipe"]))
+    for key in allowed:
+        if not any(_within(line, key) for line in recipe):
+            do = "take it away, or change the value in the recipe or on the command line"
+            raise UserError("nothing of that name has changed since the checkpoint", f"--allow-change {key}", do)
     _refuse(
         checkpoint,
         "the recipe is not the one that this run was trained with",
-        [line for line in recipe if not line.startswith(_FREE)],
-        f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, or choose another run_dir to start anew",
+        [line for line in recipe if not line.startswith(_FREE) and not any(_within(line, key) for key in allowed)],
+        f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, choose another run_dir to start anew, "
+        "or allow each change by name: --allow-change KEY",
     )
     _refuse(
         checkpoint,
@@ -59,18 +66,26 @@ def check(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
         _differences(_flat(then["data"]), _flat(facts["data"])),
         "give the run its old data, or choose another run_dir to start anew",
     )
-    shape = [{key: layout[key] for key in _SHAPE} for layout in (then["layout"], facts["layout"])]
-    _refuse(
-        checkpoint,
-        "this checkpoint was written on another layout",
-        _differences(*shape),
-        "start as many ranks with the same DeepSpeed config as then",
-    )
+
+
+def moved(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str:
+    """What of the layout is not as it was, in one line; "" where nothing has changed."""
+    return "; ".join(_differences(checkpoint.facts["layout"], facts["layout"]))
 
 
 def _refuse(checkpoint: Checkpoint, what: str, differences: list[str], do: str) -> None:
     if differences:
         raise UserError(f"{what}: {checkpoint.folder.name}", "\n".join(differences), do)
+
+
+def changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
+    """A line for each value of the recipe that is not as it was, free or allowed."""
+    return _differences(_flat(checkpoint.facts["recipe"]), _flat(facts["recipe"]))
+
+
+def _within(line: str, key: str) -> bool:
+    """Whether a line of difference is about this key, or about one of the section."""
+    return line.split("  ")[0] == key or line.startswith(f"{key}.")
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUEST = "STOP"  # a file of this name in the run directory asks to stop
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
 
 
 class Stopping:
     """Notes the first signal and the time limit; a second signal, later, ends the process at once."""
 
-    def __init__(self, max_minutes: float | None, any_rank: Callable[[bool], bool]) -> None:
-        self._any_rank = any_rank
+    def __init__(
+        self, max_minutes: float | None, any_rank: Callable[[bool], bool], request: Path | None = None
+    ) -> None:
+        self._any_rank, self._request = any_rank, request
+        if request is not None:
+            request.unlink(missing_ok=True)  # of a run before this one
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
         self._reason: str | None = None
         self._noted_at = 0.0
@@ -25,6 +31,8 @@ class Stopping:
         """Why to stop, or None; asks all ranks, so all must call it."""
         if self._reason is None and self._end is not None and time.monotonic() >= self._end:
             self._reason = "the time limit"
+        if self._reason is None and self._request is not None and self._request.exists():
+            self._reason = "megagpt stop"
         if self._any_rank(self._reason is not None):
             return self._reason or "a signal to another rank"
         return None

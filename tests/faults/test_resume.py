@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megagpt import cli
 from tests import training
 from tests.training import curve, events, final_weights, finish, ranks, wait_for_update
 
@@ -87,10 +88,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp
         wait_for_update(run, 23)
         process.kill()
     newest = sorted((run / "checkpoints").glob("update_*"))[-1]
-    weights = newest / "weights.safetensors"
+    weights = newest / "state/rank-00000-000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     printed = finish(recipe)
-    assert f"note     damaged, passed over: {newest.name}: weights.safetensors has" in printed
+    assert f"note     damaged, passed over: {newest.name}: state/rank-00000-000.safetensors has" in printed
     assert_same(run, uninterrupted)
 
 
@@ -113,13 +114,39 @@ def test_a_longer_length_goes_on(uninterrupted, recipe):
     assert [update["update"] for update in curve(run)] == list(range(1, 105))
 
 
+def test_an_allowed_change_is_said_and_takes_effect_from_there_on(uninterrupted, recipe):
+    run = copy(uninterrupted, recipe)
+    shutil.rmtree(run / "checkpoints/update_00000100")
+    printed = finish(recipe, "schedule.min_lr=0.001", "--allow-change", "schedule")
+    assert "note     changed: schedule.min_lr  0.0 then, 0.001 now\n" in printed
+    rates = [update["lr"] for update in curve(run)]
+    straight = [update["lr"] for update in curve(uninterrupted)]
+    assert rates[:90] == straight[:90]
+    for number, (rate, before) in enumerate(zip(rates, straight, strict=True), start=1):
+        if number > 90:  # what is left above the floor goes down as the whole did before
+            assert rate == pytest.approx(0.001 + before * (0.003 - 0.001) / 0.003)
+
+
+def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
+    run = recipe.with_suffix("")
+    with ranks(recipe) as (process,):
+        wait_for_update(run, 3)
+        assert cli.main(["stop", str(run)]) == 0
+        printed = process.communicate(timeout=60)[0]
+        assert process.returncode == 75
+    assert "stopped by megagpt stop, saved at update" in printed
+    finish(recipe)
+    assert_same(run, uninterrupted)
+
+
 REFUSED = {
     "another recipe": (
         ["optimizer.lr=0.01", "model.n_layer=1"],
         "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
         "  model.n_layer  2 then, 1 now\n"
         "  optimizer.lr  0.003 then, 0.01 now\n"
-        "  do: train with {run}/recipe.yaml, or choose another run_dir to start anew\n",
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "or allow each change by name: --allow-change KEY\n",
     ),
     "another number of ranks": (
         ["--expect-world-size", "2"],
@@ -127,11 +154,18 @@ REFUSED = {
         "  launcher: env, --expect-world-size 2\n"
         "  do: check the hostfile's path and slots, or the launcher's number of processes\n",
     ),
-    "another stage": (
-        ["ds.zero_optimization.stage=2"],
-        "megagpt: this checkpoint was written on another layout: update_00000100\n"
-        "  zero_stage  1 then, 2 now\n"
-        "  do: start as many ranks with the same DeepSpeed config as then\n",
+    "one change of two allowed": (
+        ["optimizer.lr=0.01", "schedule.min_lr=0.001", "--allow-change", "schedule.min_lr"],
+        "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
+        "  optimizer.lr  0.003 then, 0.01 now\n"
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "or allow each change by name: --allow-change KEY\n",
+    ),
+    "a change allowed that is none": (
+        ["--allow-change", "schedule.min_lr"],
+        "megagpt: nothing of that name has changed since the checkpoint\n"
+        "  --allow-change schedule.min_lr\n"
+        "  do: take it away, or change the value in the recipe or on the command line\n",
     ),
     "never": (
         ["--resume", "never"],
@@ -153,6 +187,18 @@ def test_what_does_not_fit_the_run_is_refused_with_a_reason(uninterrupted, recip
     before = sorted(run.rglob("*"))
     assert finish(recipe, *arguments, code=2) == message.format(run=run)
     assert sorted(run.rglob("*")) == before
+
+
+def test_another_stage_and_offload_go_on_and_say_so(uninterrupted, recipe):
+    run = copy(uninterrupted, recipe)
+    shutil.rmtree(run / "checkpoints/update_00000100")
+    printed = finish(recipe, "ds.zero_optimization.stage=3")
+    assert "note     moved to another layout: zero_stage  1 then, 3 now\n" in printed
+    assert curve(run)[:90] == curve(uninterrupted)[:90]
+    for now, then in zip(curve(run)[90:], curve(uninterrupted)[90:], strict=True):
+        assert now["position"] == then["position"]
+        assert now["lr"] == then["lr"]
+        assert now["loss"] == pytest.approx(then["loss"], rel=1e-5)
 
 
 def test_must_insists_on_a_checkpoint(recipe):

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from megagpt import cli, evaluate, generate, recipe, report, yardsticks
 from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
 from megagpt.prepare import prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
@@ -35,14 +35,8 @@ def run(tmp_path_factory):
     (path / "recipe.yaml").write_text(training.write_recipe(path, folder).read_text())
     model = GPT(recipe.load(path / "recipe.yaml").model)
     initialize(model, 1)
-    checkpoint.publish(
-        path,
-        TrainState(12, 48, 1536),
-        lambda partial: save_file(dict(model.named_parameters()), partial / "weights.safetensors"),
-        facts={},
-        keep_last=1,
-        main=True,
-        barrier=lambda: None,
+    checkpoint.Store(path).publish(
+        TrainState(12, 48, 1536), lambda sink: weights.save(model.named_parameters(), sink), {}
     )
     metrics = Metrics(path, True, 0)
     for update in range(1, 13):
@@ -174,7 +168,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(run, tmp_path):
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    weights = next(copy.glob("checkpoints/update_*/weights.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-4])
+    file = next(copy.glob("checkpoints/update_*/state/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(UserError, match="there is no trained model here"):
         evaluate.evaluate(copy)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "megagpt").rglob("*.py"))
-BASE = ("errors", "state", "recipe", "ds_config", "distributed")
+BASE = ("errors", "state", "files", "recipe", "ds_config", "distributed")
 LEVELS = {**dict.fromkeys(BASE, 1), "data": 2, "model": 2, "engine": 3, "run": 3}
 
 

@@ -9,6 +9,7 @@ from megagpt import ds_config, recipe
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.engine import build, keys, start
+from megagpt.files import into
 from megagpt.model.gpt import GPT, initialize
 
 RECIPE = """\
@@ -123,7 +124,7 @@ def test_a_restored_engine_goes_on_bit_for_bit(make, stage, tmp_path):
     for update in range(2):
         engine.train_update(cut(global_batch(update), 2))
     (tmp_path / "saved").mkdir()
-    engine.save_state(tmp_path / "saved")
+    engine.save_state(into(tmp_path / "saved"))
     straight = [engine.train_update(cut(global_batch(update), 2)) for update in (2, 3)]
     kept = {name: copy.deepcopy(tensor) for name, tensor in engine.weights()}
     other, _ = make(stage)

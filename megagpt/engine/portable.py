@@ -1,0 +1,228 @@
+"""The state of an engine without its layout: each rank's stretches of weights and moments, by parameter name.
+
+The same way saves and restores at every layout. Restoring follows the one order that holds at all ZeRO stages:
+masters first; then one update with zero gradient and zero rate, by which DeepSpeed itself makes the moments and
+carries the masters into the model's weights, wherever copies of them are; then moments and step count. At the end
+a checksum of every tensor, read back from the live engine, is compared with the one taken when it was saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from megagpt.distributed import Agreement, Rank
+from megagpt.ds_config import Layout
+from megagpt.engine import schedule
+from megagpt.engine.shares import Share, Shares, shares_of
+from megagpt.errors import UserError
+from megagpt.files import Write
+from megagpt.model import pieces
+from megagpt.model.gpt import GPT
+from megagpt.model.pieces import FOLDER, WEIGHT, Part, Piece, Pieces
+from megagpt.model.shards import cut_of
+from megagpt.recipe import ModelSection
+
+_SUMMARY = f"{FOLDER}/state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+@dataclass(frozen=True)
+class Portable:
+    """Saves and restores one DeepSpeed engine.
+
+    `names` gives this rank's parameters their names in `GPT`. `copies` are names of those that another pipeline
+    stage saves.
+    """
+
+    engine: Any
+    names: Mapping[torch.nn.Parameter, str]
+    section: ModelSection
+    layout: Layout
+    rank: Rank
+    agreement: Agreement
+    copies: frozenset[str] = frozenset()
+
+    def save(self, sink: Write) -> None:
+        """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
+        shares = shares_of(self.engine, self.names)
+        mine = self._mine(shares)
+        pieces.write(self._pieces(shares, mine), self.rank.rank, sink)
+        sink(f"{FOLDER}/random-{self.rank.rank:05d}.safetensors", to_bytes(_random_state()))
+        sums, _ = self._checksums(shares, mine)
+        steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
+        if self.rank.main:
+            summary = {
+                "adam_step": max(steps),
+                "scheduled": schedule.done(self.engine.lr_scheduler),
+                "loss_scale": _loss_scale(self.engine.optimizer),
+                "checksums": {key: f"{value:016x}" for key, value in sums.items()},
+            }
+            sink(_SUMMARY, json.dumps(summary, indent=1).encode())
+
+    def load(self, folder: Path, idle_update: Callable[[], object]) -> None:
+        """Restore what any layout saved; collective. `idle_update` makes an update without a single valid label.
+
+        Raises UserError where something is missing, or did not arrive as it was saved.
+        """
+        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        source = Pieces(folder, self.rank.rank)
+        shares = shares_of(self.engine, self.names)
+        for share in shares.all():
+            shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
+        with _no_step(shares.optimizer):
+            idle_update()
+        shares = shares_of(self.engine, self.names)  # the moments exist now
+        for share in shares.all():
+            for kind in shares.kinds(share):
+                shares.put(share, kind, self._read(source, share, kind))
+        _set_adam_step(shares.optimizer, summary["adam_step"])
+        self.engine.global_steps = summary["scheduled"]
+        schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
+        _set_loss_scale(self.engine.optimizer, summary["loss_scale"])
+        self._verify(shares, summary["checksums"], folder)
+        _set_random_state(folder, self.rank)
+
+    def _mine(self, shares: Shares) -> list[Share]:
+        """What this rank saves: each element of the model is in it on one rank."""
+        replicas = self.layout.data_parallel * self.layout.sequence_parallel
+        replica = self.rank.rank // self.layout.tensor_parallel % replicas
+        first = self.rank.rank % self.layout.tensor_parallel == 0
+        return [
+            share
+            for share in shares.own(replica, replicas)
+            if share.name not in self.copies and (first or self._part(share.name).degree > 1)
+        ]
+
+    def _part(self, name: str) -> Part:
+        """Which part of the parameter this rank holds."""
+        degree = self.layout.tensor_parallel
+        return Part() if cut_of(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
+
+    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
+        for share in which:
+            for kind in (WEIGHT, *shares.kinds(share)):
+                yield Piece(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
+
+    def _read(self, source: Pieces, share: Share, kind: str) -> Tensor:
+        """A stretch from the checkpoint; only where the tensor degree has changed is the whole tensor read for it."""
+        part = self._part(share.name)
+        if source.degree(share.name) == part.degree:
+            return source.read(kind, share.name, share.start, share.numel, part)
+        whole = source.whole(kind, share.name, self._shapes()[share.name], self.section)
+        return self._of_part(whole, share)
+
+    def _of_part(self, whole: Tensor, share: Share) -> Tensor:
+        """The stretch of this rank's part of a whole tensor."""
+        part = self._part(share.name)
+        cut = cut_of(share.name, self.section, part.degree)
+        mine = whole if cut is None else cut.part(whole, part.number, part.degree)
+        return mine.reshape(-1)[share.start : share.start + share.numel]
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Name → whole shape of every parameter of the model, on whatever rank it is."""
+        with torch.device("meta"):
+            return {name: parameter.shape for name, parameter in GPT(self.section).named_parameters()}
+
+    def _checksums(self, shares: Shares, which: list[Share]) -> tuple[dict[str, int], dict[str, int]]:
+        """`kind:name` → checksum over all ranks' stretches, and how many elements went into it; collective."""
+        shapes = self._shapes()
+        keys = [f"{kind}:{name}" for kind in (WEIGHT, *_MOMENTS) for name in shapes]
+        sums, counts = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+        for share in which:
+            places: Tensor | int = share.start
+            if self._part(share.name).degree > 1:
+                shape = shapes[share.name]
+                places = self._of_part(torch.arange(shape.numel()).view(shape), share)
+            for kind in (WEIGHT, *shares.kinds(share)):
+                sums[f"{kind}:{share.name}"] += pieces.checksum(shares.get(share, kind), places)
+                counts[f"{kind}:{share.name}"] += share.numel
+        totals = self.agreement.totals([*sums.values(), *counts.values()])
+        sums, counts = dict(zip(keys, totals, strict=False)), dict(zip(keys, totals[len(keys) :], strict=True))
+        return {key: sums[key] for key in keys if counts[key]}, counts
+
+    def _verify(self, shares: Shares, expected: Mapping[str, str], folder: Path) -> None:
+        """Compare what is in the engine now with what was saved; a replicated tensor counts as often as it is held."""
+        sums, counts = self._checksums(shares, shares.all())
+        shapes = self._shapes()
+        wrong = sorted({*expected} ^ {*sums})
+        for key in {*expected} & {*sums}:
+            copies, rest = divmod(counts[key], shapes[key.partition(":")[2]].numel())
+            if rest or sums[key] != int(expected[key], 16) * copies % (1 << 64):
+                wrong.append(key)
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} tensors did not arrive in the engine as they were saved",
+                "\n".join([str(folder), *wrong[:10]]),
+                "remove this checkpoint so that the one before it is taken",
+            )
+
+
+class _no_step:  # reads as a statement
+    """Within it the optimizer changes no weight: rate and decay are zero."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._groups = optimizer.param_groups
+
+    def __enter__(self) -> None:
+        self._kept = [(group["lr"], group["weight_decay"]) for group in self._groups]
+        for group in self._groups:
+            group["lr"] = group["weight_decay"] = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for group, (rate, decay) in zip(self._groups, self._kept, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+
+
+def _adam_step(shares: Shares) -> int:
+    """Updates that AdamW has made, which its bias correction counts; 0 where it has none on this rank."""
+    steps = [int(state["step"]) for state in shares.optimizer.state.values() if "step" in state]
+    return max(steps, default=0)
+
+
+def _set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+
+
+def _loss_scale(optimizer: Any) -> dict[str, float]:
+    """The numbers of fp16's dynamic loss scale; empty elsewhere."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {} if scaler is None else {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))}
+
+
+def _set_loss_scale(optimizer: Any, numbers: Mapping[str, float]) -> None:
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None and numbers.keys() == _loss_scale(optimizer).keys():  # the precision may have changed
+        vars(scaler).update(numbers)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """The random state of this rank: the host's, and the device's where there is one."""
+    state = {"cpu": torch.get_rng_state()}
+    if get_accelerator().device_name() != "cpu":
+        state["device"] = get_accelerator().get_rng_state().cpu()
+    return state
+
+
+def _set_random_state(folder: Path, rank: Rank) -> None:
+    """Restore this rank's random state; a rank that there was not then draws its own from rank 0's."""
+    path = folder / FOLDER / f"random-{rank.rank:05d}.safetensors"
+    state = load_file(path if path.exists() else folder / FOLDER / "random-00000.safetensors")
+    torch.set_rng_state(state["cpu"])
+    if "device" in state and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(state["device"])
+    if not path.exists():
+        torch.manual_seed(torch.initial_seed() + rank.rank)
