@@ -73,10 +73,15 @@ def test_a_full_disk_stops_no_run_and_harms_no_checkpoint(recipe, uninterrupted,
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        finish(recipe, f"run_dir={disk}/run", "length.updates=12", "checkpoint.every=4")
-        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 300_000)))
-        printed = finish(recipe, f"run_dir={disk}/run", "length.updates=30", "checkpoint.every=8", code=1)
-        assert "NOT SAVED  update 16: rank 0: " in printed
+        with ranks(recipe, f"run_dir={disk}/run", "checkpoint.every=8") as (process,):
+            wait_for_update(disk / "run", 12)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+            assert process.returncode == 75
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
+        printed = finish(recipe, f"run_dir={disk}/run", "checkpoint.every=8", code=1)
+        assert printed.count("NOT SAVED  update ") == 4  # trained on after three; the fourth in a row is the end
+        assert "MB free, a checkpoint needs" in printed
         (disk / "filler").unlink()
         finish(recipe, f"run_dir={disk}/run")
         assert curve(disk / "run") == curve(uninterrupted)
