@@ -17,9 +17,10 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.model import cost
 from megagpt.run import checkpoint, resume
 from megagpt.run.console import Console, Progress
-from megagpt.run.health import MOST_FAILED_SAVES, Row
-from megagpt.run.metrics import Metrics
+from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
+from megagpt.run.metrics import Metrics, windows
 from megagpt.run.stopping import REQUEST, Stopping
+from megagpt.run.watch import Watch
 from megagpt.state import TrainState
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Run:
     console: Console
     metrics: Metrics
     failed_saves: Row
+    health: Health
+    watch: Watch
     progress: Progress
     stopping: Stopping
     facts: dict[str, Any]
@@ -99,7 +102,9 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
         path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
-        Row(MOST_FAILED_SAVES), Progress(total, recipe.batch.global_size * recipe.model.seq_len),
+        Row(MOST_FAILED_SAVES), Health(windows(path), recipe.precision == "fp16"),
+        Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
+        Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
         facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip

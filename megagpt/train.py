@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run import checkpoint
 from megagpt.run.console import Console
+from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ def loop(run: Run, state: TrainState) -> int:
     """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
     recipe = run.resolved.recipe
     while state.update < run.total:
+        run.watch.enter(UPDATE, state.update + 1)
+        state = replace(state, position=run.health.start(state.position))
         result = run.engine.train_update(run.loader.batches(state.position))
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"the loss is {result.loss} at data positions from {state.position} on")
+        if wrong := run.health.judge(result):
+            state = roll_back(run, state, wrong)
+            continue
         state = state.advanced(recipe.batch.global_size, result.tokens)
         record(run, state, result)
 
@@ -74,6 +78,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
     """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    run.watch.enter("save", state.update)
     try:
         folder = run.store.publish(state, run.engine.save_state, run.facts)
     except checkpoint.SaveFailed as error:
@@ -83,11 +88,29 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
             raise
         return
     run.failed_saves.end()
+    run.health.saved()
     run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
+
+
+def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
+    """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
+    samples = run.resolved.recipe.batch.global_size
+    what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
+    found, _ = run.store.newest_valid()
+    if run.health.leave_out(state.position, samples) or found is None:
+        raise FloatingPointError(f"{what}; there is no checkpoint to go back to, or it has happened too often")
+    run.engine.load_state(found.folder)
+    run.metrics.go_back(found.state.update)
+    numbers = {"at": state.update + 1, "position": state.position, "samples": samples}
+    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers)
+    run.console.say(f"{'ROLLED BACK':>11}  to update {found.state.update}: {what}; that data is left out")
+    run.progress.pause()
+    return found.state
 
 
 def validate(run: Run, state: TrainState) -> None:
     """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
+    run.watch.enter("evaluate", state.update)
     recipe = run.resolved.recipe
     if run.validation is not None:
         loss = run.engine.evaluate(run.validation.batches())
@@ -158,6 +181,7 @@ def _loop_and_close(run: Run, state: TrainState) -> int:
     try:
         return loop(run, state)
     finally:
+        run.watch.close()
         run.stopping.close()
         run.metrics.close()
         run.engine.close()

@@ -207,6 +207,8 @@ class LogSection(Section):
 
     every: _Count = 10
     """updates between lines on the console"""
+    hang_after: _Positive = 60.0
+    """seconds without progress (or 5 median updates, if that is longer) after which a run ends"""
 
 
 @dataclass(frozen=True)

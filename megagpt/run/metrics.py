@@ -21,13 +21,23 @@ class Metrics:
     """
 
     def __init__(self, run: Path, main: bool, resumed_at: int) -> None:
-        path = run / NAME
+        self._path = run / NAME
         self._file: int | None = None
         self._waiting = b""
         if main:
-            if path.exists():
-                _truncate(path, resumed_at)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._open(resumed_at)
+
+    def go_back(self, update: int) -> None:
+        """Forget what was recorded after `update`."""
+        if self._file is not None:
+            self.close()
+            self._open(update)
+
+    def _open(self, update: int) -> None:
+        path = self._path
+        if path.exists():
+            _truncate(path, update)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; it is on its way to the disk when this returns, if there is room."""
@@ -53,6 +63,13 @@ def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
                 if event is None or record["event"] == event:
                     yield record
+
+
+def windows(run: Path) -> list[tuple[int, int]]:
+    """(data position, samples) of every stretch of data that rollbacks have left out."""
+    if not (run / NAME).exists():
+        return []
+    return [(event["position"], event["samples"]) for event in read(run, "rollback")]
 
 
 def _truncate(path: Path, update: int) -> None:
