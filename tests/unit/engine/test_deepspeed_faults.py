@@ -4,6 +4,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.utils import safe_get_full_optimizer_state
 
 from megagpt.distributed import Rank
 from megagpt.engine import native, start
@@ -51,3 +52,69 @@ def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained(group):
     native.release(engine)
     assert moved["0.weight"] > 0.05
     assert moved["1.head.bias"] < 0.01  # its gradient is far from 0
+
+
+def zero(stage, groups=1, **config):
+    """An engine on two linear layers, each in a parameter group of its own if there are two."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 1, bias=False))
+    parameters = list(model.parameters())
+    parts = [parameters] if groups == 1 else [[parameter] for parameter in parameters]
+    return deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW([{"params": part} for part in parts], lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            **config,
+        },
+        dist_init_required=False,
+    )[0]
+
+
+def test_at_stage_0_there_is_no_gradient_norm(group):
+    """Why ZeroEngine clips by itself there."""
+    engine = zero(0)
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    native.release(engine)
+    assert norm is None
+
+
+def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to(group):
+    """Why ZeroEngine lets DeepSpeed scale: its hook sits on the very tensor that the model returned."""
+
+    def gradient(accumulation):
+        engine = zero(0, gradient_accumulation_steps=accumulation)
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.fill_(0.5)
+        engine.module.register_forward_hook(lambda _, inputs, output: output.mean())
+        engine.backward(engine(torch.ones(2, 4)), scale_wrt_gas=False)
+        value = engine.module[0].weight.grad.clone()
+        native.release(engine)
+        return value
+
+    assert torch.equal(gradient(4), gradient(1) / 4)
+
+
+def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found(group):
+    """Why moments are read from the optimizer itself: DeepSpeed links all groups when the first has stepped."""
+    engine = zero(1, groups=2)
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    engine.step()
+    first, second = engine.module.parameters()
+    found = safe_get_full_optimizer_state(first, "exp_avg")
+    with pytest.raises(ValueError, match="exp_avg not found"):
+        safe_get_full_optimizer_state(second, "exp_avg")
+    native.release(engine)
+    assert found.abs().max() > 0
+
+
+def test_in_bf16_stage_0_steps_before_training_begins(group):
+    """Why bf16 never runs at stage 0: an update on zero gradients counts, and decays the weights."""
+    engine = zero(0, bf16={"enabled": True})
+    steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    native.release(engine)
+    assert steps == {1}
