@@ -1,5 +1,7 @@
 """Options of the whole test suite, and the tiny corpus that real training processes use."""
 
+from pathlib import Path
+
 import pytest
 
 from megagpt.prepare import prepare_command, train_tokenizer_command
@@ -8,6 +10,7 @@ from tests import training
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the long repeats: 100 updates of each layout")
+    parser.addoption("--parity-table", type=Path, help="write each layout's largest differences to this file")
 
 
 @pytest.fixture(scope="session")

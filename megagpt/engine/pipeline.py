@@ -77,7 +77,7 @@ class PipelineEngine:
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """See `Engine`. No batch may be larger than in training."""
-        self._stages.loss_sum.zero_()
+        self._stages.loss_sum = torch.zeros((), dtype=torch.float64)
         tokens, coming = 0.0, map(self._ulysses.part, batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
             tokens += self._tokens(part)
@@ -105,8 +105,8 @@ class PipelineEngine:
             owner = grid.stage_to_global(self._stages.stage_owner(int(name.split(".")[1])))
             whole = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
-                part = safe_get_full_fp32_param(mine[name]).detach().float()
-                cut = cut_of(name, self._section, self._layout.tensor_parallel)
+                part = safe_get_full_fp32_param(mine[name]).detach().float().to(whole.device)  # offloaded: on the host
+                cut = cut_of(name, self._section, degree)
                 whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()

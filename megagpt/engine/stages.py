@@ -42,7 +42,7 @@ class Stages(PipelineModule):
 
     `names` gives each parameter its name in `GPT`. The last stage of a tied model has a copy of the matrix, and
     of nothing else: DeepSpeed keeps no more than that in step. The last stage returns the loss of a micro-batch
-    taken from `feed`: the sum over its valid tokens divided by `normalizer`.
+    taken from `feed`: the sum over its valid tokens divided by `normalizer`. In evaluation `loss_sum` adds up the sums.
     """
 
     def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
@@ -99,7 +99,8 @@ class Stages(PipelineModule):
         """
         assert self._labels is not None  # DeepSpeed loads a micro-batch just before the last stage's forward
         total: torch.Tensor = head(hidden, self._labels.to(hidden.device))
-        self.loss_sum += total.detach().double().cpu()
+        if not self.training:
+            self.loss_sum = self.loss_sum.to(total.device) + total.detach()
         return total / self.normalizer
 
 

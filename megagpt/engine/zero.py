@@ -115,13 +115,9 @@ class ZeroEngine:
         for name, parameter in self._engine.module.named_parameters():
             whole = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if self._grid is not None:
-                group = self._grid.get_slice_parallel_group()
-                whole = tensor.whole(
-                    whole,
-                    cut_of(name, self._section, self._layout.tensor_parallel),
-                    group,
-                    self._layout.tensor_parallel,
-                )
+                degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
+                whole = whole.to(self._engine.device)  # where it is offloaded, it comes on the host
+                whole = tensor.whole(whole, cut_of(name, self._section, degree), group, degree)
             yield name, whole.detach().float().cpu().contiguous()
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
+from megagpt.run.console import Console
 
 if TYPE_CHECKING:
     from megagpt.data.loader import Batch
@@ -37,24 +38,33 @@ class Options:
 def parity(options: Options) -> int:
     """Shrink the recipe, train it on this layout and in one process, and print a certificate or what differs.
 
-    Every rank calls it. Exit code 0 for the same curve, 1 for another. Raises UserError where the recipe and the
-    config do not fit together.
+    Every rank calls it. Exit code 0 for the same curve, 1 for another. What libraries say goes to logs in the run
+    directory's folder `parity`. Raises UserError where the recipe and the config do not fit together.
     """
+    rank = from_environment(os.environ)
+    run_dir = recipes.load(options.recipe, options.overrides).run_dir
+    console = Console(Path(run_dir) / "parity", rank.rank)  # before DeepSpeed is imported, which prints
+    try:
+        whole = _resolve(options, rank, ())
+        small, found = _differences(options, whole, rank)
+        console.say(_report(small, found, options.updates))
+    finally:
+        console.close()
+    return EXIT_FAILURE if any(row.too_far for row in found) else EXIT_DONE
+
+
+def _differences(options: Options, whole: Resolved, rank: Rank) -> tuple[Resolved, list[Difference]]:
+    """The small run, and every number that the layout and one process make of it, compared."""
     from megagpt.engine import build, start
     from megagpt.parity import curve
 
-    rank = from_environment(os.environ)
-    whole = _resolve(options, rank, ())
     start.start(rank)
     agreement = Agreement(rank.world_size)
     small, updates, held_out, expected = _reference(options, whole, rank, agreement)
     engine = build.build(small, options.updates, rank, agreement)
     got = _train(engine, small, updates, held_out, rank)
     engine.close()
-    found = curve.compare(small.recipe, expected, got)
-    if rank.main:
-        print(_report(small, found, options.updates))
-    return EXIT_FAILURE if any(row.too_far for row in found) else EXIT_DONE
+    return small, curve.compare(small.recipe, expected, got)
 
 
 def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:

@@ -62,7 +62,7 @@ def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
         first = process.communicate()[0]
     assert "$ megagpt tokenizer train default" in first
     assert "$ megagpt prepare default" in first
-    assert "$ deepspeed --num_accelerators 1" in first
+    assert "deepspeed --num_accelerators" in first
     assert not (run / "DONE").exists()
 
     process = start(clone, *SHORT)

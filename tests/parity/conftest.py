@@ -1,9 +1,12 @@
 """The parity run: each world size once per session, with just the layouts that were asked for."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from megagpt.parity.curve import TOLERANCES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,8 +23,34 @@ def worst_differences(request):
     return request.config.stash[WORST]
 
 
+def table(rows, full):
+    """docs/parity.md."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch"))
+    limits = "; ".join(f"{name} {t.loss:.0e}, {t.norm:.0e} and {t.weights:.0e}" for name, t in TOLERANCES.items())
+    kinds = next(iter(rows.values()))
+    lines = [
+        "# Every layout, one curve",
+        "",
+        f"{len(rows)} layouts against plain PyTorch in one process ({'100' if full else '20'} updates), on CPU ranks "
+        f"with {versions}. Written by `pytest tests/parity/test_same_curve.py{' --full' if full else ''} "
+        "--parity-table docs/parity.md`.",
+        "",
+        "Largest relative difference over all updates of the loss and of the gradient norm before clipping; of the "
+        "loss on held-out samples before and after; and of one tensor's whole way from its initial value. "
+        f"Allowed of loss, norm and weights: {limits} (reasons: megagpt/parity/curve.py). Initial values are equal "
+        "bit for bit, and so are the numbers of tokens. The layouts: tests/parity/layouts.py.",
+        "",
+        "| layout | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+        *(f"| {case} | " + " | ".join(f"{value:.1e}" for value in row.values()) + " |" for case, row in rows.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[WORST]
+    rows, path = config.stash[WORST], config.getoption("parity_table")
+    if rows and path:
+        path.write_text(table(rows, full=config.getoption("full")))
     if rows:
         terminalreporter.section("largest relative difference to plain PyTorch")
     for case, kinds in rows.items():

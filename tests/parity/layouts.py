@@ -108,6 +108,7 @@ CASES: tuple[Case, ...] = (
     Case("zero3-offload-parameters-1rank", 1, zero(3, 3, **OFFLOADED)),
     Case("zero3-offload-parameters-4ranks", 4, zero(3, 1, **OFFLOADED), LLAMA),
     Case("zero3-nvme-2ranks", 2, zero(3, 3, offload_optimizer=NVME, offload_param=NVME)),
+    Case("zero3-hpz2-4ranks", 4, zero(3, zero_hpz_partition_size=2)),
     *(Case(f"zero{stage}-recompute-all-2ranks", 2, zero(stage, 3) | _again("auto")) for stage in (0, 2, 3)),
     Case("zero1-recompute-1of2-1rank", 1, zero(1, 6) | _again(1)),
     Case("zero3-recompute-host-2ranks", 2, zero(3, 3) | _again(2, cpu_checkpointing=True), LLAMA),

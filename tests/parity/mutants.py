@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import layouts
+import mutants_parallel
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -178,4 +179,8 @@ _BUGS: dict[str, tuple[int, Any, str, Wrapper]] = {
     "initial-values-of-another-seed": (3, materialise, "initial_value", lambda f, n, s, m, seed: f(n, s, m, seed + 1)),
 }
 MUTANTS = {f"mutant-{id}": Mutant(_case(id, bug[0]), *bug[1:]) for id, bug in _BUGS.items()}
+MUTANTS |= {
+    f"mutant-{id}": Mutant(Case(f"mutant-{id}", 2, config), *bug)
+    for id, (config, *bug) in mutants_parallel.BUGS.items()
+}
 SEEDS = tuple(Case(f"seed-{seed}", 2, layouts.zero(seed % 4, 3), (f"seed={seed}",)) for seed in range(100, 120))

@@ -62,6 +62,12 @@ COMBINATIONS = {
         "  zero_optimization.zero_hpz_partition_size   2       d.json:2\n"
         '  zero_optimization.offload_optimizer.device  "cpu"   d.json:3\n  do: keep one of the two',
     ),
+    "half a node": (
+        ['"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}'],
+        "megagpt: the 2 ranks cannot be cut into groups of 8 that hold the weights\n"
+        "  d.json:2  zero_optimization.zero_hpz_partition_size\n"
+        "  do: set it to the ranks of one node, or take it away",
+    ),
     "a pipeline at stage 2": (
         ['"zero_optimization": {"stage": 2}', '"pipeline": {"stages": 2}'],
         "megagpt: a pipeline cannot run at ZeRO stage 2: its gradients must stay whole between micro-batches\n"

@@ -1,0 +1,89 @@
+"""Bugs to plant where the model is cut: in pipeline stages, tensor parts, sequence parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import layouts
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megagpt.data.loader import Batch
+from megagpt.engine import optimizer, tensor
+from megagpt.engine.sequence import Ulysses
+from megagpt.engine.stages import Stages
+from megagpt.model.layers import Attention, PositionEmbedding
+from megagpt.model.shards import Cut
+
+Wrapper = Callable[..., Any]
+
+PIPELINE = {"pipeline": {"stages": 2}, **layouts.zero(1, 3)}
+TENSOR = {"tensor_parallel": {"autotp_size": 2}, **layouts.zero(1, 3)}
+SEQUENCE = {"sequence_parallel_size": 2, **layouts.zero(1, 3)}
+
+
+def _mean_of_means(original: Wrapper, stages: Stages, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    valid = int((stages._labels != -100).sum())
+    return original(stages, head, hidden) * (stages.normalizer / valid)
+
+
+def _last_ignored(original: Wrapper, stages: Stages, batches: list[Batch]) -> Iterator[Batch]:
+    *kept, last = batches
+    return original(stages, [*kept, Batch(last.input_ids, torch.full_like(last.labels, -100))])
+
+
+def _tied_counted_twice(original: Wrapper, section: Any, model: nn.Module, on_gpu: bool) -> Any:
+    for parameter in model.parameters():
+        parameter.ds_pipe_replicated = False
+    return original(section, model, on_gpu)
+
+
+def _parts_counted_once(original: Wrapper, module: nn.Module, *args: Any) -> Any:
+    names = original(module, *args)
+    for parameter in module.parameters():
+        parameter.tensor_model_parallel = False
+    return names
+
+
+def _bias_from_each_part(original: Wrapper, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return tensor._Leave.apply(F.linear(x, layer.weight, layer.bias), layer.group)
+
+
+def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> Cut | None:
+    cut = original(name, section, degree)
+    return cut if cut is None else Cut(cut.dim, (sum(cut.blocks),))
+
+
+def _at_the_start(original: Wrapper, ulysses: Ulysses, module: nn.Module, seq_len: int) -> None:
+    original(ulysses, module, seq_len)
+    for part in module.modules():
+        if isinstance(part, PositionEmbedding):
+            part.first = 0
+
+
+def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, module: nn.Module, seq_len: int) -> None:
+    original(ulysses, module, seq_len)
+    for part in module.modules():
+        if isinstance(part, Attention):
+            del part.attend
+
+
+def _first_part(original: Wrapper, ulysses: Ulysses, batch: Batch) -> Batch:
+    return Batch(*(value.chunk(ulysses._degree, dim=1)[0] for value in batch))
+
+
+BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
+    "pipeline-averages-micro-batches": (PIPELINE, Stages, "_loss", _mean_of_means),
+    "pipeline-drops-the-last-micro-batch": (PIPELINE, Stages, "feed", _last_ignored),
+    "pipeline-ties-no-gradients": (PIPELINE, Stages, "get_tied_weights_and_groups", lambda *_: []),
+    "pipeline-counts-the-tied-matrix-twice": (PIPELINE, optimizer, "build", _tied_counted_twice),
+    "tensor-counts-parts-once": (TENSOR, tensor, "fill", _parts_counted_once),
+    "tensor-does-not-sum-gradients": (TENSOR, tensor._Enter, "backward", lambda _, context, gradient: (gradient, None)),
+    "tensor-adds-a-bias-from-each-part": (TENSOR, tensor._Second, "forward", _bias_from_each_part),
+    "tensor-tears-heads": (TENSOR, tensor, "cut_of", _torn_heads),
+    "sequence-parts-all-begin-at-0": (SEQUENCE, Ulysses, "connect", _at_the_start),
+    "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "connect", _blind_to_the_others),
+    "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),
+}

@@ -1,0 +1,81 @@
+"""`megagpt parity`: a certificate for a right layout, the first difference for a wrong one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.distributed import free_port
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "launch/recipes/gpt2-124m-openwebtext.yaml"
+HALVED = """
+import sys
+from unittest.mock import patch
+from megagpt.cli import main
+from megagpt.engine.zero import ZeroEngine
+
+forward = ZeroEngine._forward
+with patch.object(ZeroEngine, "_forward", lambda *args: forward(*args) / 2):
+    sys.exit(main(["parity", *sys.argv[1:]]))
+"""
+
+
+def parity(tmp_path, config, ranks, program=("launch/parity.py",), *words):
+    """Exit code and console of rank 0, from ranks started without a launcher."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, *program, "--recipe", str(RECIPE), "--deepspeed_config", f"ds_configs/{config}.json"]
+    command += ["--updates", "8", f"run_dir={tmp_path / 'run'}", "precision=fp32", *words]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        answers = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert len({process.returncode for process in processes}) == 1
+    return processes[0].returncode, answers[0]
+
+
+@pytest.mark.parametrize(("config", "ranks"), [("zero3", 2), ("small-gpu", 1)])
+def test_a_layout_that_trains_the_same_gets_a_certificate(tmp_path, config, ranks):
+    code, console = parity(tmp_path, config, ranks)
+    assert code == 0
+    assert console.splitlines()[0].startswith(f"parity   {ranks} ranks: data {ranks}, pipeline 1, tensor 1")
+    assert console.splitlines()[-1] == "the same curve as one process, update by update"
+    assert len(console.splitlines()) == 10  # no third-party line
+
+
+def test_a_layout_that_trains_another_way_is_named_with_what_differs_first(tmp_path):
+    code, console = parity(tmp_path, "zero1", 1, ("-c", HALVED))
+    assert code == 1
+    lines = console.splitlines()
+    assert "ANOTHER CURVE than one process" in lines[-4]
+    assert lines[-3].startswith("  loss of update 1: 2.4")
+
+
+def test_a_config_that_does_not_fit_is_a_users_mistake(tmp_path):
+    code, console = parity(tmp_path, "zeropp", 2)
+    assert code == 2
+    assert console.startswith("megagpt: the 2 ranks cannot be cut into groups of 8 that hold the weights\n")
+
+
+def test_quantized_traffic_is_refused_on_a_cpu(tmp_path):
+    words = ("ds.zero_optimization.zero_hpz_partition_size=1", "ds.zero_optimization.zero_quantized_gradients=false")
+    code, console = parity(tmp_path, "zeropp", 1, ("launch/parity.py",), *words)
+    assert code == 2
+    assert console == (
+        "megagpt: a CPU does not quantize ZeRO's traffic\n"
+        "  zero_optimization.zero_quantized_weights\n  do: take it away\n"
+    )
