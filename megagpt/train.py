@@ -9,7 +9,6 @@ import sys
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megagpt import files, generate
 from megagpt import recipe as recipes
@@ -21,9 +20,6 @@ from megagpt.run import checkpoint
 from megagpt.run.console import Console
 from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
-
-if TYPE_CHECKING:
-    pass
 
 
 def loop(run: Run, state: TrainState) -> int:
