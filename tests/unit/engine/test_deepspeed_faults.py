@@ -6,18 +6,12 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from megagpt.distributed import Rank
-from megagpt.engine import native, start
+from megagpt.engine import native
+
+pytestmark = pytest.mark.usefixtures("agreement")
 
 
-@pytest.fixture(scope="module")
-def group():
-    start.start(Rank())
-    yield
-    start.stop()
-
-
-def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained(group):
+def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():
     """Why Stages makes the loss inside its last layer: all gradients are cleared when backward reaches its output."""
     head = torch.nn.Linear(4, 4)
 
@@ -72,7 +66,7 @@ def zero(stage, groups=1, **config):
     )[0]
 
 
-def test_at_stage_0_there_is_no_gradient_norm(group):
+def test_at_stage_0_there_is_no_gradient_norm():
     """Why ZeroEngine clips by itself there."""
     engine = zero(0)
     engine.backward(engine(torch.ones(2, 4)).mean())
@@ -82,7 +76,7 @@ def test_at_stage_0_there_is_no_gradient_norm(group):
     assert norm is None
 
 
-def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to(group):
+def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to():
     """Why ZeroEngine lets DeepSpeed scale: its hook sits on the very tensor that the model returned."""
 
     def gradient(accumulation):
@@ -99,7 +93,7 @@ def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to
     assert torch.equal(gradient(4), gradient(1) / 4)
 
 
-def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found(group):
+def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found():
     """Why moments are read from the optimizer itself: DeepSpeed links all groups when the first has stepped."""
     engine = zero(1, groups=2)
     engine.backward(engine(torch.ones(2, 4)).mean())
@@ -112,7 +106,7 @@ def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found(group
     assert found.abs().max() > 0
 
 
-def test_in_bf16_stage_0_steps_before_training_begins(group):
+def test_in_bf16_stage_0_steps_before_training_begins():
     """Why bf16 never runs at stage 0: an update on zero gradients counts, and decays the weights."""
     engine = zero(0, bf16={"enabled": True})
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}

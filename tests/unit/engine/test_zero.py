@@ -7,8 +7,8 @@ import torch
 
 from megagpt import ds_config, recipe
 from megagpt.data.loader import Batch
-from megagpt.distributed import Agreement, Rank
-from megagpt.engine import build, keys, start
+from megagpt.distributed import Rank
+from megagpt.engine import build, keys
 from megagpt.files import into
 from megagpt.model.gpt import GPT, initialize
 
@@ -24,13 +24,6 @@ schedule: {type: warmup_decay, warmup_updates: 2}
 length: {updates: 8}
 """
 RATES = [0.5, 1.0, 6 / 7, 5 / 7]  # of the peak, updates 1 to 4 of 8 after a warm-up of 2: worked by hand
-
-
-@pytest.fixture(scope="module")
-def agreement():
-    start.start(Rank())
-    yield Agreement(1)
-    start.stop()
 
 
 @pytest.fixture
