@@ -114,8 +114,13 @@ def curve(run: Path) -> list[dict[str, object]]:
     return [{key: event[key] for key in keep} for event in events(run) if event["event"] == "update"]
 
 
-def final_weights(run: Path) -> bytes:
-    """The bytes of the newest checkpoint's weights, whatever files they lie in."""
+def named_weights(run: Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's weights by name, whatever files they lie in."""
     newest = sorted((run / "checkpoints").glob("update_*"))[-1]
     model = weights.load(newest, recipes.load(run / "recipe.yaml").model)
-    return b"".join(value.detach().numpy().tobytes() for _, value in sorted(model.named_parameters()))
+    return {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+
+def final_weights(run: Path) -> bytes:
+    """The bytes of the newest checkpoint's weights."""
+    return b"".join(value.tobytes() for _, value in sorted(named_weights(run).items()))

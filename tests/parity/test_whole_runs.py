@@ -1,7 +1,7 @@
 """The same recipe through the whole command on layouts of every family: the same record, the same weights."""
 
+import numpy as np
 import pytest
-from safetensors.numpy import load
 
 from tests import training
 
@@ -32,6 +32,7 @@ def test_a_run_leaves_the_same_record_on_every_layout(recipe, one_rank, config):
     assert printed.count("     sample  the of") == 2
     assert len(validations(run)) == 2
     assert validations(run) == pytest.approx(validations(one_rank), rel=1e-5)
-    weights, expected = (load(training.final_weights(path)) for path in (run, one_rank))
+    weights, expected = training.named_weights(run), training.named_weights(one_rank)
     assert weights.keys() == expected.keys()
-    assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in expected.items()}
+    for name, value in expected.items():
+        assert np.linalg.norm(weights[name] - value) <= 1e-3 * np.linalg.norm(value), name
