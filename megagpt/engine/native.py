@@ -19,3 +19,4 @@ def release(engine: Any) -> None:
     """Free what an engine holds, and the process groups that DeepSpeed would use for the next engine too."""
     engine.destroy()
     groups.mpu = None
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of ZeRO++: the next engine would take it for its own
