@@ -27,6 +27,12 @@ app.add_typer(tokenizer_app, name="tokenizer")
 Inputs = Annotated[
     list[str], typer.Argument(help="text files or folders (txt, md, jsonl); `default`: the default corpus")
 ]
+Config = Annotated[
+    Path, typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
+]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -61,13 +67,8 @@ def prepare(
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
     recipe: Annotated[Path, typer.Option(help="what is trained: a YAML file of launch/recipes/ or your own")],
-    deepspeed_config: Annotated[
-        Path,
-        typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON"),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
-    ] = None,
+    deepspeed_config: Config,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, must or never")] = "auto",
     expect_world_size: Annotated[int | None, typer.Option(help="refuse to start on other than N ranks")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="save and exit 75 after so long")] = None,
@@ -118,13 +119,8 @@ def generate(
 @app.command(context_settings={"allow_interspersed_args": True})
 def parity(
     recipe: Annotated[Path, typer.Option(help="what is trained; it is shrunk to seconds, all switches kept")],
-    deepspeed_config: Annotated[
-        Path,
-        typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON"),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
-    ] = None,
+    deepspeed_config: Config,
+    overrides: Overrides = None,
     updates: Annotated[int, typer.Option(help="how many are compared", min=8)] = 20,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:

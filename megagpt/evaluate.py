@@ -80,7 +80,6 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         measured = None
         if yardsticks:
             measured = measure(Reader(recipe.data.train[0].path), corpus, _needed(tokenizer))
-    bits = loss * share.tokens / math.log(2) / share.text_bytes if share.text_bytes else None
     return Result(
         run=str(run),
         data=data,
@@ -88,7 +87,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         tokens=share.tokens,
         loss=loss,
         perplexity=math.exp(loss),
-        bits_per_byte=bits,
+        bits_per_byte=share.bits_per_byte(loss),
         yardsticks=measured,
         seconds=time.perf_counter() - start,
     )

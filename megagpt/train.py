@@ -13,7 +13,6 @@ from pathlib import Path
 from megagpt import files, generate
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
-from megagpt.data.evaluation import Evaluation
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run import checkpoint
@@ -110,7 +109,7 @@ def validate(run: Run, state: TrainState) -> None:
     recipe = run.resolved.recipe
     if run.validation is not None:
         loss = run.engine.evaluate(run.validation.batches())
-        bits = bits_per_byte(loss, run.validation)
+        bits = run.validation.bits_per_byte(loss)
         run.metrics.write("validation", update=state.update, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
         shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
         run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
@@ -118,12 +117,6 @@ def validate(run: Run, state: TrainState) -> None:
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")
     run.progress.pause()
-
-
-def bits_per_byte(loss: float, corpus: Evaluation) -> float | None:
-    """The loss in bits per UTF-8 byte of text, which does not depend on the tokenizer; None without a sidecar."""
-    size = corpus.text_bytes
-    return loss * corpus.tokens / size / math.log(2) if size else None
 
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -59,6 +60,11 @@ class Evaluation:
         if self._facts is None:
             return None
         return self._facts.text_bytes * self.tokens / self._facts.tokens
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats per label as bits per byte of text, which no tokenizer changes; None without a sidecar."""
+        size = self.text_bytes
+        return loss * self.tokens / size / math.log(2) if size else None
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches in order: as many on every rank, so that all can meet after each one."""
