@@ -32,7 +32,7 @@ def loop(run: Run, state: TrainState) -> int:
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(recipe.batch.global_size, result.tokens)
+        state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
 
         verdict = run.stopping.verdict(run.saver.writing)  # the one exchange in which all ranks agree
@@ -109,7 +109,8 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
 
 def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.resolved.recipe.batch.global_size
+    samples = run.loader.span(state.position)
+    run.watch.enter("save", state.update)
     note_save(run, run.saver.finish())
     what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     found, _ = run.store.newest_valid()
