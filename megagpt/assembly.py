@@ -22,6 +22,7 @@ from megagpt.run import checkpoint, resume
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics, windows
+from megagpt.run.saving import Saver
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
 from megagpt.state import TrainState
@@ -57,6 +58,7 @@ class Run:
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
+    saver: Saver
     console: Console
     metrics: Metrics
     failed_saves: Row
@@ -64,7 +66,6 @@ class Run:
     watch: Watch
     progress: Progress
     stopping: Stopping
-    facts: dict[str, Any]
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None where it is not known
 
@@ -107,12 +108,13 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
+        path, rank, resolved, total, loader, validation, engine, agreement, store,
+        Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), Health(windows(path), recipe.precision == "fp16"),
         Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
-        facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
     _open(run, device, notes, state)
     return run, state

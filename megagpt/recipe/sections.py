@@ -217,6 +217,8 @@ class CheckpointSection(Section):
     """checkpoints kept; null for all"""
     keep_every: _Count | None = None
     """updates between checkpoints that are kept for good; null for none"""
+    asynchronous: bool = False
+    """write beside training; takes host memory as large as each rank's share of weights and moments"""
 
 
 class LogSection(Section):
