@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
 from megagpt.data.evaluation import Evaluation
@@ -19,6 +21,7 @@ from megagpt.run import checkpoint, resume
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics, windows
+from megagpt.run.saving import Saver
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
 from megagpt.state import TrainState
@@ -54,6 +57,7 @@ class Run:
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
+    saver: Saver
     console: Console
     metrics: Metrics
     failed_saves: Row
@@ -61,7 +65,6 @@ class Run:
     watch: Watch
     progress: Progress
     stopping: Stopping
-    facts: dict[str, Any]
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None where it is not known
 
@@ -101,12 +104,13 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
+        path, rank, resolved, total, loader, validation, engine, agreement, store,
+        Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), Health(windows(path), recipe.precision == "fp16"),
         Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
-        facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
     _open(run, device, notes, state)
     return run, state
@@ -118,12 +122,16 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
     shape: dict[str, Any] = {
         "seq_len": recipe.model.seq_len,
         "vocab_size": recipe.model.vocab_size,
+        "tokenizer": recipe.data.tokenizer,
         "micro_batch": layout.micro_batch,
         "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
     sources = [(source.path, source.weight) for source in recipe.data.train]
-    loader = Loader(sources, seed=recipe.seed, accumulation=layout.accumulation, **shape)
+    loader = Loader(
+        sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        pinned=torch.cuda.is_available(), **shape,
+    )  # fmt: skip
     if recipe.data.validation is None:
         return loader, None
     return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
@@ -154,7 +162,10 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
     held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
-    say(f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}")
+    say(
+        f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
+        f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
+    )
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
             (layout.sequence_parallel, "sequence parts"))  # fmt: skip
     cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)

@@ -60,9 +60,8 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder, on the disk when this returns."""
+    """Rename a folder; it is on the disk when the folder above has been synced."""
     os.rename(old, new)
-    sync(new.parent)
 
 
 def make_folder(path: Path) -> None:

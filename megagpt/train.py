@@ -15,8 +15,9 @@ from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
-from megagpt.run import checkpoint
+from megagpt.run.checkpoint import SaveFailed
 from megagpt.run.console import Console
+from megagpt.run.saving import Attempt
 from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
 
@@ -31,10 +32,13 @@ def loop(run: Run, state: TrainState) -> int:
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(recipe.batch.global_size, result.tokens)
+        state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
 
-        stop, last = run.stopping.requested(), state.update == run.total
+        verdict = run.stopping.verdict(run.saver.writing)  # the one exchange in which all ranks agree
+        if not verdict.writing:
+            go_on_saving(run)
+        stop, last = verdict.stop, state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
         if last or (not stop and due(state, recipe.evaluation.every)):
@@ -72,24 +76,42 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
-    """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    """Begin a checkpoint, and end it too where the recipe does not save asynchronously, or it is the last."""
     run.watch.enter("save", state.update)
-    try:
-        folder = run.store.publish(state, run.engine.save_state, run.facts)
-    except checkpoint.SaveFailed as error:
-        run.metrics.write("save_failed", update=state.update, error=str(error), seconds=run.progress.pause())
-        run.console.say(f"{'NOT SAVED':>11}  update {state.update}: {error}")
+    note_save(run, run.saver.finish())
+    note_save(run, run.saver.save(state, wait=last_chance), last_chance)
+    run.progress.pause()
+
+
+def go_on_saving(run: Run) -> None:
+    """Take the next step of a save that is under way, if there is one."""
+    note_save(run, run.saver.proceed())
+
+
+def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> None:
+    """Write down how a save ended. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    if attempt is None:
+        return
+    update, problem = attempt.state.update, attempt.problem
+    times = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
+    if not attempt.published:
+        run.metrics.write("save_failed", update=update, error=problem, **times)
+        run.console.say(f"{'NOT SAVED':>11}  update {update}: {problem}")
         if run.failed_saves.add() or last_chance:
-            raise
+            raise SaveFailed(problem)
         return
     run.failed_saves.end()
     run.health.saved()
-    run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
+    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **times)
+    if problem:
+        run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
 def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.resolved.recipe.batch.global_size
+    samples = run.loader.span(state.position)
+    run.watch.enter("save", state.update)
+    note_save(run, run.saver.finish())
     what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     found, _ = run.store.newest_valid()
     if run.health.leave_out(state.position, samples) or found is None:

@@ -17,6 +17,7 @@ from megagpt.model.gpt import GPT, initialize
 from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
 from megagpt.run.metrics import Metrics
+from megagpt.run.saving import Saver
 from megagpt.state import TrainState
 from tests import training
 
@@ -35,9 +36,8 @@ def run(tmp_path_factory):
     (path / "recipe.yaml").write_text(training.write_recipe(path, folder).read_text())
     model = GPT(recipe.load(path / "recipe.yaml").model)
     initialize(model, 1)
-    checkpoint.Store(path).publish(
-        TrainState(12, 48, 1536), lambda sink: weights.save(model.named_parameters(), sink), {}
-    )
+    store = checkpoint.Store(path)
+    Saver(store, lambda sink: weights.save(model.named_parameters(), sink), {}, False).save(TrainState(12, 48, 1536))
     metrics = Metrics(path, True, 0)
     for update in range(1, 13):
         metrics.write("update", update=update, loss=6.0 / update, tokens=128 * update)
