@@ -10,7 +10,7 @@ import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megagpt import files, generate
+from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
 from megagpt.distributed import check_world_size, from_environment
@@ -27,12 +27,14 @@ def loop(run: Run, state: TrainState) -> int:
     while state.update < run.total:
         run.watch.enter(UPDATE, state.update + 1)
         state = replace(state, position=run.health.start(state.position))
-        result = run.engine.train_update(run.loader.batches(state.position))
-        if wrong := run.health.judge(result):
-            state = roll_back(run, state, wrong)
+        result = run.engine.train_update(run.loader.batches(state.position), run.health.accepts)
+        if found := run.health.judge(state.update, result):
+            state = setbacks.bear(run, state, result, found)
             continue
         state = state.advanced(recipe.batch.global_size, result.tokens)
         record(run, state, result)
+        if due(state, recipe.health.compare_every):
+            setbacks.compare_replicas(run, state)
 
         stop, last = run.stopping.requested(), state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
@@ -67,6 +69,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
         seconds=seconds,
     )
+    run.health.note("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
     if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
         run.console.say(run.progress.line(state, result))
 
@@ -83,24 +86,8 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
             raise
         return
     run.failed_saves.end()
-    run.health.saved()
+    run.health.note("checkpoint", update=state.update)
     run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
-
-
-def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
-    """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.resolved.recipe.batch.global_size
-    what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
-    found, _ = run.store.newest_valid()
-    if run.health.leave_out(state.position, samples) or found is None:
-        raise FloatingPointError(f"{what}; there is no checkpoint to go back to, or it has happened too often")
-    run.engine.load_state(found.folder)
-    run.metrics.go_back(found.state.update)
-    numbers = {"at": state.update + 1, "position": state.position, "samples": samples}
-    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers)
-    run.console.say(f"{'ROLLED BACK':>11}  to update {found.state.update}: {what}; that data is left out")
-    run.progress.pause()
-    return found.state
 
 
 def validate(run: Run, state: TrainState) -> None:

@@ -202,6 +202,21 @@ class CheckpointSection(Section):
     """updates between checkpoints that are kept for good; null for none"""
 
 
+class HealthSection(Section):
+    """Bad numbers. A loss or gradient that is not finite is one always; a deviation is 1.48 × the median one."""
+
+    loss_spike: _Positive | None = None
+    """deviations above the median of recent losses from which on an update is skipped; null for never"""
+    norm_spike: _Positive | None = None
+    """the same of gradient norms, where it is too late to skip: the run goes back; null for never"""
+    window: Annotated[int, Field(ge=8)] = 128
+    """updates that are recent; before there are so many, nothing is a spike"""
+    skips: _CountOrNone = 3
+    """updates skipped in a row; at the next one the run goes back to a checkpoint"""
+    compare_every: _Count | None = None
+    """updates between comparisons of the weights that ranks hold alike; null for none"""
+
+
 class LogSection(Section):
     """What the console shows; metrics.jsonl has every update."""
 
@@ -243,6 +258,7 @@ class Recipe(Section):
     length: LengthSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
     _places: Places = PrivateAttr(default_factory=Places)
