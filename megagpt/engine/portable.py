@@ -57,7 +57,9 @@ class Portable:
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)
         pieces.write(self._pieces(shares, mine), self.rank.rank, sink)
-        sink(f"{FOLDER}/random-{self.rank.rank:05d}.safetensors", to_bytes(random_state()))
+        number, part = divmod(self.rank.rank, self.layout.tensor_parallel)
+        if part == 0:  # tensor parts draw the same numbers
+            sink(_random_file(number), to_bytes(random_state()))
         sums, _ = self._checksums(shares, mine)
         steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
         if self.rank.main:
@@ -90,7 +92,7 @@ class Portable:
         schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
         set_loss_scale(self.engine.optimizer, summary["loss_scale"])
         self._verify(shares, summary["checksums"], folder)
-        _set_random_state(folder, self.rank)
+        _set_random_state(folder, self.rank.rank // self.layout.tensor_parallel)
 
     def _mine(self, shares: Shares) -> list[Share]:
         """What this rank saves: each element of the model is in it on one rank."""
@@ -201,10 +203,13 @@ def _set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"] = step
 
 
-def _set_random_state(folder: Path, rank: Rank) -> None:
-    """Restore this rank's random state; a rank that there was not then draws its own from rank 0's."""
-    path = folder / FOLDER / f"random-{rank.rank:05d}.safetensors"
-    state = load_file(path if path.exists() else folder / FOLDER / "random-00000.safetensors")
-    set_random_state(state)
+def _random_file(number: int) -> str:
+    return f"{FOLDER}/random-{number:05d}.safetensors"
+
+
+def _set_random_state(folder: Path, number: int) -> None:
+    """Restore the random state of this number; one that was not saved begins anew from the first one's seed."""
+    path = folder / _random_file(number)
+    set_random_state(load_file(path if path.exists() else folder / _random_file(0)))
     if not path.exists():
-        torch.manual_seed(torch.initial_seed() + rank.rank)
+        torch.manual_seed(torch.initial_seed() + number)

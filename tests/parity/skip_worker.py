@@ -73,7 +73,6 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
         samples = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, number * layouts.GLOBAL_BATCH)
         return engine.train_update(layouts.share(samples, resolved.layout, rank), **words)
 
-    torch.manual_seed(resolved.layout.data_rank(rank.rank))  # tensor parts drop the same
     engine: Any = build(resolved, 100, rank, agreement)
     straight = []
     for number in GOOD:
@@ -88,7 +87,6 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     healed = [update(engine, number) for number in GOOD[SAVED:]]
     engine.release()
 
-    torch.manual_seed(resolved.layout.data_rank(rank.rank))  # tensor parts drop the same
     engine = build(resolved, 100, rank, agreement)
     good, bad = [], {}
     for number, (kind, position) in zip(GOOD, (*BAD.items(), ("", 0)), strict=True):
