@@ -7,11 +7,12 @@ Cross-field rules are in rules.py, presets in presets.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from megagpt.errors import UserError
+from megagpt.recipe.places import Places
 from megagpt.recipe.presets import PRESETS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -141,6 +142,10 @@ class DataSection(Section):
     """what weights are in proportion to: samples (or tokens) taken from a source, or times that it is read"""
     validation: Annotated[tuple[_Text, ...], BeforeValidator(_prefixes)] = ()
     """a prefix, or a list of prefixes, each with a loss of its own; null for no validation"""
+    document_mask: bool = False
+    """attention stays within each document, and token positions restart there"""
+    eod: _CountOrNone | None = None
+    """token id that ends a document; null for what the corpora say"""
     skip: Annotated[tuple[tuple[_CountOrNone, _CountOrNone], ...], BeforeValidator(_pairs)] = ()
     """data positions that are left out, a list of [first, last]; all others keep their samples"""
 
@@ -245,21 +250,6 @@ class LogSection(Section):
     """seconds without progress (or 5 median updates, if that is longer) after which a run ends"""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a value was given: `at` is FILE:LINE or "command line", `word` what stands there."""
-
-    at: str
-    word: str
-
-
-@dataclass(frozen=True)
-class Places:
-    """Dotted key → where it was given. All are equal: recipes compare by their values."""
-
-    given: Mapping[str, Place] = field(default_factory=dict, compare=False)
-
-
 class Recipe(Section):
     """What is trained: everything that moves the numbers, and nothing that does not."""
 
@@ -281,6 +271,17 @@ class Recipe(Section):
     log: LogSection = LogSection()
 
     _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def document_end(self) -> int | None:
+        """The token id that attention does not look beyond; None where it crosses documents.
+
+        Raises UserError where data.eod is needed and not known.
+        """
+        if self.data.document_mask and self.data.eod is None:
+            where = f"{self.place('data.document_mask')}  data.document_mask".strip()
+            raise UserError("data.document_mask needs to know which token ends a document", where, "give data.eod")
+        return self.data.eod if self.data.document_mask else None
 
     def place(self, key: str) -> str:
         """Where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""
