@@ -50,6 +50,7 @@ setup(
             *zst,
             *parquet,
             *remote,
+            "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",
             "transformers>=5,<6",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
+from megagpt.data import blend
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
@@ -53,7 +54,7 @@ class Run:
     resolved: Resolved
     total: int
     loader: Loader
-    validation: Evaluation | None
+    validation: tuple[Evaluation, ...]
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
@@ -76,7 +77,13 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
     recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
+    if recipe.data.document_mask:
+        resolved = _with_document_end(resolved, loader)
+        recipe = resolved.recipe
     total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    samples = total * recipe.batch.global_size
+    taken = blend.taken(loader.order, recipe.data.train, samples)
+    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -116,7 +123,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     return run, state
 
 
-def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
+def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
     """The training batches of this rank, and its share of the validation text."""
     recipe, layout = resolved.recipe, resolved.layout
     shape: dict[str, Any] = {
@@ -130,11 +137,18 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
     sources = [(source.path, source.weight) for source in recipe.data.train]
     loader = Loader(
         sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        by_epochs=recipe.data.weight_counts == "epochs",
         pinned=torch.cuda.is_available(), **shape,
     )  # fmt: skip
-    if recipe.data.validation is None:
-        return loader, None
-    return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
+    samples = recipe.evaluation.samples
+    return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)
+
+
+def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
+    """The recipe with the token that ends a document, which the corpora say."""
+    recipe = resolved.recipe
+    data = recipe.data.model_copy(update={"eod": loader.document_end(recipe.data.eod)})
+    return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
@@ -161,11 +175,17 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {cost.parameters(recipe.model):,} parameters"
         f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
-    held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
+    held_out = (
+        f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"
+    )
     say(
         f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
         f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
     )
+    if len(recipe.data.train) > 1:
+        taken = blend.taken(order, recipe.data.train, run.total * recipe.batch.global_size)
+        for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
+            say(f"{head:<8} {line}")
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
             (layout.sequence_parallel, "sequence parts"))  # fmt: skip
     cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from megagpt import files, generate
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
+from megagpt.data.evaluation import together
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run.checkpoint import SaveFailed
@@ -129,12 +130,16 @@ def validate(run: Run, state: TrainState) -> None:
     """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
     run.watch.enter("evaluate", state.update)
     recipe = run.resolved.recipe
-    if run.validation is not None:
-        loss = run.engine.evaluate(run.validation.batches())
-        bits = run.validation.bits_per_byte(loss)
-        run.metrics.write("validation", update=state.update, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+    if run.validation:
+        losses = [(part, run.engine.evaluate(part.batches())) for part in run.validation]
+        loss, bits = together(losses)
+        apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
+        numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+        run.metrics.write("validation", update=state.update, **numbers, **({"sources": apart} if apart else {}))
         shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
         run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+        for prefix, one in apart.items():
+            run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
     if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")

@@ -19,6 +19,7 @@ from megagpt.errors import UserError
 
 IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
+_DOCUMENTS = 64  # whose last token is looked at
 _Place = tuple[int, int]  # number of the source, first token
 
 
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
 class Loader:
     """Gives the micro-batches of one data-parallel rank for the update at any data position.
 
-    `sources` are (prefix, weight) pairs, `skip` the (first, last) data positions that are left out. `order` says which
+    `sources` are (prefix, weight) pairs; a weight counts samples, or with `by_epochs` times through the source, and
+    only in relation to the others. `skip` are the (first, last) data positions that are left out. `order` says which
     sample comes when; `notes` says which corpora are unverified; `fingerprint` (plain JSON values) names the data and
     its order, for comparison on resume. `pinned` batches can be copied to a GPU while it computes.
     Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, or holds ids that the
@@ -51,12 +53,16 @@ class Loader:
         rank: int = 0,
         data_parallel: int = 1,
         tokenizer: str | None = None,
+        by_epochs: bool = False,
         skip: Sequence[tuple[int, int]] = (),
         pinned: bool = False,
     ) -> None:
         self._readers = [Reader(prefix) for prefix, _ in sources]
         probes = [check_ids(reader, vocab_size, tokenizer) for reader in self._readers]
-        weights = [weight for _, weight in sources]
+        weights = [
+            weight * len(reader.tokens) if by_epochs else weight
+            for (_, weight), reader in zip(sources, self._readers, strict=True)
+        ]
         for reader in self._readers:
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
@@ -89,6 +95,25 @@ class Loader:
         for source, start in self._of_update(number + self._global_batch):
             self._readers[source].advise(start, self.order.seq_len + 1)
         return [Batch(micro[:, :-1], micro[:, 1:]) for micro in samples]
+
+    def document_end(self, given: int | None) -> int:
+        """The token id that ends each document: what the corpora say, or `given`.
+
+        Raises UserError where neither says it, where they differ, or where documents end otherwise.
+        """
+        ends: dict[int, str] = {} if given is None else {given: "data.eod"}
+        for reader in self._readers:
+            if reader.sidecar:
+                ends.setdefault(reader.sidecar.eod, reader.prefix)
+        if len(ends) != 1:
+            said = "\n".join(f"{end}  {where}" for end, where in ends.items())
+            what = "the corpora do not agree" if ends else "no corpus says"
+            do = "prepare the corpora with one tokenizer" if ends else "give data.eod"
+            raise UserError(f"{what} which token ends a document", said or "data.document_mask", do)
+        (end,) = ends
+        for reader in self._readers:
+            _check_ends(reader, end)
+        return end
 
     def span(self, position: int) -> int:
         """How many data positions the update at `position` uses up: the global batch, and what is left out by hand."""
@@ -145,6 +170,17 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
         what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
         raise UserError(what, reader.prefix, do)
     return zlib.crc32(probe.tobytes())
+
+
+def _check_ends(reader: Reader, end: int) -> None:
+    """Raise UserError if one of 64 documents spread over the corpus does not end with `end`."""
+    for number in np.linspace(0, len(reader.documents) - 2, _DOCUMENTS).astype(np.int64).tolist():
+        document = reader.document(number)
+        if len(document) and document[-1] != end:
+            what = f"document {number} ends with the token {document[-1]}, not with {end}, which ends documents"
+            raise UserError(
+                what, reader.prefix, "set data.eod right, or prepare the corpus with an end of each document"
+            )
 
 
 def unverified(reader: Reader) -> str:
