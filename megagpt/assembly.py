@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
+from megagpt.data import blend
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
@@ -19,6 +22,7 @@ from megagpt.run import checkpoint, resume
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics, windows
+from megagpt.run.saving import Saver
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
 from megagpt.state import TrainState
@@ -50,10 +54,11 @@ class Run:
     resolved: Resolved
     total: int
     loader: Loader
-    validation: Evaluation | None
+    validation: tuple[Evaluation, ...]
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
+    saver: Saver
     console: Console
     metrics: Metrics
     failed_saves: Row
@@ -61,7 +66,6 @@ class Run:
     watch: Watch
     progress: Progress
     stopping: Stopping
-    facts: dict[str, Any]
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None where it is not known
 
@@ -73,7 +77,13 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
     recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
+    if recipe.data.document_mask:
+        resolved = _with_document_end(resolved, loader)
+        recipe = resolved.recipe
     total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    samples = total * recipe.batch.global_size
+    taken = blend.taken(loader.order, recipe.data.train, samples)
+    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -101,32 +111,44 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
+        path, rank, resolved, total, loader, validation, engine, agreement, store,
+        Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), Health(windows(path), recipe.precision == "fp16"),
         Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
-        facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
     _open(run, device, notes, state)
     return run, state
 
 
-def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
+def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
     """The training batches of this rank, and its share of the validation text."""
     recipe, layout = resolved.recipe, resolved.layout
     shape: dict[str, Any] = {
         "seq_len": recipe.model.seq_len,
         "vocab_size": recipe.model.vocab_size,
+        "tokenizer": recipe.data.tokenizer,
         "micro_batch": layout.micro_batch,
         "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
     sources = [(source.path, source.weight) for source in recipe.data.train]
-    loader = Loader(sources, seed=recipe.seed, accumulation=layout.accumulation, **shape)
-    if recipe.data.validation is None:
-        return loader, None
-    return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
+    loader = Loader(
+        sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        by_epochs=recipe.data.weight_counts == "epochs",
+        pinned=torch.cuda.is_available(), **shape,
+    )  # fmt: skip
+    samples = recipe.evaluation.samples
+    return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)
+
+
+def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
+    """The recipe with the token that ends a document, which the corpora say."""
+    recipe = resolved.recipe
+    data = recipe.data.model_copy(update={"eod": loader.document_end(recipe.data.eod)})
+    return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
@@ -153,8 +175,17 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {cost.parameters(recipe.model):,} parameters"
         f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
-    held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
-    say(f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}")
+    held_out = (
+        f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"
+    )
+    say(
+        f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
+        f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
+    )
+    if len(recipe.data.train) > 1:
+        taken = blend.taken(order, recipe.data.train, run.total * recipe.batch.global_size)
+        for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
+            say(f"{head:<8} {line}")
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
             (layout.sequence_parallel, "sequence parts"))  # fmt: skip
     cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)

@@ -13,10 +13,12 @@ from pathlib import Path
 from megagpt import files, generate
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
+from megagpt.data.evaluation import together
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
-from megagpt.run import checkpoint
+from megagpt.run.checkpoint import SaveFailed
 from megagpt.run.console import Console
+from megagpt.run.saving import Attempt
 from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
 
@@ -31,10 +33,13 @@ def loop(run: Run, state: TrainState) -> int:
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(recipe.batch.global_size, result.tokens)
+        state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
 
-        stop, last = run.stopping.requested(), state.update == run.total
+        verdict = run.stopping.verdict(run.saver.writing)  # the one exchange in which all ranks agree
+        if not verdict.writing:
+            go_on_saving(run)
+        stop, last = verdict.stop, state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
         if last or (not stop and due(state, recipe.evaluation.every)):
@@ -72,24 +77,42 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
-    """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    """Begin a checkpoint, and end it too where the recipe does not save asynchronously, or it is the last."""
     run.watch.enter("save", state.update)
-    try:
-        folder = run.store.publish(state, run.engine.save_state, run.facts)
-    except checkpoint.SaveFailed as error:
-        run.metrics.write("save_failed", update=state.update, error=str(error), seconds=run.progress.pause())
-        run.console.say(f"{'NOT SAVED':>11}  update {state.update}: {error}")
+    note_save(run, run.saver.finish())
+    note_save(run, run.saver.save(state, wait=last_chance), last_chance)
+    run.progress.pause()
+
+
+def go_on_saving(run: Run) -> None:
+    """Take the next step of a save that is under way, if there is one."""
+    note_save(run, run.saver.proceed())
+
+
+def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> None:
+    """Write down how a save ended. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    if attempt is None:
+        return
+    update, problem = attempt.state.update, attempt.problem
+    times = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
+    if not attempt.published:
+        run.metrics.write("save_failed", update=update, error=problem, **times)
+        run.console.say(f"{'NOT SAVED':>11}  update {update}: {problem}")
         if run.failed_saves.add() or last_chance:
-            raise
+            raise SaveFailed(problem)
         return
     run.failed_saves.end()
     run.health.saved()
-    run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
+    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **times)
+    if problem:
+        run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
 def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.resolved.recipe.batch.global_size
+    samples = run.loader.span(state.position)
+    run.watch.enter("save", state.update)
+    note_save(run, run.saver.finish())
     what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     found, _ = run.store.newest_valid()
     if run.health.leave_out(state.position, samples) or found is None:
@@ -107,12 +130,16 @@ def validate(run: Run, state: TrainState) -> None:
     """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
     run.watch.enter("evaluate", state.update)
     recipe = run.resolved.recipe
-    if run.validation is not None:
-        loss = run.engine.evaluate(run.validation.batches())
-        bits = run.validation.bits_per_byte(loss)
-        run.metrics.write("validation", update=state.update, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+    if run.validation:
+        losses = [(part, run.engine.evaluate(part.batches())) for part in run.validation]
+        loss, bits = together(losses)
+        apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
+        numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+        run.metrics.write("validation", update=state.update, **numbers, **({"sources": apart} if apart else {}))
         shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
         run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+        for prefix, one in apart.items():
+            run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
     if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")

@@ -47,21 +47,37 @@ def _rotation(d_model: int, n_head: int, position: str) -> Finding:
     return what, f"set model.d_model to a multiple of {2 * n_head}"
 
 
-def _sources(train: Any, validation: str | None) -> Finding:
+def _sources(train: Any, validation: Any) -> Finding:
     sources = train if isinstance(train, list) else [train]
     paths = [source["path"] if isinstance(source, dict) else source for source in sources]
     if not paths:
         return "data.train is an empty list", "give at least one prefix"
-    for path in [*paths, validation or ""]:
+    held_out = [validation] if isinstance(validation, str) else validation or []
+    for path in [*paths, *held_out]:
         if path.endswith((".bin", ".idx")):
             return f'"{path}" is a file, not a prefix', f"write {path[:-4]}"
-    if validation in paths:
+    if set(held_out) & set(paths):
         return "data.validation is also trained on", "give it a prefix of its own"
     return None
 
 
-def _validation(every: int | None, validation: str | None) -> Finding:
-    if every is None or validation is not None:
+def _eod(mask: bool, eod: int | None, vocab_size: int) -> Finding:
+    if eod is not None and not mask:
+        return "data.eod is used by data.document_mask only", "take it away, or set data.document_mask to true"
+    if eod is not None and eod >= vocab_size:
+        return "data.eod is not an id of the vocabulary", f"give a number below {vocab_size}"
+    return None
+
+
+def _skip(skip: Any) -> Finding:
+    backwards = [pair for pair in skip if pair[1] < pair[0]]
+    if not backwards:
+        return None
+    return f"data.skip has a stretch that ends before it begins: {backwards[0]}", "write [first, last]"
+
+
+def _validation(every: int | None, validation: Any) -> Finding:
+    if every is None or validation:
         return None
     return "evaluation.every needs data.validation", "give data.validation, or set evaluation.every to null"
 
@@ -141,6 +157,8 @@ RULES: tuple[Rule, ...] = (
     (_groups, ("model.n_head", "model.n_kv_head")),
     (_rotation, ("model.d_model", "model.n_head", "model.position")),
     (_sources, ("data.train", "data.validation")),
+    (_eod, ("data.document_mask", "data.eod", "model.vocab_size")),
+    (_skip, ("data.skip",)),
     (_muon_lr, ("optimizer.type", "optimizer.muon_lr")),
     (_muon_momentum, ("optimizer.type", "optimizer.muon_momentum")),
     (_floor, ("schedule.min_lr", "optimizer.lr")),

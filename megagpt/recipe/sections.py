@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from megagpt.errors import UserError
 from megagpt.recipe.presets import PRESETS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -30,6 +31,17 @@ def _whole(value: Any) -> Any:
 
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _pairs(value: Any) -> Any:
+    return tuple(map(_pair, value)) if isinstance(value, list) else value
+
+
+def _prefixes(value: Any) -> Any:
+    """Let a bare PREFIX stand for a list of one, and null for an empty list."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
 
 def _sources(value: Any) -> Any:
@@ -114,7 +126,9 @@ class Source(Section):
     path: _Text
     """prefix of a .bin and .idx file"""
     weight: _Positive = 1.0
-    """share of the samples, relative to the other sources"""
+    """relative to the other sources, in any unit; see data.weight_counts"""
+    max_epochs: _Positive | None = None
+    """how often the source may be read in a run, at most; null for no limit"""
 
 
 class DataSection(Section):
@@ -124,8 +138,16 @@ class DataSection(Section):
     """path of a sentencepiece .model; null where no text is read or written"""
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources)]
     """a prefix, or a list of {path, weight}"""
-    validation: _Text | None = None
-    """a prefix; null for no validation"""
+    weight_counts: Literal["samples", "epochs"] = "samples"
+    """what weights are in proportion to: samples (or tokens) taken from a source, or times that it is read"""
+    validation: Annotated[tuple[_Text, ...], BeforeValidator(_prefixes)] = ()
+    """a prefix, or a list of prefixes, each with a loss of its own; null for no validation"""
+    document_mask: bool = False
+    """attention stays within each document, and token positions restart there"""
+    eod: _CountOrNone | None = None
+    """token id that ends a document; null for what the corpora say"""
+    skip: Annotated[tuple[tuple[_CountOrNone, _CountOrNone], ...], BeforeValidator(_pairs)] = ()
+    """data positions that are left out, a list of [first, last]; all others keep their samples"""
 
 
 class BatchSection(Section):
@@ -200,6 +222,8 @@ class CheckpointSection(Section):
     """checkpoints kept; null for all"""
     keep_every: _Count | None = None
     """updates between checkpoints that are kept for good; null for none"""
+    asynchronous: bool = False
+    """write beside training; takes host memory as large as each rank's share of weights and moments"""
 
 
 class LogSection(Section):
@@ -246,6 +270,17 @@ class Recipe(Section):
     log: LogSection = LogSection()
 
     _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def document_end(self) -> int | None:
+        """The token id that attention does not look beyond; None where it crosses documents.
+
+        Raises UserError where data.eod is needed and not known.
+        """
+        if self.data.document_mask and self.data.eod is None:
+            where = f"{self.place('data.document_mask')}  data.document_mask".strip()
+            raise UserError("data.document_mask needs to know which token ends a document", where, "give data.eod")
+        return self.data.eod if self.data.document_mask else None
 
     def place(self, key: str) -> str:
         """Where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from megagpt.state import Verdict
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
@@ -17,7 +19,7 @@ class Stopping:
     """Notes the first signal and the time limit; a second signal, later, ends the process at once."""
 
     def __init__(
-        self, max_minutes: float | None, any_rank: Callable[[bool], bool], request: Path | None = None
+        self, max_minutes: float | None, any_rank: Callable[..., list[bool]], request: Path | None = None
     ) -> None:
         self._any_rank, self._request = any_rank, request
         if request is not None:
@@ -27,15 +29,14 @@ class Stopping:
         self._noted_at = 0.0
         self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
-    def requested(self) -> str | None:
-        """Why to stop, or None; asks all ranks, so all must call it."""
+    def verdict(self, writing: bool = False) -> Verdict:
+        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it."""
         if self._reason is None and self._end is not None and time.monotonic() >= self._end:
             self._reason = "the time limit"
         if self._reason is None and self._request is not None and self._request.exists():
             self._reason = "megagpt stop"
-        if self._any_rank(self._reason is not None):
-            return self._reason or "a signal to another rank"
-        return None
+        stop, writing = self._any_rank(self._reason is not None, writing)
+        return Verdict((self._reason or "a signal to another rank") if stop else None, writing)
 
     def close(self) -> None:
         """Give the signals back."""

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.prepare import prepare_command, train_tokenizer_command
+from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from tests import training
 
 GLOBAL_BATCH, EVERY, SPACING = 4, 10, 25  # samples an update, updates between checkpoints, updates a fault on average
@@ -96,7 +96,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp())
     try:
         train_tokenizer_command([str(training.write_text(_made(folder / "text")))], 320, folder / "text")
-        prepare_command([str(folder / "text")], folder / "text.model", folder / "text", validation_fraction=0.2)
+        prepare_command([str(folder / "text")], folder / "text.model", folder / "text", Options(0.2))
         outcome = campaign(options.faults, options.seed, folder, _made(folder / "runs"))
     finally:
         shutil.rmtree(folder)
