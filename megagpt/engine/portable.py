@@ -21,9 +21,9 @@ from torch import Tensor
 
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Layout
-from megagpt.engine import schedule
+from megagpt.engine import loss_scale, schedule
 from megagpt.engine.shares import Share, Shares, shares_of
-from megagpt.engine.side_state import loss_scale, random_state, set_loss_scale, set_random_state
+from megagpt.engine.side_state import random_state, set_random_state
 from megagpt.errors import UserError
 from megagpt.files import Write
 from megagpt.model import pieces
@@ -66,7 +66,7 @@ class Portable:
             summary = {
                 "adam_step": max(steps),
                 "scheduled": schedule.done(self.engine.lr_scheduler),
-                "loss_scale": loss_scale(self.engine.optimizer),
+                "loss_scale": loss_scale.numbers(self.engine.optimizer),
                 "checksums": {key: f"{value:016x}" for key, value in sums.items()},
             }
             sink(_SUMMARY, json.dumps(summary, indent=1).encode())
@@ -90,7 +90,7 @@ class Portable:
         _set_adam_step(shares.optimizer, summary["adam_step"])
         self.engine.global_steps = summary["scheduled"]
         schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
-        set_loss_scale(self.engine.optimizer, summary["loss_scale"])
+        loss_scale.set_numbers(self.engine.optimizer, summary["loss_scale"])
         self._verify(shares, summary["checksums"], folder)
         _set_random_state(folder, self.rank.rank // self.layout.tensor_parallel)
 

@@ -7,46 +7,23 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
-from megagpt.state import LossScale
-
-_MOVING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the rest is the config's
+from megagpt.engine import loss_scale
 
 
 class SideState:
     """The side state as it stands now, to go back to if the update that comes is not made."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._scaler = _scaler(optimizer)
-        self._random, self._numbers = random_state(), loss_scale(optimizer)
-        self.scale = None if self._scaler is None else LossScale(self._scaler.cur_scale, self._scaler.min_scale)
+        self._optimizer, self._random = optimizer, random_state()
+        self._numbers, self.scale = loss_scale.numbers(optimizer), loss_scale.of(optimizer)
 
     def restore(self, with_scale: bool) -> None:
         """Go back; fp16's loss scale only if asked to, since an overflow is to lower it."""
         set_random_state(self._random)
-        if self._scaler is not None and with_scale:
-            vars(self._scaler).update(self._numbers)
-
-
-def never_raise(optimizer: Any) -> None:
-    """Let DeepSpeed pass over an overflow at the smallest loss scale, too: the run has better words for it."""
-    if (scaler := _scaler(optimizer)) is not None:
-        scaler.raise_error_at_min_scale = False
-
-
-def loss_scale(optimizer: Any) -> dict[str, float]:
-    """The numbers of fp16's dynamic loss scale; empty elsewhere."""
-    scaler = _scaler(optimizer)
-    return {} if scaler is None else {name: getattr(scaler, name) for name in _MOVING}
-
-
-def set_loss_scale(optimizer: Any, numbers: Mapping[str, float]) -> None:
-    """Restore what `loss_scale` gave, where there is such a scale on both sides."""
-    scaler = _scaler(optimizer)
-    if scaler is not None and numbers:  # the precision may have changed
-        vars(scaler).update({name: numbers[name] for name in _MOVING})
+        if with_scale:
+            loss_scale.set_numbers(self._optimizer, self._numbers)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -62,8 +39,3 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "device" in state and get_accelerator().device_name() != "cpu":
         get_accelerator().set_rng_state(state["device"])
-
-
-def _scaler(optimizer: Any) -> DynamicLossScaler | None:
-    scaler = getattr(optimizer, "loss_scaler", None)
-    return scaler if isinstance(scaler, DynamicLossScaler) else None

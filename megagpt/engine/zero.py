@@ -16,14 +16,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native, offload, replicas, tensor
+from megagpt.engine import loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.base import Accept
 from megagpt.engine.materialise import check_device, materialise, recompute
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
-from megagpt.engine.side_state import SideState, never_raise
+from megagpt.engine.side_state import SideState
 from megagpt.engine.start import stop
 from megagpt.files import Write
 from megagpt.model.gpt import GPT
@@ -61,7 +61,7 @@ class ZeroEngine:
             mpu=self._grid,
             dist_init_required=False,
         )[0]
-        never_raise(self._engine.optimizer)
+        loss_scale.ready(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""

@@ -17,8 +17,8 @@ import layouts
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.engine import loss_scale
 from megagpt.engine.build import build
-from megagpt.engine.side_state import loss_scale
 from megagpt.engine.start import start, stop
 from megagpt.files import into
 from megagpt.model.layers import Attention
@@ -96,7 +96,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
             bad[kind] = update(engine, position, accept=(lambda _: False) if "refused" in kind else math.isfinite).made
             planted.bad = ""
     same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
-    scale = loss_scale(engine._engine.optimizer)
+    scale = loss_scale.numbers(engine._engine.optimizer)
     flipped = flip(engine, rank, resolved)
     answer = {
         "made": bad,
