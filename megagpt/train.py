@@ -10,7 +10,7 @@ import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megagpt import files, generate
+from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
 from megagpt.data.evaluation import together
@@ -18,6 +18,7 @@ from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run.checkpoint import SaveFailed
 from megagpt.run.console import Console
+from megagpt.run.health import Finding
 from megagpt.run.saving import Attempt
 from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
@@ -29,12 +30,14 @@ def loop(run: Run, state: TrainState) -> int:
     while state.update < run.total:
         run.watch.enter(UPDATE, state.update + 1)
         state = replace(state, position=run.health.start(state.position))
-        result = run.engine.train_update(run.loader.batches(state.position))
-        if wrong := run.health.judge(result):
-            state = roll_back(run, state, wrong)
+        result = run.engine.train_update(run.loader.batches(state.position), run.health.accepts)
+        if found := run.health.judge(state.update, result):
+            state = set_back(run, state, result, found)
             continue
         state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
+        if due(state, recipe.health.compare_every):
+            setbacks.compare_replicas(run, state)
 
         verdict = run.stopping.verdict(run.saver.writing)  # the one exchange in which all ranks agree
         if not verdict.writing:
@@ -72,6 +75,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
         seconds=seconds,
     )
+    run.health.note("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
     if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
         run.console.say(run.progress.line(state, result))
 
@@ -102,28 +106,17 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
             raise SaveFailed(problem)
         return
     run.failed_saves.end()
-    run.health.saved()
+    run.health.note("checkpoint", update=update)
     run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **times)
     if problem:
         run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
-def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
-    """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.loader.span(state.position)
+def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
+    """Deal with an update that went wrong, once a save under way has ended: it may be what to go back to."""
     run.watch.enter("save", state.update)
     note_save(run, run.saver.finish())
-    what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
-    found, _ = run.store.newest_valid()
-    if run.health.leave_out(state.position, samples) or found is None:
-        raise FloatingPointError(f"{what}; there is no checkpoint to go back to, or it has happened too often")
-    run.engine.load_state(found.folder)
-    run.metrics.go_back(found.state.update)
-    numbers = {"at": state.update + 1, "position": state.position, "samples": samples}
-    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers)
-    run.console.say(f"{'ROLLED BACK':>11}  to update {found.state.update}: {what}; that data is left out")
-    run.progress.pause()
-    return found.state
+    return setbacks.bear(run, state, result, found)
 
 
 def validate(run: Run, state: TrainState) -> None:

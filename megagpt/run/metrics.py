@@ -12,6 +12,8 @@ from typing import Any
 from megagpt.files import replace_text
 
 NAME = "metrics.jsonl"
+_DECISIONS = ("skip", "rollback")  # data that is left out for good
+_KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
 
 
 class Metrics:
@@ -65,14 +67,25 @@ def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def windows(run: Path) -> list[tuple[int, int]]:
-    """(data position, samples) of every stretch of data that rollbacks have left out."""
+def decisive(run: Path, last: int) -> list[dict[str, Any]]:
+    """The events that decisions about bad numbers depend on, without their other values: of updates the last ones."""
     if not (run / NAME).exists():
         return []
-    return [(event["position"], event["samples"]) for event in read(run, "rollback")]
+    records = [record for record in read(run) if record["event"] in ("update", "checkpoint", *_DECISIONS)]
+    updates = [record["update"] for record in records if record["event"] == "update"]
+    first = updates[-last:][0] if updates else 0
+    return [
+        {key: record[key] for key in _KEYS if key in record}
+        for record in records
+        if record["event"] != "update" or record["update"] >= first
+    ]
 
 
 def _truncate(path: Path, update: int) -> None:
-    """Drop what was recorded after `update`: those updates will be made again."""
-    kept = [record for record in read(path.parent) if record["update"] <= update and record["event"] != "done"]
+    """Drop what was recorded after `update`: those updates will be made again, by the same decisions."""
+    kept = [
+        record
+        for record in read(path.parent)
+        if record["event"] in _DECISIONS or (record["update"] <= update and record["event"] != "done")
+    ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

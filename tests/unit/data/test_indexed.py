@@ -91,8 +91,30 @@ def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
         "bin_crc32": zlib.crc32(binary),
         "idx_crc32": zlib.crc32(index),
         "version": 1,
+        "stretches": [[6, zlib.crc32(binary)]],
+        "made": {},
     }
     assert Reader(tmp_path / "c").sidecar == sidecar
+
+
+@given(sizes=st.lists(st.integers(0, 30), max_size=8), stretch=st.integers(1, 40))
+def test_checksums_of_stretches_cover_all_of_the_ids_and_do_not_depend_on_the_writes(tmp_path_factory, sizes, stretch):
+    prefix = tmp_path_factory.mktemp("c") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexed_writer, "_STRETCH", stretch)
+        sidecar = write(prefix, [range(size) for size in sizes])
+    binary, _ = content(prefix)
+    cut = [binary[start : start + stretch] for start in range(0, len(binary), stretch)]
+    assert sidecar.stretches == tuple((len(part), zlib.crc32(part)) for part in cut)
+    assert sidecar.bin_crc32 == zlib.crc32(binary)
+
+
+def test_a_sidecar_of_before_there_were_stretches_is_read(tmp_path):
+    write(tmp_path / "c", [[1, 2]])
+    path = tmp_path / "c.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("stretches", "made")}
+    path.write_text(json.dumps(old))
+    assert Reader(tmp_path / "c").sidecar.stretches == ()
 
 
 def test_ids_take_two_bytes_below_a_vocabulary_of_65500():
