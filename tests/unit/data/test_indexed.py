@@ -144,7 +144,6 @@ def test_a_corpus_of_no_tokens_can_be_written_and_opened(tmp_path, documents):
     reader = Reader(tmp_path / "c")
     assert (len(reader), len(reader.tokens), len(reader.documents)) == (0, 0, len(documents) + 1)
     assert all(reader.document(i).tolist() == [] for i in range(len(documents)))
-    reader.advise(0, 0)
 
 
 def test_arrays_outlive_the_reader(tmp_path):
@@ -161,13 +160,6 @@ def test_the_map_cannot_be_written_to(tmp_path):
     write(tmp_path / "c", [[1, 2]])
     with pytest.raises(ValueError, match="read-only"):
         Reader(tmp_path / "c").tokens[0] = 5
-
-
-def test_coming_tokens_may_be_asked_for_up_to_the_last(tmp_path):
-    write(tmp_path / "c", [list(range(10_000))] * 3)
-    reader = Reader(tmp_path / "c")
-    for start, count in ((0, 1), (2_047, 2), (29_000, 1_000)):
-        reader.advise(start, count)
 
 
 @pytest.mark.parametrize("ids", [[50_000], [1, -1], np.array([70_000]), np.array([-1], np.int8)])
