@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from megagpt.data.checksums import joined
 from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens, corpus_file, dtype_of
 from megagpt.data.sidecar import Sidecar
 from megagpt.errors import UserError
@@ -20,18 +21,22 @@ from megagpt.files import ChecksummedFile
 
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
 _BLOCK = 1 << 20  # index entries worked on at a time
+_STRETCH = 1 << 26  # bytes of .bin that have a checksum of their own
 
 
 class Writer:
     """Writes documents one by one; memory does not grow with their number.
 
     Use it in a `with` block and call `finish` at the end: until then the files have temporary names, and leaving
-    the block without it removes them. Raises UserError when the place cannot be written to.
+    the block without it removes them. `dtype` is of the ids in .bin, if not that of the vocabulary's size.
+    Raises UserError when the place cannot be written to.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
-        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype_of(vocab_size)
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, dtype: np.dtype[Any] | None = None) -> None:
+        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or dtype_of(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
+        self._stretches: list[tuple[int, int]] = []
+        self._begun = self._crc32 = 0  # bytes of the stretch that is written, and the checksum of those before
         self._sequences = 0
         folder = Path(self.prefix).parent
         try:
@@ -74,7 +79,23 @@ class Writer:
 
     def write_ids(self, ids: bytes | memoryview) -> None:
         """Append ids in the type of .bin, which the caller has checked, of documents that `end_documents` ends."""
+        view = memoryview(ids)
+        while len(view) >= (room := _STRETCH - self._begun):
+            self._append(view[:room])
+            self._end_stretch()
+            view = view[room:]
+        self._append(view)
+
+    def _append(self, ids: memoryview) -> None:
         self._bin.write(ids)
+        self._begun += len(ids)
+
+    def _end_stretch(self) -> None:
+        """Note the checksum of what was written since the last call, so that damage can be found by the stretch."""
+        if self._begun:
+            self._stretches.append((self._begun, self._bin.crc32))
+            self._crc32 = joined(self._crc32, self._bin.crc32, self._begun)
+            self._begun = self._bin.crc32 = 0
 
     def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
         """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
@@ -85,19 +106,19 @@ class Writer:
             lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
         else:
             lengths = tokens[counts > 0].astype("<i4")
-        self._lengths.write(lengths.tobytes())
-        self._ends.write((np.cumsum(counts) + self._sequences).astype("<i8").tobytes())
+        self.end_sequences(lengths, np.cumsum(counts), text_bytes)
+
+    def end_sequences(self, lengths: Tokens, document_ends: Tokens, text_bytes: int) -> None:
+        """End sequences of so many tokens each. `document_ends` counts those up to the end of each document."""
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._ends.write((document_ends + self._sequences).astype("<i8").tobytes())
         self._sequences += len(lengths)
-        self.tokens += int(tokens.sum())
-        self.documents += len(tokens)
+        self.tokens += int(lengths.sum(dtype=np.int64))
+        self.documents += len(document_ends)
         self.text_bytes += text_bytes
 
-    def finish(self, tokenizer_sha256: str, eod: int) -> Sidecar:
-        """Write the index and the sidecar, and give all three files their names."""
-        self._bin.sync()
-        with ChecksummedFile(self._partial(".idx")) as index:
-            self._write_index(index)
-            index.sync()
+    def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -105,17 +126,37 @@ class Writer:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
-            bin_crc32=self._bin.crc32,
-            idx_crc32=index.crc32,
+            idx_crc32=self._finish_files(),
+            bin_crc32=self._crc32,
+            stretches=tuple(self._stretches),
+            made=made or {},
         )
         with ChecksummedFile(self._partial(".json")) as file:
             file.write(sidecar.to_json().encode())
             file.sync()
+        self._publish(".bin", ".json", ".idx")
+        return sidecar
+
+    def finish_unverified(self) -> None:
+        """Write the index, and give it and .bin their names: a corpus without a sidecar."""
+        self._finish_files()
+        corpus_file(self.prefix, ".json").unlink(missing_ok=True)
+        self._publish(".bin", ".idx")
+
+    def _finish_files(self) -> int:
+        """Have .bin and .idx on the disk; the checksum of .idx."""
+        self._end_stretch()
+        self._bin.sync()
+        with ChecksummedFile(self._partial(".idx")) as index:
+            self._write_index(index)
+            index.sync()
+        return index.crc32
+
+    def _publish(self, *suffixes: str) -> None:
         # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".json", ".idx"):
+        for suffix in suffixes:
             self._partial(suffix).replace(corpus_file(self.prefix, suffix))
-        return sidecar
 
     def _write_index(self, index: ChecksummedFile) -> None:
         code = next(code for code, kind in CODES.items() if kind == self.dtype)
