@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
 from megagpt.data.evaluation import Evaluation
@@ -118,12 +120,16 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
     shape: dict[str, Any] = {
         "seq_len": recipe.model.seq_len,
         "vocab_size": recipe.model.vocab_size,
+        "tokenizer": recipe.data.tokenizer,
         "micro_batch": layout.micro_batch,
         "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
     sources = [(source.path, source.weight) for source in recipe.data.train]
-    loader = Loader(sources, seed=recipe.seed, accumulation=layout.accumulation, **shape)
+    loader = Loader(
+        sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        pinned=torch.cuda.is_available(), **shape,
+    )  # fmt: skip
     if recipe.data.validation is None:
         return loader, None
     return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
@@ -154,7 +160,10 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
     held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
-    say(f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}")
+    say(
+        f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
+        f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
+    )
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
             (layout.sequence_parallel, "sequence parts"))  # fmt: skip
     cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class TrainState:
     """Where a run stands after `update` updates.
 
-    `position` is the data position: samples consumed. `tokens` counts the valid target tokens trained on.
+    `position` is the data position: samples consumed or left out. `tokens` counts the valid target tokens trained on.
     """
 
     update: int = 0
@@ -17,7 +17,7 @@ class TrainState:
     tokens: int = 0
 
     def advanced(self, samples: int, tokens: int) -> TrainState:
-        """The state after one more update over `samples` samples with `tokens` valid target tokens."""
+        """The state after one more update that used up `samples` data positions, with `tokens` valid target tokens."""
         return TrainState(self.update + 1, self.position + samples, self.tokens + tokens)
 
 

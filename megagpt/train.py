@@ -31,7 +31,7 @@ def loop(run: Run, state: TrainState) -> int:
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(recipe.batch.global_size, result.tokens)
+        state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
 
         stop, last = run.stopping.requested(), state.update == run.total
@@ -89,7 +89,7 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
 
 def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.resolved.recipe.batch.global_size
+    samples = run.loader.span(state.position)
     what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     found, _ = run.store.newest_valid()
     if run.health.leave_out(state.position, samples) or found is None:

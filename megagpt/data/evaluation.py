@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import Reader, Tokens
+from megagpt.data.indexed import Reader
 from megagpt.data.loader import IGNORED, Batch, check_ids
 from megagpt.errors import UserError
 
@@ -33,11 +33,12 @@ class Evaluation:
         rank: int = 0,
         data_parallel: int = 1,
         samples: int | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         if len(corpus.tokens) == 0:
             raise UserError("the corpus holds no tokens to validate on", corpus.prefix, "prepare more text")
-        check_ids(corpus, vocab_size)
-        self._tokens: Tokens = corpus.tokens
+        check_ids(corpus, vocab_size, tokenizer)
+        self._corpus = corpus
         self._facts = corpus.sidecar
         self._seq_len, self._micro_batch = seq_len, micro_batch
         windows = -(-len(corpus.tokens) // seq_len)
@@ -67,7 +68,11 @@ class Evaluation:
         return loss * self.tokens / size / math.log(2) if size else None
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches in order: as many on every rank, so that all can meet after each one."""
+        """This rank's batches in order: as many on every rank, so that all can meet after each one.
+
+        Raises CorpusChanged where the corpus is no longer what was opened.
+        """
+        self._corpus.check_unchanged()
         for numbers in self._mine.tolist():
             inputs = np.zeros((len(numbers), self._seq_len), np.int64)
             labels = np.full_like(inputs, IGNORED)
@@ -81,12 +86,11 @@ class Evaluation:
 
     def _fill(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
         """Write the window whose first label is token `start`, and before each label the token that precedes it."""
-        window = self._tokens[start : start + self._seq_len]
-        labels[: len(window)] = window
-        inputs[1 : len(window)] = window[:-1]
-        if start:
-            inputs[0] = self._tokens[start - 1]
-        elif self._facts:
+        count, before = min(self._seq_len, len(self._corpus.tokens) - start), min(start, 1)
+        ids = np.frombuffer(self._corpus.stretch(start - before, before + count), self._corpus.dtype)
+        labels[:count] = ids[before:]
+        inputs[1 - before : count] = ids[:-1]
+        if start == 0 and self._facts:
             inputs[0] = self._facts.eod
-        else:
+        elif start == 0:
             labels[0] = IGNORED

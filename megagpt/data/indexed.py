@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, code, N, M: 34 bytes
 CODES: dict[int, np.dtype[Any]] = {
     code: np.dtype(kind) for code, kind in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 }
+_PROBES, _PROBE_TOKENS = 64, 1024  # places looked at in a corpus, and tokens at each
 Tokens = npt.NDArray[np.integer[Any]]
 
 
@@ -37,11 +40,16 @@ def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
     return Path(os.fspath(prefix) + suffix)
 
 
+class CorpusChanged(OSError):
+    """A corpus is no longer what was opened. No mistake of the command: it may go well on the next start."""
+
+
 class Reader:
     """A corpus opened by memory map; nothing is copied, and opening costs the same at any size.
 
     `tokens` is all of .bin `[tokens]`; `lengths` (tokens) and `offsets` (bytes) are `[sequences]`, `documents`
-    is `[documents + 1]`. The arrays hold the map themselves: they stay valid when the reader is gone.
+    is `[documents + 1]`. The arrays hold the map themselves: they stay valid when the reader is gone. A file that is
+    cut short under a map kills the process that reads there: what runs for long reads by `stretch`.
     `sidecar` is None for files that come without one. Raises UserError where the files do not fit together.
     """
 
@@ -55,6 +63,9 @@ class Reader:
         self.offsets: Tokens = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
         self.documents: Tokens = np.frombuffer(index, "<i8", documents, at + 12 * sequences)
         self._bytes = _map(self._bin)
+        self._file = os.open(self._bin, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._stamp = self._stat()
         self._check_sizes()
         self.tokens: Tokens = np.frombuffer(self._bytes, self.dtype)
         self.sidecar = read_sidecar(corpus_file(prefix, ".json"))
@@ -76,20 +87,62 @@ class Reader:
         start = int(self.offsets[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
 
-    def advise_random(self) -> None:
-        """Tell the system that reads will be scattered, so that it reads nothing ahead by itself."""
-        if isinstance(self._bytes, mmap.mmap):
-            self._bytes.madvise(mmap.MADV_RANDOM)
+    def stretch(self, start: int, count: int) -> bytes:
+        """The bytes of `count` tokens from token `start` on, read from the file as it is now.
 
-    def advise_coming(self, starts: npt.NDArray[np.int64], count: int) -> None:
-        """Ask the system to bring `count` tokens from each of `starts` on into memory; returns at once."""
-        if isinstance(self._bytes, mmap.mmap):
-            begins = starts * self.dtype.itemsize
-            pages = begins - begins % mmap.PAGESIZE
-            # A sample begins somewhere in its first page, so it may reach into one page more.
-            length = count * self.dtype.itemsize + mmap.PAGESIZE - 1
-            for page in pages.tolist():
-                self._bytes.madvise(mmap.MADV_WILLNEED, page, length)
+        Raises CorpusChanged where they are no longer there.
+        """
+        size, offset = count * self.dtype.itemsize, start * self.dtype.itemsize
+        try:
+            content = os.pread(self._file, size, offset)
+        except OSError as error:
+            raise self._gone(f"can no longer be read: {error.strerror}") from None
+        if len(content) != size:
+            raise self._gone("has become shorter")
+        return content
+
+    def advise(self, start: int, count: int) -> None:
+        """Ask the system to bring `count` tokens from token `start` on into memory; returns at once."""
+        width = self.dtype.itemsize
+        os.posix_fadvise(self._file, start * width, count * width, os.POSIX_FADV_WILLNEED)
+
+    @cached_property
+    def probe(self) -> Tokens:
+        """Ids at 64 places spread evenly over the corpus, its first and last among them; all, if it is small."""
+        return self._probe()
+
+    def check_unchanged(self) -> None:
+        """Raise CorpusChanged if .bin is no longer as it was opened: its size, or its `probe` where it was written to.
+
+        A file that was replaced or removed is still open here, and as good as before.
+        """
+        if (stamp := self._stat()) == self._stamp:
+            return
+        if stamp[0] != self._stamp[0]:
+            raise self._gone(f"had {self._stamp[0]:,} bytes, and has {stamp[0]:,} now")
+        if not np.array_equal(self._probe(), self.probe):
+            raise self._gone("has been written to")
+        self._stamp = stamp  # it was only touched
+
+    def _probe(self) -> Tokens:
+        count = min(_PROBE_TOKENS, len(self.tokens))
+        places = _PROBES if len(self.tokens) > _PROBES * _PROBE_TOKENS else -(-len(self.tokens) // _PROBE_TOKENS)
+        starts = np.linspace(0, len(self.tokens) - count, places).astype(np.int64).tolist()
+        return np.frombuffer(b"".join(self.stretch(start, count) for start in starts), self.dtype)
+
+    def _stat(self) -> tuple[int, int]:
+        """Size in bytes, and when .bin was last written to."""
+        try:
+            facts = os.fstat(self._file)
+        except OSError as error:
+            raise self._gone(f"can no longer be read: {error.strerror}") from None
+        return facts.st_size, facts.st_mtime_ns
+
+    def _gone(self, what: str) -> CorpusChanged:
+        return CorpusChanged(
+            f"{self._bin} has changed while it was read: it {what}. Restore it and start the same command again: "
+            "a run goes on from its last checkpoint"
+        )
 
     def _header(self, index: bytes | mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         if index[:8] == b"TNTIDX\0\0":

@@ -1,22 +1,25 @@
-"""Batches of one data-parallel rank, gathered straight from the memory map."""
+"""Batches of one data-parallel rank, read straight from the corpora as they are needed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from megagpt.data.indexed import Reader, corpus_file
-from megagpt.data.order import Located, Order, rank_positions
+from megagpt.data.order import Order, rank_positions
+from megagpt.data.skips import Skips
 from megagpt.errors import UserError
 
 IGNORED = -100  # a label that takes no part in the loss
-_PROBES, _PROBE_TOKENS = 64, 1024  # places looked at when a corpus is opened, and tokens at each
+_AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
+_Place = tuple[int, int]  # number of the source, first token
 
 
 class Batch(NamedTuple):
@@ -29,9 +32,11 @@ class Batch(NamedTuple):
 class Loader:
     """Gives the micro-batches of one data-parallel rank for the update at any data position.
 
-    `sources` are (prefix, weight) pairs. `order` says which sample comes when; `notes` says which corpora are
-    unverified; `fingerprint` (plain JSON values) names the data and its order, for comparison on resume.
-    Raises UserError where a corpus is missing, damaged, too short, or holds ids that the model does not know.
+    `sources` are (prefix, weight) pairs, `skip` the (first, last) data positions that are left out. `order` says which
+    sample comes when; `notes` says which corpora are unverified; `fingerprint` (plain JSON values) names the data and
+    its order, for comparison on resume. `pinned` batches can be copied to a GPU while it computes.
+    Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, or holds ids that the
+    model does not know.
     """
 
     def __init__(
@@ -45,15 +50,17 @@ class Loader:
         accumulation: int = 1,
         rank: int = 0,
         data_parallel: int = 1,
+        tokenizer: str | None = None,
+        skip: Sequence[tuple[int, int]] = (),
+        pinned: bool = False,
     ) -> None:
         self._readers = [Reader(prefix) for prefix, _ in sources]
-        probes = [check_ids(reader, vocab_size) for reader in self._readers]
+        probes = [check_ids(reader, vocab_size, tokenizer) for reader in self._readers]
         weights = [weight for _, weight in sources]
         for reader in self._readers:
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
-            reader.advise_random()
         self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed)
         self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
         self.fingerprint: dict[str, Any] = {
@@ -61,66 +68,78 @@ class Loader:
             "seed": seed,
             "sources": [_facts(*source) for source in zip(self._readers, weights, probes, strict=True)],
         }
-        self._share = (rank, data_parallel, micro_batch, accumulation)
+        self._skips, self._pinned = Skips(skip), pinned
+        self._share = (rank, data_parallel, micro_batch)
         self._shape = (accumulation, micro_batch)
-        self._global_batch = data_parallel * micro_batch * accumulation
-        self._windows = [_windows(reader.tokens, seq_len + 1) for reader in self._readers]
-        # Positions are located some 4,096 at a time: hardly dearer than a handful.
-        self._block_updates = max(1, 4096 // (micro_batch * accumulation))
-        self._fill_block(0)
+        self._samples = micro_batch * accumulation
+        self._global_batch = data_parallel * self._samples
+        self._updates = max(1, _AT_ONCE // self._samples)
+        self._first, self._places = 0, self._locate(0)
 
     def batches(self, position: int) -> list[Batch]:
         """The micro-batches `[accumulation]` of the update that begins at this data position.
 
-        The samples of the update after it are asked for from the disk on the way.
+        The samples of the update after it are asked for from the disk on the way. Raises CorpusChanged where
+        a corpus is no longer what was opened.
         """
-        samples = torch.from_numpy(self._gather(self._locate(position))).view(*self._shape, -1)
-        self._advise(self._locate(position + self._global_batch))
+        for reader in self._readers:
+            reader.check_unchanged()
+        number = self._skips.number(position)
+        samples = self._read(self._of_update(number))
+        for source, start in self._of_update(number + self._global_batch):
+            self._readers[source].advise(start, self.order.seq_len + 1)
         return [Batch(micro[:, :-1], micro[:, 1:]) for micro in samples]
 
-    def _locate(self, position: int) -> Located:
-        """This rank's samples of the update at `position`, out of a block of updates that is computed at once."""
-        update, rest = divmod(position - self._block_position, self._global_batch)
-        if rest or not 0 <= update < self._block_updates:
-            self._fill_block(position)
-            update = 0
-        count = len(self._block.start) // self._block_updates
-        part = slice(update * count, (update + 1) * count)
-        return Located(*(column[part] for column in self._block))
+    def span(self, position: int) -> int:
+        """How many data positions the update at `position` uses up: the global batch, and what is left out by hand."""
+        last = self._skips.number(position) + self._global_batch - 1
+        return int(self._skips.positions(np.array([last]))[0]) + 1 - position
 
-    def _fill_block(self, position: int) -> None:
-        rank, data_parallel, micro_batch, accumulation = self._share
-        steps = accumulation * self._block_updates
-        positions = rank_positions(position, rank, data_parallel, micro_batch, steps)
-        self._block_position, self._block = position, self.order.locate(positions.reshape(-1))
+    def _of_update(self, number: int) -> list[_Place]:
+        """This rank's samples of the update that begins at the kept position of this number."""
+        update, rest = divmod(number - self._first, self._global_batch)
+        if rest or not 0 <= update < self._updates:
+            self._first, self._places, update = number, self._locate(number), 0
+        return self._places[update * self._samples : (update + 1) * self._samples]
 
-    def _gather(self, located: Located) -> npt.NDArray[np.int64]:
-        """Samples `[count, seq + 1]`: one fancy index per source, copied once."""
-        if len(self._windows) == 1:
-            return self._windows[0][located.start].astype(np.int64)
-        samples = np.empty((len(located.start), self.order.seq_len + 1), np.int64)
-        for source in np.unique(located.source):
-            rows = np.flatnonzero(located.source == source)
-            samples[rows] = self._windows[source][located.start[rows]]
-        return samples
+    def _locate(self, number: int) -> list[_Place]:
+        """This rank's samples of some 4,096 positions from a kept one on."""
+        numbers = rank_positions(number, *self._share, self._shape[0] * self._updates)
+        located = self.order.locate(self._skips.positions(numbers).reshape(-1))
+        return list(zip(located.source.tolist(), located.start.tolist(), strict=True))
 
-    def _advise(self, located: Located) -> None:
-        """Ask for coming samples, so that the disk works while the model does."""
-        for source, reader in enumerate(self._readers):
-            starts = located.start if len(self._readers) == 1 else located.start[located.source == source]
-            reader.advise_coming(starts, self.order.seq_len + 1)
+    def _read(self, places: Sequence[_Place]) -> torch.Tensor:
+        """Samples `[accumulation, micro, seq + 1]`, int64."""
+        length = self.order.seq_len + 1
+        rows = [(self._readers[source], start) for source, start in places]
+        kinds = {reader.dtype for reader in self._readers}
+        samples = torch.empty((len(rows), length), dtype=torch.int64, pin_memory=self._pinned)
+        if len(kinds) == 1:  # cast together: twice as fast
+            joined = b"".join([reader.stretch(start, length) for reader, start in rows])
+            samples.numpy()[:] = np.frombuffer(joined, kinds.pop()).reshape(samples.shape)
+        else:
+            for row, (reader, start) in zip(samples.numpy(), rows, strict=True):
+                row[:] = np.frombuffer(reader.stretch(start, length), reader.dtype)
+        return samples.view(*self._shape, length)
 
 
-def check_ids(reader: Reader, vocab_size: int) -> int:
+def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> int:
     """Compare the ids at 64 places spread over the corpus with the model's vocabulary; crc32 of what was seen.
 
-    Raises UserError if an id does not fit, or if the corpus says itself that its vocabulary is larger.
+    Raises UserError if an id does not fit, or if the corpus says itself that its vocabulary is larger, or that it was
+    made by another tokenizer than the one in this file.
     """
+    if reader.sidecar and tokenizer and Path(tokenizer).is_file():
+        sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+        if sha256 != reader.sidecar.tokenizer_sha256:
+            what = f"the corpus was made by the tokenizer {reader.sidecar.tokenizer_sha256[:12]}…, not by {tokenizer}"
+            do = "set data.tokenizer to the one that made the corpus, or prepare the corpus anew"
+            raise UserError(f"{what} ({sha256[:12]}…)", reader.prefix, do)
     do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
     if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
         what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"
         raise UserError(what, reader.prefix, do)
-    probe = _probe(reader.tokens)
+    probe = reader.probe
     odd = probe[(probe < 0) | (probe >= vocab_size)]
     if odd.size:
         what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
@@ -134,20 +153,13 @@ def unverified(reader: Reader) -> str:
     return "" if reader.sidecar else f"{reader.prefix}: unverified (no {missing.name} says how it was made)"
 
 
-def _windows(tokens: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
-    """Every stretch of `length` tokens as a row `[tokens - length + 1, length]`: a view, nothing is copied."""
-    return np.lib.stride_tricks.sliding_window_view(tokens, length)
-
-
-def _probe(tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Tokens at places spread evenly over the corpus, its first and its last ones among them; all, if it is small."""
-    if len(tokens) <= _PROBES * _PROBE_TOKENS:
-        return np.asarray(tokens)
-    starts = np.linspace(0, len(tokens) - _PROBE_TOKENS, _PROBES).astype(np.int64)
-    return _windows(tokens, _PROBE_TOKENS)[starts]
-
-
 def _facts(reader: Reader, weight: float, probe: int) -> dict[str, Any]:
     """What tells one corpus from another, wherever it lies."""
-    crc32 = reader.sidecar.bin_crc32 if reader.sidecar else None
-    return {"tokens": len(reader.tokens), "crc32": crc32, "probe_crc32": probe, "weight": weight}
+    said = reader.sidecar
+    return {
+        "tokens": len(reader.tokens),
+        "crc32": said.bin_crc32 if said else None,
+        "probe_crc32": probe,
+        "tokenizer_sha256": said.tokenizer_sha256 if said else None,
+        "weight": weight,
+    }

@@ -60,6 +60,13 @@ def _sources(train: Any, validation: str | None) -> Finding:
     return None
 
 
+def _skip(skip: Any) -> Finding:
+    backwards = [pair for pair in skip if pair[1] < pair[0]]
+    if not backwards:
+        return None
+    return f"data.skip has a stretch that ends before it begins: {backwards[0]}", "write [first, last]"
+
+
 def _validation(every: int | None, validation: str | None) -> Finding:
     if every is None or validation is not None:
         return None
@@ -141,6 +148,7 @@ RULES: tuple[Rule, ...] = (
     (_groups, ("model.n_head", "model.n_kv_head")),
     (_rotation, ("model.d_model", "model.n_head", "model.position")),
     (_sources, ("data.train", "data.validation")),
+    (_skip, ("data.skip",)),
     (_muon_lr, ("optimizer.type", "optimizer.muon_lr")),
     (_muon_momentum, ("optimizer.type", "optimizer.muon_momentum")),
     (_floor, ("schedule.min_lr", "optimizer.lr")),

@@ -32,6 +32,10 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _pairs(value: Any) -> Any:
+    return tuple(map(_pair, value)) if isinstance(value, list) else value
+
+
 def _sources(value: Any) -> Any:
     """Let a bare PREFIX stand for a source of weight 1, alone or in a list."""
     items = value if isinstance(value, (list, tuple)) else [value]
@@ -126,6 +130,8 @@ class DataSection(Section):
     """a prefix, or a list of {path, weight}"""
     validation: _Text | None = None
     """a prefix; null for no validation"""
+    skip: Annotated[tuple[tuple[_CountOrNone, _CountOrNone], ...], BeforeValidator(_pairs)] = ()
+    """data positions that are left out, a list of [first, last]; all others keep their samples"""
 
 
 class BatchSection(Section):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megagpt.errors import UserError
+from megagpt.errors import Problem, UserError
 from megagpt.run.checkpoint import Checkpoint, Store
 
 MODES = ("auto", "must", "never")
@@ -53,29 +55,32 @@ def check(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[st
         if not any(_within(line, key) for line in recipe):
             do = "take it away, or change the value in the recipe or on the command line"
             raise UserError("nothing of that name has changed since the checkpoint", f"--allow-change {key}", do)
-    _refuse(
-        checkpoint,
-        "the recipe is not the one that this run was trained with",
-        [line for line in recipe if not line.startswith(_FREE) and not any(_within(line, key) for key in allowed)],
+    changed = [line for line in recipe if not line.startswith(_FREE) and not any(_within(line, key) for key in allowed)]
+    do = (
         f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, choose another run_dir to start anew, "
-        "or allow each change by name: --allow-change KEY",
+        "or allow each change by name: --allow-change KEY"
     )
-    _refuse(
-        checkpoint,
-        "the training data is not what this run was trained on",
-        _differences(_flat(then["data"]), _flat(facts["data"])),
-        "give the run its old data, or choose another run_dir to start anew",
-    )
+    what = f"the recipe is not the one that this run was trained with: {checkpoint.folder.name}"
+    problems = [Problem(what, "\n".join(changed), do)] if changed else []
+    if changed := _differences(_flat(then["data"]), _flat(facts["data"])):
+        what = (
+            f"the training data is not what this run was trained on: {checkpoint.folder.name} "
+            f"(fingerprint {fingerprint(then['data'])} then, {fingerprint(facts['data'])} now)"
+        )
+        do = "give the run its old data, or choose another run_dir to start anew"
+        problems.append(Problem(what, "\n".join(changed), do))
+    if problems:
+        raise UserError.of(problems)
+
+
+def fingerprint(data: Mapping[str, Any]) -> str:
+    """A short name for the facts of some data and its order."""
+    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
 
 
 def moved(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str:
     """What of the layout is not as it was, in one line; "" where nothing has changed."""
     return "; ".join(_differences(checkpoint.facts["layout"], facts["layout"]))
-
-
-def _refuse(checkpoint: Checkpoint, what: str, differences: list[str], do: str) -> None:
-    if differences:
-        raise UserError(f"{what}: {checkpoint.folder.name}", "\n".join(differences), do)
 
 
 def changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:

@@ -122,7 +122,7 @@ def test_a_corpus_of_no_tokens_can_be_written_and_opened(tmp_path, documents):
     reader = Reader(tmp_path / "c")
     assert (len(reader), len(reader.tokens), len(reader.documents)) == (0, 0, len(documents) + 1)
     assert all(reader.document(i).tolist() == [] for i in range(len(documents)))
-    reader.advise_random()
+    reader.advise(0, 0)
 
 
 def test_arrays_outlive_the_reader(tmp_path):
@@ -145,7 +145,7 @@ def test_coming_tokens_may_be_asked_for_up_to_the_last(tmp_path):
     write(tmp_path / "c", [list(range(10_000))] * 3)
     reader = Reader(tmp_path / "c")
     for start, count in ((0, 1), (2_047, 2), (29_000, 1_000)):
-        reader.advise_coming(np.array([start, 0]), count)
+        reader.advise(start, count)
 
 
 @pytest.mark.parametrize("ids", [[50_000], [1, -1], np.array([70_000]), np.array([-1], np.int8)])

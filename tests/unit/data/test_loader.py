@@ -1,9 +1,13 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megagpt.data.evaluation import Evaluation
+from megagpt.data.indexed import CorpusChanged, corpus_file
 from megagpt.data.loader import Loader
 from megagpt.errors import UserError
 
@@ -143,3 +147,120 @@ def test_a_corpus_shorter_than_a_sample_is_named(make_corpus):
         f"megagpt: the corpus has 16 tokens, fewer than one sample (17)\n  {corpus.prefix}\n"
         "  do: prepare more text, or lower model.seq_len"
     )
+
+
+@pytest.mark.parametrize("layout", [(1, 24, 1), (2, 3, 4), (3, 2, 4)])
+def test_skipped_positions_are_left_out_and_no_other_sample_moves(corpora, layout):
+    data_parallel, micro_batch, accumulation = layout
+    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "data_parallel": data_parallel}
+    skip = [(5, 6), (40, 70), (95, 95)]
+    ranks = [loader(corpora, rank=rank, skip=skip, **shape) for rank in range(data_parallel)]
+    kept = [position for position in range(200) if not any(first <= position <= last for first, last in skip)]
+    position = 0
+    for update in range(4):
+        expected = kept[update * 24 : update * 24 + 24]
+        steps = zip(*(rank.batches(position) for rank in ranks), strict=True)
+        together = [sample for step in steps for sample in samples(step)]
+        assert together == named_by_the_order(ranks[0], corpora, expected)
+        position += ranks[0].span(position)
+        assert position == expected[-1] + 1
+    assert samples(ranks[0].batches(40)) == samples(ranks[0].batches(71))  # a checkpoint may lie inside
+
+
+@pytest.mark.parametrize("sizes", [(24,), (8, 16), (12, 4, 8), (1, 2, 3, 18)])
+def test_another_global_batch_goes_on_with_the_same_order(corpora, sizes):
+    position, seen = 100, []
+    for size in sizes:  # as a run that is resumed each time
+        seen += samples(loader(corpora, micro_batch=size).batches(position))
+        position += size
+    assert seen == named_by_the_order(loader(corpora), corpora, range(100, 124))
+
+
+def break_(how):
+    """What may happen to a file that is being read."""
+
+    def shorten(path):
+        os.truncate(path, 1000)
+
+    def overwrite(path):
+        with path.open("r+b") as file:
+            file.write(b"\1\2\3\4")
+        os.utime(path, (1, 1))  # a clock of few ticks may not have moved since the file was made
+
+    def lengthen(path):
+        with path.open("ab") as file:
+            file.write(b"\0\0")
+
+    return {"shorten": shorten, "overwrite": overwrite, "lengthen": lengthen}[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("shorten", "had 10,000 bytes, and has 1,000 now"),
+        ("lengthen", "had 10,000 bytes, and has 10,002 now"),
+        ("overwrite", "has been written to"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["training", "validation"])
+def test_a_corpus_that_changes_under_a_run_is_named_and_no_crash(corpora, how, what, reader):
+    path = corpus_file(corpora[0].prefix, ".bin")
+    if reader == "training":
+        data = loader(corpora)
+        read = lambda: data.batches(0)  # noqa: E731
+    else:
+        data = Evaluation(corpora[0], seq_len=16, vocab_size=50_000, micro_batch=4)
+        read = lambda: list(data.batches())  # noqa: E731
+    read()
+    break_(how)(path)
+    with pytest.raises(CorpusChanged) as error:
+        read()
+    assert str(error.value) == (
+        f"{path} has changed while it was read: it {what}. Restore it and start the same command again: "
+        "a run goes on from its last checkpoint"
+    )
+
+
+def test_a_corpus_cut_short_between_check_and_read_is_named(corpora):
+    data = loader(corpora[:1])
+    data._readers[0].check_unchanged = lambda: os.truncate(corpus_file(corpora[0].prefix, ".bin"), 0)
+    with pytest.raises(CorpusChanged, match="it has become shorter"):
+        data.batches(0)
+
+
+def test_a_corpus_that_is_touched_replaced_or_removed_is_read_on(corpora):
+    data = loader(corpora)
+    expected = samples(data.batches(8))
+    path = corpus_file(corpora[0].prefix, ".bin")
+    os.utime(path)
+    assert samples(data.batches(8)) == expected
+    path.with_suffix(".new").write_bytes(b"another")
+    path.with_suffix(".new").replace(path)
+    assert samples(data.batches(8)) == expected
+    path.unlink()
+    assert samples(data.batches(8)) == expected
+
+
+def test_sources_of_different_widths_blend(make_corpus):
+    corpora = [make_corpus([range(3000)], vocab_size=60_000), make_corpus([range(60_000, 62_000)], vocab_size=70_000)]
+    assert [corpus.tokens.dtype for corpus in corpora] == ["uint16", "int32"]
+    data = loader(corpora, vocab_size=70_000)
+    assert samples(data.batches(96)) == named_by_the_order(data, corpora, range(96, 100))
+
+
+def test_a_corpus_of_another_tokenizer_is_named(corpora, tmp_path):
+    file = tmp_path / "other.model"
+    file.write_bytes(b"another")
+    with pytest.raises(UserError) as error:
+        loader(corpora, tokenizer=str(file))
+    assert str(error.value) == (
+        f"megagpt: the corpus was made by the tokenizer 000000000000…, not by {file} (ae448ac86c4e…)\n"
+        f"  {corpora[0].prefix}\n"
+        "  do: set data.tokenizer to the one that made the corpus, or prepare the corpus anew"
+    )
+
+
+def test_no_file_appears_beside_the_data(corpora, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    loader(corpora).batches(0)
+    assert sorted(tmp_path.rglob("*")) == before

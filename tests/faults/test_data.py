@@ -1,0 +1,58 @@
+"""What may happen to the data of a run: named, and no crash; and what is left out of it by hand."""
+
+import os
+import re
+import shutil
+
+import pytest
+
+from tests import training
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    """A recipe, and a copy of the corpora that it may spoil."""
+    shutil.copytree(data, tmp_path / "data")
+    return training.write_recipe(tmp_path / "run", tmp_path / "data")
+
+
+def test_skipped_positions_are_passed_over_and_other_data_is_refused_by_its_fingerprint(own, tmp_path):
+    """No rank trains what is left out, every other sample keeps its place; then the run is given another corpus."""
+    straight = training.write_recipe(tmp_path / "straight", tmp_path / "data")
+    training.finish(straight, "length.updates=6", "evaluation.every=null")
+    printed = training.finish(
+        own, "length.updates=6", "evaluation.every=null", "data.skip=[[9, 10], [12, 15]]", world=2
+    )
+    ours, theirs = training.curve(tmp_path / "run"), training.curve(tmp_path / "straight")
+    assert [row["position"] for row in ours] == [4, 8, 18, 22, 26, 30]
+    assert [row["position"] for row in theirs] == [4, 8, 12, 16, 20, 24]
+    assert [row["loss"] for row in ours[:2]] == pytest.approx([row["loss"] for row in theirs[:2]], rel=1e-5)
+    then = re.search(r"fingerprint (\w{8})", printed)[1]
+
+    corpus = tmp_path / "data/text.train.bin"
+    ids = bytearray(corpus.read_bytes())
+    ids[:2] = b"\1\0"
+    corpus.write_bytes(ids)
+    with training.ranks(own, "length.updates=9", "data.skip=[[9, 10], [12, 15]]") as (process,):
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert re.search(
+        "the training data is not what this run was trained on: update_00000006 "
+        rf"\(fingerprint {then} then, \w{{8}} now\)"
+        r"\n  sources.0.probe_crc32  \d+ then, \d+ now\n",
+        said,
+    )
+
+
+def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_on_when_it_is_back(own, tmp_path):
+    corpus = tmp_path / "data/text.train.bin"
+    content = corpus.read_bytes()
+    with training.ranks(own, world=2) as started:
+        training.wait_for_update(tmp_path / "run", 12)
+        os.truncate(corpus, 100)
+        said = [process.communicate(timeout=60)[1] for process in started]
+    assert all(process.returncode not in (0, 2) for process in started)
+    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in "".join(said)
+    corpus.write_bytes(content)
+    training.finish(own, world=2)
+    assert training.curve(tmp_path / "run")[-1]["update"] == 100
