@@ -12,43 +12,58 @@ from pathlib import Path
 
 from megagpt import files, generate
 from megagpt import recipe as recipes
-from megagpt.assembly import Options, Run, assemble
+from megagpt.assembly import DONE, Options, Run, assemble
+from megagpt.data.loader import Batch
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
-from megagpt.run import checkpoint
+from megagpt.run import checkpoint, metrics, times
 from megagpt.run.console import Console
-from megagpt.run.watch import UPDATE
+from megagpt.run.stopping import UntilStopped
+from megagpt.run.watch import DATA, EVALUATE, SAMPLE, SAVE, UPDATE
 from megagpt.state import TrainState, UpdateResult
 
 
 def loop(run: Run, state: TrainState) -> int:
     """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
     recipe = run.resolved.recipe
-    while state.update < run.total:
-        run.watch.enter(UPDATE, state.update + 1)
+    stop = validate(run, state) if owed(run, state) else None
+    while state.update < run.total and not stop:
         state = replace(state, position=run.health.start(state.position))
-        result = run.engine.train_update(run.loader.batches(state.position))
+        batches = fetch(run, state)
+        run.watch.enter(UPDATE, state.update + 1)
+        result = run.engine.train_update(batches)
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(run.loader.span(state.position), result.tokens)
+        state = state.advanced(recipe.batch.global_size, result.tokens)
         record(run, state, result)
 
         stop, last = run.stopping.requested(), state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
-        if last or (not stop and due(state, recipe.evaluation.every)):
-            validate(run, state)
-        if stop and not last:
-            run.console.say(f"stopped by {stop}, saved at update {state.update}. The same command goes on from there.")
-            return EXIT_REQUEUE
-    finish(run, state)
-    return EXIT_DONE
+        if not stop and (last or due(state, recipe.evaluation.every)):
+            stop = validate(run, state)
+    return leave(run, state, stop) if stop else finish(run, state)
 
 
 def due(state: TrainState, every: int | None) -> bool:
     """Whether something that is done every so many updates is due now."""
     return every is not None and state.update % every == 0
+
+
+def owed(run: Run, state: TrainState) -> bool:
+    """Whether the validation of this update is due and not on record: its process ended before it."""
+    due_now = state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
+    owed_here = run.rank.main and due_now and state.update > 0 and run.validation is not None
+    return run.agreement.any(owed_here and not run.metrics.has("validation", state.update))
+
+
+def fetch(run: Run, state: TrainState) -> list[Batch]:
+    """This rank's batches of the next update."""
+    run.watch.enter(DATA, state.update + 1)
+    batches = run.loader.batches(state.position)
+    run.progress.fetched()
+    return batches
 
 
 def record(run: Run, state: TrainState, result: UpdateResult) -> None:
@@ -66,6 +81,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         tokens_per_second=speed,
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
         seconds=seconds,
+        data_seconds=run.progress.waited,
     )
     if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
         run.console.say(run.progress.line(state, result))
@@ -73,7 +89,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
     """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
-    run.watch.enter("save", state.update)
+    run.watch.enter(SAVE, state.update)
     try:
         folder = run.store.publish(state, run.engine.save_state, run.facts)
     except checkpoint.SaveFailed as error:
@@ -95,28 +111,42 @@ def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     if run.health.leave_out(state.position, samples) or found is None:
         raise FloatingPointError(f"{what}; there is no checkpoint to go back to, or it has happened too often")
     run.engine.load_state(found.folder)
-    run.metrics.go_back(found.state.update)
     numbers = {"at": state.update + 1, "position": state.position, "samples": samples}
-    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers)
+    seconds = {"lost_seconds": run.metrics.go_back(found.state.update), "seconds": run.progress.pause()}
+    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers, **seconds)
     run.console.say(f"{'ROLLED BACK':>11}  to update {found.state.update}: {what}; that data is left out")
-    run.progress.pause()
     return found.state
 
 
-def validate(run: Run, state: TrainState) -> None:
-    """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
-    run.watch.enter("evaluate", state.update)
+def validate(run: Run, state: TrainState) -> str | None:
+    """Measure the loss on held-out text, and let the model continue the recipe's prompt.
+
+    Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
+    """
     recipe = run.resolved.recipe
-    if run.validation is not None:
-        loss = run.engine.evaluate(run.validation.batches())
-        bits = run.validation.bits_per_byte(loss)
-        run.metrics.write("validation", update=state.update, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
-        shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
-        run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+    if run.validation is None:
+        return None
+    batches = UntilStopped(run.validation.batches(), lambda: between_batches(run, state))
+    loss = run.engine.evaluate(batches)
+    if batches.reason:
+        run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
+        return batches.reason
+    numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": run.validation.bits_per_byte(loss)}
+    bits = numbers["bits_per_byte"]
+    shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
+    run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
     if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
+        run.watch.enter(SAMPLE, state.update)
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")
-    run.progress.pause()
+    run.metrics.write("validation", update=state.update, **numbers, seconds=run.progress.pause())
+    return None
+
+
+def between_batches(run: Run, state: TrainState) -> str | None:
+    """What each batch of an evaluation begins with: a sign of progress, and the question whether to stop."""
+    run.watch.enter(EVALUATE, state.update)
+    return run.stopping.requested()
 
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:
@@ -127,16 +157,33 @@ def sample(run: Run, prompt: str, tokenizer: str) -> str:
     return generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
 
 
-def finish(run: Run, state: TrainState) -> None:
+def leave(run: Run, state: TrainState, why: str) -> int:
+    """Say why training stops here; the exit code."""
+    say_times(run, state)
+    run.console.say(f"stopped by {why}, saved at update {state.update}. The same command goes on from there.")
+    return EXIT_REQUEUE
+
+
+def finish(run: Run, state: TrainState) -> int:
     """Say where everything is, and leave DONE: only after the last checkpoint was published and read back."""
     found, _ = run.store.newest_valid()
     if found is None or found.state != state:
         raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
+    say_times(run, state)
     run.metrics.write("done", **asdict(state))
     if run.rank.main:
-        files.replace_text(run.path / "DONE", json.dumps(asdict(state)) + "\n")
+        files.replace_text(run.path / DONE, json.dumps(asdict(state)) + "\n")
     run.console.say(f"done: {state.update:,} updates, {state.tokens:,} tokens, in {run.path}")
     run.console.say(f"next: megagpt evaluate {run.path}")
+    return EXIT_DONE
+
+
+def say_times(run: Run, state: TrainState) -> None:
+    """Say and record where the run's seconds went, over all its restarts."""
+    if run.rank.main:
+        spent = times.of(metrics.read(run.path))
+        run.metrics.write("time", update=state.update, spent=asdict(spent), shares=spent.shares)
+        run.console.say(f"time     {spent}")
 
 
 def train(options: Options) -> int:

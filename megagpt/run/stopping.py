@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Generic, TypeVar
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
+T = TypeVar("T")
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
 
 
@@ -48,3 +50,18 @@ class Stopping:
             signal.raise_signal(number)
         self._noted_at = self._noted_at or time.monotonic()
         self._reason = self._reason or f"signal {signal.Signals(number).name}"
+
+
+class UntilStopped(Generic[T]):
+    """Passes items on until `asked`, called before each, says why to stop; then `reason` holds it."""
+
+    def __init__(self, items: Iterable[T], asked: Callable[[], str | None]) -> None:
+        self._items, self._asked = items, asked
+        self.reason: str | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        for item in self._items:
+            self.reason = self._asked()
+            if self.reason:
+                return
+            yield item

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import psutil
 
 from megagpt.run.console import duration
 
@@ -28,7 +31,7 @@ class Times:
     @property
     def total(self) -> float:
         """All seconds together."""
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -42,6 +45,11 @@ class Times:
         parts = sorted(self.shares.items(), key=lambda item: -item[1])
         named = ", ".join(f"{'lost work' if name == 'lost' else name} {share:.1%}" for name, share in parts)
         return f"{duration(self.total)}: {named}"
+
+
+def process_age() -> float:
+    """Seconds since this process was started, all its imports included."""
+    return time.time() - float(psutil.Process().create_time())
 
 
 def of(events: Iterable[Mapping[str, Any]]) -> Times:
@@ -58,6 +66,6 @@ def _one(event: Mapping[str, Any]) -> Times:
         return Times(save=event.get("stall_seconds", seconds))
     if kind in ("validation", "validation_left"):
         return Times(evaluate=seconds)
-    if kind in ("start", "resume"):
+    if kind in ("start", "branch", "resume"):
         return Times(restart=seconds, lost=lost)
     return Times(lost=seconds + lost) if kind == "rollback" else Times()

@@ -46,6 +46,7 @@ class Outcome:
     notice: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     go_on: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    history: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
@@ -132,6 +133,7 @@ class Campaign:
             codes = ranks.wait(PATIENCE, all_but=made.ranks if made.act == "SIGSTOP" else ())
             gone = time.monotonic()
             names = self._note(ranks)
+            self._out.history.append(f"{made}: {codes}, inside {names}, left {self._updates()}, {self._saved()}")
             self._judge(made, codes, came, "file calls that fail" in names, ranks.printed())
         if came:
             names.add(made.kind)
@@ -202,7 +204,8 @@ class Campaign:
             out.wrong += [f"a loss differs by {far:.1e}"] if far > 1e-5 else []
             return
         if curve != alone:
-            out.wrong.append("the curve")
+            first = next((a["update"] for a, b in zip(curve, alone, strict=False) if a != b), "the end")
+            out.wrong.append(f"the curve, from update {first} on")
         if training.final_weights(self._run) != training.final_weights(self._alone):
             out.wrong.append("the weights")
 
@@ -233,6 +236,7 @@ def table(out: Outcome) -> str:
         f"seconds from start to the first update: median {statistics.median(out.go_on):.2f}, most {max(out.go_on):.2f}",
         f"wrong: {len(out.wrong)}",
         *out.wrong,
+        *(out.history if out.wrong else []),
     ]
     return "\n".join(rows)
 
