@@ -12,6 +12,7 @@ import torch
 
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
+from megagpt.data import blend
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
@@ -21,6 +22,7 @@ from megagpt.run import checkpoint, resume, times
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics, windows
+from megagpt.run.saving import Saver
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
 from megagpt.state import TrainState
@@ -55,10 +57,11 @@ class Run:
     resolved: Resolved
     total: int
     loader: Loader
-    validation: Evaluation | None
+    validation: tuple[Evaluation, ...]
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
+    saver: Saver
     console: Console
     metrics: Metrics
     failed_saves: Row
@@ -66,7 +69,6 @@ class Run:
     watch: Watch
     progress: Progress
     stopping: Stopping
-    facts: dict[str, Any]
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None where it is not known
 
@@ -79,6 +81,9 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
     total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    samples = total * recipe.batch.global_size
+    taken = blend.taken(loader.order, recipe.data.train, samples)
+    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -89,7 +94,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     found, damaged = resume.find(store, options.resume)
     if found is not None:
         resume.check(found, facts, options.allow_change)
-        if found.state.update >= total and agreement.any(rank.main and done(path) >= found.state.update):
+        if found.state.update >= total and all(agreement.any(rank.main and done(path) >= found.state.update)):
             console.say(
                 f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
             )
@@ -106,12 +111,13 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
     run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, store, console, metrics,
+        path, rank, resolved, total, loader, validation, engine, agreement, store,
+        Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), Health(windows(path, state.update), recipe.precision == "fp16"),
         Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
-        facts, cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
     _open(run, device, notes, state)
     return run, state
@@ -125,7 +131,7 @@ def done(run: Path) -> int:
         return 0
 
 
-def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
+def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
     """The training batches of this rank, and its share of the validation text."""
     recipe, layout = resolved.recipe, resolved.layout
     shape: dict[str, Any] = {
@@ -139,11 +145,11 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, Evaluation | None]:
     sources = [(source.path, source.weight) for source in recipe.data.train]
     loader = Loader(
         sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        by_epochs=recipe.data.weight_counts == "epochs",
         pinned=torch.cuda.is_available(), **shape,
     )  # fmt: skip
-    if recipe.data.validation is None:
-        return loader, None
-    return loader, Evaluation(Reader(recipe.data.validation), samples=recipe.evaluation.samples, **shape)
+    samples = recipe.evaluation.samples
+    return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
@@ -170,11 +176,17 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {cost.parameters(recipe.model):,} parameters"
         f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
-    held_out = f"{run.validation.tokens:,} tokens to validate on" if run.validation else "no validation"
+    held_out = (
+        f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"
+    )
     say(
         f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
         f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
     )
+    if len(recipe.data.train) > 1:
+        taken = blend.taken(order, recipe.data.train, run.total * recipe.batch.global_size)
+        for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
+            say(f"{head:<8} {line}")
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
             (layout.sequence_parallel, "sequence parts"))  # fmt: skip
     cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)

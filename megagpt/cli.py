@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.errors import EXIT_DONE, EXIT_USER, UserError
+from megagpt.errors import EXIT_DONE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", rich_markup_mode=None)
@@ -34,6 +34,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
 ]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
+TextKey = Annotated[str, typer.Option(help="where the text stands in a JSON line; `a.b` is b within a")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -42,12 +43,13 @@ def train_tokenizer(
     inputs: Inputs,
     output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
     vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
+    text_key: TextKey = "text",
     as_json: Json = False,
 ) -> None:
     """Train a lossless sentencepiece tokenizer on text."""
     from megagpt import prepare
 
-    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output), as_json)
+    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
 
 
 @app.command()
@@ -56,12 +58,16 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
+    workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
+    text_key: TextKey = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json."""
+    """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    _answer(verb.prepare_command(inputs, tokenizer, output, validation_fraction), as_json)
+    options = verb.Options(validation_fraction, workers, text_key, strict)
+    _answer(verb.prepare_command(inputs, tokenizer, output, options), as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -166,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
-        return EXIT_USER
+        return error.exit_code
     except SystemExit as end:  # typer ends so, with 2 for a wrong option
         return end.code if isinstance(end.code, int) else EXIT_DONE
     return EXIT_DONE

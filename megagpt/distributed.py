@@ -140,9 +140,9 @@ class Agreement:
         torch.distributed.all_gather_object(texts, text, group=self._group)
         return texts
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on at least one rank."""
-        return self.total(1.0 if flag else 0.0) > 0
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it holds on at least one rank; one exchange for all."""
+        return [count > 0 for count in self.totals([int(flag) for flag in flags])]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -34,6 +34,8 @@ class UserError(Exception):
     Carries one problem or several, so that all mistakes of a file are reported at once.
     """
 
+    exit_code = EXIT_USER
+
     def __init__(self, what: str, where: str = "", do: str = "", *, others: Sequence[Problem] = ()) -> None:
         self.problems: tuple[Problem, ...] = (Problem(what, where, do), *others)
         super().__init__(what, where, do)
@@ -46,6 +48,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(f"megagpt: {problem}" for problem in self.problems)
+
+
+class MachineError(UserError):
+    """A failure of the machine's, such as a full disk: told like a user's mistake, but exit code 1."""
+
+    exit_code = EXIT_FAILURE
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from megagpt.data.indexed import Reader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.loss import IGNORED
-from megagpt.prepare import prepare_command
+from megagpt.prepare import Options, prepare_command
 from megagpt.run import trained
 from megagpt.yardsticks import Yardsticks, measure
 
@@ -64,13 +65,11 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
     model = trained.load(run)
     recipe = model.recipe
     tokenizer = Tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer is not None else None
-    data = data if data is not None else recipe.data.validation
-    if data is None:
-        raise UserError("there is nothing to evaluate on", "the recipe has no data.validation", "give --data")
+    data = data if data is not None else _held_out(recipe.data.validation)
     with tempfile.TemporaryDirectory() as scratch:
         prefix = data
         if not corpus_file(data, ".idx").exists() and Path(data).exists():
-            text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", validation_fraction=0.0)
+            text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", Options(0.0))
             prefix = text.train.prefix
         corpus = Reader(prefix)
         section = recipe.model
@@ -91,6 +90,14 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         yardsticks=measured,
         seconds=time.perf_counter() - start,
     )
+
+
+def _held_out(prefixes: Sequence[str]) -> str:
+    if not prefixes:
+        raise UserError("there is nothing to evaluate on", "the recipe has no data.validation", "give --data")
+    if len(prefixes) > 1:
+        raise UserError("the recipe validates on several corpora", "\n".join(prefixes), "choose one: --data PREFIX")
+    return prefixes[0]
 
 
 def _needed(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -60,9 +60,8 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder, on the disk when this returns."""
+    """Rename a folder; it is on the disk when the folder above has been synced."""
     os.rename(old, new)
-    sync(new.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -96,3 +95,31 @@ def crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+class ChecksummedFile:
+    """A new file that keeps the CRC-32 of all that was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.crc32 = 0
+
+    def __enter__(self) -> ChecksummedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append some bytes."""
+        self._file.write(content)
+        self.crc32 = zlib.crc32(content, self.crc32)
+
+    def sync(self) -> None:
+        """Flush it to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close it; what is buffered is written, unless the disk is full."""
+        self._file.close()

@@ -37,6 +37,7 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do after an update, agreed by all ranks: `stop` is why to stop (None: go on)."""
+    """What all ranks agree on after an update: why to stop (None: go on), and whether any still writes files."""
 
     stop: str | None = None
+    writing: bool = False

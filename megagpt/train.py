@@ -9,18 +9,22 @@ import sys
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megagpt import files, generate
 from megagpt import recipe as recipes
 from megagpt.assembly import DONE, Options, Run, assemble
+from megagpt.data.evaluation import together
 from megagpt.data.loader import Batch
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
-from megagpt.run import checkpoint, metrics, times
+from megagpt.run import metrics, times
+from megagpt.run.checkpoint import SaveFailed, incomplete
 from megagpt.run.console import Console
-from megagpt.run.stopping import UntilStopped
+from megagpt.run.saving import Attempt
+from megagpt.run.stopping import Asking
 from megagpt.run.watch import DATA, EVALUATE, SAMPLE, SAVE, UPDATE
-from megagpt.state import TrainState, UpdateResult
+from megagpt.state import TrainState, UpdateResult, Verdict
 
 
 def loop(run: Run, state: TrainState) -> int:
@@ -35,10 +39,10 @@ def loop(run: Run, state: TrainState) -> int:
         if wrong := run.health.judge(result):
             state = roll_back(run, state, wrong)
             continue
-        state = state.advanced(recipe.batch.global_size, result.tokens)
+        state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
 
-        stop, last = run.stopping.requested(), state.update == run.total
+        stop, last = agree(run).stop, state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
         if not stop and (last or due(state, recipe.evaluation.every)):
@@ -54,8 +58,8 @@ def due(state: TrainState, every: int | None) -> bool:
 def owed(run: Run, state: TrainState) -> bool:
     """Whether the validation of this update is due and not on record: its process ended before it."""
     due_now = state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
-    owed_here = run.rank.main and due_now and state.update > 0 and run.validation is not None
-    return run.agreement.any(owed_here and not run.metrics.has("validation", state.update))
+    owed_here = run.rank.main and due_now and state.update > 0 and bool(run.validation)
+    return all(run.agreement.any(owed_here and not run.metrics.has("validation", state.update)))
 
 
 def fetch(run: Run, state: TrainState) -> list[Batch]:
@@ -88,24 +92,37 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
-    """Publish a checkpoint. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    """Begin a checkpoint, and end it too where the recipe does not save asynchronously, or it is the last."""
     run.watch.enter(SAVE, state.update)
-    try:
-        folder = run.store.publish(state, run.engine.save_state, run.facts)
-    except checkpoint.SaveFailed as error:
-        run.metrics.write("save_failed", update=state.update, error=str(error), seconds=run.progress.pause())
-        run.console.say(f"{'NOT SAVED':>11}  update {state.update}: {error}")
+    note_save(run, run.saver.finish())
+    note_save(run, run.saver.save(state, wait=last_chance), last_chance)
+    run.progress.pause()
+
+
+def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> None:
+    """Write down how a save ended. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
+    if attempt is None:
+        return
+    update, problem = attempt.state.update, attempt.problem
+    seconds = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
+    if not attempt.published:
+        run.metrics.write("save_failed", update=update, error=problem, **seconds)
+        run.console.say(f"{'NOT SAVED':>11}  update {update}: {problem}")
         if run.failed_saves.add() or last_chance:
-            raise
+            raise SaveFailed(problem)
         return
     run.failed_saves.end()
     run.health.saved()
-    run.metrics.write("checkpoint", update=state.update, path=str(folder), seconds=run.progress.pause())
+    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **seconds)
+    if problem:
+        run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
 def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
     """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
     samples = run.loader.span(state.position)
+    run.watch.enter(SAVE, state.update)
+    note_save(run, run.saver.finish())
     what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     found, _ = run.store.newest_valid()
     if run.health.leave_out(state.position, samples) or found is None:
@@ -124,21 +141,25 @@ def validate(run: Run, state: TrainState) -> str | None:
     Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
     """
     recipe = run.resolved.recipe
-    if run.validation is None:
+    if not run.validation:
         return None
-    batches = UntilStopped(run.validation.batches(), lambda: between_batches(run, state))
-    loss = run.engine.evaluate(batches)
-    if batches.reason:
+    asking = Asking(lambda: between_batches(run, state))
+    losses = [(part, run.engine.evaluate(asking.until_stopped(part.batches()))) for part in run.validation]
+    if asking.reason:
         run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
-        return batches.reason
-    numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": run.validation.bits_per_byte(loss)}
-    bits = numbers["bits_per_byte"]
+        return asking.reason
+    loss, bits = together(losses)
+    apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
     shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
     run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+    for prefix, one in apart.items():
+        run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
     if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
         run.watch.enter(SAMPLE, state.update)
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")
+    numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+    numbers |= {"sources": apart} if apart else {}
     run.metrics.write("validation", update=state.update, **numbers, seconds=run.progress.pause())
     return None
 
@@ -146,7 +167,15 @@ def validate(run: Run, state: TrainState) -> str | None:
 def between_batches(run: Run, state: TrainState) -> str | None:
     """What each batch of an evaluation begins with: a sign of progress, and the question whether to stop."""
     run.watch.enter(EVALUATE, state.update)
-    return run.stopping.requested()
+    return agree(run).stop
+
+
+def agree(run: Run) -> Verdict:
+    """The one exchange in which all ranks agree whether to stop; a save under way takes its next step if it can."""
+    verdict = run.stopping.verdict(run.saver.writing)
+    if not verdict.writing:
+        note_save(run, run.saver.proceed())
+    return verdict
 
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:
@@ -158,7 +187,12 @@ def sample(run: Run, prompt: str, tokenizer: str) -> str:
 
 
 def leave(run: Run, state: TrainState, why: str) -> int:
-    """Say why training stops here; the exit code."""
+    """Save what is not saved yet, as when an evaluation was left, and say why training stops here; the exit code."""
+    run.watch.enter(SAVE, state.update)
+    note_save(run, run.saver.finish())
+    saved = run.rank.main and not incomplete(run.store.folder(state.update))
+    if not all(run.agreement.any(saved)):
+        save(run, state, last_chance=True)
     say_times(run, state)
     run.console.say(f"stopped by {why}, saved at update {state.update}. The same command goes on from there.")
     return EXIT_REQUEUE

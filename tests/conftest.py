@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.prepare import prepare_command, train_tokenizer_command
+from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from tests import training
 
 
@@ -19,7 +19,7 @@ def data(tmp_path_factory):
     text = tmp_path_factory.mktemp("text")
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 320, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", validation_fraction=0.2)
+    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.2))
     return folder
 
 

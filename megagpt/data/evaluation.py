@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class Evaluation:
         if len(corpus.tokens) == 0:
             raise UserError("the corpus holds no tokens to validate on", corpus.prefix, "prepare more text")
         check_ids(corpus, vocab_size, tokenizer)
-        self._corpus = corpus
+        self.prefix, self._corpus = corpus.prefix, corpus
         self._facts = corpus.sidecar
         self._seq_len, self._micro_batch = seq_len, micro_batch
         windows = -(-len(corpus.tokens) // seq_len)
@@ -94,3 +94,12 @@ class Evaluation:
             inputs[0] = self._facts.eod
         elif start == 0:
             labels[0] = IGNORED
+
+
+def together(losses: Sequence[tuple[Evaluation, float]]) -> tuple[float, float | None]:
+    """Loss and bits per byte over all corpora together, each with its own loss; no bits where a sidecar is missing."""
+    tokens = sum(part.tokens for part, _ in losses)
+    loss = sum(loss * (part.tokens / tokens) for part, loss in losses)
+    sizes = [part.text_bytes for part, _ in losses]
+    known = sum(size for size in sizes if size is not None)
+    return loss, None if None in sizes else loss * tokens / known / math.log(2)

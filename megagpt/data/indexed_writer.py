@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -17,6 +16,7 @@ import numpy as np
 from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens, corpus_file, dtype_of
 from megagpt.data.sidecar import Sidecar
 from megagpt.errors import UserError
+from megagpt.files import ChecksummedFile
 
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
 _BLOCK = 1 << 20  # index entries worked on at a time
@@ -40,7 +40,7 @@ class Writer:
                 # Without names: they vanish even if this process is killed.
                 self._lengths: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
                 self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-                self._bin = stack.enter_context(_ChecksummedFile(self._partial(".bin")))
+                self._bin = stack.enter_context(ChecksummedFile(self._partial(".bin")))
                 self._files = stack.pop_all()
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
@@ -53,7 +53,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.close()
+        with suppress(OSError):  # of a full disk, which the error on its way has said
+            self._files.close()
         for suffix in (".bin", ".idx", ".json"):
             self._partial(suffix).unlink(missing_ok=True)
 
@@ -68,19 +69,33 @@ class Writer:
             what = f"token ids {array.min()} to {array.max()} do not fit the vocabulary of {self.vocab_size}"
             do = "give the vocabulary size of the tokenizer that made the ids"
             raise UserError(what, f"{self.prefix}, document {self.documents}", do)
-        self._bin.write(array.astype(self.dtype).tobytes())
-        for start in range(0, array.size, MAX_SEQUENCE):
-            self._lengths.write(struct.pack("<i", min(array.size - start, MAX_SEQUENCE)))
-            self._sequences += 1
-        self._ends.write(struct.pack("<q", self._sequences))
-        self.tokens += array.size
-        self.documents += 1
+        self.write_ids(array.astype(self.dtype).tobytes())
+        self.end_documents(np.array([array.size]), text_bytes)
+
+    def write_ids(self, ids: bytes | memoryview) -> None:
+        """Append ids in the type of .bin, which the caller has checked, of documents that `end_documents` ends."""
+        self._bin.write(ids)
+
+    def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
+        """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
+        counts = -(-tokens.astype(np.int64) // MAX_SEQUENCE)  # sequences of each
+        if counts.max(initial=0) > 1:
+            lengths = np.full(counts.sum(), MAX_SEQUENCE, "<i4")
+            full = counts > 0
+            lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
+        else:
+            lengths = tokens[counts > 0].astype("<i4")
+        self._lengths.write(lengths.tobytes())
+        self._ends.write((np.cumsum(counts) + self._sequences).astype("<i8").tobytes())
+        self._sequences += len(lengths)
+        self.tokens += int(tokens.sum())
+        self.documents += len(tokens)
         self.text_bytes += text_bytes
 
     def finish(self, tokenizer_sha256: str, eod: int) -> Sidecar:
         """Write the index and the sidecar, and give all three files their names."""
         self._bin.sync()
-        with _ChecksummedFile(self._partial(".idx")) as index:
+        with ChecksummedFile(self._partial(".idx")) as index:
             self._write_index(index)
             index.sync()
         sidecar = Sidecar(
@@ -93,7 +108,7 @@ class Writer:
             bin_crc32=self._bin.crc32,
             idx_crc32=index.crc32,
         )
-        with _ChecksummedFile(self._partial(".json")) as file:
+        with ChecksummedFile(self._partial(".json")) as file:
             file.write(sidecar.to_json().encode())
             file.sync()
         # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
@@ -102,7 +117,7 @@ class Writer:
             self._partial(suffix).replace(corpus_file(self.prefix, suffix))
         return sidecar
 
-    def _write_index(self, index: _ChecksummedFile) -> None:
+    def _write_index(self, index: ChecksummedFile) -> None:
         code = next(code for code, kind in CODES.items() if kind == self.dtype)
         index.write(HEADER.pack(MAGIC, 1, code, self._sequences, self.documents + 1))
         self._lengths.seek(0)
@@ -122,25 +137,3 @@ class Writer:
 
     def _partial(self, suffix: str) -> Path:
         return corpus_file(self.prefix, suffix + ".partial")
-
-
-class _ChecksummedFile:
-    """A new file that keeps the crc32 of all that was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.crc32 = 0
-
-    def __enter__(self) -> _ChecksummedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self.crc32 = zlib.crc32(content, self.crc32)
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())

@@ -32,7 +32,8 @@ class Batch(NamedTuple):
 class Loader:
     """Gives the micro-batches of one data-parallel rank for the update at any data position.
 
-    `sources` are (prefix, weight) pairs, `skip` the (first, last) data positions that are left out. `order` says which
+    `sources` are (prefix, weight) pairs; a weight counts samples, or with `by_epochs` times through the source, and
+    only in relation to the others. `skip` are the (first, last) data positions that are left out. `order` says which
     sample comes when; `notes` says which corpora are unverified; `fingerprint` (plain JSON values) names the data and
     its order, for comparison on resume. `pinned` batches can be copied to a GPU while it computes.
     Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, or holds ids that the
@@ -51,12 +52,16 @@ class Loader:
         rank: int = 0,
         data_parallel: int = 1,
         tokenizer: str | None = None,
+        by_epochs: bool = False,
         skip: Sequence[tuple[int, int]] = (),
         pinned: bool = False,
     ) -> None:
         self._readers = [Reader(prefix) for prefix, _ in sources]
         probes = [check_ids(reader, vocab_size, tokenizer) for reader in self._readers]
-        weights = [weight for _, weight in sources]
+        weights = [
+            weight * len(reader.tokens) if by_epochs else weight
+            for (_, weight), reader in zip(sources, self._readers, strict=True)
+        ]
         for reader in self._readers:
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"

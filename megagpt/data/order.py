@@ -40,11 +40,12 @@ class Order:
     def __init__(self, tokens: Sequence[int], weights: Sequence[float], seq_len: int, seed: int) -> None:
         for number, (count, weight) in enumerate(zip(tokens, weights, strict=True)):
             _check_source(number, count, weight, seq_len)
-        self.seed, self.seq_len = seed, seq_len
+        self.seed, self.seq_len, self.tokens = seed, seq_len, tuple(tokens)
         # One sample less than fits, so that every epoch has room for its own offset.
         self.samples = tuple(max(1, count // seq_len - 1) for count in tokens)
         slots = pattern(weights)
         self.block = sum(slots)
+        self.shares = tuple(count / self.block for count in slots)
         self._samples = as_numbers(self.samples)
         self._spans = as_numbers([min(seq_len, t - n * seq_len) for t, n in zip(tokens, self.samples, strict=True)])
         self._sides = np.array([sides(n) for n in self.samples], dtype=np.uint64).T

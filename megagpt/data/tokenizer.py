@@ -7,8 +7,7 @@ import heapq
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ _NEWLINE_ID = 2  # after <unk> and <eod>: where the settings below put it
 _SAMPLE_BYTES = 20_000_000  # more text no longer changes the merges that matter
 _PIECE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or a stretch of it that ends at a blank
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PAST_A_WORD = re.compile("[^\u2581]\u2581|\n")
+_UNCHANGED = "  ﬁ ½\t e\u0301  \n end "  # a text that comes back only without normalisation
 
 # What makes the round trip exact: bytes for rare characters, no normalisation, no blank added or removed,
 # and the newline as a symbol of its own, which no merge crosses.
@@ -40,28 +41,14 @@ _LOSSLESS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a text does not get back from its ids (characters), and what it only seems to hold.
-
-    `lone_surrogates` become U+FFFD; `lower_blocks` (U+2581, sentencepiece's mark of a blank) become blanks.
-    `control_symbols` counts spellings of `<eod>` in the text: they stay text and lose nothing.
-    """
-
-    lone_surrogates: int = 0
-    lower_blocks: int = 0
-    control_symbols: int = 0
-
-
-def losses(text: str) -> Losses:
-    """Count what `text` loses in the round trip through a tokenizer of ours."""
-    surrogates = 0 if _is_unicode(text) else len(_SURROGATE.findall(text))
-    return Losses(surrogates, text.count("\u2581"), text.count(EOD_PIECE))
-
-
 def without_surrogates(text: str) -> str:
     """Give `text` with U+FFFD for every lone surrogate, so that it has a UTF-8 form."""
-    return text if _is_unicode(text) else _SURROGATE.sub("\ufffd", text)
+    return text if _is_unicode(text) else replace_surrogates(text)[0]
+
+
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """Put U+FFFD for every lone surrogate of `text`, and count them."""
+    return _SURROGATE.subn("\ufffd", text)
 
 
 def _is_unicode(text: str) -> bool:
@@ -75,7 +62,8 @@ def _is_unicode(text: str) -> bool:
 class Tokenizer:
     """A sentencepiece model that is read from a file.
 
-    `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file.
+    `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file,
+    `control_symbols` are the spellings of ids that no text gives. `by_words`: see `_is_by_words`.
     Raises UserError when the file is missing, is no sentencepiece model, or has no end-of-document symbol.
     """
 
@@ -92,25 +80,30 @@ class Tokenizer:
                 str(self.path),
                 "train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
             )
-        head = [self._processor.id_to_piece(i) for i in range(min(3, self.vocab_size))]
-        # Our settings make the cut at lines exact; a foreign model is given whole texts.
-        self._cuts_at_lines = head == ["<unk>", EOD_PIECE, "\n"]
+        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+        self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
+        self.by_words = self._is_by_words(pieces)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never `eod`; lone surrogates count as U+FFFD.
 
-        The text is cut at newlines, which gives the same ids as the whole and is several times faster
-        on long documents: sentencepiece's BPE slows down with the length of its input.
+        The text is cut at newlines where that gives the same ids as the whole: it is several times faster
+        on long documents, since sentencepiece's BPE slows down with the length of its input.
         """
         text = without_surrogates(text)
-        if not self._cuts_at_lines:
-            return list(self._processor.encode(text, num_threads=1))
-        first, *others = self._processor.encode(text.split("\n"), num_threads=1)
-        ids: list[int] = first
+        if not self.by_words:
+            return self.encode_all([text])[0]
+        first, *others = self.encode_all(text.split("\n"))
+        ids = first
         for line in others:
             ids.append(_NEWLINE_ID)
             ids += line
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, taken whole. The texts hold no lone surrogates."""
+        encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; `eod` gives nothing. Raises UserError for an id outside the vocabulary."""
@@ -122,6 +115,24 @@ class Tokenizer:
                 "use the tokenizer that the tokens were made with",
             )
         return str(self._processor.decode(ids))
+
+    def _is_by_words(self, pieces: Sequence[str]) -> bool:
+        """Whether a text's ids are those of its lines and words, blanks going with the word behind them.
+
+        So it is with our settings, which the head of the vocabulary shows: no piece goes on past a word or over
+        a line's end, and BPE (whose scores count down from 0) merges only what makes a piece.
+        """
+        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
+        plain = [i for i in range(self.vocab_size) if not any(kind(i) for kind in kinds)]
+        merges = [i for i in plain if pieces[i] != "\n"]
+        return (
+            pieces[:3] == ["<unk>", EOD_PIECE, "\n"]
+            and not any(_PAST_A_WORD.search(pieces[i]) for i in merges)
+            and not any(self._processor.is_unused(i) for i in merges)
+            and [self._processor.get_score(i) for i in merges] == [-float(n) for n in range(len(merges))]
+            and self._processor.encode("\n") == [_NEWLINE_ID]  # no blank is put before a text
+            and self._processor.decode(self._processor.encode(_UNCHANGED)) == _UNCHANGED
+        )
 
     def _read(self) -> bytes:
         try:

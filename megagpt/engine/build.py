@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
 from megagpt.engine.base import Engine
@@ -10,7 +12,8 @@ from megagpt.engine.zero import ZeroEngine
 
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> Engine:
-    """Build the model with the recipe's initial weights, and the engine around it."""
+    """Build the model with the recipe's initial weights, and the engine around it; seed what is left to chance."""
+    torch.manual_seed(resolved.recipe.seed + rank.rank)  # dropout: by itself torch begins differently each time
     if resolved.layout.pipeline_stages > 1:
         return PipelineEngine(resolved, total_updates, rank, agreement)
     return ZeroEngine(resolved, total_updates, rank, agreement)

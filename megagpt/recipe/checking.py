@@ -11,7 +11,7 @@ from megagpt.errors import Problem, nearest
 from megagpt.recipe.presets import PRESETS
 from megagpt.recipe.reading import Tree
 from megagpt.recipe.rules import RULES, Rule
-from megagpt.recipe.sections import Recipe
+from megagpt.recipe.sections import Recipe, Source
 from megagpt.recipe.wording import Row, listed, phrase, show, table
 
 
@@ -74,7 +74,7 @@ def _preset_is_unknown(key: str, tree: Tree) -> bool:
 def _unknown(key: str, tree: Tree) -> tuple[Problem, str | None]:
     """The problem of a key that does not exist, and the key that was probably meant."""
     section, _, name = key.rpartition(".")
-    keys = list(known_keys()) + [f"{section}.{k}" for k in ("path", "weight") if section.startswith("data.train.")]
+    keys = list(known_keys()) + [f"{section}.{k}" for k in Source.model_fields if section.startswith("data.train.")]
     homes = [k for k in keys if k.rpartition(".")[2] == name]
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}
@@ -117,7 +117,7 @@ def rule_problem(rule: Rule, tree: Tree, broken: set[str]) -> Problem | None:
     rows = [
         (key, value, _origin(key, tree))
         for key, value in zip(keys, values, strict=True)
-        if value is not None or key in tree.places
+        if value not in (None, ()) or key in tree.places
     ]
     return Problem(finding[0], _where(rows, keys[0], tree), finding[1])
 

@@ -47,15 +47,16 @@ def _rotation(d_model: int, n_head: int, position: str) -> Finding:
     return what, f"set model.d_model to a multiple of {2 * n_head}"
 
 
-def _sources(train: Any, validation: str | None) -> Finding:
+def _sources(train: Any, validation: Any) -> Finding:
     sources = train if isinstance(train, list) else [train]
     paths = [source["path"] if isinstance(source, dict) else source for source in sources]
     if not paths:
         return "data.train is an empty list", "give at least one prefix"
-    for path in [*paths, validation or ""]:
+    held_out = [validation] if isinstance(validation, str) else validation or []
+    for path in [*paths, *held_out]:
         if path.endswith((".bin", ".idx")):
             return f'"{path}" is a file, not a prefix', f"write {path[:-4]}"
-    if validation in paths:
+    if set(held_out) & set(paths):
         return "data.validation is also trained on", "give it a prefix of its own"
     return None
 
@@ -67,8 +68,8 @@ def _skip(skip: Any) -> Finding:
     return f"data.skip has a stretch that ends before it begins: {backwards[0]}", "write [first, last]"
 
 
-def _validation(every: int | None, validation: str | None) -> Finding:
-    if every is None or validation is not None:
+def _validation(every: int | None, validation: Any) -> Finding:
+    if every is None or validation:
         return None
     return "evaluation.every needs data.validation", "give data.validation, or set evaluation.every to null"
 

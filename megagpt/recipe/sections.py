@@ -36,6 +36,13 @@ def _pairs(value: Any) -> Any:
     return tuple(map(_pair, value)) if isinstance(value, list) else value
 
 
+def _prefixes(value: Any) -> Any:
+    """Let a bare PREFIX stand for a list of one, and null for an empty list."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+
 def _sources(value: Any) -> Any:
     """Let a bare PREFIX stand for a source of weight 1, alone or in a list."""
     items = value if isinstance(value, (list, tuple)) else [value]
@@ -118,7 +125,9 @@ class Source(Section):
     path: _Text
     """prefix of a .bin and .idx file"""
     weight: _Positive = 1.0
-    """share of the samples, relative to the other sources"""
+    """relative to the other sources, in any unit; see data.weight_counts"""
+    max_epochs: _Positive | None = None
+    """how often the source may be read in a run, at most; null for no limit"""
 
 
 class DataSection(Section):
@@ -128,8 +137,10 @@ class DataSection(Section):
     """path of a sentencepiece .model; null where no text is read or written"""
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources)]
     """a prefix, or a list of {path, weight}"""
-    validation: _Text | None = None
-    """a prefix; null for no validation"""
+    weight_counts: Literal["samples", "epochs"] = "samples"
+    """what weights are in proportion to: samples (or tokens) taken from a source, or times that it is read"""
+    validation: Annotated[tuple[_Text, ...], BeforeValidator(_prefixes)] = ()
+    """a prefix, or a list of prefixes, each with a loss of its own; null for no validation"""
     skip: Annotated[tuple[tuple[_CountOrNone, _CountOrNone], ...], BeforeValidator(_pairs)] = ()
     """data positions that are left out, a list of [first, last]; all others keep their samples"""
 
@@ -206,6 +217,8 @@ class CheckpointSection(Section):
     """checkpoints kept; null for all"""
     keep_every: _Count | None = None
     """updates between checkpoints that are kept for good; null for none"""
+    asynchronous: bool = False
+    """write beside training; takes host memory as large as each rank's share of weights and moments"""
 
 
 class LogSection(Section):

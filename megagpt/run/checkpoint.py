@@ -2,7 +2,8 @@
 
 Ranks write into a partial folder, each flushing and checksumming its own files; all tell all whether it went well;
 rank 0 joins sizes and checksums into a manifest, renames the folder, and points `latest` at it. `latest` is a hint:
-the manifest decides. Whatever fails on one rank is a failed save on every rank, and nothing else.
+the manifest decides. Whatever fails on one rank before the rename is a failed save on every rank, and nothing else;
+what fails after it is a note, for published is published.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ from megagpt.state import TrainState
 MANIFEST = "manifest.json"
 PINNED = "PINNED"  # a file of this name in a checkpoint keeps it
 _PARTIAL = ".partial_"
+
+Report = tuple[str, Any]
+"""What went wrong on this rank ("": nothing), and what it tells the others."""
+Work = Callable[[], Report]
+Steps = Generator[Work, Report, str]
+"""The publication of one checkpoint: see `Store.publishing`."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,24 @@ class Store:
         """The folder of the run's checkpoints."""
         return self.run / "checkpoints"
 
-    def publish(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Path:
-        """Save through `save_state`, called on every rank; the final folder. `facts` go into the manifest.
+    def folder(self, update: int) -> Path:
+        """Where the checkpoint of an update is published."""
+        return self.root / f"update_{update:08d}"
 
-        Raises SaveFailed, on every rank, whichever rank it happened on.
+    def publishing(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Steps:
+        """Save through `save_state`; `facts` go into the manifest.
+
+        Each step that is yielded is file work of this rank alone, on whatever thread, and its report is sent back.
+        All between is agreed by all ranks. Returns what went wrong after publication, "" for nothing. Raises
+        SaveFailed, on every rank, whichever rank it happened on.
         """
-        final = self.root / f"update_{state.update:08d}"
+        final = self.folder(state.update)
         partial = self.root / (_PARTIAL + final.name)
-        self._on_main(lambda: self._begin(partial))
-        recorder = _Recorder(partial)
-        save_state(recorder)
-        answers = self._exchange(recorder.error, recorder.written)
-        self._on_main(lambda: self._finish(partial, final, state, facts, answers))
-        return final
+        self._agree((_problem(lambda: self._begin(partial)) if self.rank.main else "", None))
+        written = self._agree((yield lambda: _write(partial, save_state)))
+        manifest = {"state": asdict(state), **facts, "files": {k: v for part in written for k, v in part.items()}}
+        notes: list[str] = self._agree((yield lambda: self._publish(partial, final, manifest)))
+        return notes[0]
 
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not.
@@ -93,8 +105,8 @@ class Store:
         return None, skipped
 
     def folders(self) -> list[Path]:
-        """All published checkpoints, the oldest first."""
-        return sorted(self.root.glob("update_*"))
+        """All published checkpoints, the oldest first; a copy by another name is none."""
+        return sorted(path for path in self.root.glob("update_*") if path.name.removeprefix("update_").isdecimal())
 
     def _begin(self, partial: Path) -> None:
         """Clear what a save that was cut short has left, see that there is room, and make the partial folder."""
@@ -106,10 +118,14 @@ class Store:
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
 
-    def _finish(
-        self, partial: Path, final: Path, state: TrainState, facts: dict[str, Any], answers: list[dict[str, Any]]
-    ) -> None:
-        manifest = {"state": asdict(state), **facts, "files": {k: v for answer in answers for k, v in answer.items()}}
+    def _publish(self, partial: Path, final: Path, manifest: dict[str, Any]) -> Report:
+        """Rank 0's part: everything up to the rename may fail the save, nothing behind it may."""
+        if not self.rank.main:
+            return "", ""
+        error = _problem(lambda: self._seal(partial, final, manifest))
+        return error, "" if error else _problem(lambda: self._point_at(final))
+
+    def _seal(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         for folder in {(partial / name).parent for name in manifest["files"]}:
             files.sync(folder)
         body = json.dumps(manifest, indent=1) + "\n"
@@ -117,6 +133,9 @@ class Store:
         files.sync(partial)
         files.remove_folder(final)  # a damaged one of the same update, which resume passed over
         files.rename(partial, final)
+
+    def _point_at(self, final: Path) -> None:
+        files.sync(self.root)  # the rename is on the disk before anything older goes
         files.replace_text(self.root / "latest", final.name + "\n")
         self._remove_old()
 
@@ -131,23 +150,13 @@ class Store:
                 continue
             files.remove_folder(folder)
 
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do `work` on rank 0; its failure is everyone's. All ranks wait for it."""
-        error = ""
-        if self.rank.main:
-            try:
-                work()
-            except OSError as problem:
-                error = _said(problem)
-        self._exchange(error, {})
-
-    def _exchange(self, error: str, written: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each rank has written. Raises SaveFailed if any rank has an error."""
-        answers = [json.loads(text) for text in self.agreement.gather(json.dumps([error, written]))]
+    def _agree(self, report: Report) -> list[Any]:
+        """What each rank tells. Raises SaveFailed if any rank has an error."""
+        answers = [json.loads(text) for text in self.agreement.gather(json.dumps(report))]
         failed = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(answers) if problem]
         if failed:
             raise SaveFailed("; ".join(failed))
-        return [files_of_rank for _, files_of_rank in answers]
+        return [told for _, told in answers]
 
 
 def read(folder: Path) -> tuple[Checkpoint | None, str]:
@@ -184,6 +193,20 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return Store(run).newest_valid()
 
 
+def incomplete(folder: Path) -> str:
+    """What is wrong with a checkpoint as far as names and sizes tell."""
+    checkpoint, wrong = read(folder)
+    if checkpoint is None:
+        return wrong
+    for name, expected in checkpoint.facts["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+    return ""
+
+
 class _Recorder:
     """Writes the files of one rank and remembers what they hold.
 
@@ -196,26 +219,26 @@ class _Recorder:
         self.written: dict[str, dict[str, int]] = {}
 
     def __call__(self, name: str, data: bytes) -> None:
-        if self.error:
-            return
-        try:
-            files.make_folder((self._folder / name).parent)
-            self.written[name] = asdict(files.write(self._folder / name, data))
-        except OSError as problem:
-            self.error = _said(problem)
+        self.error = self.error or _problem(lambda: self._write(name, data))
+
+    def _write(self, name: str, data: bytes) -> None:
+        files.make_folder((self._folder / name).parent)
+        self.written[name] = asdict(files.write(self._folder / name, data))
 
 
-def incomplete(folder: Path) -> str:
-    """What is wrong with a checkpoint as far as names and sizes tell."""
-    checkpoint, wrong = read(folder)
-    if checkpoint is None:
-        return wrong
-    for name, expected in checkpoint.facts["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+def _write(partial: Path, save_state: Callable[[Write], None]) -> Report:
+    """Every rank's part: its files, flushed."""
+    recorder = _Recorder(partial)
+    save_state(recorder)
+    return recorder.error, recorder.written
+
+
+def _problem(work: Callable[[], None]) -> str:
+    """Do the work; what the disk says against it, "" for nothing."""
+    try:
+        work()
+    except OSError as problem:
+        return _said(problem)
     return ""
 
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Generic, TypeVar
+from typing import TypeVar
+
+from megagpt.state import Verdict
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
@@ -19,7 +21,7 @@ class Stopping:
     """Notes the first signal and the time limit; a second signal, later, ends the process at once."""
 
     def __init__(
-        self, max_minutes: float | None, any_rank: Callable[[bool], bool], request: Path | None = None
+        self, max_minutes: float | None, any_rank: Callable[..., list[bool]], request: Path | None = None
     ) -> None:
         self._any_rank, self._request = any_rank, request
         if request is not None:
@@ -29,15 +31,14 @@ class Stopping:
         self._noted_at = 0.0
         self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
-    def requested(self) -> str | None:
-        """Why to stop, or None; asks all ranks, so all must call it."""
+    def verdict(self, writing: bool = False) -> Verdict:
+        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it."""
         if self._reason is None and self._end is not None and time.monotonic() >= self._end:
             self._reason = "the time limit"
         if self._reason is None and self._request is not None and self._request.exists():
             self._reason = "megagpt stop"
-        if self._any_rank(self._reason is not None):
-            return self._reason or "a signal to another rank"
-        return None
+        stop, writing = self._any_rank(self._reason is not None, writing)
+        return Verdict((self._reason or "a signal to another rank") if stop else None, writing)
 
     def close(self) -> None:
         """Give the signals back."""
@@ -52,16 +53,17 @@ class Stopping:
         self._reason = self._reason or f"signal {signal.Signals(number).name}"
 
 
-class UntilStopped(Generic[T]):
-    """Passes items on until `asked`, called before each, says why to stop; then `reason` holds it."""
+class Asking:
+    """Lets items through until `asked`, called before each, says why to stop; from then on `reason` holds it."""
 
-    def __init__(self, items: Iterable[T], asked: Callable[[], str | None]) -> None:
-        self._items, self._asked = items, asked
+    def __init__(self, asked: Callable[[], str | None]) -> None:
+        self._asked = asked
         self.reason: str | None = None
 
-    def __iter__(self) -> Iterator[T]:
-        for item in self._items:
-            self.reason = self._asked()
+    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+        """The items before the stop."""
+        for item in items:
+            self.reason = self.reason or self._asked()
             if self.reason:
                 return
             yield item

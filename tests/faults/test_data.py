@@ -44,6 +44,38 @@ def test_skipped_positions_are_passed_over_and_other_data_is_refused_by_its_fing
     )
 
 
+def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on_two_layouts(own, tmp_path):
+    prefix = tmp_path / "data/text"
+    blend = [
+        f"data.train=[{{path: {prefix}.train, weight: 3}}, {{path: {prefix}.validation, max_epochs: 9}}]",
+        f"data.validation=[{prefix}.other, {prefix}.more]",
+        "length.updates=10",
+        "evaluation.samples=null",
+    ]
+    for part, name in (("validation", "other"), ("train", "more")):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(f"{prefix}.{part}{suffix}", f"{prefix}.{name}{suffix}")
+    printed = training.finish(own, *blend)
+    assert re.search(
+        rf"\nblend +source +tokens +share +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
+    )
+    (event,) = (event for event in training.events(tmp_path / "run") if event["event"] == "validation")
+    assert list(event["sources"]) == [f"{prefix}.other", f"{prefix}.more"]
+    assert min(event["sources"].values()) < event["loss"] < max(event["sources"].values())
+
+    again = training.write_recipe(tmp_path / "again", tmp_path / "data")
+    training.finish(again, *blend, config="pipeline2", world=2)
+    (other,) = (event for event in training.events(tmp_path / "again") if event["event"] == "validation")
+    assert other["sources"] == pytest.approx(event["sources"], rel=1e-5)
+
+    with training.ranks(own, *blend, "length.updates=3000", "--allow-change", "data") as (process,):
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert re.search(
+        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), and its max_epochs is 9", said
+    )
+
+
 def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_on_when_it_is_back(own, tmp_path):
     corpus = tmp_path / "data/text.train.bin"
     content = corpus.read_bytes()

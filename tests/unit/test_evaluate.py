@@ -14,9 +14,10 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
-from megagpt.prepare import prepare_command, train_tokenizer_command
+from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
 from megagpt.run.metrics import Metrics
+from megagpt.run.saving import Saver
 from megagpt.state import TrainState
 from tests import training
 
@@ -29,15 +30,14 @@ def run(tmp_path_factory):
     text.mkdir()
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 300, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", validation_fraction=0.3)
+    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.3))
     path = folder / "run"
     path.mkdir()
     (path / "recipe.yaml").write_text(training.write_recipe(path, folder).read_text())
     model = GPT(recipe.load(path / "recipe.yaml").model)
     initialize(model, 1)
-    checkpoint.Store(path).publish(
-        TrainState(12, 48, 1536), lambda sink: weights.save(model.named_parameters(), sink), {}
-    )
+    store = checkpoint.Store(path)
+    Saver(store, lambda sink: weights.save(model.named_parameters(), sink), {}, False).save(TrainState(12, 48, 1536))
     metrics = Metrics(path, True, 0)
     for update in range(1, 13):
         metrics.write("update", update=update, loss=6.0 / update, tokens=128 * update)

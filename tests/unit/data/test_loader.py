@@ -264,3 +264,9 @@ def test_no_file_appears_beside_the_data(corpora, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     loader(corpora).batches(0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_may_count_times_through_a_source(corpora):
+    data = loader(corpora, weights=(1.0, 2.0), by_epochs=True)  # 5,000 tokens once, 1,500 twice
+    assert data.order.shares == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
+    assert data.fingerprint != loader(corpora, weights=(1.0, 2.0)).fingerprint

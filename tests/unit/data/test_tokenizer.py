@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.tokenizer import Losses, Tokenizer, losses, sample_pieces, train_tokenizer
+from megagpt.data.tokenizer import Tokenizer, sample_pieces, train_tokenizer
 from megagpt.errors import UserError
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
@@ -31,8 +31,6 @@ def test_any_text_comes_back_but_for_the_two_named_losses(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == expected
     assert tokenizer.eod not in ids
-    lost = losses(text)
-    assert (expected == text) == (lost.lone_surrogates + lost.lower_blocks == 0)
 
 
 @given(text=st.lists(st.one_of(st.text(max_size=20), AWKWARD.filter(lambda s: s != "\ud83d"))).map("".join))
@@ -53,11 +51,6 @@ def test_a_models_facts_are_those_of_its_file(tokenizer):
     assert model.id_to_piece(tokenizer.eod) == "<eod>"
     assert (model.bos_id(), model.pad_id()) == (-1, -1)
     assert tokenizer.decode([tokenizer.eod, *tokenizer.encode("a\nb"), tokenizer.eod]) == "a\nb"
-
-
-def test_losses_are_counted_by_kind():
-    assert losses("plain\n") == Losses(0, 0, 0)
-    assert losses("\ud800a\udfff \u2581\u2581\u2581 <eod> <eod>") == Losses(2, 3, 2)
 
 
 def test_common_words_become_one_token(tokenizer):

@@ -114,6 +114,16 @@ MISTAKES = {
         'megagpt: data.validation is also trained on\n  data.train       "a"   r.yaml:4\n'
         '  data.validation  "a"   r.yaml:4\n  do: give it a prefix of its own',
     ),
+    "one of several validated on what it is trained with": (
+        {4: "data: {train: [a, b], validation: [c, b]}"},
+        'megagpt: data.validation is also trained on\n  data.train       ["a", "b"]   r.yaml:4\n'
+        '  data.validation  ["c", "b"]   r.yaml:4\n  do: give it a prefix of its own',
+    ),
+    "skip backwards": (
+        {4: "data: {train: a, skip: [[3, 9], [8, 7]]}"},
+        "megagpt: data.skip has a stretch that ends before it begins: [8, 7]\n  r.yaml:4  data.skip\n"
+        "  do: write [first, last]",
+    ),
     "unknown preset, near a known one": (
         {3: "model: {preset: gpt2-124}"},
         'megagpt: there is no preset "gpt2-124"\n  r.yaml:3  model.preset\n  do: write gpt2-124m',

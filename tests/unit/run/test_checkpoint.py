@@ -2,32 +2,18 @@
 
 import errno
 import json
-import os
-import signal
 
 import pytest
 
 from megagpt.run import checkpoint
-from megagpt.state import TrainState
-
-
-def save(run, update, keep_last=3, write=None, keep_every=None, needed=0):
-    def default(sink):
-        sink("shard", b"weights of %d" % update)
-        sink("deep/moments", bytes(1000))
-
-    store = checkpoint.Store(run, keep_last=keep_last, keep_every=keep_every, needed=needed)
-    return store.publish(TrainState(update, update * 8, update * 1024), write or default, {"layout": {"world_size": 1}})
-
-
-def names(run):
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+from tests import protocol
+from tests.protocol import attempt, names, save, state_of
 
 
 def test_a_published_checkpoint_is_found_with_its_state_and_facts(tmp_path):
     save(tmp_path, 3)
     found, skipped = checkpoint.newest_valid(tmp_path)
-    assert (found.folder.name, found.state, skipped) == ("update_00000003", TrainState(3, 24, 3072), [])
+    assert (found.folder.name, found.state, skipped) == ("update_00000003", state_of(3), [])
     assert found.facts["layout"] == {"world_size": 1}
     assert (tmp_path / "checkpoints/latest").read_text() == "update_00000003\n"
 
@@ -37,12 +23,12 @@ def test_an_empty_run_has_none(tmp_path):
 
 
 DAMAGE = {
-    "a file cut short": (lambda f: (f / "shard").write_bytes(b"we"), "shard has 2 bytes, not 12"),
+    "a file cut short": (lambda f: (f / "shard-0").write_bytes(b"we"), "shard-0 has 2 bytes, not 12"),
     "a flipped bit": (
-        lambda f: (f / "deep/moments").write_bytes(bytes(999) + b"\x01"),
-        "deep/moments is damaged: its checksum differs",
+        lambda f: (f / "deep/moments-0").write_bytes(bytes(999) + b"\x01"),
+        "deep/moments-0 is damaged: its checksum differs",
     ),
-    "a file gone": (lambda f: (f / "deep/moments").unlink(), "deep/moments is missing"),
+    "a file gone": (lambda f: (f / "deep/moments-0").unlink(), "deep/moments-0 is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (
         lambda f: (f / "manifest.json").write_text('{"state"'),
@@ -66,86 +52,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, 
     assert skipped[0].startswith(f"update_00000002: {word}")
 
 
-CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")  # all that change the disk
-
-
-def sabotage(monkeypatch, run, at, act):
-    """Let `act` take the place of the `at`-th changing file call; the number of calls is counted in the result."""
-    seen = []
-
-    def wrap(call):
-        def wrapped(*arguments, **words):
-            changes = call.__name__ != "open" or arguments[1] & os.O_CREAT
-            if changes:
-                seen.append(call.__name__)
-                if len(seen) == at:
-                    act()
-            return call(*arguments, **words)
-
-        return wrapped
-
-    for name in CALLS:
-        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
-    return seen
-
-
-def fail(number):
-    def act():
-        raise OSError(number, os.strerror(number))
-
-    return act
-
-
-def calls_of_a_save(tmp_path, monkeypatch):
-    """How many calls it takes to publish a third checkpoint and to remove the first."""
-    for update in (1, 2):
-        save(tmp_path / "count", update, keep_last=2)
-    with monkeypatch.context() as patch:
-        seen = sabotage(patch, tmp_path, 0, None)
-        save(tmp_path / "count", 3, keep_last=2)
-    assert {"open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"} == {*seen}
-    return len(seen)
-
-
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
-def test_whichever_file_call_fails_what_is_published_stays_whole(tmp_path, monkeypatch, number):
-    failed = []
-    for at in range(1, calls_of_a_save(tmp_path, monkeypatch) + 1):
-        run = tmp_path / str(at)
-        for update in (1, 2):
-            save(run, update, keep_last=2)
-        with monkeypatch.context() as patch:
-            sabotage(patch, run, at, fail(number))
-            try:
-                save(run, 3, keep_last=2)
-            except checkpoint.SaveFailed as error:
-                failed.append(str(error))
-        found, skipped = checkpoint.newest_valid(run)
-        assert found.state.update in (2, 3), at
-        assert skipped == []
-        save(run, 4, keep_last=2)
-        assert checkpoint.newest_valid(run)[0].state.update == 4
-        assert not [name for name in names(run) if name.startswith(".")], at
-    assert len(failed) >= 20  # making a folder that is there already may fail
-    assert all(error.startswith(f"rank 0: {os.strerror(number)}") for error in failed)
+def test_whichever_file_call_fails_what_is_published_stays_whole(tmp_path, number, asynchronous):
+    protocol.a_failing_call_harms_nothing(tmp_path, number, asynchronous)
 
 
-def test_killed_at_whichever_file_call_what_is_published_stays_whole(tmp_path, monkeypatch):
-    for at in range(1, calls_of_a_save(tmp_path, monkeypatch) + 1):
-        run = tmp_path / str(at)
-        for update in (1, 2):
-            save(run, update, keep_last=2)
-        child = os.fork()
-        if child == 0:
-            sabotage(monkeypatch, run, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            save(run, 3, keep_last=2)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        found, skipped = checkpoint.newest_valid(run)
-        assert found.state.update in (2, 3), at
-        assert skipped == []
-        save(run, 4, keep_last=2)
-        assert not [name for name in names(run) if name.startswith(".")], at
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_killed_at_whichever_file_call_what_is_published_stays_whole(tmp_path, asynchronous):
+    protocol.a_kill_at_any_call_harms_nothing(tmp_path, asynchronous)
 
 
 def test_an_error_inside_one_ranks_part_is_a_failed_save(tmp_path):
@@ -153,19 +68,21 @@ def test_an_error_inside_one_ranks_part_is_a_failed_save(tmp_path):
     (tmp_path / "checkpoints/file").write_text("")
 
     def broken(sink):
-        sink("shard", b"x")
-        sink("shard/below", b"a file is no folder")
+        sink("shard-0", b"x")
+        sink("shard-0/below", b"a file is no folder")
         sink("more", b"x")
 
-    with pytest.raises(checkpoint.SaveFailed, match="rank 0: "):
-        save(tmp_path, 2, write=broken)
+    ended = attempt(tmp_path, 2, write=broken)
+    assert not ended.published
+    assert ended.problem.startswith("rank 0: ")
     assert checkpoint.newest_valid(tmp_path)[0].state.update == 1
 
 
 def test_too_little_room_is_found_before_a_byte_is_written(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(checkpoint.SaveFailed, match="MB free, a checkpoint needs 1,200,000,000,000 MB"):
-        save(tmp_path, 2, needed=10**18)
+    ended = attempt(tmp_path, 2, needed=10**18)
+    assert not ended.published
+    assert ended.problem.endswith("MB free, a checkpoint needs 1,200,000,000,000 MB")
     assert checkpoint.newest_valid(tmp_path)[0].state.update == 1
 
 
@@ -187,9 +104,9 @@ def test_every_flipped_byte_every_cut_and_every_missing_file_is_found(tmp_path):
 
 def test_ranks_share_the_reading_and_between_them_read_every_byte(tmp_path):
     folder = save(tmp_path, 1)
-    (folder / "deep/moments").write_bytes(bytes(999) + b"\x01")
+    (folder / "deep/moments-0").write_bytes(bytes(999) + b"\x01")
     answers = [checkpoint.check(folder, part, 2)[1] for part in (0, 1)]
-    assert sorted(answers) == ["", "deep/moments is damaged: its checksum differs"]
+    assert sorted(answers) == ["", "deep/moments-0 is damaged: its checksum differs"]
 
 
 def test_every_so_many_and_pinned_ones_are_kept(tmp_path):
@@ -221,12 +138,12 @@ def test_a_lying_hint_does_not_matter(tmp_path):
 
 def test_a_damaged_checkpoint_is_replaced_when_its_update_comes_again(tmp_path):
     folder = save(tmp_path, 2)
-    (folder / "shard").unlink()
+    (folder / "shard-0").unlink()
     save(tmp_path, 2)
     assert checkpoint.newest_valid(tmp_path)[0].state.update == 2
 
 
 def test_every_file_stands_in_the_manifest(tmp_path):
     manifest = json.loads((save(tmp_path, 1) / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"shard", "deep/moments"}
-    assert manifest["files"]["deep/moments"]["bytes"] == 1000
+    assert set(manifest["files"]) == {"shard-0", "deep/moments-0"}
+    assert manifest["files"]["deep/moments-0"]["bytes"] == 1000

@@ -11,11 +11,15 @@ import pytest
 from megagpt.run.stopping import Stopping
 
 
+def alone(*flags):
+    return [*flags]
+
+
 @pytest.fixture
 def stopping():
     made = []
 
-    def make(max_minutes=None, any_rank=bool):
+    def make(max_minutes=None, any_rank=alone):
         made.append(Stopping(max_minutes, any_rank))
         return made[-1]
 
@@ -25,30 +29,36 @@ def stopping():
 
 
 def test_nothing_asked_nothing_done(stopping):
-    assert stopping().requested() is None
+    assert stopping().verdict().stop is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_each_signal_is_named(stopping, number):
     one = stopping()
     signal.raise_signal(number)
-    assert one.requested() == f"signal {number.name}"
+    assert one.verdict().stop == f"signal {number.name}"
 
 
 def test_one_request_that_comes_twice_in_a_row_is_one(stopping):
     one = stopping()
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGTERM)  # a launcher passes on what the terminal has already sent
-    assert one.requested() == "signal SIGINT"
+    assert one.verdict().stop == "signal SIGINT"
 
 
 def test_the_time_limit_stops(stopping):
-    assert stopping(max_minutes=0.0).requested() == "the time limit"
-    assert stopping(max_minutes=1.0).requested() is None
+    assert stopping(max_minutes=0.0).verdict().stop == "the time limit"
+    assert stopping(max_minutes=1.0).verdict().stop is None
 
 
 def test_a_signal_to_another_rank_stops_this_one(stopping):
-    assert stopping(any_rank=lambda mine: True).requested() == "a signal to another rank"
+    assert stopping(any_rank=lambda stop, writing: [True, writing]).verdict().stop == "a signal to another rank"
+
+
+def test_the_same_exchange_tells_whether_any_rank_still_writes(stopping):
+    assert not stopping().verdict().writing
+    assert stopping().verdict(writing=True).writing
+    assert stopping(any_rank=lambda stop, writing: [stop, True]).verdict().writing
 
 
 def test_close_gives_the_signals_back(stopping):
@@ -63,7 +73,7 @@ def test_a_second_signal_later_ends_the_process():
     code = (
         "import megagpt.run.stopping as s, time\n"
         "s._SAME = 0.1\n"
-        "one = s.Stopping(None, bool)\n"
+        "one = s.Stopping(None, lambda *flags: [*flags])\n"
         "print('ready', flush=True)\n"
         "for _ in range(600): time.sleep(0.1)\n"
     )

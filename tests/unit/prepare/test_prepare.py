@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 import warnings
@@ -6,33 +5,12 @@ import warnings
 import numpy as np
 import pytest
 
-from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import in_validation, read_documents
+from megagpt.data.documents import digest_of, in_validation
 from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import Oddities, PrepareSummary, prepare_command, train_tokenizer_command
-
-
-@pytest.fixture(scope="module")
-def texts():
-    """Paragraphs of prose as documents, with empty ones and odd ones among them."""
-    paragraphs = default_corpus().documents[0].text.splitlines()
-    return [text for paragraph in paragraphs for text in (paragraph, f"{paragraph}\n\n  {paragraph[::-1]}\n")] + [
-        ""
-    ] * 3
-
-
-@pytest.fixture(scope="module")
-def source(texts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(source, tmp_path_factory):
-    return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
+from megagpt.prepare import Options, PrepareSummary, prepare_command, train_tokenizer_command
+from tests.unit.prepare.conftest import jsonl
 
 
 def stored(prefix, tokenizer):
@@ -44,12 +22,11 @@ def stored(prefix, tokenizer):
 
 
 def test_every_document_is_in_one_part_and_comes_back(source, texts, model, tmp_path):
-    summary = prepare_command([source], model, tmp_path / "c", 0.2)
+    summary = prepare_command([source], model, tmp_path / "c", Options(0.2))
     tokenizer = Tokenizer(model)
     train, validation = (stored(tmp_path / f"c.{part}", tokenizer) for part in ("train", "validation"))
-    documents = list(read_documents([source]))
-    assert train == [document.text for document in documents if not in_validation(document, 0.2)]
-    assert validation == [document.text for document in documents if in_validation(document, 0.2)]
+    assert train == [text for text in texts if not in_validation(digest_of(text), 0.2)]
+    assert validation == [text for text in texts if in_validation(digest_of(text), 0.2)]
     assert 0 < len(validation) < len(train)
     assert not set(train) & set(validation)
     for part, kept in ((summary.train, train), (summary.validation, validation)):
@@ -57,14 +34,14 @@ def test_every_document_is_in_one_part_and_comes_back(source, texts, model, tmp_
         assert sidecar.tokenizer_sha256 == tokenizer.sha256
         assert (sidecar.documents, sidecar.tokens) == (part.documents, part.tokens)
         assert sidecar.text_bytes == part.text_bytes == sum(len(text.encode()) for text in kept)
-    assert summary.oddities == Oddities(empty_documents=3)
+    assert [(odd.kind, odd.count) for odd in summary.oddities] == [("empty", 3)]
 
 
 def test_the_bytes_are_those_of_megatrons_preprocess_data(source, texts, model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    prepare_command([source], model, tmp_path / "ours", 0)
+    prepare_command([source], model, tmp_path / "ours", Options(0, workers=2))
     tokenizer = Tokenizer(model)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for text in texts:
@@ -82,7 +59,7 @@ def test_copies_of_a_text_never_straddle_the_split(texts, model, tmp_path):
         folder.mkdir(parents=True)
         for number, text in enumerate(texts[:60]):
             (folder / f"{name}{number}.txt").write_text(text)
-    prepare_command([str(tmp_path / "text")], model, tmp_path / "c", 0.3)
+    prepare_command([str(tmp_path / "text")], model, tmp_path / "c", Options(0.3))
     tokenizer = Tokenizer(model)
     train, validation = (stored(tmp_path / f"c.{part}", tokenizer) for part in ("train", "validation"))
     assert len(train) + len(validation) == 2 * len(texts[:60])
@@ -93,34 +70,12 @@ def test_copies_of_a_text_never_straddle_the_split(texts, model, tmp_path):
 def test_the_tokenizer_has_not_seen_the_validation_part(tmp_path):
     documents = [f"zebra{n} " * 50 if n % 2 else f"quokka{n} " * 50 for n in range(200)]
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    held_out = [document for document in read_documents([path]) if in_validation(document, 0.5)]
+    path.write_text(jsonl(documents))
+    held_out = [text for text in documents if in_validation(digest_of(text), 0.5)]
     assert 60 < len(held_out) < 140
     summary = train_tokenizer_command([str(path)], 300, tmp_path / "t", 0.5)
     assert summary.documents == 200 - len(held_out)
-    assert summary.text_bytes == sum(map(len, documents)) - sum(len(document.text) for document in held_out)
-
-
-def test_the_summary_reads_well_and_counts_what_was_odd(model, tmp_path):
-    lines = ["plain", "", "\ud800 lone", "\u2581\u2581", "<eod> and <eod>"]
-    text = b"".join(json.dumps({"text": line}).encode() + b"\n" for line in lines) + b'{"text": "\xff"}\n'
-    (tmp_path / "odd.jsonl").write_bytes(text)
-    summary = prepare_command([str(tmp_path / "odd.jsonl")], model, tmp_path / "c", 0)
-    assert summary.oddities == Oddities(1, 1, 1, 2, 2)
-    tokens = len(Reader(tmp_path / "c.train").tokens)
-    assert summary.train.text_bytes == 5 + 8 + 6 + 15 + 3
-    assert str(summary) == "\n".join(
-        [
-            f"text from {tmp_path / 'odd.jsonl'}",
-            f"{tmp_path / 'c'}.train: 6 documents, {tokens} tokens, 0.00 MB, {37 / tokens:.2f} bytes per token",
-            "odd: 1 empty documents, passed over",
-            "odd: 1 places that are not UTF-8, now U+FFFD",
-            "odd: 1 lone surrogates, now U+FFFD",
-            "odd: 2 characters U+2581, which come back as blanks",
-            "odd: 2 spellings of <eod> in the text, kept as text",
-            f"prepared in {summary.seconds:.1f} s",
-        ]
-    )
+    assert summary.text_bytes == sum(map(len, documents)) - sum(map(len, held_out))
 
 
 def test_the_default_corpus_is_prepared_by_its_name_or_by_none(tmp_path):
@@ -134,20 +89,12 @@ def test_the_default_corpus_is_prepared_by_its_name_or_by_none(tmp_path):
     assert isinstance(summary, PrepareSummary)
     assert (summary.train.documents, summary.validation.documents) == (236, 13)
     assert summary.validation.text_bytes == 455_489
-    assert summary.oddities == Oddities()
+    assert summary.oddities == ()
 
 
-def test_broken_input_leaves_nothing_behind(model, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": }\n{}\n')
+def refused(inputs, model, output, fraction=0.04):
     with pytest.raises(UserError) as error:
-        prepare_command([str(tmp_path / "bad.jsonl")], model, tmp_path / "out" / "c", 0.5)
-    assert [problem.where for problem in error.value.problems] == [f"{tmp_path}/bad.jsonl:2", f"{tmp_path}/bad.jsonl:3"]
-    assert not list((tmp_path / "out").iterdir())
-
-
-def refused(*arguments):
-    with pytest.raises(UserError) as error:
-        prepare_command(*arguments)
+        prepare_command(inputs, model, output, Options(fraction))
     return str(error.value)
 
 
@@ -176,7 +123,7 @@ def test_what_cannot_be_prepared_is_said(source, model, tmp_path):
 
 
 def test_an_older_validation_part_is_not_trained_on_unseen(source, model, tmp_path):
-    prepare_command([source], model, tmp_path / "c", 0.2)
+    prepare_command([source], model, tmp_path / "c", Options(0.2))
     assert refused([source], model, tmp_path / "c", 0) == (
         "megagpt: an older validation part is there, and its documents would now be trained on too\n"
         f"  {tmp_path / 'c'}.validation.idx\n"

@@ -1,0 +1,129 @@
+"""Fragments of documents out of the stretches of the input."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from megagpt.data.default_corpus import default_corpus
+from megagpt.data.documents import Document, Fragment
+from megagpt.data.oddities import Oddities, Place
+from megagpt.data.pieces import Stretch
+from megagpt.data.sources import Kind, Source
+from megagpt.errors import UserError
+
+_BOM = b"\xef\xbb\xbf"
+_REPLACEMENT = "\ufffd"
+_BLOCK = 1 << 20  # bytes of a text file read at a time
+_CUT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # up to the last place where a document may be fragmented
+
+
+def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+    """Fragments of the documents of a stretch. `key` leads to the text in each JSON line.
+
+    What cannot be read as text is noted in `odd` and passed over or replaced. Raises UserError where the file
+    cannot be read at all, OddInput where `odd` is strict.
+    """
+    if stretch.kind is Kind.DEFAULT:
+        for document in default_corpus().documents:
+            yield Fragment(document.text, key=document.key)
+        return
+    try:
+        with open(stretch.path, "rb") as file:
+            if stretch.kind is Kind.TEXT:
+                yield from _text(file, Place(stretch.source, 0), odd)
+            else:
+                yield from _lines(file, stretch, key, odd)
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", stretch.path, "check its permissions") from None
+
+
+def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
+    """All documents of the sources, one after the other. Raises as `read` does."""
+    for number, source in enumerate(sources):
+        begun: list[str] = []
+        for fragment in read(Stretch(number, source.path, source.kind, 0, source.size), key, odd):
+            begun.append(fragment.text)
+            if fragment.last:
+                name = f"{source.path}:{fragment.line}" if fragment.line else source.path
+                yield Document(name, "".join(begun), fragment.key)
+                begun = []
+
+
+def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
+    """A file that is one document."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    begun = ""  # what came after the last cut
+    half = b""  # of a character that the last block ended in
+    block = file.read(_BLOCK)
+    if block.startswith(_BOM):
+        odd.note("byte_order_marks", place)
+        block = block.removeprefix(_BOM)
+    while block:
+        text = decoder.decode(block)
+        raw, half = half + block, decoder.getstate()[0]
+        meant = raw[: len(raw) - len(half)].count(_REPLACEMENT.encode())
+        odd.note("invalid_utf8", place, text.count(_REPLACEMENT) - meant)
+        begun += text
+        if cut := _CUT.match(begun):
+            yield Fragment(begun[: cut.end()], last=False)
+            begun = begun[cut.end() :]
+        block = file.read(_BLOCK)
+    tail = decoder.decode(b"", final=True)
+    odd.note("invalid_utf8", place, len(tail))
+    yield Fragment(begun + tail)
+
+
+def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+    """The documents of the lines that begin in the stretch."""
+    at = stretch.start
+    if at:
+        file.seek(at - 1)
+        at += len(file.readline()) - 1  # nothing but the line's end if one begins at `start`
+    number = 0
+    # Bytes, cut at \n only: str.splitlines would also cut at U+2028 inside a text.
+    while at < stretch.end and (line := file.readline()):
+        number += 1
+        place = Place(stretch.source, number)
+        if at == 0 and line.startswith(_BOM):
+            odd.note("byte_order_marks", place)
+            line, at = line.removeprefix(_BOM), len(_BOM)
+        at += len(line)
+        text = _text_of(line, key, place, odd)
+        if text is not None:
+            yield Fragment(text, line=number)
+    odd.lines[stretch.source] = number
+
+
+def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
+    """The text of a JSON line; None, and a note, where it has none."""
+    try:
+        line = raw.decode()
+    except UnicodeDecodeError:
+        line = raw.decode(errors="replace")
+        odd.note("invalid_utf8", place, line.count(_REPLACEMENT) - raw.count(_REPLACEMENT.encode()))
+    if line.isspace():
+        return None
+    try:
+        value: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        odd.note("broken_json", place, detail=f"{error.msg} at column {error.colno}")
+        return None
+    except ValueError as error:  # a number of thousands of digits
+        odd.note("broken_json", place, detail=str(error))
+        return None
+    except RecursionError:
+        odd.note("broken_json", place, detail="nested too deeply")
+        return None
+    for name in key:
+        if not isinstance(value, dict) or name not in value:
+            odd.note("no_text", place, detail=f'no key "{".".join(key)}"')
+            return None
+        value = value[name]
+    if not isinstance(value, str):
+        odd.note("not_a_string", place, detail=f"it is {json.dumps(value)[:30]}")
+        return None
+    return value

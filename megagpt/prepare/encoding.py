@@ -1,0 +1,159 @@
+"""One piece of the input to one shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.data.documents import Fragment, digest_of, in_validation
+from megagpt.data.encoder import Encoder
+from megagpt.data.indexed_writer import MAX_SEQUENCE
+from megagpt.data.oddities import Oddities, Place
+from megagpt.data.pieces import Piece
+from megagpt.data.reading import read
+from megagpt.data.shards import Record, ShardWriter
+from megagpt.data.tokenizer import Tokenizer, replace_surrogates
+from megagpt.errors import MachineError
+
+_BATCH, _BATCH_DOCUMENTS = 1 << 19, 4096  # characters, and documents, encoded at a time at most
+
+Report = Callable[[int, int, int], None]
+"""Is told of so many more documents, tokens, and bytes of text."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    folder: Path
+    tokenizer: Path
+    validation_fraction: float
+    text_key: tuple[str, ...]
+    strict: bool
+
+
+class PieceError(Exception):
+    """A piece that could not be encoded, and why."""
+
+    def __init__(self, number: int, cause: BaseException) -> None:
+        super().__init__(number, cause)
+        self.number, self.cause = number, cause
+
+
+class PieceEncoder:
+    """Encodes pieces one after the other, keeping the tokenizer and its memo."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        tokenizer = Tokenizer(job.tokenizer)
+        self._encoder = Encoder(tokenizer)
+        self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
+        self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
+
+    def encode(self, piece: Piece, report: Report) -> Record:
+        """Write the piece's shard. Raises PieceError."""
+        odd = Oddities(self._job.strict)
+        try:
+            with ShardWriter(self._job.folder, piece.number) as shard:
+                documents = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
+                for stretch in piece.stretches:
+                    fragments = read(stretch, self._job.text_key, odd)
+                    for batch in _batches(fragments if self._encoder.by_words else _joined(fragments)):
+                        before = shard.documents, shard.tokens, shard.text_bytes
+                        self._add(batch, stretch.source, documents, odd)
+                        after = shard.documents, shard.tokens, shard.text_bytes
+                        report(*(new - old for new, old in zip(after, before, strict=True)))
+                return shard.finish(odd)
+        except OSError as error:
+            raise PieceError(piece.number, cannot_write(error, self._job.folder)) from None
+        except Exception as error:
+            raise PieceError(piece.number, error) from error
+
+    def _add(self, batch: list[Fragment], source: int, documents: _Documents, odd: Oddities) -> None:
+        places = [Place(source, fragment.line) for fragment in batch]
+        raws: list[bytes] = []
+        texts: list[str] = []
+        for fragment, place in zip(batch, places, strict=True):
+            text = fragment.text
+            try:
+                raws.append(text.encode())
+            except UnicodeEncodeError:
+                text, count = replace_surrogates(text)
+                odd.note("lone_surrogates", place, count)
+                raws.append(text.encode())
+            texts.append(text)
+        together = "".join(texts)
+        for mark in self._marks:
+            if mark in together:  # so seldom that the common case must not look at each text
+                for text, place in zip(texts, places, strict=True):
+                    odd.note(self._marks[mark], place, text.count(mark))
+        for fragment, place, raw, ids in zip(batch, places, raws, self._encoder.encode(texts), strict=True):
+            documents.add(fragment, place, raw, ids)
+
+
+class _Documents:
+    """Puts encoded fragments together into the documents of a shard."""
+
+    def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: Oddities) -> None:
+        self._shard, self._encoder, self._fraction, self._odd = shard, encoder, fraction, odd
+        self._blank = True
+        self._begin()
+
+    def add(self, fragment: Fragment, place: Place, raw: bytes, ids: bytes) -> None:
+        """Append a fragment with its text in UTF-8 and its ids."""
+        self._shard.write(ids)
+        self._hash.update(raw)
+        self._text_bytes += len(raw)
+        self._id_bytes += len(ids)
+        self._blank = self._blank and (not raw or fragment.text.isspace())
+        if fragment.last:
+            self._end(fragment.key, place)
+
+    def _begin(self) -> None:
+        self._hash = hashlib.md5(usedforsecurity=False)
+        self._text_bytes = self._id_bytes = 0
+        self._blank = True
+
+    def _end(self, key: str, place: Place) -> None:
+        if self._id_bytes:
+            self._shard.write(self._encoder.end)
+            self._id_bytes += self._encoder.width
+        if self._blank:
+            self._odd.note("blank" if self._text_bytes else "empty", place)
+        tokens = self._id_bytes // self._encoder.width
+        self._odd.note("long", place, tokens > MAX_SEQUENCE)
+        digest = self._hash.digest()
+        held_out = in_validation(digest_of(key) if key else digest, self._fraction)
+        self._shard.end_document(tokens, self._text_bytes, held_out, digest)
+        self._begin()
+
+
+def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:
+    batch: list[Fragment] = []
+    size = 0
+    for fragment in fragments:
+        batch.append(fragment)
+        size += len(fragment.text)
+        if size >= _BATCH or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _joined(fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+    """Whole documents, for tokenizers that do not go by words."""
+    begun: list[str] = []
+    for fragment in fragments:
+        begun.append(fragment.text)
+        if fragment.last:
+            yield fragment._replace(text="".join(begun))
+            begun = []
+
+
+def cannot_write(error: OSError, folder: Path) -> MachineError:
+    """The failure to write, in the user's words."""
+    do = "make room or choose another --output, then type the command again: it goes on where it stopped"
+    return MachineError(f"cannot write: {error.strerror}", str(error.filename or folder), do)

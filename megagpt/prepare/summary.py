@@ -1,0 +1,70 @@
+"""What `prepare` and `tokenizer train` say when they are done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megagpt.data.oddities import KINDS
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """One kind of what was unusual: how often, and the first place (`file`, or `file:line`)."""
+
+    kind: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"odd: {self.count:,} {KINDS[self.kind]}" + (f" (first: {self.first})" if self.first else "")
+
+
+@dataclass(frozen=True)
+class TokenizerSummary:
+    """What `tokenizer train` did. `text_bytes` are the UTF-8 bytes of all documents read."""
+
+    path: str
+    source: str
+    vocab_size: int
+    documents: int
+    text_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}\n"
+            f"{self.path}: {self.vocab_size:,} pieces from {self.documents:,} documents "
+            f"({self.text_bytes / 1e6:.1f} MB) in {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """One corpus that was written: counts, and the UTF-8 bytes of its text."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    def __str__(self) -> str:
+        ratio = self.text_bytes / self.tokens if self.tokens else 0.0
+        return (
+            f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.text_bytes / 1e6:.2f} MB, {ratio:.2f} bytes per token"
+        )
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` did. `validation` is None where no documents were put aside."""
+
+    source: str
+    train: PartSummary
+    validation: PartSummary | None
+    oddities: tuple[Oddity, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = [str(part) for part in (self.train, self.validation) if part]
+        return "\n".join([self.source, *parts, *map(str, self.oddities), f"prepared in {self.seconds:.1f} s"])

@@ -1,0 +1,143 @@
+"""Runs that save beside training: the same bits as those that stand still for it, whatever happens meanwhile."""
+
+import os
+import signal
+
+import pytest
+
+from megagpt.run import checkpoint
+from tests.training import curve, events, final_weights, finish, ranks, wait_for_update
+
+BESIDE = "checkpoint.asynchronous=true"
+
+# writing what its variables name waits for a file, or is refused by the system
+SLOW = """
+import errno, os, threading, time
+from pathlib import Path
+from megagpt import files
+real = files.write
+def write(path, data):
+    if os.environ["RANK"] == os.environ["ON_RANK"] and os.environ["ON_PATH"] in str(path):
+        if os.environ["REFUSE"]:
+            raise OSError(int(os.environ["REFUSE"]), os.strerror(int(os.environ["REFUSE"])))
+        while not Path(os.environ["GO"]).exists():
+            assert threading.current_thread() is not threading.main_thread()
+            time.sleep(0.02)
+    return real(path, data)
+files.write = write
+"""
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """Makes one rank's writing of one checkpoint wait until `go` is there, or fail."""
+    site, go = tmp_path / "site", tmp_path / "go"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SLOW)
+    paths = os.environ.get("PYTHONPATH", "")
+
+    def plant(update, rank=0, refuse=""):
+        values = {"ON_RANK": rank, "ON_PATH": f".partial_update_{update:08d}/state", "REFUSE": refuse, "GO": go}
+        for name, value in {"PYTHONPATH": f"{site}:{paths}", **values}.items():
+            monkeypatch.setenv(name, str(value))
+        return go
+
+    yield plant
+    monkeypatch.setenv("PYTHONPATH", paths)
+
+
+def healthy(monkeypatch):
+    """The disk is quick again."""
+    monkeypatch.setenv("ON_RANK", "none")
+
+
+def saved(run):
+    """Updates of published checkpoints."""
+    return [int(folder.name[7:]) for folder in checkpoint.Store(run).folders()]
+
+
+def state_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "state").iterdir()}
+
+
+def order(run, *wanted):
+    """Where events stand in the record."""
+    rows = [(event["event"], event["update"]) for event in events(run)]
+    return [rows.index(one) for one in wanted]
+
+
+def assert_same(run, straight):
+    assert curve(run) == curve(straight)
+    assert final_weights(run) == final_weights(straight)
+
+
+def test_training_goes_on_while_the_disk_is_slow_and_ends_with_the_same_bits(recipe, uninterrupted, disk):
+    run, go = recipe.with_suffix(""), disk(update=10)
+    with ranks(recipe, BESIDE) as (process,):
+        wait_for_update(run, 20)  # the save of 20 is due, and waits for that of 10
+        assert saved(run) == []
+        go.write_text("")
+        printed = process.communicate(timeout=90)[0]
+        assert process.returncode == 0
+    assert "SAVED" not in printed
+    places = order(run, ("update", 20), ("checkpoint", 10), ("update", 21), ("checkpoint", 20))
+    assert places[:3] == sorted(places[:3])
+    assert places[3] > places[2]
+    assert_same(run, uninterrupted)
+    assert (run / "DONE").exists()
+    assert saved(run) == saved(uninterrupted) == [80, 90, 100]
+    for update in saved(run):
+        folder = f"checkpoints/update_{update:08d}"
+        assert state_files(run / folder) == state_files(uninterrupted / folder)
+
+
+def test_killed_while_a_checkpoint_is_being_written_it_goes_on_from_the_one_before(
+    recipe, uninterrupted, disk, monkeypatch
+):
+    run = recipe.with_suffix("")
+    disk(update=20)
+    with ranks(recipe, BESIDE) as (process,):
+        wait_for_update(run, 30)
+        process.kill()
+    assert saved(run) == [10]
+    healthy(monkeypatch)
+    assert "resumed  at update 10," in finish(recipe, BESIDE)
+    assert_same(run, uninterrupted)
+
+
+SHORT = ("length.updates=20", "evaluation.every=null", "checkpoint.every=5", "checkpoint.keep_last=null")
+
+
+def test_a_signal_while_a_checkpoint_is_being_written_publishes_it_and_one_more(
+    recipe, data, tmp_path, disk, monkeypatch
+):
+    run, go = recipe.with_suffix(""), disk(update=5, rank=1)
+    with ranks(recipe, *SHORT, BESIDE, world=2) as started:
+        wait_for_update(run, 7)
+        started[1].send_signal(signal.SIGUSR1)  # the save of 5 cannot end yet
+        go.write_text("")
+        printed = [process.communicate(timeout=60) for process in started]
+        assert [process.returncode for process in started] == [75, 75], printed
+    stopped = events(run)[-1]
+    assert saved(run) == [5, stopped["update"]]
+    assert f"saved at update {stopped['update']}." in printed[0][0]
+    healthy(monkeypatch)
+    assert f"resumed  at update {stopped['update']}," in finish(recipe, *SHORT, BESIDE, world=2)
+    straight = recipe.with_name("straight.yaml")
+    straight.write_text(recipe.read_text().replace(str(run), str(straight.with_suffix(""))))
+    finish(straight, *SHORT, world=2)
+    assert_same(run, straight.with_suffix(""))
+
+
+def test_what_one_stage_of_a_pipeline_cannot_write_is_a_failed_save_and_the_next_is_good(recipe, disk, monkeypatch):
+    run = recipe.with_suffix("")
+    straight = recipe.with_name("straight.yaml")
+    straight.write_text(recipe.read_text().replace(str(run), str(straight.with_suffix(""))))
+    finish(straight, *SHORT, world=2, config="pipeline2")
+    disk(update=10, rank=1, refuse=28)
+    printed = finish(recipe, *SHORT, BESIDE, world=2, config="pipeline2")
+    assert printed.count("NOT SAVED  update 10: rank 1: No space left on device\n") == 1
+    assert saved(run) == [5, 15, 20]
+    assert saved(straight.with_suffix("")) == [5, 10, 15, 20]
+    assert [event["update"] for event in events(run) if event["event"] == "save_failed"] == [10]
+    assert_same(run, straight.with_suffix(""))

@@ -1,0 +1,89 @@
+import io
+
+import numpy as np
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data import encoder as encoder_module
+from megagpt.data.encoder import Encoder
+from megagpt.data.tokenizer import Tokenizer
+from tests.unit.data.test_tokenizer import AWKWARD, foreign_model
+
+TEXT = st.lists(
+    st.one_of(st.text(max_size=12), st.text("ab \n\u2581=", max_size=30), AWKWARD.filter(lambda s: s != "\ud83d"))
+).map("".join)
+
+
+def whole(tokenizer, text):
+    """Ids by sentencepiece alone, the text in one piece."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(text)
+
+
+def ids(encoded):
+    return [np.frombuffer(one, "<u2").tolist() for one in encoded]
+
+
+@given(batches=st.lists(st.lists(TEXT, max_size=5), max_size=4), most=st.sampled_from([0, 5, 1000]))
+@settings(max_examples=300)
+def test_words_give_the_ids_of_the_whole(tokenizer, batches, most):
+    encoder = Encoder(tokenizer)
+    assert encoder.by_words
+    with_memo = []
+    for texts in batches:
+        before, encoder_module._MOST = encoder_module._MOST, most
+        try:
+            with_memo += ids(encoder.encode(texts))
+        finally:
+            encoder_module._MOST = before
+    assert with_memo == [whole(tokenizer, text) for texts in batches for text in texts]
+
+
+def test_words_give_the_ids_of_the_whole_on_documents(tokenizer, texts):
+    encoder = Encoder(tokenizer)
+    for _ in range(2):  # cold and warm
+        assert ids(encoder.encode(texts)) == [whole(tokenizer, text) for text in texts]
+
+
+def trained(path, **changes):
+    """A model with settings like ours, but for `changes`."""
+    settings = {
+        "model_type": "bpe", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "add_dummy_prefix": False, "allow_whitespace_only_pieces": True,
+        "user_defined_symbols": ["\n"], "unk_id": 0, "eos_id": 1, "eos_piece": "<eod>", "bos_id": -1, "pad_id": -1,
+    }  # fmt: skip
+    text = ["the quick brown fox  jumps over the lazy dog == = =", "and so on and so forth"] * 10
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, minloglevel=2, hard_vocab_limit=False, **settings | changes
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def test_a_model_whose_ids_may_depend_on_the_whole_text_is_given_whole_texts(tmp_path):
+    assert trained(tmp_path / "like-ours.model").by_words
+    others = [
+        {"model_type": "unigram"},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"split_by_whitespace": False},
+        {"user_defined_symbols": ["\n", "a b"]},
+        {"user_defined_symbols": []},
+        {"treat_whitespace_as_suffix": True},
+    ]
+    for number, change in enumerate(others):
+        model = trained(tmp_path / f"{number}.model", **change)
+        assert not model.by_words, change
+        text = "fox  and\n  the =  == x "
+        assert ids(Encoder(model).encode([text])) == [whole(model, text)]
+    assert not Tokenizer(foreign_model(tmp_path / "foreign.model")).by_words
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "vocab_size", 65_500)
+    encoder = Encoder(tokenizer)
+    assert encoder.width == 4
+    assert np.frombuffer(encoder.encode(["the end"])[0], "<i4").tolist() == tokenizer.encode("the end")
+    assert np.frombuffer(encoder.end, "<i4").tolist() == [tokenizer.eod]

@@ -1,0 +1,152 @@
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data import pieces, reading
+from megagpt.data.oddities import OddInput, Oddities, Place
+from megagpt.data.reading import read, whole_documents
+from megagpt.data.sources import find_sources
+from megagpt.errors import UserError
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def documents(*paths, odd=None, key="text"):
+    sources = find_sources([str(path) for path in paths])
+    return [
+        (document.name.split("/")[-1], document.text)
+        for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())
+    ]
+
+
+def texts(*paths, **options):
+    return [text for _, text in documents(*paths, **options)]
+
+
+@given(texts=st.lists(ANY_TEXT), newline=st.sampled_from(["\n", "\r\n"]))
+def test_jsonl_is_cut_at_newlines_only(tmp_path_factory, texts, newline):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    # Unescaped, so that U+2028, \x85 and their like stand in the file as they are.
+    lines = [json.dumps({"text": text}, ensure_ascii=any("\ud800" <= c <= "\udfff" for c in text)) for text in texts]
+    path.write_bytes(newline.join([*lines, ""]).encode())
+    assert [text for _, text in documents(path)] == texts
+
+
+@given(lines=st.lists(st.text("ab\u2028é", max_size=8), max_size=30), size=st.integers(1, 40), ended=st.booleans())
+@settings(max_examples=200)
+def test_every_line_is_in_one_piece_however_a_file_is_cut(tmp_path_factory, lines, size, ended):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    content = "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines) + ("\n" if ended else "")
+    path.write_text(content, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_SMALLEST", size)
+        cut = pieces.cut(find_sources([str(path)]))
+    odd = Oddities()
+    found = [f.text for piece in cut for stretch in piece.stretches for f in read(stretch, ("text",), odd)]
+    assert found == lines
+    assert len(cut) == max(1, -(-len(content.encode()) // size))
+
+
+def test_small_files_share_a_piece_and_a_large_text_is_never_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "_SMALLEST", 100)
+    for name, size in (("a.txt", 40), ("b.txt", 60), ("c.txt", 1), ("d.txt", 500), ("e.jsonl", 150)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    cut = pieces.cut(find_sources([str(tmp_path)]))
+    spans = [[(s.path[-6:], s.start, s.end) for s in piece.stretches] for piece in cut]
+    assert spans == [
+        [("/a.txt", 0, 40), ("/b.txt", 0, 60)],
+        [("/c.txt", 0, 1)],
+        [("/d.txt", 0, 500)],
+        [(".jsonl", 0, 100)],
+        [(".jsonl", 100, 150)],
+    ]
+    assert [piece.number for piece in cut] == [0, 1, 2, 3, 4]
+    assert str(cut[0]) == f"{tmp_path}/a.txt and 1 files after it"
+    assert str(cut[3]) == f"{tmp_path}/e.jsonl, bytes 0 to 100"
+
+
+@given(text=st.text(st.sampled_from("ab \n\u2581é👩")), block=st.integers(1, 7), broken=st.integers(0, 3))
+@settings(max_examples=300)
+def test_a_text_read_in_fragments_is_the_text(tmp_path_factory, text, block, broken):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    raw = text.encode() + b"\xf0\x9f\x91"[:broken]
+    path.write_bytes(raw)
+    odd = Oddities()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_BLOCK", block)
+        (piece,) = pieces.cut(find_sources([str(path)]))
+        fragments = list(read(piece.stretches[0], ("text",), odd))
+    assert "".join(fragment.text for fragment in fragments) == raw.decode(errors="replace")
+    assert [fragment.last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
+    for fragment, after in itertools.pairwise(fragments):
+        # Not a word, and not blanks, on both sides of a cut.
+        assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
+    assert odd.counts.get("invalid_utf8", 0) == (1 if broken else 0)
+
+
+def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl("one") + b"\n  \n" + jsonl("two"))
+    odd = Oddities()
+    assert documents(tmp_path, odd=odd) == [("a.txt", "hello"), ("b.jsonl:1", "one"), ("b.jsonl:4", "two")]
+    assert odd.counts == {"byte_order_marks": 2}
+    assert odd.lines == {1: 4}
+
+
+def test_broken_bytes_are_replaced_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xef\xbf\xbd")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n' + jsonl("fine"))
+    odd = Oddities()
+    assert texts(tmp_path, odd=odd) == ["caf\ufffd \ufffd\ufffd", "\ufffd", "fine"]
+    assert odd.counts == {"invalid_utf8": 3}
+    assert odd.first == {"invalid_utf8": Place(0, 0)}
+
+
+BROKEN = [
+    (b'{"text": }', "broken_json", "Expecting value at column 10"),
+    (b"[" * 100_000, "broken_json", "nested too deeply"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "broken_json", "Exceeds the limit (4300 digits) for integer string conversion"),
+    (b"[1]", "no_text", 'no key "text"'),
+    (b'{"body": "x"}', "no_text", 'no key "text"'),
+    (b'{"text": 5}', "not_a_string", "it is 5"),
+    (b'{"text": null}', "not_a_string", "it is null"),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "detail"), BROKEN)
+def test_a_broken_line_is_passed_over_counted_and_an_error_when_strict(tmp_path, line, kind, detail):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("good") + line + b"\n" + jsonl("better"))
+    odd = Oddities()
+    assert texts(path, odd=odd) == ["good", "better"]
+    assert (odd.counts, odd.first) == ({kind: 1}, {kind: Place(0, 2)})
+    with pytest.raises(OddInput) as error:
+        texts(path, odd=Oddities(strict=True))
+    assert (error.value.kind, error.value.place) == (kind, Place(0, 2))
+    assert error.value.detail.startswith(detail)
+
+
+def test_the_text_may_stand_within_other_keys(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": {"b": "deep"}}\n{"a": "b"}\n{"a": {"b": {}}}\n')
+    odd = Oddities()
+    assert texts(tmp_path / "a.jsonl", key="a.b", odd=odd) == ["deep"]
+    assert odd.counts == {"no_text": 1, "not_a_string": 1}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("x"))
+    (piece,) = pieces.cut(find_sources([str(path)]))
+    path.unlink()
+    with pytest.raises(UserError) as error:
+        list(read(piece.stretches[0], ("text",), Oddities()))
+    assert str(error.value) == (
+        f"megagpt: cannot read the file: No such file or directory\n  {path}\n  do: check its permissions"
+    )

@@ -1,0 +1,92 @@
+"""Paragraphs of prose with empty documents among them, a tokenizer trained on them, and commands that can be killed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.data.default_corpus import default_corpus
+from megagpt.prepare import train_tokenizer_command
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def content(prefix):
+    """All bytes of the two corpora, by the ending of their files."""
+    endings = [f".{part}{suffix}" for part in ("train", "validation") for suffix in (".bin", ".idx", ".json")]
+    return {ending: prefix.with_name(prefix.name + ending).read_bytes() for ending in endings}
+
+
+@pytest.fixture(scope="session")
+def texts():
+    paragraphs = default_corpus().documents[0].text.splitlines()
+    texts = [text for paragraph in paragraphs for text in (paragraph, f"{paragraph}\n\n  {paragraph[::-1]}\n")]
+    return texts[:10] + [""] * 2 + texts[10:] + [""]
+
+
+@pytest.fixture(scope="session")
+def source(texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text(jsonl(texts))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model(source, tmp_path_factory):
+    return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
+
+
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done.
+PROGRAM = """\
+import resource, sys, time
+from megagpt.data import pieces, shards
+
+piece, pause, limit, *arguments = sys.argv[1:]
+finish = shards.ShardWriter.finish
+shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
+if __name__ == "__main__":
+    pieces._SMALLEST = int(piece)
+    if limit != "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    from megagpt.cli import main
+    sys.exit(main(arguments))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Start `megagpt` with small pieces, in a session of its own; `file_limit` bytes of a file can be written."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    started = []
+
+    def start(*arguments, piece=30_000, pause=0.0, file_limit=0):
+        line = [sys.executable, program, piece, pause, file_limit, *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(list(map(str, line)), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(process, code=0):
+    """What the command printed on standard output and error, once it has ended with this exit code."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    return output, errors
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

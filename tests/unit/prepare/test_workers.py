@@ -1,0 +1,153 @@
+"""Many workers, killed workers, killed commands, full disks: the same bytes, or an error and no corpus."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from megagpt.data import pieces
+from megagpt.data.indexed import Reader
+from megagpt.errors import UserError
+from megagpt.prepare import Options, prepare_command
+from megagpt.prepare.workplace import Workplace
+from tests.unit.prepare.conftest import alive, content, finish, jsonl
+
+
+@pytest.fixture(scope="module")
+def large(texts, tmp_path_factory):
+    """A folder of 1.3 MB in files of lines and of text."""
+    folder = tmp_path_factory.mktemp("large")
+    draw = random.Random(5)
+    for number in range(6):
+        mixed = [" ".join(draw.sample(text.split(), len(text.split()))) for text in texts for _ in range(20)]
+        (folder / f"{number}.jsonl").write_text(jsonl(mixed))
+        (folder / f"{number}.txt").write_text("\n".join(mixed[:7]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(large, model, tmp_path_factory):
+    """The bytes that one process writes in one piece."""
+    prefix = tmp_path_factory.mktemp("expected") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_SMALLEST", 1 << 30)
+        prepare_command([str(large)], model, prefix, Options(0.1, workers=1))
+    return content(prefix)
+
+
+def start(command, large, model, prefix, workers=2, **limits):
+    options = ("--tokenizer", model, "--output", prefix, "--validation-fraction", 0.1, "--workers", workers)
+    return command("prepare", large, *options, **limits)
+
+
+def wait_for(folder, pattern, process):
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if found := sorted(folder.glob(pattern)):
+            return found
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_the_bytes_do_not_depend_on_who_works(command, large, model, expected, tmp_path, workers):
+    finish(start(command, large, model, tmp_path / "c", workers, piece=40_000 + workers))
+    assert content(tmp_path / "c") == expected
+    assert not (tmp_path / "c.prepare").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_command_goes_on_where_it_stopped(command, large, model, expected, tmp_path, workers):
+    draw = random.Random(workers)
+    folder, kept = tmp_path / "c.prepare", []
+    for done in (3, 12):
+        process = start(command, large, model, tmp_path / "c", workers, pause=0.02)
+        wait_for(folder, f"{done}.json", process)
+        time.sleep(draw.random() / 50)
+        process.kill()
+        process.communicate()
+        assert not list(tmp_path.glob("c.*.idx"))
+        kept.append({path: path.stat().st_mtime_ns for path in folder.glob("*.json")})
+    finish(start(command, large, model, tmp_path / "c", workers))
+    assert content(tmp_path / "c") == expected
+    assert 3 <= len(kept[0]) < len(kept[1])
+    assert kept[0].items() <= kept[1].items()  # not made again
+
+
+def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large, model, expected, tmp_path):
+    folder = tmp_path / "c.prepare"
+    process = start(command, large, model, tmp_path / "c", pause=0.1)
+    partial = wait_for(folder, "*.bin.*.partial", process)[0]
+    number, _, pid, _ = partial.name.split(".")
+    os.kill(int(pid), signal.SIGKILL)
+    _, errors = finish(process, 1)
+    what, where, do = errors.splitlines()
+    assert what == "megagpt: a worker died (SIGKILL) at this input"
+    assert where.startswith(f"  {large}/")
+    assert "bytes" in where or "files after it" in where
+    assert do.startswith("  do: type the command again, it goes on where it stopped; if memory was short, with fewer")
+    assert not list(tmp_path.glob("c.*.idx"))
+    assert not (folder / f"{number}.json").exists()
+    finish(start(command, large, model, tmp_path / "c"))
+    assert content(tmp_path / "c") == expected
+
+
+def test_workers_do_not_outlive_a_killed_command(command, large, model, tmp_path):
+    process = start(command, large, model, tmp_path / "c", pause=60)
+    names = wait_for(tmp_path / "c.prepare", "*.bin.*.partial", process)
+    workers = [int(path.name.split(".")[2]) for path in names]
+    process.kill()
+    end = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_second_of_two_commands_refuses(command, large, model, tmp_path):
+    with Workplace(str(tmp_path / "c")):
+        _, errors = finish(start(command, large, model, tmp_path / "c"), 2)
+    assert errors == (
+        f"megagpt: another `megagpt prepare` (process {os.getpid()}) is writing this corpus\n"
+        f"  {tmp_path}/c.prepare\n  do: wait until it is done, or choose another --output\n"
+    )
+    assert not list(tmp_path.glob("c*"))
+
+
+@pytest.mark.parametrize(("workers", "limit"), [(1, 500), (2, 3000), (1, 100_000)])
+def test_a_full_disk_leaves_no_corpus_and_the_command_goes_on_later(
+    command, large, model, expected, tmp_path, workers, limit
+):
+    """A limit to the size of files fails in a shard, in another, and when the shards are joined."""
+    _, errors = finish(start(command, large, model, tmp_path / "c", workers, file_limit=limit), 1)
+    what, _, do = errors.splitlines()
+    assert what == "megagpt: cannot write: File too large"
+    assert do == (
+        "  do: make room or choose another --output, then type the command again: it goes on where it stopped"
+    )
+    assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
+    finish(start(command, large, model, tmp_path / "c", workers))
+    assert content(tmp_path / "c") == expected
+
+
+def test_what_was_done_for_another_plan_is_not_used(command, large, model, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("one two three\n" * 100)
+    process = start(command, large, model, tmp_path / "c", pause=0.1)
+    wait_for(tmp_path / "c.prepare", "2.json", process)
+    process.kill()
+    process.communicate()
+    prepare_command([str(other)], model, tmp_path / "c", Options(0))
+    assert Reader(tmp_path / "c.train").sidecar.text_bytes == 1400
+    assert sorted(path.name for path in tmp_path.glob("c*")) == ["c.train.bin", "c.train.idx", "c.train.json"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(source, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        prepare_command([source], model, tmp_path / "file" / "c")
+    assert str(error.value) == (
+        f"megagpt: cannot write here: Not a directory\n  {tmp_path}/file/c.prepare\n"
+        "  do: choose an --output in a folder that you may write to"
+    )
