@@ -41,6 +41,7 @@ setup(
         "test": [
             *corpus,
             *report,
+            "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",
             "transformers>=5,<6",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,9 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
     recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
+    if recipe.data.document_mask:
+        resolved = _with_document_end(resolved, loader)
+        recipe = resolved.recipe
     total = recipes.updates(recipe, loader.order.samples_per_epoch)
     samples = total * recipe.batch.global_size
     taken = blend.taken(loader.order, recipe.data.train, samples)
@@ -150,6 +153,13 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...
     )  # fmt: skip
     samples = recipe.evaluation.samples
     return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)
+
+
+def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
+    """The recipe with the token that ends a document, which the corpora say."""
+    recipe = resolved.recipe
+    data = recipe.data.model_copy(update={"eod": loader.document_end(recipe.data.eod)})
+    return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:

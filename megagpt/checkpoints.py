@@ -66,7 +66,7 @@ def _line(folder: Path, verify: bool) -> Line:
     pinned = (folder / checkpoint.PINNED).exists()
     if found is None:
         return Line(folder.name, None, None, None, "", pinned, wrong)
-    wrong = checkpoint.check(folder)[1] if verify else checkpoint.incomplete(folder)
+    wrong = checkpoint.check(folder)[1] if verify else checkpoint.incomplete(found)
     return Line(folder.name, found.state.update, found.state.tokens, found.bytes, _layout(found), pinned, wrong)
 
 

@@ -6,10 +6,12 @@ Each check really makes the fault happen, in this process or in a child of it, a
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,9 +20,9 @@ from megagpt.files import Write
 from megagpt.run import checkpoint
 from megagpt.run.saving import Attempt, Saver
 from megagpt.state import TrainState
+from tests import training
 
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")  # all that change the disk
-FULL, BROKEN, FORBIDDEN = errno.ENOSPC, errno.EIO, errno.EACCES
 
 
 def state_of(update: int) -> TrainState:
@@ -89,19 +91,43 @@ def failing(number: int) -> Callable[[], None]:
     return act
 
 
-def two_saved(run: Path) -> None:
-    """A run whose next save, of update 3, removes its oldest checkpoint."""
-    for update in (1, 2):
-        save(run, update, keep_last=2)
+@dataclass(frozen=True)
+class Place:
+    """Where a check runs: on which rank and how saves are made there."""
 
+    folder: Path
+    asynchronous: bool = False
+    rank: Rank = field(default_factory=Rank)
+    agreement: Agreement = field(default_factory=lambda: Agreement(1))
 
-def calls_of_a_save(folder: Path) -> int:
-    """How many file calls a third save makes."""
-    two_saved(folder / "count")
-    with sabotage(0, failing(BROKEN)) as seen:
-        save(folder / "count", 3, keep_last=2)
-    assert {*CALLS} == {*seen}
-    return len(seen)
+    def attempt(self, run: Path, update: int) -> Attempt:
+        """A save that leaves two checkpoints."""
+        return attempt(run, update, None, self.asynchronous, self.rank, self.agreement, keep_last=2)
+
+    def save(self, run: Path, update: int) -> None:
+        """A save that must go well."""
+        ended = self.attempt(run, update)
+        assert (ended.published, ended.problem) == (True, "")
+
+    def two_saved(self, run: Path) -> None:
+        """A run whose next save, of update 3, removes its oldest checkpoint."""
+        for update in (1, 2):
+            self.save(run, update)
+
+    def calls_of_a_save(self, on_rank: int = 0) -> int:
+        """How many file calls a third save makes on a rank."""
+        self.two_saved(self.folder / "count")
+        with sabotage(0, failing(errno.EIO)) as seen:
+            self.save(self.folder / "count", 3)
+        assert {*CALLS} == {*seen} or not self.rank.main
+        return int(self.agreement.gather(str(len(seen)))[on_rank])
+
+    def goes_on(self, run: Path) -> None:
+        """The next save works, and leaves nothing over of the one that did not."""
+        self.save(run, 4)
+        assert checkpoint.newest_valid(run)[0].state == state_of(4)
+        assert names(run)[-1] == "update_00000004"
+        assert not [name for name in names(run) if name.startswith(".")]
 
 
 def latest_names_a_whole_one(run: Path) -> None:
@@ -111,48 +137,77 @@ def latest_names_a_whole_one(run: Path) -> None:
     assert found is not None, wrong
 
 
-def goes_on(run: Path) -> None:
-    """The next save works, and leaves nothing over of the one that did not."""
-    save(run, 4, keep_last=2)
-    assert checkpoint.newest_valid(run)[0].state == state_of(4)
-    assert names(run)[-1] == "update_00000004"
-    assert not [name for name in names(run) if name.startswith(".")]
-
-
-def a_failing_call_harms_nothing(folder: Path, number: int, asynchronous: bool) -> None:
-    """Whichever file call of a save fails: it is published or not, as it says, and what was published stays whole."""
+def a_failing_call_harms_nothing(place: Place, number: int, on_rank: int = 0) -> None:
+    """Whichever file call fails on one rank: all say the same of the save, it is true, and the next one is good."""
     failed = noted = 0
-    for at in range(1, calls_of_a_save(folder) + 1):
-        run = folder / str(at)
-        two_saved(run)
-        with sabotage(at, failing(number)):
-            ended = attempt(run, 3, asynchronous=asynchronous, keep_last=2)
+    said = os.strerror(number)
+    for at in range(1, place.calls_of_a_save(on_rank) + 1):
+        run = place.folder / str(at)
+        place.two_saved(run)
+        with sabotage(at if place.rank.rank == on_rank else 0, failing(number)):
+            ended = place.attempt(run, 3)
+        answers = place.agreement.gather(json.dumps([ended.published, ended.problem]))
+        assert len({*answers}) == 1, (at, answers)
         found, skipped = checkpoint.newest_valid(run)
         assert (found.state, skipped) == (state_of(3 if ended.published else 2), []), at
         latest_names_a_whole_one(run)
-        assert ended.problem.startswith(("" if ended.published else "rank 0: ") + os.strerror(number)) or (
-            ended.published and not ended.problem  # making a folder that is there already may fail
-        ), at
+        if ended.published:  # the call was behind the rename; or it made a folder that is there already
+            assert ended.problem.startswith(said) or not ended.problem, at
+        else:
+            assert ended.problem.startswith(f"rank {on_rank}: {said}"), at
         failed += not ended.published
         noted += ended.published and bool(ended.problem)
-        goes_on(run)
-    assert failed >= 12
-    assert noted >= 8
+        place.goes_on(run)
+    assert failed >= 6
+    assert noted >= 8 or on_rank
 
 
-def a_kill_at_any_call_harms_nothing(folder: Path, asynchronous: bool) -> None:
+def what_one_rank_cannot_write_is_published_by_none(place: Place, run: Path, on_rank: int) -> None:
+    """An error in one rank's part is a failed save on all, and the newest checkpoint is that of update 2 still."""
+
+    def write(sink: Write) -> None:
+        sink(f"shard-{place.rank.rank}", b"x")
+        if place.rank.rank == on_rank:
+            sink(f"shard-{on_rank}/below", b"a file is no folder")
+            sink("more", b"x")
+
+    ended = attempt(run, 3, write, place.asynchronous, place.rank, place.agreement)
+    assert {*place.agreement.gather(str(ended.published))} == {"False"}
+    assert ended.problem.startswith(f"rank {on_rank}: ")
+    assert checkpoint.newest_valid(run)[0].state == state_of(2)
+
+
+def a_kill_at_any_call_harms_nothing(place: Place) -> None:
     """Killed without warning at whichever file call, the newest checkpoint is the one before, or the new one, whole."""
-    for at in range(1, calls_of_a_save(folder) + 1):
-        run = folder / str(at)
-        two_saved(run)
+    for at in range(1, Place(place.folder).calls_of_a_save() + 1):
+        run = place.folder / str(at)
+        Place(place.folder).two_saved(run)  # without a thread: this process is about to fork
         child = os.fork()
         if child == 0:
             with sabotage(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                attempt(run, 3, asynchronous=asynchronous, keep_last=2)
+                place.attempt(run, 3)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         found, skipped = checkpoint.newest_valid(run)
         assert found.state in (state_of(2), state_of(3)), at
         assert skipped == []
         latest_names_a_whole_one(run)
-        goes_on(run)
+        Place(place.folder).goes_on(run)
+
+
+def damage_is_passed_over(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
+    """A damaged checkpoint is named, with what is wrong with it, and the one before it is taken."""
+    save(folder, 1)
+    spoil(save(folder, 2))
+    found, skipped = checkpoint.newest_valid(folder)
+    assert found.state == state_of(1)
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"update_00000002: {said}")
+
+
+def same_run(run: Path, straight: Path) -> None:
+    """A run that was stopped and started again did what one that never stopped did."""
+    assert training.curve(run) == training.curve(straight)
+    assert training.final_weights(run) == training.final_weights(straight)
+    done = [json.loads((folder / "DONE").read_text()) for folder in (run, straight)]
+    assert done[0] == done[1]

@@ -19,6 +19,7 @@ from megagpt.errors import UserError
 
 IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
+_DOCUMENTS = 64  # whose last token is looked at
 _Place = tuple[int, int]  # number of the source, first token
 
 
@@ -95,6 +96,25 @@ class Loader:
             self._readers[source].advise(start, self.order.seq_len + 1)
         return [Batch(micro[:, :-1], micro[:, 1:]) for micro in samples]
 
+    def document_end(self, given: int | None) -> int:
+        """The token id that ends each document: what the corpora say, or `given`.
+
+        Raises UserError where neither says it, where they differ, or where documents end otherwise.
+        """
+        ends: dict[int, str] = {} if given is None else {given: "data.eod"}
+        for reader in self._readers:
+            if reader.sidecar:
+                ends.setdefault(reader.sidecar.eod, reader.prefix)
+        if len(ends) != 1:
+            said = "\n".join(f"{end}  {where}" for end, where in ends.items())
+            what = "the corpora do not agree" if ends else "no corpus says"
+            do = "prepare the corpora with one tokenizer" if ends else "give data.eod"
+            raise UserError(f"{what} which token ends a document", said or "data.document_mask", do)
+        (end,) = ends
+        for reader in self._readers:
+            _check_ends(reader, end)
+        return end
+
     def span(self, position: int) -> int:
         """How many data positions the update at `position` uses up: the global batch, and what is left out by hand."""
         last = self._skips.number(position) + self._global_batch - 1
@@ -150,6 +170,17 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
         what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
         raise UserError(what, reader.prefix, do)
     return zlib.crc32(probe.tobytes())
+
+
+def _check_ends(reader: Reader, end: int) -> None:
+    """Raise UserError if one of 64 documents spread over the corpus does not end with `end`."""
+    for number in np.linspace(0, len(reader.documents) - 2, _DOCUMENTS).astype(np.int64).tolist():
+        document = reader.document(number)
+        if len(document) and document[-1] != end:
+            what = f"document {number} ends with the token {document[-1]}, not with {end}, which ends documents"
+            raise UserError(
+                what, reader.prefix, "set data.eod right, or prepare the corpus with an end of each document"
+            )
 
 
 def unverified(reader: Reader) -> str:

@@ -40,7 +40,7 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
     if zero_stage == 3:
         return _sharded(recipe, config, dtype)
     with torch.device("meta"):  # no memory and no time for the values that the layers would draw
-        model = GPT(recipe.model)
+        model = GPT(recipe.model, recipe.document_end)
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
     return model
@@ -64,7 +64,7 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def _sharded(recipe: Recipe, config: Mapping[str, Any], dtype: torch.dtype) -> GPT:
     """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value."""
     with deepspeed.zero.Init(config_dict_or_path=dict(config), dtype=dtype):
-        model = GPT(recipe.model)
+        model = GPT(recipe.model, recipe.document_end)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
             if torch.distributed.get_rank() == 0:

@@ -44,8 +44,8 @@ class PipelineEngine:
         check_device(recipe, resolved.config)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
-        self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank)
-        self._ulysses.connect(self._stages, recipe.model.seq_len)
+        self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank, recipe.document_end)
+        self._ulysses.connect(self._stages, self._stages.documents, recipe.model.seq_len)
         on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(resolved.config, "optimizer") == "none"
         optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu)
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
@@ -66,6 +66,7 @@ class PipelineEngine:
         lr = self._engine.optimizer.param_groups[0]["lr"]
         # DeepSpeed averages over micro-batches and data-parallel ranks: their number makes it a sum again
         parts = self._layout.data_parallel * self._layout.sequence_parallel * len(batches)
+        self._stages.expect(batches)
         self._stages.normalizer = max(tokens, 1.0) / parts
         loss = self._engine.train_batch(self._stages.feed(batches))
         return UpdateResult(
@@ -81,6 +82,7 @@ class PipelineEngine:
         tokens, coming = 0.0, map(self._ulysses.part, batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
             tokens += self._tokens(part)
+            self._stages.expect(part)
             fed = self._stages.feed(part)
             self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
         loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel

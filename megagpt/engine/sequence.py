@@ -16,6 +16,7 @@ from torch import nn
 
 from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout
+from megagpt.model.documents import Documents
 from megagpt.model.layers import Attention, PositionEmbedding
 
 _HEADS, _TOKENS = 2, 1  # dimensions of q, k and v
@@ -41,11 +42,14 @@ class Ulysses:
         """This rank's columns [batch, seq / degree] of a batch."""
         return Batch(*(tensor.chunk(self._degree, dim=1)[self._index] for tensor in batch))
 
-    def connect(self, module: nn.Module, seq_len: int) -> None:
+    def connect(self, module: nn.Module, documents: Documents | None, seq_len: int) -> None:
         """Tell the layers in `module` where their tokens begin, and let attention see those of all ranks."""
         if self._degree == 1:
             return
         first = self._index * (seq_len // self._degree)
+        if documents is not None:
+            documents.first = first
+            documents.whole = self._whole  # type: ignore[method-assign]
         for part in module.modules():
             if isinstance(part, PositionEmbedding):
                 part.first = first
@@ -54,3 +58,9 @@ class Ulysses:
                     part.rotary.first = first
                 exchange = DistributedAttention(part.attend, self._group, scatter_idx=_HEADS, gather_idx=_TOKENS)
                 part.attend = partial(exchange, batch_dim_idx=0)  # type: ignore[method-assign]
+
+    def _whole(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The columns of all ranks side by side [batch, seq]; collective."""
+        parts = [torch.empty_like(input_ids) for _ in range(self._degree)]
+        torch.distributed.all_gather(parts, input_ids.contiguous(), group=self._group)
+        return torch.cat(parts, dim=1)

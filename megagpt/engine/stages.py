@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
@@ -14,6 +15,7 @@ from megagpt.ds_config import Layout
 from megagpt.engine import tensor
 from megagpt.engine.materialise import recompute
 from megagpt.model import cost, gpt
+from megagpt.model.documents import Documents
 from megagpt.recipe import ModelSection
 
 
@@ -45,9 +47,12 @@ class Stages(PipelineModule):
     taken from `feed`: the sum over its valid tokens divided by `normalizer`. In evaluation `loss_sum` adds up the sums.
     """
 
-    def __init__(self, section: ModelSection, seed: int, layout: Layout, rank: int) -> None:
+    def __init__(
+        self, section: ModelSection, seed: int, layout: Layout, rank: int, document_end: int | None = None
+    ) -> None:
+        self.documents = None if document_end is None else Documents(document_end)
         with torch.device("meta"):
-            layers = gpt.layers(section)
+            layers = gpt.layers(section, self.documents)
             if layout.tensor_parallel > 1:
                 tensor.split(layers, layout.tensor_parallel)
         recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
@@ -64,6 +69,7 @@ class Stages(PipelineModule):
         self.normalizer = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._labels: torch.Tensor | None = None
+        self._expected: Iterator[Batch] = iter(())
         with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
             super().__init__(
                 self._specs(layers, section.tie_embeddings),
@@ -71,6 +77,17 @@ class Stages(PipelineModule):
             )
         if degree > 1:
             tensor.connect(layers, section, part, degree, self.mpu().get_slice_parallel_group())
+
+    def expect(self, batches: Iterable[Batch]) -> None:
+        """Say which micro-batches the forward passes are about: those between the first stage and the last get none."""
+        self._expected = iter(batches)
+
+    def forward(self, forward_input: Any) -> Any:
+        """The layers of this stage on the next micro-batch."""
+        if self.documents is not None:
+            ids = next(self._expected).input_ids
+            self.documents.see(ids.to(get_accelerator().current_device_name()))
+        return super().forward(forward_input)
 
     def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on, each one's labels kept for the forward pass that follows."""

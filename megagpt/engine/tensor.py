@@ -151,7 +151,7 @@ def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index
 def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
     """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
     with torch.device("meta"):
-        model = gpt.GPT(recipe.model)
+        model = gpt.GPT(recipe.model, recipe.document_end)
     split(model.layers, degree)
     fill(model, "", recipe.model, recipe.seed, index, degree)
     connect(model.layers, recipe.model, index, degree, group)

@@ -66,7 +66,7 @@ class ZeroEngine:
         else:
             degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
             model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
-        self._ulysses.connect(model, recipe.model.seq_len)
+        self._ulysses.connect(model, model.documents, recipe.model.seq_len)
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 

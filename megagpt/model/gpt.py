@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megagpt.model.documents import Documents
 from megagpt.model.layers import (
     MLP,
     Attention,
@@ -30,17 +31,20 @@ if TYPE_CHECKING:
 INITIAL_STD = 0.02  # GPT-2
 
 
-def layers(section: ModelSection) -> list[nn.Module]:
+def layers(section: ModelSection, documents: Documents | None = None) -> list[nn.Module]:
     """The layers in order: token embedding, position embedding if learned, blocks, norm, head.
 
     Each takes the output of the one before it, so that a pipeline may cut the list anywhere. Weights are
-    rubbish until `initialize`.
+    rubbish until `initialize`. With `documents`, which the caller lets see each batch, attention keeps within them.
     """
     width, rotates = section.d_model, section.position == "rope"
     rotary = Rotary(width // section.n_head, section.seq_len, section.rope_theta) if rotates else None
     tokens = TokenEmbedding(section.vocab_size, width, section.dropout if rotates else 0.0)
     positions = [] if rotates else [PositionEmbedding(section.seq_len, width, section.dropout)]
     blocks = [_block(section, rotary) for _ in range(section.n_layer)]
+    aware: list[PositionEmbedding | Block] = [*positions, *blocks]
+    for layer in aware:
+        layer.documents = documents
     tied = tokens if section.tie_embeddings else None
     head = Head(section.vocab_size, width, section.logit_softcap, tied)
     return [tokens, *positions, *blocks, _norm(section), head]
@@ -90,12 +94,16 @@ class Output(dict[str, Tensor | None]):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameters are named `layers.{i}.…` by their place in `layers(section)`."""
+    """A decoder-only transformer. Parameters are named `layers.{i}.…` by their place in `layers(section)`.
 
-    def __init__(self, section: ModelSection) -> None:
+    With `document_end`, the token id that ends a document, attention keeps within documents.
+    """
+
+    def __init__(self, section: ModelSection, document_end: int | None = None) -> None:
         super().__init__()
         self.section = section
-        self.layers = nn.ModuleList(layers(section))
+        self.documents = None if document_end is None else Documents(document_end)
+        self.layers = nn.ModuleList(layers(section, self.documents))
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, normalizer: Tensor | float | None = None
@@ -105,6 +113,8 @@ class GPT(nn.Module):
         With labels [batch, seq] (already shifted; -100 is ignored) the loss is the sum over the valid tokens
         divided by `normalizer`, by default their number here. Logits are made only when asked for.
         """
+        if self.documents is not None:
+            self.documents.see(input_ids)
         hidden = input_ids
         for layer in self.layers[:-1]:
             hidden = layer(hidden)
@@ -123,7 +133,7 @@ class GPT(nn.Module):
     def read(self, input_ids: Tensor, past: Sequence[Past]) -> Tensor:
         """Logits [batch, vocab_size] after the last of input_ids [batch, seq], which follow those in `past`.
 
-        The first call may bring many tokens, each later one brings a single token.
+        The first call may bring many tokens, each later one brings a single token. All count as one document.
         """
         hidden = input_ids
         for layer, memory in zip(self.layers[:-1], past[:-1], strict=True):

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
+from megagpt.model import documents
+from megagpt.model.documents import Bounds, Documents
 from megagpt.model.functions import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import Share, cross_entropy_sum, project
 
@@ -70,6 +73,11 @@ class Rotary:
         start += self.first
         return cosine[start : start + tokens], sine[start : start + tokens]
 
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each [B, T, 1, head_dim / 2], fp32, of the token positions [B, T]."""
+        cosine, sine = self.tables(-self.first, self.seq_len, places.device)
+        return cosine[places], sine[places]
+
 
 class TokenEmbedding(nn.Embedding):
     """Token ids [B, T] → hidden [B, T, D]. Holds the matrix alone, so that a pipeline can tie it."""
@@ -102,6 +110,7 @@ class PositionEmbedding(nn.Embedding):
         super().__init__(seq_len, d_model)
         self.dropout = dropout
         self.first = 0  # position of the first token here, where sequences are cut over ranks
+        self.documents: Documents | None = None
 
     def reset_parameters(self) -> None:
         """Draw nothing: `gpt.initialize` does."""
@@ -112,6 +121,9 @@ class PositionEmbedding(nn.Embedding):
         if past is not None:
             start = past.seen
             past.seen += tokens
+        elif self.documents is not None and self.documents.now is not None:
+            placed = super().forward(self.documents.now.places)
+            return _drop(hidden + placed, self.dropout, self.training)
         return _drop(hidden + self.weight[start : start + tokens], self.dropout, self.training)
 
 
@@ -165,31 +177,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, (heads + 2 * (heads // group)) * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, d_model, bias=bias)
 
-    def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+    def forward(self, hidden: Tensor, past: Past | None = None, bounds: Bounds | None = None) -> Tensor:
+        """From hidden [B, T, D] to hidden [B, T, D]; with `bounds` within each document."""
         qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2K, h]
         start = 0 if past is None else past.seen
         tables = None if self.rotary is None else self.rotary.tables(start, qkv.shape[1], qkv.device)
+        if self.rotary is not None and bounds is not None:
+            tables = self.rotary.at(bounds.places)
         kv_heads = qkv.shape[2] // (self.group + 2)
         q, k, v = split_heads(qkv, kv_heads, tables, EPSILON if self.qk_norm else None)
         if past is not None:
             k, v = past.extend(k, v)
-        mixed = self.attend(q, k, v, is_causal=start == 0)
+        mixed = self.attend(q, k, v, is_causal=start == 0, mask=None if bounds is None else bounds.mask)
         return _drop(self.output(mixed.flatten(2)), self.dropout, self.training)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """From q [B, T, H, h], k and v [B, S, K, h] to [B, T, H, h].
 
-        S = T, or T = 1 for a token that follows others and sees them all: then `is_causal` is False.
+        S = T, or T = 1 for a token that follows others and sees them all: then `is_causal` is False. A `mask` says
+        what is seen of the documents in a batch; see `Bounds`.
         """
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            enable_gqa=self.group > 1,
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if isinstance(mask, BlockMask):
+            return documents.attend(q, k, v, mask).transpose(1, 2)
+        dropout, causal = self.dropout if self.training else 0.0, is_causal and mask is None
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.group > 1)
         return mixed.transpose(1, 2)
 
 
@@ -223,6 +237,7 @@ class Block(nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.recompute: Literal["no", "yes", "from host"] = "no"
+        self.documents: Documents | None = None
 
     def forward(self, hidden: Tensor, past: Past | None = None) -> Tensor:
         """From hidden [B, T, D] to hidden [B, T, D].
@@ -230,14 +245,16 @@ class Block(nn.Module):
         With `recompute` only the input is kept for the backward pass (in host memory if so said), and all between
         is computed again there (arXiv 1604.06174).
         """
+        # handed on by value: the next batch may have been seen when this one is computed again
+        bounds = None if self.documents is None or past is not None else self.documents.now
         if self.recompute == "no" or not torch.is_grad_enabled():
-            return self._mix(hidden, past)
+            return self._mix(hidden, past, bounds)
         with save_on_cpu() if self.recompute == "from host" else nullcontext():
-            again: Tensor = checkpoint(self._mix, hidden, use_reentrant=False)
+            again: Tensor = checkpoint(self._mix, hidden, None, bounds, use_reentrant=False)
         return again
 
-    def _mix(self, hidden: Tensor, past: Past | None = None) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), past)
+    def _mix(self, hidden: Tensor, past: Past | None, bounds: Bounds | None) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), past, bounds)
         mixed: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
         return mixed
 

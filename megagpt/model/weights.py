@@ -22,17 +22,19 @@ def save(weights: Iterable[tuple[str, torch.Tensor]], sink: Write) -> None:
     write_pieces((Piece(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
 
 
-def load(folder: Path, section: ModelSection) -> GPT:
+def load(folder: Path, section: ModelSection, document_end: int | None = None) -> GPT:
     """A GPT with the weights of a checkpoint, on the CPU, in evaluation mode. Raises UserError where one is missing."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(section).named_parameters()}
     pieces = Pieces(folder)
-    return assemble({name: pieces.whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}, section)
+    return assemble(
+        {name: pieces.whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}, section, document_end
+    )
 
 
-def assemble(named: Mapping[str, torch.Tensor], section: ModelSection) -> GPT:
+def assemble(named: Mapping[str, torch.Tensor], section: ModelSection, document_end: int | None = None) -> GPT:
     """A GPT that holds these very weights, in evaluation mode. Names and shapes must fit."""
     with torch.device("meta"):  # no memory for initial weights that are thrown away
-        model = GPT(section)
+        model = GPT(section, document_end)
     model.load_state_dict(named, assign=True)
     return model.eval()

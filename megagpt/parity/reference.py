@@ -22,7 +22,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch) -> Curve:
     """Train on one global batch per update. Low precision: fp32 masters beside a model that is cast from them."""
     dtype, total = _DTYPES[recipe.precision or "fp32"], len(updates)
     scale = 2.0**16 if dtype == torch.float16 else 1.0  # lest small gradients vanish
-    masters = GPT(recipe.model)
+    masters = GPT(recipe.model, recipe.document_end)
     initialize(masters, recipe.seed)
     masters.to(dtype).float()
     model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(dtype)

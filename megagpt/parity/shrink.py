@@ -9,6 +9,7 @@ from megagpt.ds_config import Resolved
 from megagpt.recipe import ModelSection
 
 _WIDTH, _VOCAB_SIZE, _SEQ_LEN, _MICRO = 64, 128, 32, 2
+_EOD = 5  # one token of many: some sequences hold it, others do not
 
 
 def words(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ...]:
@@ -41,6 +42,8 @@ def words(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ..
         "ds.train_micro_batch_size_per_gpu": _MICRO, "ds.gradient_accumulation_steps": "auto",
         "ds.train_batch_size": "auto",
     }  # fmt: skip
+    if recipe.data.document_mask:
+        values["data.eod"] = _EOD
     if layout.zero_stage == 3:
         values["ds.zero_optimization.stage3_param_persistence_threshold"] = 0
     if again:

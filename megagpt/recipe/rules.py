@@ -61,6 +61,14 @@ def _sources(train: Any, validation: Any) -> Finding:
     return None
 
 
+def _eod(mask: bool, eod: int | None, vocab_size: int) -> Finding:
+    if eod is not None and not mask:
+        return "data.eod is used by data.document_mask only", "take it away, or set data.document_mask to true"
+    if eod is not None and eod >= vocab_size:
+        return "data.eod is not an id of the vocabulary", f"give a number below {vocab_size}"
+    return None
+
+
 def _skip(skip: Any) -> Finding:
     backwards = [pair for pair in skip if pair[1] < pair[0]]
     if not backwards:
@@ -149,6 +157,7 @@ RULES: tuple[Rule, ...] = (
     (_groups, ("model.n_head", "model.n_kv_head")),
     (_rotation, ("model.d_model", "model.n_head", "model.position")),
     (_sources, ("data.train", "data.validation")),
+    (_eod, ("data.document_mask", "data.eod", "model.vocab_size")),
     (_skip, ("data.skip",)),
     (_muon_lr, ("optimizer.type", "optimizer.muon_lr")),
     (_muon_momentum, ("optimizer.type", "optimizer.muon_momentum")),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from megagpt.errors import UserError
 from megagpt.recipe.presets import PRESETS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -141,6 +142,10 @@ class DataSection(Section):
     """what weights are in proportion to: samples (or tokens) taken from a source, or times that it is read"""
     validation: Annotated[tuple[_Text, ...], BeforeValidator(_prefixes)] = ()
     """a prefix, or a list of prefixes, each with a loss of its own; null for no validation"""
+    document_mask: bool = False
+    """attention stays within each document, and token positions restart there"""
+    eod: _CountOrNone | None = None
+    """token id that ends a document; null for what the corpora say"""
     skip: Annotated[tuple[tuple[_CountOrNone, _CountOrNone], ...], BeforeValidator(_pairs)] = ()
     """data positions that are left out, a list of [first, last]; all others keep their samples"""
 
@@ -265,6 +270,17 @@ class Recipe(Section):
     log: LogSection = LogSection()
 
     _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def document_end(self) -> int | None:
+        """The token id that attention does not look beyond; None where it crosses documents.
+
+        Raises UserError where data.eod is needed and not known.
+        """
+        if self.data.document_mask and self.data.eod is None:
+            where = f"{self.place('data.document_mask')}  data.document_mask".strip()
+            raise UserError("data.document_mask needs to know which token ends a document", where, "give data.eod")
+        return self.data.eod if self.data.document_mask else None
 
     def place(self, key: str) -> str:
         """Where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""

@@ -85,8 +85,8 @@ class Store:
         partial = self.root / (_PARTIAL + final.name)
         self._agree((_problem(lambda: self._begin(partial)) if self.rank.main else "", None))
         written = self._agree((yield lambda: _write(partial, save_state)))
-        manifest = {"state": asdict(state), **facts, "files": {k: v for part in written for k, v in part.items()}}
-        notes: list[str] = self._agree((yield lambda: self._publish(partial, final, manifest)))
+        whole = Checkpoint(partial, state, {**facts, "files": {k: v for part in written for k, v in part.items()}})
+        notes: list[str] = self._agree((yield lambda: self._publish(whole, final)))
         return notes[0]
 
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
@@ -118,33 +118,23 @@ class Store:
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
 
-    def _publish(self, partial: Path, final: Path, manifest: dict[str, Any]) -> Report:
+    def _publish(self, whole: Checkpoint, final: Path) -> Report:
         """Rank 0's part: everything up to the rename may fail the save, nothing behind it may."""
         if not self.rank.main:
             return "", ""
-        error = _problem(lambda: self._seal(partial, final, manifest))
+        error = _problem(lambda: _seal(whole, final))
         return error, "" if error else _problem(lambda: self._point_at(final))
-
-    def _seal(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-        for folder in {(partial / name).parent for name in manifest["files"]}:
-            files.sync(folder)
-        body = json.dumps(manifest, indent=1) + "\n"
-        files.write(partial / MANIFEST, f'{{"checksum": {zlib.crc32(body[1:].encode())},{body[1:]}'.encode())
-        files.sync(partial)
-        files.remove_folder(final)  # a damaged one of the same update, which resume passed over
-        files.rename(partial, final)
 
     def _point_at(self, final: Path) -> None:
         files.sync(self.root)  # the rename is on the disk before anything older goes
         files.replace_text(self.root / "latest", final.name + "\n")
-        self._remove_old()
+        if self.keep_last is not None:
+            self._remove_old(final, self.keep_last)
 
-    def _remove_old(self) -> None:
-        """Remove what is not to be kept, as long as the newest one is whole as far as sizes tell."""
-        folders = self.folders()
-        if self.keep_last is None or incomplete(folders[-1]):
-            return
-        for folder in folders[: -self.keep_last]:
+    def _remove_old(self, final: Path, keep_last: int) -> None:
+        """Remove what is not to be kept; what is newer than `final` was passed over at the resume, and counts not."""
+        older = [folder for folder in self.folders() if folder.name <= final.name]
+        for folder in older[:-keep_last]:
             update = int(folder.name.removeprefix("update_"))
             if (self.keep_every and update % self.keep_every == 0) or (folder / PINNED).exists():
                 continue
@@ -162,10 +152,10 @@ class Store:
 def read(folder: Path) -> tuple[Checkpoint | None, str]:
     """A checkpoint by its manifest alone, or why it cannot be read."""
     try:
-        first, _, rest = (folder / MANIFEST).read_text(encoding="utf-8").partition(",")
-        if json.loads(first + "}") != {"checksum": zlib.crc32(rest.encode())}:
+        first, _, rest = (folder / MANIFEST).read_bytes().partition(b",")
+        if first != b'{"checksum": %d' % zlib.crc32(rest):
             return None, f"{MANIFEST} is damaged: its checksum differs"
-        manifest = json.loads("{" + rest)
+        manifest = json.loads(b"{" + rest)
         return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{MANIFEST} cannot be read ({error})"
@@ -174,8 +164,7 @@ def read(folder: Path) -> tuple[Checkpoint | None, str]:
 def check(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | None, str]:
     """A checkpoint whose files are all there, or what is wrong; every byte of each `parts`-th file is read."""
     checkpoint, wrong = read(folder)
-    wrong = wrong or incomplete(folder)
-    if checkpoint is None or wrong:
+    if checkpoint is None or (wrong := incomplete(checkpoint)):
         return None, wrong
     for number, (name, expected) in enumerate(checkpoint.facts["files"].items()):
         if number % parts == part:
@@ -193,18 +182,28 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return Store(run).newest_valid()
 
 
-def incomplete(folder: Path) -> str:
+def incomplete(checkpoint: Checkpoint) -> str:
     """What is wrong with a checkpoint as far as names and sizes tell."""
-    checkpoint, wrong = read(folder)
-    if checkpoint is None:
-        return wrong
     for name, expected in checkpoint.facts["files"].items():
-        path = folder / name
+        path = checkpoint.folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
     return ""
+
+
+def _seal(whole: Checkpoint, final: Path) -> None:
+    """Write the manifest of what all ranks have written, and give the folder its name."""
+    if wrong := incomplete(whole):
+        raise OSError(f"{wrong} where rank 0 looks: all ranks need the same run directory")
+    for folder in {(whole.folder / name).parent for name in whole.facts["files"]}:
+        files.sync(folder)
+    body = json.dumps({"state": asdict(whole.state), **whole.facts}, indent=1)[1:] + "\n"
+    files.write(whole.folder / MANIFEST, f'{{"checksum": {zlib.crc32(body.encode())},{body}'.encode())
+    files.sync(whole.folder)
+    files.remove_folder(final)  # a damaged one of the same update, which resume passed over
+    files.rename(whole.folder, final)
 
 
 class _Recorder:

@@ -34,4 +34,4 @@ def load(run: Path) -> Trained:
         )
     recipe = recipes.load(run / "recipe.yaml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(recipe, found, weights.load(found.folder, recipe.model).to(device))
+    return Trained(recipe, found, weights.load(found.folder, recipe.model, recipe.document_end).to(device))

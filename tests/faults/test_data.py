@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from megagpt import recipe as recipes
+from megagpt.evaluate import evaluate
 from tests import training
 
 
@@ -88,3 +90,16 @@ def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_
     corpus.write_bytes(content)
     training.finish(own, world=2)
     assert training.curve(tmp_path / "run")[-1]["update"] == 100
+
+
+def test_a_run_with_document_mask_asks_the_corpus_for_its_end_and_is_evaluated_as_it_was_trained(own, tmp_path):
+    words = ["data.document_mask=true", "length.updates=12", "evaluation.samples=null"]
+    training.finish(own, *words, config="pipeline2", world=2)
+    run = tmp_path / "run"
+    assert recipes.load(run / "recipe.yaml").document_end == 1
+    (event,) = (event for event in training.events(run) if event["event"] == "validation")
+    assert evaluate(run).loss == pytest.approx(event["loss"], rel=1e-5)
+    plain = training.write_recipe(tmp_path / "plain", tmp_path / "data")
+    training.finish(plain, *words[1:])
+    without = [event for event in training.events(tmp_path / "plain") if event["event"] == "validation"]
+    assert abs(event["loss"] - without[0]["loss"]) > 1e-3

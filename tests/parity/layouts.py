@@ -33,6 +33,7 @@ LLAMA = (
     "model.tie_embeddings=false",
 )
 SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
+DOCUMENTS = ("data.document_mask=true", "data.eod=5")  # which half of the sequences hold, some of them twice
 BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
 
 # eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
@@ -154,6 +155,13 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-offload-recompute", 2, _ulysses(2, zero(3, 4, **OFFLOADED) | _again("auto")), LLAMA),
     Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
+    Case("zero0-documents-1rank", 1, zero(0, 4), DOCUMENTS),
+    Case("zero3-documents-llama-recompute-2ranks", 2, zero(3, 3) | _again("auto"), (*LLAMA, *DOCUMENTS)),
+    Case("pipeline3-documents", 3, _pipeline(3, 2), (*FOUR, *DOCUMENTS)),
+    Case("pipeline4-documents-llama-recompute", 4, _pipeline(4, 2) | _again("auto"), (*DEEP, *LLAMA, *DOCUMENTS)),
+    Case("tensor2-documents", 2, _tensor(2, zero(1)), DOCUMENTS),
+    Case("ulysses2-documents", 2, _ulysses(2, zero(2, 3)), DOCUMENTS),
+    Case("ulysses2-pipeline2-documents-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA, *DOCUMENTS)),
     Case("tensor2-zero3", 2, _tensor(2, zero(3))),
     Case("tensor2-zero2-offload", 2, _tensor(2, zero(2, offload_optimizer=CPU))),
     Case("ulysses2-zero3-offload", 2, _ulysses(2, zero(3, **OFFLOADED))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import alone
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +41,7 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
         eps=section.eps,
         fused=False,
     )
-    losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(model, held_out).item()]
+    losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(recipe, model, held_out).item()]
     for number, samples in enumerate(updates, start=1):
         warmup = recipe.schedule.warmup_updates
         share = min(number / warmup, (total + 1 - number) / (total + 1 - warmup))
@@ -49,7 +50,7 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
         model.zero_grad()
-        loss = _loss(model, samples)
+        loss = _loss(recipe, model, samples)
         (loss * scale).backward()
         for name, parameter in model.named_parameters():
             masters[name].grad = parameter.grad.float() / scale
@@ -58,12 +59,12 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
         for name, parameter in model.named_parameters():
             parameter.data.copy_(masters[name])
         losses.append(loss.item())
-    evaluations.append(_loss(model, held_out).item())
+    evaluations.append(_loss(recipe, model, held_out).item())
     final = {name: p.detach() for name, p in masters.items()}
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
 
 
-def _loss(model: GPT, samples: Samples) -> torch.Tensor:
+def _loss(recipe: Recipe, model: GPT, samples: Samples) -> torch.Tensor:
     """The sum over the valid tokens of all samples, by their number."""
-    logits = model(samples[0]).logits.float()
+    logits = alone.logits(model, samples[0], recipe.document_end)
     return F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="mean")

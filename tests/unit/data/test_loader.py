@@ -270,3 +270,30 @@ def test_weights_may_count_times_through_a_source(corpora):
     data = loader(corpora, weights=(1.0, 2.0), by_epochs=True)  # 5,000 tokens once, 1,500 twice
     assert data.order.shares == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
     assert data.fingerprint != loader(corpora, weights=(1.0, 2.0)).fingerprint
+
+
+def test_the_corpora_say_which_token_ends_a_document(make_corpus):
+    data = loader([make_corpus([[*range(2000), 5]] * 3 + [[]], eod=5)] * 2)
+    assert data.document_end(None) == data.document_end(5) == 5
+    foreign = loader([make_corpus([[*range(2000), 5]] * 3, eod=5, verified=False)])
+    assert foreign.document_end(5) == 5
+
+
+@pytest.mark.parametrize(
+    ("ends", "said", "given", "message"),
+    [
+        ((5,), (5,), 6, "the corpora do not agree which token ends a document\n  6  data.eod\n  5  {0}\n"),
+        ((5, 7), (5, 7), None, "the corpora do not agree which token ends a document\n  5  {0}\n  7  {1}\n"),
+        ((5,), (None,), None, "no corpus says which token ends a document\n  data.document_mask\n  do: give data.eod"),
+        ((9,), (5,), None, "document 0 ends with the token 9, not with 5, which ends documents\n  {0}\n"),
+        ((9,), (None,), 5, "document 0 ends with the token 9, not with 5, which ends documents\n  {0}\n"),
+    ],
+)
+def test_an_end_of_documents_that_is_not_plain_is_refused(make_corpus, ends, said, given, message):
+    corpora = [
+        make_corpus([[*range(2000), end]], eod=eod or 0, verified=eod is not None)
+        for end, eod in zip(ends, said, strict=True)
+    ]
+    with pytest.raises(UserError) as error:
+        loader(corpora).document_end(given)
+    assert message.format(*(corpus.prefix for corpus in corpora)) in str(error.value)

@@ -151,7 +151,7 @@ def test_there_are_few_keys_and_each_has_a_help_text():
     # adding a key means raising a number here, on purpose
     assert {name: len(fields) for name, fields in keys.items()} == {
         "model": 17,
-        "data": 5,
+        "data": 7,
         "batch": 1,
         "optimizer": 8,
         "schedule": 4,

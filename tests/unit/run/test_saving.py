@@ -2,14 +2,57 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
 from megagpt import files
+from megagpt.distributed import Agreement, Rank
 from megagpt.run import checkpoint
 from megagpt.run.saving import Saver
-from tests.protocol import names, save, state_of
+from tests.protocol import attempt, names, save, state_of
+
+
+class Side(Agreement):
+    """One of two ranks that are threads of this process."""
+
+    def __init__(self, rank, texts, barrier):
+        super().__init__(1)
+        self._rank, self._texts, self._barrier = rank, texts, barrier
+
+    def gather(self, text):
+        self._texts[self._rank] = text
+        self._barrier.wait(timeout=60)
+        answer = [self._texts[0], self._texts[1]]
+        self._barrier.wait(timeout=60)
+        return answer
+
+
+def save_on_two(runs, asynchronous):
+    """How a save ends for each of two ranks, each with the run directory that it sees."""
+    texts, barrier = {}, threading.Barrier(2)
+    with ThreadPoolExecutor(2) as ranks:
+        ends = [
+            ranks.submit(attempt, run, 3, None, asynchronous, Rank(rank, world_size=2), Side(rank, texts, barrier))
+            for rank, run in enumerate(runs)
+        ]
+        return [end.result() for end in ends]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_ranks_publish_one_checkpoint_of_all_their_files(tmp_path, asynchronous):
+    for ended in save_on_two([tmp_path, tmp_path], asynchronous):
+        assert (ended.published, ended.problem, ended.folder.name) == (True, "", "update_00000003")
+    found, _ = checkpoint.newest_valid(tmp_path)
+    assert {*found.facts["files"]} == {"shard-0", "shard-1", "deep/moments-0", "deep/moments-1"}
+
+
+def test_ranks_that_do_not_see_the_same_folder_publish_nothing(tmp_path):
+    for ended in save_on_two([tmp_path / "host-0", tmp_path / "host-1"], False):
+        assert not ended.published
+        said = "rank 0: shard-1 is missing where rank 0 looks: all ranks need the same run directory"
+        assert ended.problem == said
 
 
 @pytest.fixture
