@@ -19,7 +19,7 @@ from megagpt.data.loader import Batch
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run import metrics, times
-from megagpt.run.checkpoint import SaveFailed, incomplete
+from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
 from megagpt.run.saving import Attempt
 from megagpt.run.stopping import Asking
@@ -190,7 +190,7 @@ def leave(run: Run, state: TrainState, why: str) -> int:
     """Save what is not saved yet, as when an evaluation was left, and say why training stops here; the exit code."""
     run.watch.enter(SAVE, state.update)
     note_save(run, run.saver.finish())
-    saved = run.rank.main and not incomplete(run.store.folder(state.update))
+    saved = run.rank.main and read(run.store.folder(state.update))[0] is not None
     if not all(run.agreement.any(saved)):
         save(run, state, last_chance=True)
     say_times(run, state)

@@ -102,7 +102,8 @@ def file_call(fault: dict) -> None:
 
     def failing(real):
         def call(*arguments, **words):
-            if "/megagpt/" not in sys._getframe(1).f_code.co_filename:
+            ours = "/megagpt/" in sys._getframe(1).f_code.co_filename
+            if not ours or not torch.distributed.is_initialized():  # before, only a launcher can end the other ranks
                 return real(*arguments, **words)
             number[0] += 1
             if fault["at"] <= number[0] < fault["at"] + fault["times"]:
