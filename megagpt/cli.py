@@ -25,7 +25,11 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", ric
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Inputs = Annotated[
-    list[str], typer.Argument(help="text files or folders (txt, md, jsonl); `default`: the default corpus")
+    list[str],
+    typer.Argument(
+        help="files, folders, patterns (txt, md, jsonl, parquet; also gz, zst, xz, bz2), `-`, @MANIFEST, addresses; "
+        "`default`: the default corpus"
+    ),
 ]
 Config = Annotated[
     Path, typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON")
@@ -67,7 +71,8 @@ def prepare(
     from megagpt import prepare as verb
 
     options = verb.Options(validation_fraction, workers, text_key, strict)
-    _answer(verb.prepare_command(inputs, tokenizer, output, options), as_json)
+    made = verb.prepare_corpora(inputs, tokenizer, output, options)
+    _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})

@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megagpt.data.sources import Kind, Source
+from megagpt.data.opening import Compression
+from megagpt.data.parquet import row_groups
+from megagpt.data.sniffing import Kind
+from megagpt.data.sources import Source
 
 _SMALLEST, _LARGEST, _PIECES = 4 << 20, 64 << 20, 4096  # bytes of input in a piece, and about how many there are
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A file of the input, or bytes `start` to `end` of one: the lines that begin there."""
+    """Part of a file, the `number`-th of the input: the lines that begin in its bytes `start` to `end`, or its row
+    groups so far; or, `end` being None, all of it.
+    """
 
-    source: int
-    path: str
-    kind: Kind
-    start: int
-    end: int
+    number: int
+    source: Source
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        if self.end is None:
+            return self.source.path
+        what = "row groups" if self.source.kind is Kind.PARQUET else "bytes"
+        return f"{self.source.path}, {what} {self.start:,} to {self.end:,}"
 
 
 @dataclass(frozen=True)
@@ -30,21 +40,21 @@ class Piece:
 
     def __str__(self) -> str:
         first, *others = self.stretches
-        if others:
-            return f"{first.path} and {len(others)} files after it"
-        return first.path + (f", bytes {first.start:,} to {first.end:,}" if first.kind is Kind.LINES else "")
+        return f"{first.source.path} and {len(others)} files after it" if others else str(first)
 
 
 def cut(sources: Sequence[Source]) -> list[Piece]:
-    """Cut the input, in its order: large files of lines into several pieces, small files together into one."""
+    """Cut the input, in its order: large files of lines or rows into several pieces, small files together into one.
+
+    A piece belongs to one corpus.
+    """
     total = sum(source.size for source in sources)
     size = min(max(total // _PIECES, _SMALLEST), _LARGEST)
     pieces: list[Piece] = []
     waiting: list[Stretch] = []
     held = 0
-    for stretch in _stretches(sources, size):
-        length = stretch.end - stretch.start
-        if waiting and held + length > size:
+    for stretch, length in _stretches(sources, size):
+        if waiting and (held + length > size or stretch.source.corpus != waiting[0].source.corpus):
             pieces.append(Piece(len(pieces), tuple(waiting)))
             waiting, held = [], 0
         waiting.append(stretch)
@@ -52,8 +62,18 @@ def cut(sources: Sequence[Source]) -> list[Piece]:
     return [*pieces, Piece(len(pieces), tuple(waiting))] if waiting else pieces
 
 
-def _stretches(sources: Sequence[Source], size: int) -> Iterator[Stretch]:
+def _stretches(sources: Sequence[Source], size: int) -> Iterator[tuple[Stretch, int]]:
+    """Stretches and about how many bytes each has."""
     for number, source in enumerate(sources):
-        step = size if source.kind is Kind.LINES else max(source.size, 1)
-        for start in range(0, max(source.size, 1), step):
-            yield Stretch(number, source.path, source.kind, start, min(start + step, source.size))
+        if source.size <= size or source.kind is Kind.TEXT or source.compression is not Compression.NONE:
+            yield Stretch(number, source), source.size
+        elif source.kind is Kind.PARQUET:
+            groups = row_groups(source.path)
+            step = max(1, groups * size // source.size)
+            for start in range(0, groups, step):
+                end = min(start + step, groups)
+                yield Stretch(number, source, start, end), source.size * (end - start) // groups
+        else:
+            for start in range(0, source.size, size):
+                end = min(start + size, source.size)
+                yield Stretch(number, source, start, end), end - start

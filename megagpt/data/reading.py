@@ -11,9 +11,11 @@ from typing import IO, Any
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import Document, Fragment
 from megagpt.data.oddities import Oddities, Place
+from megagpt.data.opening import opened
+from megagpt.data.parquet import row_groups, rows
 from megagpt.data.pieces import Stretch
-from megagpt.data.sources import Kind, Source
-from megagpt.errors import UserError
+from megagpt.data.sniffing import Kind
+from megagpt.data.sources import Source
 
 _BOM = b"\xef\xbb\xbf"
 _REPLACEMENT = "\ufffd"
@@ -27,25 +29,25 @@ def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Frag
     What cannot be read as text is noted in `odd` and passed over or replaced. Raises UserError where the file
     cannot be read at all, OddInput where `odd` is strict.
     """
-    if stretch.kind is Kind.DEFAULT:
+    source = stretch.source
+    if source.kind is Kind.DEFAULT:
         for document in default_corpus().documents:
             yield Fragment(document.text, key=document.key)
-        return
-    try:
-        with open(stretch.path, "rb") as file:
-            if stretch.kind is Kind.TEXT:
-                yield from _text(file, Place(stretch.source, 0), odd)
+    elif source.kind is Kind.PARQUET:
+        yield from _rows(stretch, key, odd)
+    else:
+        with opened(source.path, source.compression) as file:
+            if source.kind is Kind.TEXT:
+                yield from _text(file, Place(stretch.number, 0), odd)
             else:
                 yield from _lines(file, stretch, key, odd)
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", stretch.path, "check its permissions") from None
 
 
 def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
     """All documents of the sources, one after the other. Raises as `read` does."""
     for number, source in enumerate(sources):
         begun: list[str] = []
-        for fragment in read(Stretch(number, source.path, source.kind, 0, source.size), key, odd):
+        for fragment in read(Stretch(number, source), key, odd):
             begun.append(fragment.text)
             if fragment.last:
                 name = f"{source.path}:{fragment.line}" if fragment.line else source.path
@@ -85,9 +87,9 @@ def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Odditie
         at += len(file.readline()) - 1  # nothing but the line's end if one begins at `start`
     number = 0
     # Bytes, cut at \n only: str.splitlines would also cut at U+2028 inside a text.
-    while at < stretch.end and (line := file.readline()):
+    while (stretch.end is None or at < stretch.end) and (line := file.readline()):
         number += 1
-        place = Place(stretch.source, number)
+        place = Place(stretch.number, number)
         if at == 0 and line.startswith(_BOM):
             odd.note("byte_order_marks", place)
             line, at = line.removeprefix(_BOM), len(_BOM)
@@ -95,7 +97,7 @@ def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Odditie
         text = _text_of(line, key, place, odd)
         if text is not None:
             yield Fragment(text, line=number)
-    odd.lines[stretch.source] = number
+    odd.lines[stretch.number] = number
 
 
 def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
@@ -120,10 +122,27 @@ def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> s
         return None
     for name in key:
         if not isinstance(value, dict) or name not in value:
-            odd.note("no_text", place, detail=f'no key "{".".join(key)}"')
-            return None
+            return _string(False, None, key, place, odd)
         value = value[name]
+    return _string(True, value, key, place, odd)
+
+
+def _rows(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+    """The documents of row groups of a table. A place's line is the row's number in the whole file."""
+    path = stretch.source.path
+    end = row_groups(path) if stretch.end is None else stretch.end
+    for number, there, value in rows(path, stretch.start, end, key):
+        text = _string(there, value, key, Place(stretch.number, number), odd)
+        if text is not None:
+            yield Fragment(text, line=number)
+
+
+def _string(there: bool, value: Any, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
+    """The value if it is a string; None, and a note, if not, or if there was none."""
+    if not there:
+        odd.note("no_text", place, detail=f'no key "{".".join(key)}"')
+        return None
     if not isinstance(value, str):
-        odd.note("not_a_string", place, detail=f"it is {json.dumps(value)[:30]}")
+        odd.note("not_a_string", place, detail=f"it is {json.dumps(value, default=str)[:30]}")
         return None
     return value

@@ -1,77 +1,140 @@
-"""What the user names as input, as a list of files: files, folders, and the default corpus."""
+"""What the user names as input, as a list of files: paths, folders, patterns, manifests, standard input, stores."""
 
 from __future__ import annotations
 
+import glob
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
+from megagpt.data.opening import Compression, file_system, is_remote
+from megagpt.data.sniffing import KNOWN, Kind, known_name, looked_at
 from megagpt.errors import UserError
+from megagpt.files import ChecksummedFile
 
 DEFAULT = "default"  # the word that stands for the default corpus among the inputs
-
-
-class Kind(Enum):
-    """How a file holds documents."""
-
-    TEXT = "text"  # one document
-    LINES = "lines"  # a JSON object a line
-    DEFAULT = "default"  # the default corpus, which is no file
-
-
-SUFFIXES = {".txt": Kind.TEXT, ".md": Kind.TEXT, ".jsonl": Kind.LINES}
+STANDARD_INPUT = "-"
+_MANIFEST = "@"
+_PATTERN = frozenset("*?[")
+_CORRECT = "correct the path; the word `default` stands for the default corpus"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the input. `state` (nanoseconds of its last change) tells a changed file; `size` is in bytes."""
+    """One file of the input.
+
+    `size` is in bytes, as it lies there; `state` changes when the file does. `corpus` names the corpus that its
+    documents go to, where a manifest asks for several.
+    """
 
     path: str
     kind: Kind
     size: int
-    state: int
+    state: str
+    compression: Compression = Compression.NONE
+    corpus: str = ""
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that the inputs stand for, in the order given; a folder's files in the order of their names.
+def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
+    """The files that the inputs stand for, in the order given; those of a folder or pattern in the order of names.
 
-    No input, or the word `default`, is the default corpus. Raises UserError for what is missing or of no known kind.
+    An input is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest: a path a line, after a tab the
+    name of a corpus), `-` for standard input, which is copied to the file `spool`, or any of these on a store such as
+    `s3://`. No input, or the word `default`, is the default corpus. Raises UserError for what is missing or no text.
     """
     if not inputs or list(inputs) == [DEFAULT]:
-        return [Source(DEFAULT, Kind.DEFAULT, 0, 0)]
+        return [Source(DEFAULT, Kind.DEFAULT, 0, "")]
     if DEFAULT in inputs:
         do = f"leave out one of them, or write ./{DEFAULT} if it is a file"
         raise UserError(f"`{DEFAULT}` stands for the default corpus and cannot be mixed with files", "INPUT", do)
-    return [source for path in inputs for source in _sources(Path(path))]
+    return [source for given in inputs for source in _sources(given, spool)]
 
 
-def _sources(path: Path) -> Iterator[Source]:
+def _sources(given: str, spool: Path) -> Iterator[Source]:
+    if given == STANDARD_INPUT:
+        yield _spooled(spool)
+    elif given.startswith(_MANIFEST) and not os.path.exists(given):
+        yield from _manifest(Path(given[1:]))
+    elif is_remote(given):
+        yield from _remote(given)
+    else:
+        yield from _local(given)
+
+
+def _local(given: str, corpus: str = "") -> Iterator[Source]:
+    path = Path(given)
     if path.is_dir():
         found = sorted(_walk(path))
         if not found:
-            do = f"put {', '.join(SUFFIXES)} files into it, or name another folder"
-            raise UserError("the folder holds no text files", str(path), do)
-        yield from map(_source, found)
-    elif not path.exists():
-        do = "correct the path; the word `default` stands for the default corpus"
-        raise UserError("there is no such file or folder", str(path), do)
-    elif path.suffix.lower() not in SUFFIXES:
-        do = f"give {', '.join(SUFFIXES)} files, or rename this one if it is plain text"
-        raise UserError(f"cannot tell what kind of file this is ({path.suffix or 'no ending'})", str(path), do)
+            do = f"put {KNOWN} files into it, or name another folder"
+            raise UserError("the folder holds no text files", given, do)
+    elif path.exists():
+        found = [path]
     else:
-        yield _source(path)
+        found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if not os.path.isdir(name)]
+        if not found and _PATTERN & set(given):
+            raise UserError("no file is of this pattern", given, "correct it, and mind the shell's quotes")
+        if not found:
+            raise UserError("there is no such file or folder", given, _CORRECT)
+    for file in found:
+        status = file.stat()
+        kind, compression = looked_at(str(file))
+        yield Source(str(file), kind, status.st_size, str(status.st_mtime_ns), compression, corpus)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            if not name.startswith(".") and known_name(name):
                 yield Path(parent, name)
 
 
-def _source(path: Path) -> Source:
-    status = path.stat()
-    return Source(str(path), SUFFIXES[path.suffix.lower()], status.st_size, status.st_mtime_ns)
+def _remote(given: str, corpus: str = "") -> Iterator[Source]:
+    """The files that an address stands for, as fsspec lists them."""
+    system, inner = file_system(given)
+    if _PATTERN & set(inner):
+        found = system.glob(inner)
+    elif system.isdir(inner):
+        found = [name for name in system.find(inner) if known_name(name)]
+    else:
+        found = [inner] if system.exists(inner) else []
+    if not found:
+        raise UserError("no text file is there", given, f"correct the address; {KNOWN} files are taken from a folder")
+    for name in sorted(found):
+        path = system.unstrip_protocol(name)
+        kind, compression = looked_at(path)
+        yield Source(path, kind, system.size(name), str(system.ukey(name)), compression, corpus)
+
+
+def _manifest(path: Path) -> Iterator[Source]:
+    """The files that a manifest lists. A relative path counts from the manifest's folder."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the manifest: {error}", str(path), "write a path a line, in UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        name, _, corpus = line.strip().partition("\t")
+        if not name or name.startswith("#"):
+            continue
+        if corpus and not corpus.replace("-", "").replace("_", "").isalnum():
+            do = "name corpora by letters, digits, - and _, after one tab"
+            raise UserError(f"`{corpus}` cannot be the name of a corpus", f"{path}:{number}", do)
+        try:
+            yield from _remote(name, corpus) if is_remote(name) else _local(str(path.parent / name), corpus)
+        except UserError as error:
+            problem = error.problems[0]
+            raise UserError(problem.what, f"{problem.where}\n{path}:{number}", problem.do) from None
+
+
+def _spooled(spool: Path) -> Source:
+    """Standard input, copied: it can then be cut into pieces, and read twice."""
+    with ChecksummedFile(spool) as file:
+        size = 0
+        while block := sys.stdin.buffer.read(1 << 20):
+            file.write(block)
+            size += len(block)
+    kind, compression = looked_at(str(spool))
+    return Source(str(spool), kind, size, str(file.crc32), compression)

@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native, offload, tensor
+from megagpt.engine import loss_scale, native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.materialise import check_device
@@ -58,6 +58,7 @@ class PipelineEngine:
             config=config,
             dist_init_required=False,
         )[0]
+        loss_scale.change_after_the_step(self._engine.optimizer)
 
     def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""

@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import native, offload, tensor
+from megagpt.engine import loss_scale, native, offload, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.materialise import check_device, materialise, recompute
@@ -58,6 +58,7 @@ class ZeroEngine:
             mpu=self._grid,
             dist_init_required=False,
         )[0]
+        loss_scale.change_after_the_step(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""

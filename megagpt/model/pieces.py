@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FOLDER = "state"
 WEIGHT = "weight"
 _BUCKET = 1 << 24  # elements in one file: 64 MiB, of which two copies exist while it is written
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # elements that are read, or summed up, at a time
 
 
 class Part(NamedTuple):
@@ -93,9 +93,10 @@ class Pieces:
             stretch = self._find(kind, name, part, done)
             upto = min(stretch.end, end)
             with safe_open(stretch.path, "pt") as file:
-                result[done - start : upto - start] = file.get_slice(stretch.key)[
-                    done - stretch.start : upto - stretch.start
-                ]
+                stored = file.get_slice(stretch.key)
+                for at in range(done, upto, _CHUNK):  # each is copied twice
+                    stop = min(at + _CHUNK, upto)
+                    result[at - start : stop - start] = stored[at - stretch.start : stop - stretch.start]
             done = upto
         return result
 

@@ -62,7 +62,7 @@ class PieceEncoder:
                     fragments = read(stretch, self._job.text_key, odd)
                     for batch in _batches(fragments if self._encoder.by_words else _joined(fragments)):
                         before = shard.documents, shard.tokens, shard.text_bytes
-                        self._add(batch, stretch.source, documents, odd)
+                        self._add(batch, stretch.number, documents, odd)
                         after = shard.documents, shard.tokens, shard.text_bytes
                         report(*(new - old for new, old in zip(after, before, strict=True)))
                 return shard.finish(odd)

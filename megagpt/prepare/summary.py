@@ -68,3 +68,13 @@ class PrepareSummary:
     def __str__(self) -> str:
         parts = [str(part) for part in (self.train, self.validation) if part]
         return "\n".join([self.source, *parts, *map(str, self.oddities), f"prepared in {self.seconds:.1f} s"])
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What `prepare` did, corpus by corpus."""
+
+    corpora: tuple[PrepareSummary, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.corpora))

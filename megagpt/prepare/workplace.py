@@ -35,27 +35,13 @@ class Workplace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not any(self.folder.glob("*.json")):
+        if not any(self.folder.glob("*/*.json")):
             self.remove()
         self._lock.close()
 
-    def follow(self, plan: dict[str, Any]) -> None:
-        """Keep what is there if it was done under the same plan; else remove it."""
-        path, text = self.folder / "plan", json.dumps(plan)
-        old = path.read_text() if path.exists() else None
-        for file in self.folder.iterdir():
-            if file.name != "lock" and (old != text or file.suffix == ".partial"):
-                file.unlink()
-        path.write_text(text)
-
-    def records(self, count: int) -> dict[int, Record]:
-        """The records of the whole shards among the first `count`, by number."""
-        found = {number: read_record(self.folder, number) for number in range(count)}
-        return {number: record for number, record in found.items() if record}
-
     def remove(self) -> None:
         """Remove the folder and all in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
     def _locked(self) -> IO[str]:
         """The lock's open file, in which our process number stands."""
@@ -80,3 +66,25 @@ class Workplace:
             return (self.folder / "lock").stat().st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:
             return False
+
+
+def follow(folder: Path, plan: dict[str, Any]) -> None:
+    """Make the folder of one corpus's shards. Keep what is there if it was done under the same plan; else remove it."""
+    path, text = folder / "plan", json.dumps(plan)
+    folder.mkdir(exist_ok=True)
+    old = path.read_text() if path.exists() else None
+    for file in folder.iterdir():
+        if old != text or file.suffix == ".partial":
+            file.unlink()
+    path.write_text(text)
+
+
+def records(folder: Path, count: int) -> dict[int, Record]:
+    """The records of the whole shards among the first `count`, by number."""
+    found = {number: read_record(folder, number) for number in range(count)}
+    return {number: record for number, record in found.items() if record}
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and all in it."""
+    shutil.rmtree(folder, ignore_errors=True)

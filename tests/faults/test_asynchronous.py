@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from megagpt.run import checkpoint
-from tests.training import curve, events, final_weights, finish, ranks, wait_for_update
+from tests.protocol import same_run
+from tests.training import events, finish, ranks, wait_for_update
 
 BESIDE = "checkpoint.asynchronous=true"
 
@@ -66,11 +67,6 @@ def order(run, *wanted):
     return [rows.index(one) for one in wanted]
 
 
-def assert_same(run, straight):
-    assert curve(run) == curve(straight)
-    assert final_weights(run) == final_weights(straight)
-
-
 def test_training_goes_on_while_the_disk_is_slow_and_ends_with_the_same_bits(recipe, uninterrupted, disk):
     run, go = recipe.with_suffix(""), disk(update=10)
     with ranks(recipe, BESIDE) as (process,):
@@ -83,7 +79,7 @@ def test_training_goes_on_while_the_disk_is_slow_and_ends_with_the_same_bits(rec
     places = order(run, ("update", 20), ("checkpoint", 10), ("update", 21), ("checkpoint", 20))
     assert places[:3] == sorted(places[:3])
     assert places[3] > places[2]
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
     assert (run / "DONE").exists()
     assert saved(run) == saved(uninterrupted) == [80, 90, 100]
     for update in saved(run):
@@ -102,7 +98,7 @@ def test_killed_while_a_checkpoint_is_being_written_it_goes_on_from_the_one_befo
     assert saved(run) == [10]
     healthy(monkeypatch)
     assert "resumed  at update 10," in finish(recipe, BESIDE)
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
 
 
 SHORT = ("length.updates=20", "evaluation.every=null", "checkpoint.every=5", "checkpoint.keep_last=null")
@@ -126,7 +122,7 @@ def test_a_signal_while_a_checkpoint_is_being_written_publishes_it_and_one_more(
     straight = recipe.with_name("straight.yaml")
     straight.write_text(recipe.read_text().replace(str(run), str(straight.with_suffix(""))))
     finish(straight, *SHORT, world=2)
-    assert_same(run, straight.with_suffix(""))
+    same_run(run, straight.with_suffix(""))
 
 
 def test_what_one_stage_of_a_pipeline_cannot_write_is_a_failed_save_and_the_next_is_good(recipe, disk, monkeypatch):
@@ -140,4 +136,4 @@ def test_what_one_stage_of_a_pipeline_cannot_write_is_a_failed_save_and_the_next
     assert saved(run) == [5, 15, 20]
     assert saved(straight.with_suffix("")) == [5, 10, 15, 20]
     assert [event["update"] for event in events(run) if event["event"] == "save_failed"] == [10]
-    assert_same(run, straight.with_suffix(""))
+    same_run(run, straight.with_suffix(""))

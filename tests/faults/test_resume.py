@@ -1,6 +1,5 @@
 """A run that is stopped in any way and started again ends with the numbers of one that never stopped."""
 
-import json
 import shutil
 import signal
 
@@ -8,15 +7,10 @@ import pytest
 
 from megagpt import cli
 from tests import training
-from tests.training import curve, events, final_weights, finish, ranks, wait_for_update
+from tests.protocol import same_run
+from tests.training import curve, events, finish, ranks, wait_for_update
 
 LAST = 100
-
-
-def assert_same(run, uninterrupted):
-    assert curve(run) == curve(uninterrupted)
-    assert final_weights(run) == final_weights(uninterrupted)
-    assert json.loads((run / "DONE").read_text())["update"] == LAST
 
 
 def test_the_uninterrupted_run_learns(uninterrupted):
@@ -34,7 +28,7 @@ def test_a_run_killed_twice_without_warning_ends_bit_for_bit_the_same(recipe, un
             process.kill()
     printed = finish(recipe)
     assert "resumed  at update" in printed
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
 
 
 def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
@@ -49,7 +43,7 @@ def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
     assert f"stopped by signal SIGTERM, saved at update {saved['update']}." in printed
     assert curve(run)[-1]["update"] == saved["update"]
     assert f"resumed  at update {saved['update']}," in finish(recipe)
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_update(recipe, data, tmp_path):
@@ -63,7 +57,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_update(recipe, data
         assert [process.returncode for process in started] == [75, 75], printed
     assert "a signal to another rank" in printed[0][0]
     finish(recipe, world=2)
-    assert_same(run, straight.with_suffix(""))
+    same_run(run, straight.with_suffix(""))
 
 
 def test_the_time_limit_saves_and_exits_75(recipe):
@@ -92,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp
     weights.write_bytes(weights.read_bytes()[:-1])
     printed = finish(recipe)
     assert f"note     damaged, passed over: {newest.name}: state/rank-00000-000.safetensors has" in printed
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
 
 
 def copy(uninterrupted, recipe):
@@ -136,7 +130,7 @@ def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
         assert process.returncode == 75
     assert "stopped by megagpt stop, saved at update" in printed
     finish(recipe)
-    assert_same(run, uninterrupted)
+    same_run(run, uninterrupted)
 
 
 REFUSED = {

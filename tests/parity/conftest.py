@@ -50,6 +50,7 @@ def table(rows, full):
 def pytest_terminal_summary(terminalreporter, config):
     rows, path = config.stash[WORST], config.getoption("parity_table")
     if rows and path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(table(rows, full=config.getoption("full")))
     if rows:
         terminalreporter.section("largest relative difference to plain PyTorch")

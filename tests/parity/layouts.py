@@ -35,6 +35,7 @@ LLAMA = (
 SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
 DOCUMENTS = ("data.document_mask=true", "data.eod=5")  # which half of the sequences hold, some of them twice
 BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
+MUON = ("optimizer.type=muon", "optimizer.muon_lr=5.0e-3")
 
 # eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
 # rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
@@ -116,6 +117,9 @@ CASES: tuple[Case, ...] = (
     Case("zero3-offload-recompute-2ranks", 2, zero(3, 2, **OFFLOADED) | _again("auto")),
     *(Case(f"zero{stage}-bf16-2ranks", 2, zero(stage, 3), BF16) for stage in range(4)),
     *(Case(f"zero{stage}-fp16-2ranks", 2, zero(stage, 3), FP16) for stage in range(4)),
+    *(Case(f"zero0-muon-{n}ranks", n, zero(0, 3), MUON) for n in (1, 2, 4)),
+    Case("zero0-muon-llama-recompute-2ranks", 2, zero(0, 6) | _again("auto"), (*MUON, *LLAMA, "optimizer.clip=1.0")),
+    Case("ulysses2-zero0-muon", 2, _ulysses(2, zero(0)), MUON),
     Case("zero1-bf16-1rank", 1, zero(1), BF16),
     Case("zero2-bf16-offload-2ranks", 2, zero(2, 2, offload_optimizer=CPU), BF16),
     Case("zero3-bf16-llama-recompute-2ranks", 2, zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),

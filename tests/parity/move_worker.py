@@ -1,6 +1,6 @@
 """One rank that trains layouts and saves them, or goes on from what other layouts saved. Started by groups.py.
 
-move_worker.py JOB.json      JOB: {"folder", "seconds", "after", "save": [case], "load": [[case, case]]}
+move_worker.py JOB.json      JOB: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
 from megagpt.files import into
 
-RECIPE = ("model.n_layer=4", "optimizer.lr=1.0e-3", "optimizer.clip=1.5")  # clips in some updates, not in all
-BEFORE, TOTAL = 4, 100  # updates
+_DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3", "optimizer.clip=1.5")  # clips in some updates, not in all
+RECIPES = {
+    "fp32": _DEEP,
+    "bf16": (*_DEEP, "precision=bf16"),
+    "fp16": (*_DEEP, "precision=fp16"),
+    "muon": (*_DEEP, "optimizer.type=muon", "optimizer.muon_lr=2.0e-3"),
+}
+# the loss scale doubles every nine updates: what is saved is a count in the middle of them
+SCALE, WINDOW = 15, 9
+_SCALING = {"fp16": {"initial_scale_power": SCALE, "loss_scale_window": WINDOW}}
+BEFORE, TOTAL = 4, 108  # updates
 
 
 def main(job: dict[str, Any]) -> None:
@@ -34,44 +43,55 @@ def main(job: dict[str, Any]) -> None:
     rank = from_environment(os.environ)
     start(rank)
     agreement, folder = Agreement(rank.world_size), Path(job["folder"])
-    for source in job["save"]:
+    for source, kind in job["save"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
-        save(case(source), folder, rank, agreement)
-    for source, target in job["load"]:
+        save(case(source, kind), folder / f"{source}-{kind}", rank, agreement)
+    for source, target, kind in job["load"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
-        load(source, case(target), folder, rank, agreement, job["after"])
+        load(folder / f"{source}-{kind}", case(target, kind), rank, agreement, job["after"][kind])
     faulthandler.cancel_dump_traceback_later()
     stop()
 
 
-def case(name: str) -> layouts.Case:
-    """The layout of this name with the recipe of this test."""
+def case(name: str, kind: str) -> layouts.Case:
+    """The layout of this name with a recipe of this test."""
     (found,) = (one for one in layouts.CASES if one.id == name)
-    return replace(found, recipe=RECIPE)
+    return replace(found, recipe=RECIPES[kind], config=found.config | (_SCALING if kind == "fp16" else {}))
 
 
 def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> None:
-    """Train a few updates, and save into FOLDER/ID."""
-    resolved = layouts.resolve(source, folder)
+    """Train a few updates, and save into a folder."""
+    resolved = layouts.resolve(source, folder.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
         engine.train_update(data(resolved, rank, update))
-    engine.save_state(into(folder / source.id))
+    engine.save_state(into(folder))
     engine.release()
     del engine
     gc.collect()
 
 
-def load(source: str, target: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, after: int) -> None:
-    """Go on from what `source` saved; write what the updates did, and the weights."""
-    resolved = layouts.resolve(target, folder)
+def load(saved: Path, target: layouts.Case, rank: Rank, agreement: Agreement, after: int) -> None:
+    """Go on from what another layout saved; write what the updates did, with the loss scales, and the weights.
+
+    Where nothing was saved the layout makes the first updates itself.
+    """
+    resolved = layouts.resolve(target, saved.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
-    engine.load_state(folder / source)
-    results = [engine.train_update(data(resolved, rank, update)) for update in range(BEFORE, BEFORE + after)]
+    if saved.exists():
+        engine.load_state(saved)
+    else:
+        for update in range(BEFORE):
+            engine.train_update(data(resolved, rank, update))
+    rows = []
+    for update in range(BEFORE, BEFORE + after):
+        scaler = getattr(engine._engine.optimizer, "loss_scaler", None)
+        row = asdict(engine.train_update(data(resolved, rank, update)))
+        rows.append(row | {"scale": float(scaler.cur_scale) if hasattr(scaler, "cur_scale") else 1.0})
     weights = dict(engine.weights())
     if rank.main:
-        save_file(weights, folder / f"{source}-to-{target.id}.weights")
-        (folder / f"{source}-to-{target.id}.json").write_text(json.dumps([asdict(result) for result in results]))
+        save_file(weights, saved.parent / f"{saved.name}-to-{target.id}.weights")
+        (saved.parent / f"{saved.name}-to-{target.id}.json").write_text(json.dumps(rows))
     engine.release()
     del engine
     gc.collect()

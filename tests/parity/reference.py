@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import alone
 import torch
 import torch.nn.functional as F
+from muon_by_values import BLOCK_MATRICES, MuonByValues
 
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
@@ -32,23 +33,15 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
     masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
     initial = {name: p.clone() for name, p in masters.items()}
     section = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in masters.values() if p.ndim > 1], "weight_decay": section.weight_decay},
-            {"params": [p for p in masters.values() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=section.betas,
-        eps=section.eps,
-        fused=False,
-    )
+    optimizer, peaks = _optimizer(recipe, masters)
     losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(recipe, model, held_out).item()]
     for number, samples in enumerate(updates, start=1):
         warmup = recipe.schedule.warmup_updates
         share = min(number / warmup, (total + 1 - number) / (total + 1 - warmup))
         rates.append(section.lr * share)
         tokens.append(int((samples[1] != -100).sum()))
-        for group in optimizer.param_groups:
-            group["lr"] = rates[-1]
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
         model.zero_grad()
         loss = _loss(recipe, model, samples)
         (loss * scale).backward()
@@ -62,6 +55,23 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
     evaluations.append(_loss(recipe, model, held_out).item())
     final = {name: p.detach() for name, p in masters.items()}
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
+
+
+def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.optim.Optimizer, list[float]]:
+    """The optimizer, and each group's peak learning rate."""
+    section = recipe.optimizer
+    by_muon = {name for name in masters if section.type == "muon" and name.endswith(BLOCK_MATRICES)}
+    rest = [p for name, p in masters.items() if name not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, fused=False)
+    if section.type == "adamw":
+        return adamw, [section.lr] * 2
+    heads = 2 + recipe.model.n_head // recipe.model.n_kv_head
+    return MuonByValues(adamw, {name: masters[name] for name in by_muon}, heads, section), [
+        section.lr, section.lr, section.muon_lr]  # fmt: skip
 
 
 def _loss(recipe: Recipe, model: GPT, samples: Samples) -> torch.Tensor:

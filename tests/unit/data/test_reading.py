@@ -19,7 +19,7 @@ def jsonl(*texts):
 
 
 def documents(*paths, odd=None, key="text"):
-    sources = find_sources([str(path) for path in paths])
+    sources = find_sources([str(path) for path in paths], None)
     return [
         (document.name.split("/")[-1], document.text)
         for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())
@@ -47,7 +47,7 @@ def test_every_line_is_in_one_piece_however_a_file_is_cut(tmp_path_factory, line
     path.write_text(content, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "_SMALLEST", size)
-        cut = pieces.cut(find_sources([str(path)]))
+        cut = pieces.cut(find_sources([str(path)], None))
     odd = Oddities()
     found = [f.text for piece in cut for stretch in piece.stretches for f in read(stretch, ("text",), odd)]
     assert found == lines
@@ -58,12 +58,12 @@ def test_small_files_share_a_piece_and_a_large_text_is_never_cut(tmp_path, monke
     monkeypatch.setattr(pieces, "_SMALLEST", 100)
     for name, size in (("a.txt", 40), ("b.txt", 60), ("c.txt", 1), ("d.txt", 500), ("e.jsonl", 150)):
         (tmp_path / name).write_bytes(b"x" * size)
-    cut = pieces.cut(find_sources([str(tmp_path)]))
-    spans = [[(s.path[-6:], s.start, s.end) for s in piece.stretches] for piece in cut]
+    cut = pieces.cut(find_sources([str(tmp_path)], None))
+    spans = [[(s.source.path[-6:], s.start, s.end) for s in piece.stretches] for piece in cut]
     assert spans == [
-        [("/a.txt", 0, 40), ("/b.txt", 0, 60)],
-        [("/c.txt", 0, 1)],
-        [("/d.txt", 0, 500)],
+        [("/a.txt", 0, None), ("/b.txt", 0, None)],
+        [("/c.txt", 0, None)],
+        [("/d.txt", 0, None)],
         [(".jsonl", 0, 100)],
         [(".jsonl", 100, 150)],
     ]
@@ -81,7 +81,7 @@ def test_a_text_read_in_fragments_is_the_text(tmp_path_factory, text, block, bro
     odd = Oddities()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK", block)
-        (piece,) = pieces.cut(find_sources([str(path)]))
+        (piece,) = pieces.cut(find_sources([str(path)], None))
         fragments = list(read(piece.stretches[0], ("text",), odd))
     assert "".join(fragment.text for fragment in fragments) == raw.decode(errors="replace")
     assert [fragment.last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
@@ -143,10 +143,11 @@ def test_the_text_may_stand_within_other_keys(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("x"))
-    (piece,) = pieces.cut(find_sources([str(path)]))
+    (piece,) = pieces.cut(find_sources([str(path)], None))
     path.unlink()
     with pytest.raises(UserError) as error:
         list(read(piece.stretches[0], ("text",), Oddities()))
     assert str(error.value) == (
-        f"megagpt: cannot read the file: No such file or directory\n  {path}\n  do: check its permissions"
+        f"megagpt: cannot read the file: No such file or directory\n  {path}\n"
+        "  do: check that it is there and that you may read it"
     )

@@ -1,56 +1,244 @@
-import pytest
+import bz2
+import gzip
+import json
+import lzma
 
+import fsspec
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from megagpt.data import opening, pieces
+from megagpt.data.oddities import Oddities, Place
+from megagpt.data.pieces import cut
+from megagpt.data.reading import read, whole_documents
+from megagpt.data.sniffing import KNOWN
 from megagpt.data.sources import DEFAULT, find_sources
 from megagpt.errors import UserError
+
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+PLAIN = {
+    "a.jsonl": ('{"text": "one"}\n' * 3 + '{"text": "two é"}\n', ["one"] * 3 + ["two é"]),
+    "a.txt": ("first line\n" * 5000 + "and é\n", ["first line\n" * 5000 + "and é\n"]),
+    "a.md": ("# title\n", ["# title\n"]),
+}
+
+
+def texts(*inputs, key="text", odd=None):
+    sources = find_sources([str(given) for given in inputs], None)
+    return [document.text for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())]
+
+
+def refused(*inputs):
+    with pytest.raises(UserError) as error:
+        texts(*inputs)
+    return str(error.value).removeprefix("megagpt: ")
 
 
 def test_files_and_folders_are_found_in_order(tmp_path):
     (tmp_path / "books" / "sub").mkdir(parents=True)
     (tmp_path / "books" / ".hidden").mkdir()
-    for name in ("b.txt", "sub/a.md", "a.jsonl", "picture.png", ".notes.txt", ".hidden/c.txt"):
+    for name in ("b.txt", "sub/a.md", "a.jsonl", "c.txt.gz", "picture.png", ".notes.txt", ".hidden/c.txt", "d.gz"):
         (tmp_path / "books" / name).write_text(name)
     (tmp_path / "Z.TXT").write_text("zed")
-    found = find_sources([str(tmp_path / "Z.TXT"), str(tmp_path / "books")])
-    names = ["Z.TXT", "books/a.jsonl", "books/b.txt", "books/sub/a.md"]
+    found = find_sources([str(tmp_path / "Z.TXT"), str(tmp_path / "books")], None)
+    names = ["Z.TXT", "books/a.jsonl", "books/b.txt", "books/c.txt.gz", "books/sub/a.md"]
     assert [source.path for source in found] == [str(tmp_path / name) for name in names]
-    assert [source.size for source in found] == [3, 7, 5, 8]
+    assert [source.size for source in found] == [3, 7, 5, 8, 8]
 
 
 @pytest.mark.parametrize("inputs", [[], [DEFAULT]])
 def test_the_default_corpus_stands_for_itself(inputs):
-    assert [source.path for source in find_sources(inputs)] == [DEFAULT]
+    assert [source.path for source in find_sources(inputs, None)] == [DEFAULT]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("ending", COMPRESSORS)
+def test_compressed_files_are_read_all_members_of_them(tmp_path, name, ending):
+    content, expected = PLAIN[name]
+    raw, compress = content.encode(), COMPRESSORS[ending]
+    for number, cuts in enumerate(([len(raw)], [0, 7, 40, len(raw)])):
+        members = [raw[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
+        path = tmp_path / f"{number}{name}{ending}"
+        path.write_bytes(b"".join(map(compress, members)))
+        assert texts(path) == expected
+        path.rename(tmp_path / f"{number}-{name}")  # the name no longer says that it is compressed
+        assert texts(tmp_path / f"{number}-{name}") == expected
+
+
+@pytest.mark.parametrize("ending", COMPRESSORS)
+@pytest.mark.parametrize("damage", ["cut short", "garbled"])
+def test_a_damaged_compressed_file_is_never_taken_for_a_shorter_one(tmp_path, ending, damage):
+    path = tmp_path / f"a.jsonl{ending}"
+    lines = "".join(json.dumps({"text": f"{n} {n * n}"}) + "\n" for n in range(30_000))
+    raw = bytearray(COMPRESSORS[ending](lines.encode()))
+    if damage == "garbled":
+        raw[len(raw) // 2] ^= 0x55
+    path.write_bytes(raw if damage == "garbled" else raw[: len(raw) * 3 // 4])
+    what, where, do = refused(path).splitlines()
+    assert what.startswith("the compressed file is damaged or cut short: ")
+    assert (where, do) == (f"  {path}", "  do: copy or make it again")
+
+
+def test_content_says_what_a_file_is_where_its_name_does_not(tmp_path):
+    lines = '\n{"text": "one"}\n{"text": "two"}\n'
+    for name in ("lines.txt", "lines.data", "lines", "lines.json"):
+        (tmp_path / name).write_text(lines)
+        assert texts(tmp_path / name) == ["one", "two"]
+    for name in ("README", "notes.log"):
+        (tmp_path / name).write_text("{plain}\ntext é")
+        assert texts(tmp_path / name) == ["{plain}\ntext é"]
+    parquet.write_table(pyarrow.table({"text": ["row"]}), tmp_path / "table.txt")
+    assert texts(tmp_path / "table.txt") == ["row"]
+    for name, content in (("a.pdf", b"%PDF-1.7 text"), ("program", b"\x7fELF\0\0"), ("a.parquet", b"text")):
+        (tmp_path / name).write_bytes(content)
+        ending = name[1:] if "." in name else "no ending"
+        assert refused(tmp_path / name) == (
+            f"this is neither text nor parquet ({ending})\n  {tmp_path / name}\n"
+            f"  do: give {KNOWN} files, or a file of text under any name"
+        )
+
+
+def test_patterns_find_files_in_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "c.md", "sub/d.txt", "odd[1].txt"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path / "?.txt") == ["a.txt", "b.txt"]
+    assert texts(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "odd[1].txt", "sub/d.txt"]
+    assert texts(tmp_path / "odd[1].txt") == ["odd[1].txt"]
+    assert refused(tmp_path / "*.jsonl") == (
+        f"no file is of this pattern\n  {tmp_path}/*.jsonl\n  do: correct it, and mind the shell's quotes"
+    )
+
+
+def test_a_manifest_lists_files_and_names_corpora(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    manifest = tmp_path / "list"
+    manifest.write_text(f"# files\nb.txt\tbooks\n\n{tmp_path}/a.txt\nc.txt\tweb_2\n")
+    found = find_sources([f"@{manifest}"], None)
+    assert [(source.path[-5:], source.corpus) for source in found] == [
+        ("b.txt", "books"),
+        ("a.txt", ""),
+        ("c.txt", "web_2"),
+    ]
+    manifest.write_text("a.txt\nd.txt\n")
+    assert refused(f"@{manifest}") == (
+        f"there is no such file or folder\n  {tmp_path}/d.txt\n  {manifest}:2\n"
+        "  do: correct the path; the word `default` stands for the default corpus"
+    )
+    manifest.write_text("a.txt\t../up\n")
+    assert refused(f"@{manifest}") == (
+        f"`../up` cannot be the name of a corpus\n  {manifest}:1\n"
+        "  do: name corpora by letters, digits, - and _, after one tab"
+    )
+    assert refused(f"@{tmp_path}/none") == (
+        f"cannot read the manifest: [Errno 2] No such file or directory: '{tmp_path}/none'\n  {tmp_path}/none\n"
+        "  do: write a path a line, in UTF-8"
+    )
+
+
+def rows(tmp_path, column, kind=None, **options):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(column, kind), "id": range(len(column))}), path, **options)
+    return path
+
+
+def test_a_column_of_a_parquet_file_is_read(tmp_path):
+    odd = Oddities()
+    assert texts(rows(tmp_path, ["one", None, "", "é"]), odd=odd) == ["one", "", "é"]
+    assert (odd.counts, odd.first) == ({"no_text": 1}, {"no_text": Place(0, 2)})
+    deep = [{"body": {"en": "deep", "n": 1}}, {"body": None}, None, {"body": {"en": "x", "n": 2}}]
+    odd = Oddities()
+    assert texts(rows(tmp_path, deep), key="text.body.en", odd=odd) == ["deep", "x"]
+    assert odd.counts == {"no_text": 2}
+    odd = Oddities()
+    assert texts(rows(tmp_path, [1, 2]), odd=odd) == []
+    assert odd.counts == {"not_a_string": 2}
+    for key in ("absent", "text.deeper"):
+        odd = Oddities()
+        assert texts(rows(tmp_path, ["a", "b"]), key=key, odd=odd) == []
+        assert odd.counts == {"no_text": 2}
+
+
+def test_every_row_is_in_one_piece_however_a_file_is_cut(tmp_path, monkeypatch):
+    column = [f"text {n}" for n in range(100)]
+    path = rows(tmp_path, column, row_group_size=9)
+    for size in (1, 700, 10**9):
+        monkeypatch.setattr(pieces, "_SMALLEST", size)
+        found = [
+            (fragment.line, fragment.text)
+            for piece in cut(find_sources([str(path)], None))
+            for stretch in piece.stretches
+            for fragment in read(stretch, ("text",), Oddities())
+        ]
+        assert found == list(enumerate(column, 1))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = rows(tmp_path, ["one"] * 1000)
+    path.write_bytes(path.read_bytes()[:200])
+    what, where, do = refused(path).splitlines()[0], *refused(path).splitlines()[-2:]
+    assert what.startswith("the parquet file cannot be read: ")
+    assert (where, do) == (f"  {path}", "  do: copy or make it again")
+
+
+def test_stores_are_read_by_their_address(tmp_path):
+    store = fsspec.filesystem("memory")
+    for name, content in (("b.txt", b"bee"), ("a.jsonl.gz", gzip.compress(b'{"text": "ay"}')), ("c.png", b"\0")):
+        store.pipe(f"/bucket/{name}", content)
+    parquet.write_table(pyarrow.table({"text": ["row"]}), tmp_path / "d.parquet")
+    store.put(str(tmp_path / "d.parquet"), "/bucket/d.parquet")
+    assert texts("memory://bucket/b.txt") == ["bee"]
+    assert texts("memory://bucket") == ["ay", "bee", "row"]
+    assert texts("memory://bucket/*.gz") == ["ay"]
+    (tmp_path / "e.txt").write_text("here")
+    assert texts(f"file://{tmp_path}/e.txt") == ["here"]
+    for address in ("memory://bucket/none.txt", "memory://bucket/*.xz"):
+        assert refused(address) == (
+            f"no text file is there\n  {address}\n  do: correct the address; {KNOWN} files are taken from a folder"
+        )
+    assert refused("nowhere://a").startswith("cannot open this store: ")
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "name"),
+    [("zstandard", "zst", "a.txt.zst"), ("pyarrow", "parquet", "a.parquet"), ("fsspec", "remote", "file:///a.txt")],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, extra, name):
+    (tmp_path / "a.txt.zst").write_bytes(COMPRESSORS[".zst"](b"text"))
+    parquet.write_table(pyarrow.table({"text": ["row"]}), tmp_path / "a.parquet")
+    given = name if "//" in name else str(tmp_path / name)
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    assert refused(given) == (
+        f'reading this needs the package {package}\n  {given}\n  do: pip install "megagpt[{extra}]"'
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "missing",
-            "there is no such file or folder\n  {path}\n"
-            "  do: correct the path; the word `default` stands for the default corpus",
-        ),
-        (
-            "empty",
-            "the folder holds no text files\n  {path}\n"
-            "  do: put .txt, .md, .jsonl files into it, or name another folder",
-        ),
-        (
-            "a.pdf",
-            "cannot tell what kind of file this is (.pdf)\n  {path}\n"
-            "  do: give .txt, .md, .jsonl files, or rename this one if it is plain text",
-        ),
-        (
-            "README",
-            "cannot tell what kind of file this is (no ending)\n  {path}\n"
-            "  do: give .txt, .md, .jsonl files, or rename this one if it is plain text",
-        ),
+        ("missing", "there is no such file or folder\n  {path}\n"
+            "  do: correct the path; the word `default` stands for the default corpus"),
+        ("empty", "the folder holds no text files\n  {path}\n  do: put {known} files into it, or name another folder"),
     ],
-)
+)  # fmt: skip
 def test_inputs_that_cannot_be_read_are_named_before_anything_is_read(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    (tmp_path / "README").write_text("hello")
     (tmp_path / "good.txt").write_text("good")
     with pytest.raises(UserError) as error:
-        find_sources([str(tmp_path / "good.txt"), str(tmp_path / name)])
-    assert str(error.value) == "megagpt: " + message.format(path=tmp_path / name)
+        find_sources([str(tmp_path / "good.txt"), str(tmp_path / name)], None)
+    assert str(error.value) == "megagpt: " + message.format(path=tmp_path / name, known=KNOWN)
+
+
+def test_a_file_that_is_cut_while_zstandard_holds_much_is_read_to_its_end(tmp_path, monkeypatch):
+    text = "abc" * 1_000_000  # what one small block of the file becomes is far more than one read of it
+    (tmp_path / "a.txt.zst").write_bytes(COMPRESSORS[".zst"](text.encode()) * 2)
+    assert texts(tmp_path / "a.txt.zst") == [text * 2]
+    assert opening.compression_of(b"BZh9") is opening.Compression.BZIP2

@@ -112,3 +112,25 @@ def test_in_bf16_stage_0_steps_before_training_begins():
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     native.release(engine)
     assert steps == {1}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(stage):
+    """Why loss_scale.change_after_the_step changes it after the step."""
+
+    def first_moment(window):
+        torch.manual_seed(0)
+        fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": window}
+        engine = zero(stage, fp16=fp16, gradient_clipping=0.0)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0  # the same gradient twice
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 4).half()).mean())
+            engine.step()
+        moments = [state["exp_avg"].clone() for state in engine.optimizer.optimizer.state.values()]
+        native.release(engine)
+        return torch.cat([moment.flatten() for moment in moments])
+
+    doubled, constant = first_moment(window=1), first_moment(window=1000)
+    assert constant.abs().max() > 0
+    torch.testing.assert_close(doubled / constant, torch.full_like(constant, (0.9 + 0.5) / (0.9 + 1.0)))

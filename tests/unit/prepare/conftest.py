@@ -64,10 +64,11 @@ def command(tmp_path):
     program.write_text(PROGRAM)
     started = []
 
-    def start(*arguments, piece=30_000, pause=0.0, file_limit=0):
+    def start(*arguments, piece=30_000, pause=0.0, file_limit=0, stdin=None):
         line = [sys.executable, program, piece, pause, file_limit, *arguments]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(list(map(str, line)), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        line = list(map(str, line))
+        process = subprocess.Popen(line, stdin=stdin, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         started.append(process)
         return process
 

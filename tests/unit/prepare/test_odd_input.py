@@ -85,7 +85,7 @@ def test_the_summary_reads_well(model, tmp_path):
     tokens = len(Reader(tmp_path / "c.train").tokens)
     assert str(summary) == "\n".join(
         [
-            f"text from {path}",
+            f"text from {path} (0.0 MB)",
             f"{tmp_path / 'c'}.train: 2 documents, {tokens} tokens, 0.00 MB, {4 / tokens:.2f} bytes per token",
             f"odd: 2 lines that are not JSON, passed over (first: {path}:2)",
             f"odd: 1 empty documents, passed over (first: {path}:4)",

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import Options, PrepareSummary, prepare_command, train_tokenizer_command
-from tests.unit.prepare.conftest import jsonl
+from tests.unit.prepare.conftest import content, finish, jsonl
 
 
 def stored(prefix, tokenizer):
@@ -109,6 +110,7 @@ def test_what_cannot_be_prepared_is_said(source, model, tmp_path):
     )
     assert refused([empty], model, output, 0) == (
         f"megagpt: none of the 1 documents gave a token to train on\n  {output}.train\n"
+        f"  odd: 1 empty documents, passed over (first: {empty})\n"
         "  do: give files that hold text, or lower --validation-fraction"
     )
     assert refused([one], model, output, 1.0) == (
@@ -134,3 +136,32 @@ def test_an_older_validation_part_is_not_trained_on_unseen(source, model, tmp_pa
 def test_preparing_imports_no_torch():
     code = "import sys, megagpt.prepare\nprint([m for m in ('torch', 'deepspeed', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
+
+
+def test_standard_input_is_prepared_like_a_file(command, source, texts, model, tmp_path):
+    prepare_command([source], model, tmp_path / "file", Options(0.2))
+    with open(source) as text:
+        finish(
+            command(
+                "prepare", "-", "--tokenizer", model, "--output", tmp_path / "piped", "--validation-fraction", 0.2,
+                stdin=text, piece=3000,
+            )
+        )  # fmt: skip
+    assert content(tmp_path / "piped") == content(tmp_path / "file")
+    assert not (tmp_path / "piped.prepare").exists()
+
+
+def test_a_manifest_that_names_corpora_gives_one_each(command, texts, model, tmp_path):
+    for name, some in (("a", texts[:30]), ("b", texts[30:])):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(some))
+    (tmp_path / "list").write_text("a.jsonl\tfirst\nb.jsonl\tsecond\na.jsonl\tsecond\n")
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--json")
+    printed, _ = finish(command("prepare", f"@{tmp_path}/list", *options))
+    summaries = json.loads(printed)["corpora"]
+    assert [summary["train"]["prefix"] for summary in summaries] == [
+        f"{tmp_path}/c.{n}.train" for n in ("first", "second")
+    ]
+    for name, files in (("first", ["a"]), ("second", ["b", "a"])):
+        alone = tmp_path / f"alone-{name}"
+        prepare_command([str(tmp_path / f"{file}.jsonl") for file in files], model, alone, Options(0.2))
+        assert content(tmp_path / f"c.{name}") == content(alone)

@@ -61,7 +61,7 @@ def test_the_bytes_do_not_depend_on_who_works(command, large, model, expected, t
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_command_goes_on_where_it_stopped(command, large, model, expected, tmp_path, workers):
     draw = random.Random(workers)
-    folder, kept = tmp_path / "c.prepare", []
+    folder, kept = tmp_path / "c.prepare/shards", []
     for done in (3, 12):
         process = start(command, large, model, tmp_path / "c", workers, pause=0.02)
         wait_for(folder, f"{done}.json", process)
@@ -77,7 +77,7 @@ def test_a_killed_command_goes_on_where_it_stopped(command, large, model, expect
 
 
 def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large, model, expected, tmp_path):
-    folder = tmp_path / "c.prepare"
+    folder = tmp_path / "c.prepare/shards"
     process = start(command, large, model, tmp_path / "c", pause=0.1)
     partial = wait_for(folder, "*.bin.*.partial", process)[0]
     number, _, pid, _ = partial.name.split(".")
@@ -96,7 +96,7 @@ def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large,
 
 def test_workers_do_not_outlive_a_killed_command(command, large, model, tmp_path):
     process = start(command, large, model, tmp_path / "c", pause=60)
-    names = wait_for(tmp_path / "c.prepare", "*.bin.*.partial", process)
+    names = wait_for(tmp_path / "c.prepare/shards", "*.bin.*.partial", process)
     workers = [int(path.name.split(".")[2]) for path in names]
     process.kill()
     end = time.monotonic() + 30
@@ -135,7 +135,7 @@ def test_what_was_done_for_another_plan_is_not_used(command, large, model, tmp_p
     other = tmp_path / "other.txt"
     other.write_text("one two three\n" * 100)
     process = start(command, large, model, tmp_path / "c", pause=0.1)
-    wait_for(tmp_path / "c.prepare", "2.json", process)
+    wait_for(tmp_path / "c.prepare/shards", "2.json", process)
     process.kill()
     process.communicate()
     prepare_command([str(other)], model, tmp_path / "c", Options(0))

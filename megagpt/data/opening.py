@@ -1,0 +1,140 @@
+"""Opens a file of the input, here or on a remote store, as plain bytes whatever it is compressed with."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megagpt.errors import UserError
+
+
+class Compression(Enum):
+    """How a file is compressed; the value is what its name usually ends with."""
+
+    NONE = ""
+    GZIP = ".gz"
+    ZSTANDARD = ".zst"
+    XZ = ".xz"
+    BZIP2 = ".bz2"
+
+
+_MAGIC = {
+    b"\x1f\x8b": Compression.GZIP,
+    b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
+    b"\xfd7zXZ\0": Compression.XZ,
+    b"BZh": Compression.BZIP2,
+}
+
+
+def compression_of(head: bytes) -> Compression:
+    """What the first bytes of a file say that it is compressed with."""
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), Compression.NONE)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names a store, such as `s3://bucket/part.jsonl`."""
+    return "://" in path
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The file system of fsspec for a remote path, and the path within it. Raises UserError where it cannot be used."""
+    try:
+        import fsspec
+    except ImportError:
+        raise missing("fsspec", "remote", path) from None
+    try:
+        system, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # the store's own package is missing, or there is no such store
+        raise UserError(f"cannot open this store: {error}", path, "install what it asks for") from None
+    return system, inner
+
+
+@contextmanager
+def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
+    """The content of a file, decompressed: all members or frames of it.
+
+    Raises UserError when the file cannot be opened or read, or is damaged, also while it is read in the block.
+    """
+    try:
+        with ExitStack() as stack:
+            if is_remote(path):
+                system, inner = file_system(path)
+                raw = stack.enter_context(system.open(inner, "rb"))
+            else:
+                raw = stack.enter_context(Path(path).open("rb"))
+            yield stack.enter_context(_decompressed(raw, compression, path))
+    except OSError as error:
+        # What decompresses raises OSError without a number; so do some stores where there is no such file.
+        if error.errno is None and not isinstance(error, FileNotFoundError):
+            raise _damaged(path, error) from None
+        do = "check that it is there and that you may read it"
+        raise UserError(f"cannot read the file: {error.strerror or error}", path, do) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from None
+
+
+def missing(package: str, extra: str, path: str) -> UserError:
+    """Say that a file needs a package of an extra."""
+    return UserError(f"reading this needs the package {package}", path, f'pip install "megagpt[{extra}]"')
+
+
+def _decompressed(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes]:
+    if compression is Compression.GZIP:
+        return cast("IO[bytes]", gzip.open(raw))
+    if compression is Compression.BZIP2:
+        return bz2.open(raw)
+    if compression is Compression.XZ:
+        return lzma.open(raw)
+    if compression is Compression.ZSTANDARD:
+        return cast("IO[bytes]", io.BufferedReader(_Zstandard(raw, path), 1 << 17))
+    return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """All frames of a zstandard file. The package's own reader takes a frame that was cut short for its end."""
+
+    def __init__(self, raw: IO[bytes], path: str) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise missing("zstandard", "zst", path) from None
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._begun = False  # a frame that has not ended
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._left:
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._begun = self._new(), False
+            block = block or self._raw.read(1 << 16)
+            if not block:
+                if self._begun:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._begun = True
+            try:
+                self._left = self._frame.decompress(block)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+        count = min(len(view), len(self._left))
+        view[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(f"the compressed file is damaged or cut short: {error}", path, "copy or make it again")

@@ -1,0 +1,39 @@
+"""Oddities for people: counts over all shards, and places as `file:line`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from megagpt.data.oddities import KINDS, OddInput, Oddities, Place
+from megagpt.data.sources import Source
+from megagpt.errors import UserError
+from megagpt.prepare.summary import Oddity
+
+
+def told(shards: Iterable[Oddities], sources: Sequence[Source]) -> tuple[Oddity, ...]:
+    """All kinds that occurred, from shards in their order."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    lines: Counter[int] = Counter()
+    for shard in shards:
+        counts.update(shard.counts)
+        for kind, place in shard.first.items():
+            first.setdefault(kind, _named(place, lines, sources))
+        lines.update(shard.lines)
+    return tuple(Oddity(kind, counts[kind], first[kind]) for kind in KINDS if counts[kind])
+
+
+def strict_error(odd: OddInput, earlier: Iterable[Oddities], sources: Sequence[Source]) -> UserError:
+    """The error that an oddity is when strict; `earlier` are of the shards before its own."""
+    lines: Counter[int] = Counter()
+    for shard in earlier:
+        lines.update(shard.lines)
+    what = f"odd input: {KINDS[odd.kind].split(', ')[0]}" + (f": {odd.detail}" if odd.detail else "")
+    return UserError(what, _named(odd.place, lines, sources), "mend it, or leave out --strict to have such counted")
+
+
+def _named(place: Place, earlier: Mapping[int, int], sources: Sequence[Source]) -> str:
+    """A place for people. `earlier` lines of each source were read before those that it counts from."""
+    path = sources[place.source].path
+    return f"{path}:{earlier.get(place.source, 0) + place.line}" if place.line else path

@@ -1,0 +1,42 @@
+"""A disk that turns read-only stops no training at first, harms no checkpoint, and is said."""
+
+import subprocess
+
+import pytest
+
+from megagpt.run import checkpoint
+from tests.protocol import same_run
+from tests.training import curve, events, finish
+
+
+@pytest.fixture
+def checkpoints(recipe):
+    """The folder of a run's checkpoints, on a disk of its own."""
+    folder = recipe.with_suffix("") / "checkpoints"
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root can mount a disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(folder, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+
+def test_a_read_only_disk_harms_no_checkpoint_and_is_said(recipe, uninterrupted, checkpoints):
+    run = recipe.with_suffix("")
+    finish(recipe, "--max-minutes", "0", code=75)
+    remount(checkpoints, "ro")
+    printed = finish(recipe, "checkpoint.every=4", code=1)
+    assert "resumed  at update 1," in printed
+    lines = [line for line in printed.splitlines() if "NOT SAVED" in line]
+    assert len(lines) == 4  # trained on after three; the fourth in a row is the end
+    assert all("rank 0: Read-only file system" in line for line in lines)
+    assert [event["update"] for event in events(run) if event["event"] == "save_failed"] == [4, 8, 12, 16]
+    assert curve(run)[-1]["update"] == 16
+    assert [folder.name for folder in checkpoint.Store(run).folders()] == ["update_00000001"]
+    assert checkpoint.newest_valid(run)[0].state.update == 1
+    remount(checkpoints, "rw")
+    finish(recipe)
+    same_run(run, uninterrupted)

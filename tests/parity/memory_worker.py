@@ -1,0 +1,78 @@
+"""One rank that saves a larger model, or measures what memory a move takes beyond training. Started by groups.py.
+
+memory_worker.py JOB.json      JOB: {"folder", "seconds", "save": case id} or {…, "load": case id}
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import layouts
+import torch
+from state_worker import data
+
+from megagpt.distributed import Agreement, from_environment
+from megagpt.engine.build import build
+from megagpt.engine.start import start, stop
+from megagpt.files import into
+
+LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")
+
+
+def main(job: dict[str, Any]) -> None:
+    """Save into FOLDER/saved, or load it after two updates and write bytes per rank into FOLDER/memory-RANK.json."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(job["seconds"], exit=True)
+    rank, folder = from_environment(os.environ), Path(job["folder"])
+    start(rank)
+    (case,) = (one for one in layouts.CASES if one.id == job.get("save", job.get("load")))
+    resolved = layouts.resolve(replace(case, recipe=LARGER), folder)
+    engine: Any = build(resolved, 100, rank, Agreement(rank.world_size))
+    engine.train_update(data(resolved, rank, 0))  # makes the moments
+    trained = peak(lambda: engine.train_update(data(resolved, rank, 1)))
+    if "save" in job:
+        engine.save_state(into(folder / "saved"))
+    else:
+        loaded = peak(lambda: engine.load_state(folder / "saved"))
+        answer = {"trained": trained, "loaded": loaded}
+        (folder / f"memory-{rank.rank}.json").write_text(json.dumps(answer))
+    engine.release()
+    faulthandler.cancel_dump_traceback_later()
+    stop()
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most memory of its own, in bytes, that this process has had during `work`; mapped files do not count."""
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return most
+
+
+def anonymous() -> int:
+    """Bytes of memory that belongs to this process alone."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/status says no RssAnon")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
