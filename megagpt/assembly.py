@@ -21,7 +21,7 @@ from megagpt.model import cost
 from megagpt.run import checkpoint, resume, times
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
-from megagpt.run.metrics import Metrics, windows
+from megagpt.run.metrics import Metrics
 from megagpt.run.saving import Saver
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
@@ -113,10 +113,12 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
         notes += [f"moved to another layout: {moved}"] if moved else []
     peak = cost.peak_flops(device, recipe.precision or "fp32")
     metrics = Metrics(path, rank.main, state.update)
+    health = Health(recipe.health)
+    health.recall(path, rank.main, agreement)
     run = Run(
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
-        Row(MOST_FAILED_SAVES), Health(windows(path, state.update), recipe.precision == "fp16"),
+        Row(MOST_FAILED_SAVES), health,
         Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
@@ -206,6 +208,8 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
     )
     share = run.total * recipe.batch.global_size / order.samples_per_epoch
     say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
+    if recipe.health.compare_every and layout.zero_stage == 3:
+        notes = [*notes, "health.compare_every finds nothing to compare: at ZeRO stage 3 no two ranks hold the same"]
     for note in (*run.resolved.notes, *run.loader.notes, *notes):
         say(f"note     {note}")
     if state.update:

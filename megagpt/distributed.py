@@ -130,6 +130,16 @@ class Agreement:
         torch.distributed.all_reduce(tensor, group=self._group)
         return [value % (1 << 64) for value in tensor.tolist()]
 
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each whole number over the ranks, between -2^63 and 2^63."""
+        if self._group is None:
+            return list(values)
+        import torch
+
+        tensor = torch.tensor(values, dtype=torch.int64)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._group)
+        return [int(value) for value in tensor]
+
     def gather(self, text: str) -> list[str]:
         """The texts of all ranks, in their order, on every rank."""
         if self._group is None:

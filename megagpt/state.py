@@ -22,17 +22,29 @@ class TrainState:
 
 
 @dataclass(frozen=True)
+class LossScale:
+    """fp16's dynamic loss scale, and the smallest that it may become."""
+
+    value: float
+    minimum: float
+
+
+@dataclass(frozen=True)
 class UpdateResult:
     """What one update did, the same numbers on every rank.
 
     `loss` in nats per token over the global batch before the update, `grad_norm` of the whole model before
     clipping, `lr` the rate that this update used, `tokens` the valid target tokens of the global batch.
+    `made` is False where the loss was not accepted or the gradient was not finite: nothing has changed then.
+    `scale` is the loss scale that the gradient was made at; None where there is no dynamic one.
     """
 
     loss: float
     grad_norm: float
     lr: float
     tokens: int
+    made: bool = True
+    scale: LossScale | None = None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megagpt import files, generate
+from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
 from megagpt.assembly import DONE, Options, Run, assemble
 from megagpt.data.evaluation import together
@@ -21,9 +22,10 @@ from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, Use
 from megagpt.run import metrics, times
 from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
+from megagpt.run.health import Finding
 from megagpt.run.saving import Attempt
 from megagpt.run.stopping import Asking
-from megagpt.run.watch import DATA, EVALUATE, SAMPLE, SAVE, UPDATE
+from megagpt.run.watch import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
 from megagpt.state import TrainState, UpdateResult, Verdict
 
 
@@ -33,14 +35,14 @@ def loop(run: Run, state: TrainState) -> int:
     stop = validate(run, state) if owed(run, state) else None
     while state.update < run.total and not stop:
         state = replace(state, position=run.health.start(state.position))
-        batches = fetch(run, state)
-        run.watch.enter(UPDATE, state.update + 1)
-        result = run.engine.train_update(batches)
-        if wrong := run.health.judge(result):
-            state = roll_back(run, state, wrong)
+        result = make(run, state, fetch(run, state))
+        if found := run.health.judge(state.update, result):
+            state = set_back(run, state, result, found)
             continue
         state = state.advanced(run.loader.span(state.position), result.tokens)
         record(run, state, result)
+        if due(state, recipe.health.compare_every):
+            setbacks.compare_replicas(run, state)
 
         stop, last = agree(run).stop, state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
@@ -65,9 +67,21 @@ def owed(run: Run, state: TrainState) -> bool:
 def fetch(run: Run, state: TrainState) -> list[Batch]:
     """This rank's batches of the next update."""
     run.watch.enter(DATA, state.update + 1)
+    begun = time.perf_counter()
     batches = run.loader.batches(state.position)
-    run.progress.fetched()
+    run.progress.waited = time.perf_counter() - begun
     return batches
+
+
+def make(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
+    """Make the next update, if its loss is acceptable: that is asked between the forward passes and the step."""
+
+    def accepts(loss: float) -> bool:
+        run.watch.enter(STEP, state.update + 1)
+        return run.health.accepts(loss)
+
+    run.watch.enter(PASSES, state.update + 1)
+    return run.engine.train_update(batches, accepts)
 
 
 def record(run: Run, state: TrainState, result: UpdateResult) -> None:
@@ -87,6 +101,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         seconds=seconds,
         data_seconds=run.progress.waited,
     )
+    run.health.note("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
     if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
         run.console.say(run.progress.line(state, result))
 
@@ -112,27 +127,17 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
             raise SaveFailed(problem)
         return
     run.failed_saves.end()
-    run.health.saved()
+    run.health.note("checkpoint", update=update)
     run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **seconds)
     if problem:
         run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
-def roll_back(run: Run, state: TrainState, wrong: str) -> TrainState:
-    """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong."""
-    samples = run.loader.span(state.position)
+def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
+    """Deal with an update that went wrong, once a save under way has ended: it may be what to go back to."""
     run.watch.enter(SAVE, state.update)
     note_save(run, run.saver.finish())
-    what = f"{wrong} in update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
-    found, _ = run.store.newest_valid()
-    if run.health.leave_out(state.position, samples) or found is None:
-        raise FloatingPointError(f"{what}; there is no checkpoint to go back to, or it has happened too often")
-    run.engine.load_state(found.folder)
-    numbers = {"at": state.update + 1, "position": state.position, "samples": samples}
-    seconds = {"lost_seconds": run.metrics.go_back(found.state.update), "seconds": run.progress.pause()}
-    run.metrics.write("rollback", update=found.state.update, reason=wrong, **numbers, **seconds)
-    run.console.say(f"{'ROLLED BACK':>11}  to update {found.state.update}: {what}; that data is left out")
-    return found.state
+    return setbacks.bear(run, state, result, found)
 
 
 def validate(run: Run, state: TrainState) -> str | None:

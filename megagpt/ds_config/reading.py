@@ -11,8 +11,8 @@ from typing import Any
 from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, make_scanner
 
 from megagpt.errors import Problem, UserError
+from megagpt.recipe.places import Place
 from megagpt.recipe.reading import Tree, read_text
-from megagpt.recipe.sections import Place
 
 
 class _Pairs(list[tuple[str, Any, int]]):

@@ -44,6 +44,7 @@ _NEVER = (
     _Never("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),
     _Never("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
     _Never("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32", _RECIPE_PRECISION),
+    _Never("bf16.check_grad_overflow", (True,), "no update is made on a gradient that is not finite"),
     _Never("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
     _Never("data_types.grad_accum_dtype", (None, "auto", "fp32"), "gradients accumulate in fp32", 'write "auto"'),
     _Never("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),

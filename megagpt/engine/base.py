@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +13,23 @@ from megagpt.data.loader import Batch
 from megagpt.files import Write
 from megagpt.state import UpdateResult
 
+Accept = Callable[[float], bool]
+
 
 class Engine(Protocol):
     """Trains one model on one layout. Every method is called by all ranks, in the same order."""
 
-    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
-        """One update over this rank's micro-batches: forward, backward, clip, step, schedule."""
+    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
+        """One update over this rank's micro-batches: forward, backward, clip, step, schedule.
+
+        `accept` is asked for the loss before the step; its answer depends on the loss alone, and is the same on every
+        rank. An update whose loss it refuses, or whose gradient is not finite, is not made: all is as it was before,
+        but for fp16's loss scale, which an accepted loss with an infinite gradient lowers.
+        """
+        ...
+
+    def replicas_differ(self) -> list[str]:
+        """A line for each weight that several ranks should hold alike and do not; collective, the same on all."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

@@ -13,7 +13,8 @@ from megagpt.engine.zero import ZeroEngine
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> Engine:
     """Build the model with the recipe's initial weights, and the engine around it; seed what is left to chance."""
-    torch.manual_seed(resolved.recipe.seed + rank.rank)  # dropout: by itself torch begins differently each time
+    # for dropout, where torch by itself begins differently each time; what tensor parts hold alike stays alike
+    torch.manual_seed(resolved.recipe.seed + rank.rank // resolved.layout.tensor_parallel)
     if resolved.layout.pipeline_stages > 1:
         return PipelineEngine(resolved, total_updates, rank, agreement)
     return ZeroEngine(resolved, total_updates, rank, agreement)

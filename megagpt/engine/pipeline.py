@@ -7,6 +7,7 @@ would clip each stage by its own gradient norm.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, tensor
+from megagpt.engine import loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.base import Accept
 from megagpt.engine.materialise import check_device
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
+from megagpt.engine.side_state import SideState
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
 from megagpt.files import Write
@@ -58,9 +61,9 @@ class PipelineEngine:
             config=config,
             dist_init_required=False,
         )[0]
-        loss_scale.change_after_the_step(self._engine.optimizer)
+        loss_scale.ready(self._engine.optimizer)
 
-    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
+    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._tokens(batches)
@@ -69,13 +72,13 @@ class PipelineEngine:
         parts = self._layout.data_parallel * self._layout.sequence_parallel * len(batches)
         self._stages.expect(batches)
         self._stages.normalizer = max(tokens, 1.0) / parts
-        loss = self._engine.train_batch(self._stages.feed(batches))
-        return UpdateResult(
-            loss=float(loss),
-            grad_norm=float(self._engine.get_global_grad_norm()),
-            lr=lr,
-            tokens=int(tokens),
-        )
+        before = SideState(self._engine.optimizer)
+        loss = float(self._engine.train_batch(self._stages.feed(batches, accept)))
+        made = self._engine.was_step_applied()
+        if not made:
+            native.take_back(self._engine, before, with_scale=not accept(loss))
+        norm = float(self._engine.get_global_grad_norm())
+        return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """See `Engine`. No batch may be larger than in training."""
@@ -113,6 +116,10 @@ class PipelineEngine:
                 whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()
+
+    def replicas_differ(self) -> list[str]:
+        """See `Engine`. The copies of a tied matrix are on the first and the last stage."""
+        return replicas.differences(self._stages.names, self._section, self._layout, self._rank, self._agreement)
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""

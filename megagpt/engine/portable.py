@@ -9,21 +9,21 @@ a checksum of every tensor, read back from the live engine, is compared with the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Layout
-from megagpt.engine import schedule
+from megagpt.engine import loss_scale, schedule
 from megagpt.engine.shares import Share, Shares, shares_of
+from megagpt.engine.side_state import random_state, set_random_state
 from megagpt.errors import UserError
 from megagpt.files import Write
 from megagpt.model import pieces
@@ -57,14 +57,16 @@ class Portable:
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)
         pieces.write(self._pieces(shares, mine), self.rank.rank, sink)
-        sink(f"{FOLDER}/random-{self.rank.rank:05d}.safetensors", to_bytes(_random_state()))
+        number, part = divmod(self.rank.rank, self.layout.tensor_parallel)
+        if part == 0:  # tensor parts draw the same numbers
+            sink(_random_file(number), to_bytes(random_state()))
         sums, _ = self._checksums(shares, mine)
         steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
         if self.rank.main:
             summary = {
                 "adam_step": max(steps),
                 "scheduled": schedule.done(self.engine.lr_scheduler),
-                "loss_scale": _loss_scale(self.engine.optimizer),
+                "loss_scale": loss_scale.numbers(self.engine.optimizer),
                 "checksums": {key: f"{value:016x}" for key, value in sums.items()},
             }
             sink(_SUMMARY, json.dumps(summary, indent=1).encode())
@@ -79,7 +81,7 @@ class Portable:
         shares = shares_of(self.engine, self.names)
         for share in shares.all():
             shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
-        with _no_step(shares.optimizer):
+        with _no_step(shares.optimizer, self.names):
             idle_update()
         shares = shares_of(self.engine, self.names)  # the moments exist now
         for share in shares.all():
@@ -88,9 +90,9 @@ class Portable:
         _set_adam_step(shares.optimizer, summary["adam_step"])
         self.engine.global_steps = summary["scheduled"]
         schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
-        _set_loss_scale(self.engine.optimizer, summary["loss_scale"])
+        loss_scale.set_numbers(self.engine.optimizer, summary["loss_scale"])
         self._verify(shares, summary["checksums"], folder)
-        _set_random_state(folder, self.rank)
+        _set_random_state(folder, self.rank.rank // self.layout.tensor_parallel)
 
     def _mine(self, shares: Shares) -> list[Share]:
         """What this rank saves: each element of the model is in it on one rank."""
@@ -168,17 +170,21 @@ class Portable:
 
 
 class _no_step:  # reads as a statement
-    """Within it the optimizer changes no weight: rate and decay are zero."""
+    """Within it the optimizer changes no weight: rate, decay and gradient are zero, whatever the weights are now."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._groups = optimizer.param_groups
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._groups, self._parameters = optimizer.param_groups, list(parameters)
 
     def __enter__(self) -> None:
         self._kept = [(group["lr"], group["weight_decay"]) for group in self._groups]
         for group in self._groups:
             group["lr"] = group["weight_decay"] = 0.0
+        # weights that are not finite would make a gradient that DeepSpeed does not step on, even of no loss at all
+        self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in self._parameters]
 
     def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
         for group, (rate, decay) in zip(self._groups, self._kept, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
 
@@ -197,32 +203,13 @@ def _set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"] = step
 
 
-def _loss_scale(optimizer: Any) -> dict[str, float]:
-    """The numbers of fp16's dynamic loss scale; empty elsewhere."""
-    scaler = getattr(optimizer, "loss_scaler", None)
-    return {} if scaler is None else {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))}
+def _random_file(number: int) -> str:
+    return f"{FOLDER}/random-{number:05d}.safetensors"
 
 
-def _set_loss_scale(optimizer: Any, numbers: Mapping[str, float]) -> None:
-    scaler = getattr(optimizer, "loss_scaler", None)
-    if scaler is not None and numbers.keys() == _loss_scale(optimizer).keys():  # the precision may have changed
-        vars(scaler).update(numbers)
-
-
-def _random_state() -> dict[str, Tensor]:
-    """The random state of this rank: the host's, and the device's where there is one."""
-    state = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state().cpu()
-    return state
-
-
-def _set_random_state(folder: Path, rank: Rank) -> None:
-    """Restore this rank's random state; a rank that there was not then draws its own from rank 0's."""
-    path = folder / FOLDER / f"random-{rank.rank:05d}.safetensors"
-    state = load_file(path if path.exists() else folder / FOLDER / "random-00000.safetensors")
-    torch.set_rng_state(state["cpu"])
-    if "device" in state and get_accelerator().device_name() != "cpu":
-        get_accelerator().set_rng_state(state["device"])
+def _set_random_state(folder: Path, number: int) -> None:
+    """Restore the random state of this number; one that was not saved begins anew from the first one's seed."""
+    path = folder / _random_file(number)
+    set_random_state(load_file(path if path.exists() else folder / _random_file(0)))
     if not path.exists():
-        torch.manual_seed(torch.initial_seed() + rank.rank)
+        torch.manual_seed(torch.initial_seed() + number)

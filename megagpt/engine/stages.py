@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout
 from megagpt.engine import tensor
+from megagpt.engine.base import Accept
 from megagpt.engine.materialise import recompute
 from megagpt.model import cost, gpt
 from megagpt.model.documents import Documents
@@ -89,8 +91,13 @@ class Stages(PipelineModule):
             self.documents.see(ids.to(get_accelerator().current_device_name()))
         return super().forward(forward_input)
 
-    def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass the batches on, each one's labels kept for the forward pass that follows."""
+    def feed(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> Iterator[Batch]:
+        """Pass the batches on, each one's labels kept for the forward pass that follows.
+
+        In training `accept` is asked for the loss over all of them, before the last one's backward pass.
+        """
+        self._accept, self._total = accept, torch.zeros(())
+        self._count = self._coming = len(batches)
         for batch in batches:
             self._labels = batch.labels
             yield batch
@@ -118,7 +125,18 @@ class Stages(PipelineModule):
         total: torch.Tensor = head(hidden, self._labels.to(hidden.device))
         if not self.training:
             self.loss_sum = self.loss_sum.to(total.device) + total.detach()
-        return total / self.normalizer
+            return total
+        part = total / self.normalizer
+        return part if self._acceptable(part.detach()) else part * math.nan
+
+    def _acceptable(self, part: torch.Tensor) -> bool:
+        """Whether the loss of the update may be learned from; known with the last part. Its mean is DeepSpeed's."""
+        self._total, self._coming = self._total.to(part.device) + part, self._coming - 1
+        if self._coming:
+            return True
+        mean = self._total / self._count
+        torch.distributed.all_reduce(mean, group=self.mpu().get_data_parallel_group())
+        return self._accept(float(mean / self.mpu().get_data_parallel_world_size()))
 
 
 class _Last(nn.Module):

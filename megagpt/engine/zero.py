@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, tensor
+from megagpt.engine import loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
+from megagpt.engine.base import Accept
 from megagpt.engine.materialise import check_device, materialise, recompute
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
+from megagpt.engine.side_state import SideState
 from megagpt.engine.start import stop
 from megagpt.files import Write
 from megagpt.model.gpt import GPT
@@ -58,7 +61,7 @@ class ZeroEngine:
             mpu=self._grid,
             dist_init_required=False,
         )[0]
-        loss_scale.change_after_the_step(self._engine.optimizer)
+        loss_scale.ready(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
@@ -71,7 +74,7 @@ class ZeroEngine:
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
-    def train_update(self, batches: Sequence[Batch]) -> UpdateResult:
+    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._total(sum(_valid(batch) for batch in batches))
@@ -79,18 +82,21 @@ class ZeroEngine:
         # DeepSpeed averages over ranks and micro-batches: this share makes its average the sum over all by `tokens`.
         # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
         parts = self._layout.data_parallel * self._layout.sequence_parallel * self._layout.accumulation
-        loss = torch.zeros((), device=self._engine.device)
-        for batch in batches:
+        before = SideState(self._engine.optimizer)
+        total, loss = torch.zeros((), device=self._engine.device), 0.0
+        for number, batch in enumerate(batches, start=1):
             part = self._forward(batch, max(tokens, 1.0) / parts)
+            total += part.detach()
+            if number == len(batches):
+                loss = self._sum(total) / parts
+                part = part if accept(loss) else part * math.nan  # DeepSpeed steps on no gradient that is not finite
             self._engine.backward(part)
             self._engine.step()
-            loss += part.detach()
-        return UpdateResult(
-            loss=self._sum(loss) / parts,
-            grad_norm=float(self._clip.norm if self._clip else self._engine.get_global_grad_norm()),
-            lr=lr,
-            tokens=int(tokens),
-        )
+        made = self._engine.was_step_applied()
+        if not made:
+            native.take_back(self._engine, before, with_scale=not accept(loss))
+        norm = float(self._clip.norm if self._clip else self._engine.get_global_grad_norm())
+        return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -121,6 +127,11 @@ class ZeroEngine:
                 whole = tensor.whole(whole, cut_of(name, self._section, degree), group, degree)
             yield name, whole.detach().float().cpu().contiguous()
 
+    def replicas_differ(self) -> list[str]:
+        """See `Engine`. At stage 3 no two ranks hold the same weights."""
+        names = {} if self._layout.zero_stage == 3 else self._names()
+        return replicas.differences(names, self._section, self._layout, self._rank, self._agreement)
+
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
         native.release(self._engine)
@@ -139,9 +150,11 @@ class ZeroEngine:
         loss: torch.Tensor = output.loss
         return loss
 
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        return {parameter: name for name, parameter in self._engine.module.named_parameters()}
+
     def _portable(self) -> Portable:
-        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
-        return Portable(self._engine, names, self._section, self._layout, self._rank, self._agreement)
+        return Portable(self._engine, self._names(), self._section, self._layout, self._rank, self._agreement)
 
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
@@ -160,15 +173,23 @@ class ZeroEngine:
 
 
 class _ClipBeforeStep:
-    """Clips the whole model's gradient just before the optimizer steps, and keeps the norm before clipping."""
+    """Clips the whole model's gradient just before the optimizer steps, and keeps the norm before clipping.
 
-    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, limit: float | None) -> None:
-        self._parameters, self._limit = list(model.parameters()), limit
+    A gradient that is not finite is taken away, so that the optimizer has nothing to do; DeepSpeed then finds the
+    attribute by which its own optimizers say so, and leaves the schedule where it is.
+    """
+
+    def __init__(self, model: GPT, optimizer: Any, limit: float | None) -> None:
+        self._parameters, self._optimizer, self._limit = list(model.parameters()), optimizer, limit
         self.norm: torch.Tensor | float = 0.0
         optimizer.register_step_pre_hook(self)
 
     def __call__(self, *_: Any) -> None:
         self.norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit or float("inf"))
+        self._optimizer.overflow = not math.isfinite(self.norm)
+        if self._optimizer.overflow:
+            for parameter in self._parameters:
+                parameter.grad = None
 
 
 def _valid(batch: Batch) -> int:

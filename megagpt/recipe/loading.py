@@ -11,9 +11,10 @@ import yaml
 
 from megagpt.errors import UserError
 from megagpt.recipe.checking import check
+from megagpt.recipe.places import Places
 from megagpt.recipe.reading import CoreDumper, read_yaml
 from megagpt.recipe.rules import fits
-from megagpt.recipe.sections import Places, Recipe
+from megagpt.recipe.sections import Recipe
 from megagpt.recipe.wording import Row, table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megagpt.errors import Problem, UserError
-from megagpt.recipe.sections import Place
+from megagpt.recipe.places import Place
 
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"

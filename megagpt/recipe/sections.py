@@ -7,12 +7,12 @@ Cross-field rules are in rules.py, presets in presets.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from megagpt.errors import UserError
+from megagpt.recipe.places import Places
 from megagpt.recipe.presets import PRESETS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -226,6 +226,21 @@ class CheckpointSection(Section):
     """write beside training; takes host memory as large as each rank's share of weights and moments"""
 
 
+class HealthSection(Section):
+    """Bad numbers. A loss or gradient that is not finite is one always; a deviation is 1.48 × the median one."""
+
+    loss_spike: _Positive | None = None
+    """deviations above the median of recent losses from which on an update is skipped; null for never"""
+    norm_spike: _Positive | None = None
+    """the same of gradient norms, where it is too late to skip: the run goes back; null for never"""
+    window: Annotated[int, Field(ge=8)] = 128
+    """updates that are recent; before there are so many, nothing is a spike"""
+    skips: _CountOrNone = 3
+    """updates skipped in a row; at the next one the run goes back to a checkpoint"""
+    compare_every: _Count | None = None
+    """updates between comparisons of the weights that ranks hold alike; null for none"""
+
+
 class LogSection(Section):
     """What the console shows; metrics.jsonl has every update."""
 
@@ -233,21 +248,6 @@ class LogSection(Section):
     """updates between lines on the console"""
     hang_after: _Positive = 60.0
     """seconds without progress (or 5 median updates, if that is longer) after which a run ends"""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value was given: `at` is FILE:LINE or "command line", `word` what stands there."""
-
-    at: str
-    word: str
-
-
-@dataclass(frozen=True)
-class Places:
-    """Dotted key → where it was given. All are equal: recipes compare by their values."""
-
-    given: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
 
 class Recipe(Section):
@@ -267,6 +267,7 @@ class Recipe(Section):
     length: LengthSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
     _places: Places = PrivateAttr(default_factory=Places)

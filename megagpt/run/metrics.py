@@ -13,6 +13,8 @@ from megagpt.files import replace_text
 from megagpt.run import times
 
 NAME = "metrics.jsonl"
+_DECISIONS = ("skip", "rollback")  # data that is left out for good
+_KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
 
 
 class Metrics:
@@ -69,19 +71,27 @@ def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def windows(run: Path, update: int) -> list[tuple[int, int]]:
-    """(data position, samples) of every stretch of data that rollbacks up to `update` have left out.
-
-    The same on every rank, whether rank 0 has already dropped what came after `update` or not.
-    """
+def decisive(run: Path, last: int) -> list[dict[str, Any]]:
+    """The events that decisions about bad numbers depend on, without their other values: of updates the last ones."""
     if not (run / NAME).exists():
         return []
-    return [(event["position"], event["samples"]) for event in read(run, "rollback") if event["update"] <= update]
+    records = [record for record in read(run) if record["event"] in ("update", "checkpoint", *_DECISIONS)]
+    updates = [record["update"] for record in records if record["event"] == "update"]
+    first = updates[-last:][0] if updates else 0
+    return [
+        {key: record[key] for key in _KEYS if key in record}
+        for record in records
+        if record["event"] != "update" or record["update"] >= first
+    ]
 
 
 def _truncate(path: Path, update: int) -> float:
-    """Drop what was recorded after `update`: those updates will be made again. The seconds that it took."""
+    """Drop what was recorded after `update`, and the seconds that it took: it will be made again, as was decided."""
     records = list(read(path.parent))
-    kept = [record for record in records if record["update"] <= update and record["event"] != "done"]
+    kept = [
+        record
+        for record in records
+        if record["event"] in _DECISIONS or (record["update"] <= update and record["event"] != "done")
+    ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return times.of(records).total - times.of(kept).total

@@ -12,7 +12,7 @@ from megagpt.run.checkpoint import Checkpoint, Store
 
 MODES = ("auto", "must", "never")
 # what may change in a run: how long it is, what it shows and keeps; nothing that moves the numbers before the end
-_FREE = ("run_dir", "length.", "evaluation.", "checkpoint.", "log.")
+_FREE = ("run_dir", "length.", "evaluation.", "checkpoint.", "health.compare_every", "log.")
 
 
 def find(store: Store, mode: str) -> tuple[Checkpoint | None, list[str]]:

@@ -68,4 +68,4 @@ def _one(event: Mapping[str, Any]) -> Times:
         return Times(evaluate=seconds)
     if kind in ("start", "branch", "resume"):
         return Times(restart=seconds, lost=lost)
-    return Times(lost=seconds + lost) if kind == "rollback" else Times()
+    return Times(lost=seconds + lost) if kind in ("skip", "overflow", "rollback") else Times()

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from megagpt.errors import EXIT_FAILURE
 
-DATA, UPDATE, EVALUATE, SAVE, SAMPLE = "data", "update", "evaluate", "save", "sample"
+DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
+EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
 _EXEMPT = 2  # updates: the first ones build, compile and warm up
 _LONGER = 10  # times the limit, for phases that wait for disks, or happen once: between two batches nothing does
 
@@ -46,7 +47,7 @@ class Watch:
         now = time.monotonic()
         self._lasted[self._phase].append(now - self._since)
         self._phase, self._update, self._since = phase, update, now
-        self._seen += phase == UPDATE
+        self._seen += phase == PASSES
 
     def close(self) -> None:
         """Stop watching."""
@@ -68,7 +69,7 @@ class Watch:
 
     def _limit(self) -> float:
         measured = list(self._lasted[self._phase])
-        least = self._seconds if self._phase in (DATA, UPDATE, EVALUATE) else _LONGER * self._seconds
+        least = self._seconds if self._phase in (DATA, PASSES, STEP, EVALUATE) else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 
     def _give_up(self, lasted: float) -> None:

@@ -30,7 +30,7 @@ from tests.faults.launches import Launch, launch
 GLOBAL_BATCH, SEQ_LEN, EVERY, SPACING = 4, 32, 5, 8  # samples, tokens, updates a checkpoint, updates a launch
 PATIENCE = 120.0  # seconds; who takes longer is wrong
 LAYOUTS = (("zero1", 2), ("zero3", 1), ("zero2", 2), ("zero3", 2), ("zero1", 1))
-FIRST = {"kind": "phase", "name": "first", "phase": "update", "update": 0, "nth": 2, "act": "note"}
+FIRST = {"kind": "phase", "name": "first", "phase": "data", "update": 0, "nth": 2, "act": "note"}
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ANYWHERE = ("update", "update", "update", "save", "evaluate")  # phases, as often as each is drawn
+ANYWHERE = ("data", "forward/backward", "step", "save", "evaluate")  # phases, as often as each is drawn
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 FOR_GOOD = 10**9
 
@@ -66,7 +66,7 @@ def plan(kind: str, update: int, world: int, chance: random.Random) -> Plan:
         "kill -9 while starting": Plan(kind, "", 0, "SIGKILL", every, chance.uniform(0, 0.8)),
         "a signal to one rank": Plan(kind, phase, update, chance.choice(SIGNALS), one, delay / 5),
         "megagpt stop": Plan(kind, phase, update, "stop", (0,), delay),
-        "SIGSTOP of one rank": Plan(kind, "update", update, "SIGSTOP", one, delay),
+        "SIGSTOP of one rank": Plan(kind, chance.choice(ANYWHERE[:3]), update, "SIGSTOP", one, delay),
         "an exception on one rank": Plan(kind, phase, update, "raise", one, 0.0),
     }[kind]
 

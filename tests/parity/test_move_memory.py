@@ -2,7 +2,6 @@
 
 import json
 
-import memory_worker
 import pytest
 from groups import SECONDS, launch
 

@@ -48,7 +48,7 @@ def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():
     assert moved["1.head.bias"] < 0.01  # its gradient is far from 0
 
 
-def zero(stage, groups=1, **config):
+def zero(stage, groups=1, offload=None, **config):
     """An engine on two linear layers, each in a parameter group of its own if there are two."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 1, bias=False))
     parameters = list(model.parameters())
@@ -58,8 +58,9 @@ def zero(stage, groups=1, **config):
         optimizer=torch.optim.AdamW([{"params": part} for part in parts], lr=0.1),
         config={
             "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, **({"offload_optimizer": {"device": offload}} if offload else {})},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             **config,
         },
         dist_init_required=False,
@@ -114,9 +115,22 @@ def test_in_bf16_stage_0_steps_before_training_begins():
     assert steps == {1}
 
 
+def test_in_bf16_with_offload_a_bad_gradient_stays_for_ever():
+    """Why a gradient that was not stepped on is thrown away by us."""
+    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    engine = zero(2, offload="cpu", **config)
+    stepped = []
+    for factor in (float("nan"), 1.0):
+        engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean() * factor)
+        engine.step()
+        stepped.append(engine.was_step_applied())
+    native.release(engine)
+    assert stepped == [False, False]
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(stage):
-    """Why loss_scale.change_after_the_step changes it after the step."""
+    """Why loss_scale.ready has it change it after the step."""
 
     def first_moment(window):
         torch.manual_seed(0)

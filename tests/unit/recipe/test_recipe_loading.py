@@ -158,6 +158,7 @@ def test_there_are_few_keys_and_each_has_a_help_text():
         "length": 3,
         "evaluation": 3,
         "checkpoint": 4,
+        "health": 5,
         "log": 2,
     }
     assert len(top) == 3

@@ -1,0 +1,78 @@
+"""What a run does about an update with bad numbers: make it again, leave its data out, or go back to a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megagpt.run.health import MOST_ROLLBACKS, Finding, Remedy
+from megagpt.state import TrainState, UpdateResult
+
+if TYPE_CHECKING:
+    from megagpt.assembly import Run
+
+
+def bear(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
+    """Do what `found` asks for, write it down and say it; the state to go on from.
+
+    Raises FloatingPointError where there is nothing left to be done.
+    """
+    samples = run.loader.span(state.position)
+    where = f"update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
+    if found.remedy is Remedy.AGAIN:
+        return _again(run, state, result, f"{found.reason} in {where}")
+    if found.remedy is Remedy.SKIP:
+        values = {"position": state.position, "samples": samples, "reason": found.reason}
+        run.metrics.write("skip", update=state.update, **values, seconds=run.progress.pause())
+        run.health.note("skip", update=state.update, **values)
+        run.console.say(f"{'SKIPPED':>11}  {found.reason} in {where}; that data is left out")
+        return state
+    return _roll_back(run, state, found.reason, where)
+
+
+def _again(run: Run, state: TrainState, result: UpdateResult, what: str) -> TrainState:
+    """fp16's gradient did not fit: DeepSpeed lowers the loss scale, and the same data comes again."""
+    assert result.scale is not None  # else there is no overflow
+    scale, least = result.scale.value, result.scale.minimum
+    values = {"position": state.position, "loss_scale": scale}
+    run.metrics.write("overflow", update=state.update, **values, seconds=run.progress.pause())
+    run.console.say(f"{'OVERFLOW':>11}  {what}; it is made again")
+    if scale <= least:
+        raise FloatingPointError(
+            f"{what}, the smallest that it may become. Try precision: bf16, or in fp16 a lower optimizer.lr, a longer "
+            f"warm-up, a lower optimizer.clip, or an fp16.min_loss_scale below {least:g} in the DeepSpeed config"
+        )
+    return state
+
+
+def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainState:
+    """Go back to the newest valid checkpoint, and leave out the data of the update that went wrong.
+
+    The second time, all data since that checkpoint is left out: the same way would lead to the same place.
+    """
+    checkpoint, _ = run.store.newest_valid()
+    if checkpoint is None:
+        raise FloatingPointError(f"{reason} in {where}; there is no checkpoint to go back to")
+    if run.health.rollbacks + 1 >= MOST_ROLLBACKS:
+        raise FloatingPointError(f"{reason} in {where}; the run has gone back {MOST_ROLLBACKS - 1} times already")
+    end = state.position + run.loader.span(state.position)
+    first = checkpoint.state.position if run.health.rollbacks else state.position
+    run.engine.load_state(checkpoint.folder)
+    numbers = {"at": state.update + 1, "position": first, "samples": end - first}
+    seconds = {"lost_seconds": run.metrics.go_back(checkpoint.state.update), "seconds": run.progress.pause()}
+    run.metrics.write("rollback", update=checkpoint.state.update, reason=reason, **numbers, **seconds)
+    run.health.recall(run.path, run.rank.main, run.agreement)
+    run.console.say(
+        f"{'ROLLED BACK':>11}  to update {checkpoint.state.update}: {reason} in {where}; "
+        f"data positions {first} to {end - 1} are left out"
+    )
+    return checkpoint.state
+
+
+def compare_replicas(run: Run, state: TrainState) -> None:
+    """Check that ranks that should hold the same weights do. Raises RuntimeError naming weights and ranks."""
+    if lines := run.engine.replicas_differ():
+        run.metrics.write("replicas_differ", update=state.update, weights=lines)
+        raise RuntimeError(
+            f"ranks do not hold the same weights after update {state.update}, and this was not saved: broken memory, "
+            "a broken device, or a fault in communication\n  " + "\n  ".join(lines)
+        )

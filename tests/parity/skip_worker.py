@@ -1,0 +1,145 @@
+"""One rank that trains layouts, with bad updates among the good ones and without. Started by groups.py.
+
+skip_worker.py JOB.json      JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import layouts
+import torch
+
+from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.engine import loss_scale
+from megagpt.engine.build import build
+from megagpt.engine.start import start, stop
+from megagpt.files import into
+from megagpt.model.layers import Attention
+
+GOOD, SAVED = range(4), 2  # updates; so many of them are saved
+BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}
+
+
+class Planted:
+    """Spoils what attention gives on the last rank: its value, or its gradient alone."""
+
+    def __init__(self, last: bool) -> None:
+        self.bad, real = "", Attention.forward
+
+        def forward(module: Any, *arguments: Any) -> Any:
+            x = real(module, *arguments)
+            if last and "loss" in self.bad:
+                return x * math.nan
+            if last and "gradient" in self.bad and x.requires_grad:
+                x.register_hook(lambda gradient: gradient * math.inf)
+            return x
+
+        Attention.forward = forward
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run the cases in order."""
+    torch.set_num_threads(1)
+    rank = from_environment(os.environ)
+    start(rank)
+    agreement, planted = Agreement(rank.world_size), Planted(rank.rank == rank.world_size - 1)
+    for case in layouts.CASES:
+        if case.id in job["cases"]:
+            faulthandler.dump_traceback_later(job["seconds"], exit=True)
+            answer = run(case, Path(job["folder"]), rank, agreement, planted)
+            faulthandler.cancel_dump_traceback_later()
+            if rank.main:
+                (Path(job["folder"]) / f"{case.id}.json").write_text(json.dumps(answer))
+    stop()
+
+
+def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, planted: Planted) -> dict[str, Any]:
+    """What held for one layout."""
+    dropout = layouts.Case(case.id, case.world, case.config, (*case.recipe, "model.dropout=0.1"))
+    resolved = layouts.resolve(dropout, folder)
+    saved = folder / f"{case.id}-saved"
+    if rank.main:
+        saved.mkdir()
+    agreement.barrier()
+
+    def update(engine: Any, number: int, **words: Any) -> Any:
+        samples = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, number * layouts.GLOBAL_BATCH)
+        return engine.train_update(layouts.share(samples, resolved.layout, rank), **words)
+
+    engine: Any = build(resolved, 100, rank, agreement)
+    straight = []
+    for number in GOOD:
+        if number == SAVED:
+            engine.save_state(into(saved))
+        straight.append(update(engine, number))
+    weights = {name: value.clone() for name, value in engine.weights()}
+    false_alarms = engine.replicas_differ()
+    spoil(engine)
+    broken = update(engine, 9)
+    engine.load_state(saved)
+    healed = [update(engine, number) for number in GOOD[SAVED:]]
+    engine.release()
+
+    engine = build(resolved, 100, rank, agreement)
+    good, bad = [], {}
+    for number, (kind, position) in zip(GOOD, (*BAD.items(), ("", 0)), strict=True):
+        good.append(update(engine, number))
+        if kind:
+            planted.bad = "" if "refused" in kind else kind
+            bad[kind] = update(engine, position, accept=(lambda _: False) if "refused" in kind else math.isfinite).made
+            planted.bad = ""
+    same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
+    scale = loss_scale.numbers(engine._engine.optimizer)
+    flipped = flip(engine, rank, resolved)
+    answer = {
+        "made": bad,
+        "same results": good == straight,
+        "same weights": same,
+        "hysteresis": scale.get("cur_hysteresis"),
+        "broken": broken.made,
+        "healed": healed == straight[SAVED:],
+        "false alarms": false_alarms,
+        "flipped": flipped,
+        "differ": engine.replicas_differ(),
+    }
+    engine.release()
+    return answer
+
+
+def spoil(engine: Any) -> None:
+    """Make every weight NaN, as a run finds them that has gone wrong: masters by way of the optimizer, and copies."""
+    groups = engine._engine.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = math.nan
+    engine._idle_update()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def flip(engine: Any, rank: Rank, resolved: Any) -> str:
+    """Flip one bit of a weight on the last rank, of which another rank has a copy; its name, on every rank."""
+    cut = ("qkv", "output", "up", "gate", "down") if resolved.layout.tensor_parallel > 1 else ()
+    names = engine._stages.names if hasattr(engine, "_stages") else engine._names()
+    if resolved.layout.pipeline_stages > 1:
+        name = "layers.0.weight"
+    else:
+        name = [name for name in names.values() if not any(word in name for word in cut)][-2]
+    if resolved.layout.zero_stage == 3:
+        return ""
+    for parameter, other in names.items():
+        if other == name and rank.rank == rank.world_size - 1:
+            width = torch.int32 if parameter.element_size() == 4 else torch.int16
+            parameter.data.view(-1)[:1].view(width).bitwise_xor_(1)
+    return name
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,90 @@
+"""An update with bad numbers is not made, on any layout: afterwards all is as if its data had never been seen."""
+
+import json
+from collections import defaultdict
+
+import layouts
+import pytest
+from groups import SECONDS, launch
+from skip_worker import BAD
+
+IDS = (
+    *(f"zero{stage}-accumulate4-3ranks" for stage in range(4)),
+    *(f"zero{stage}-offload-2ranks" for stage in (1, 2, 3)),
+    "zero0-1rank",
+    "zero3-offload-parameters-1rank",
+    "zero3-persistent-2ranks",
+    "zero3-hpz2-4ranks",
+    *(f"zero{stage}-{precision}-2ranks" for stage in (1, 2, 3) for precision in ("bf16", "fp16")),
+    "zero2-bf16-offload-2ranks",
+    "pipeline2",
+    "pipeline2-offload",
+    "pipeline2-bf16",
+    "pipeline2-fp16-untied",
+    "pipeline2-data2-recompute-2of4-host",
+    "pipeline2-tensor2-bf16",
+    "pipeline2-tensor2-fp16-llama",
+    "tensor2-zero0",
+    "tensor2-bf16",
+    "tensor2-zero3",
+    "tensor2-bf16-zero2-data2",
+    "ulysses2-zero1",
+    "ulysses2-zero3-bf16",
+    "ulysses2-tensor2",
+    "ulysses2-pipeline2-llama",
+)
+CASES = [case for case in layouts.CASES if case.id in IDS]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """By case id what held; each world size runs in one process group."""
+    folder = tmp_path_factory.mktemp("skips")
+    worlds = defaultdict(list)
+    for case in CASES:
+        worlds[case.world].append(case.id)
+    logs = {
+        world: launch("skip_worker.py", world, {"folder": str(folder), "cases": ids}, folder, SECONDS)
+        for world, ids in worlds.items()
+    }
+
+    def answer(case):
+        path = folder / f"{case.id}.json"
+        if not path.exists():
+            pytest.fail(logs[case.world], pytrace=False)
+        return json.loads(path.read_text())
+
+    return answer
+
+
+def test_every_named_case_is_there():
+    assert len(CASES) == len(IDS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_bad_updates_leave_no_trace(case, answers):
+    answer = answers(case)
+    assert answer["made"] == dict.fromkeys(BAD, False)
+    assert answer["same results"]
+    assert answer["same weights"]
+    if "precision=fp16" in case.recipe:
+        assert answer["hysteresis"] == 1  # of 2: only the infinite gradient of a good loss speaks against the scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_weights_that_have_become_nan_are_healed_by_a_checkpoint(case, answers):
+    answer = answers(case)
+    assert not answer["broken"]
+    assert answer["healed"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_one_flipped_bit_is_found_where_ranks_hold_the_same(case, answers):
+    answer = answers(case)
+    assert answer["false alarms"] == []
+    alone = case.world == 1 or case.config["zero_optimization"]["stage"] == 3 or "untied" in case.id
+    if alone or "pipeline2-tensor2-fp16-llama" in case.id or case.id == "ulysses2-pipeline2-llama":
+        return
+    (line,) = answer["differ"]
+    assert line.startswith(answer["flipped"])
+    assert line.endswith(f"rank {case.world - 1}")
