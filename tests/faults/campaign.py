@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megagpt import checkpoints
 from megagpt.prepare import Options, prepare_command, train_tokenizer_command
-from megagpt.run import checkpoint
+from megagpt.run import checkpoint, times
 from tests import training
 from tests.faults import drawn
 from tests.faults.drawn import ENDS, INSIDE, SAVING, Plan, repeated_and_lost
@@ -46,6 +46,7 @@ class Outcome:
     notice: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     go_on: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    effective: str = ""
     history: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -74,12 +75,14 @@ class Campaign:
             if kind in INSIDE:
                 waiting.append(kind)
             elif kind in ENDS:
-                self._launch_until(kind, waiting)
-                self._ends, waiting = self._ends - 1, []
+                waiting = self._launch_until(kind, waiting)
+                self._ends = max(self._ends - 1, 1)
             else:
                 before = self._saved()
                 if drawn.damage(kind, self._run, self._chance):
                     self._count(kind, before - self._saved())
+        for _ in range(len(self._kinds)):
+            waiting = self._launch_until("a signal to one rank", waiting) if waiting else []
         self._to_the_end(self._run)
         self._compare()
         self._out.seconds = time.monotonic() - begun
@@ -88,7 +91,7 @@ class Campaign:
     def _start(self, stack: ExitStack, run: Path, faults: list[dict], *words: str) -> Launch:
         config, world = LAYOUTS[self._out.launches % len(LAYOUTS)] if self._layouts and run == self._run else LAYOUTS[0]
         words = (f"length.updates={self._total}", f"checkpoint.every={EVERY}", "evaluation.every=10",
-                 "evaluation.samples=4", "log.every=100", *words)  # fmt: skip
+                 "evaluation.samples=16", "log.every=100", *words)  # fmt: skip
         self._out.launches += run == self._run
         faults = [self._poison, FIRST, *faults]
         return stack.enter_context(
@@ -103,8 +106,8 @@ class Campaign:
             if run == self._run:
                 self._note(ranks)
 
-    def _launch_until(self, kind: str, inside: list[str]) -> None:
-        """Launch until the end of this kind has really come; faults inside that did not happen come again."""
+    def _launch_until(self, kind: str, inside: list[str]) -> list[str]:
+        """Launch until the end of this kind has really come; the faults inside that have not happened yet."""
         for _ in range(20):
             was = max(self._saved(), 0)
             left = (self._total - 3 * EVERY - was) / self._ends
@@ -112,10 +115,11 @@ class Campaign:
             made = drawn.plan(kind, update, LAYOUTS[0][1], self._chance)
             faults = [drawn.inside(name, update, 2, self._chance) for name in inside if name != "data that yields NaN"]
             happened = self._under(made, faults)
+            inside = [name for name in inside if name not in happened and name != self._poison["name"]]
             if kind in happened:
-                return
-            inside = [name for name in inside if name not in happened]
+                return inside
         self._out.wrong.append(f"{kind}: did not happen in 20 launches")
+        return []
 
     def _under(self, made: Plan, faults: list[dict]) -> set[str]:
         """One launch: let its faults happen, wait for its end, see what is left; the names of what happened."""
@@ -123,7 +127,8 @@ class Campaign:
         mark = {"kind": "phase", "name": made.kind, "phase": made.phase, "update": made.update, "act": act,
                 "rank": made.ranks[0]}  # fmt: skip
         with ExitStack() as stack:
-            words = ("log.hang_after=3",) if made.act == "SIGSTOP" else ()
+            words = [f"checkpoint.asynchronous={self._chance.choice(('true', 'false'))}"]
+            words += ["log.hang_after=2"] if made.act == "SIGSTOP" else []
             ranks = self._start(stack, self._run, [mark, *faults], *words)
             came = not made.phase or ranks.fires(made.kind, PATIENCE)
             time.sleep(made.delay)
@@ -163,7 +168,7 @@ class Campaign:
         if broken and set(codes) <= {0, 1, 75, -9}:
             return
         if not came and made.act == "SIGSTOP" and set(codes) == {1}:
-            return  # on a busy machine 3 s pass without a hang
+            return  # on a busy machine 2 s pass without a hang
         if not came or tuple(codes) not in made.codes(len(codes)):
             self._out.wrong.append(f"{made}: ended with {codes}\n{printed[-2000:]}")
 
@@ -195,6 +200,7 @@ class Campaign:
         repeated, lost = repeated_and_lost([update["position"] for update in curve], GLOBAL_BATCH, left_out)
         out.tokens_repeated, out.tokens_lost, out.updates = SEQ_LEN * repeated, SEQ_LEN * lost, len(curve)
         out.faults[self._poison["name"]] = len(left_out)
+        out.effective = str(times.of(training.events(self._run)))
         if repeated or lost or left_out != set(self._poison["positions"]):
             out.wrong.append("the data positions are not the closed form's")
         if [update["update"] for update in curve] != list(range(1, self._total + 1)):
@@ -236,6 +242,7 @@ def table(out: Outcome) -> str:
         f"updates {out.updates}, made again {lost}",
         f"tokens lost {out.tokens_lost}, repeated {out.tokens_repeated}",
         f"seconds from start to the first update: median {statistics.median(out.go_on):.2f}, most {max(out.go_on):.2f}",
+        f"effective training time: {out.effective}",
         f"wrong: {len(out.wrong)}",
         *out.wrong,
         *(out.history if out.wrong else []),
