@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,7 +183,9 @@ def a_kill_at_any_call_harms_nothing(place: Place) -> None:
     for at in range(1, Place(place.folder).calls_of_a_save() + 1):
         run = place.folder / str(at)
         Place(place.folder).two_saved(run)  # without a thread: this process is about to fork
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests, which the child does not use
+            child = os.fork()
         if child == 0:
             with sabotage(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
                 place.attempt(run, 3)

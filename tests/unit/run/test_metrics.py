@@ -24,6 +24,18 @@ def test_what_came_after_the_resumed_update_is_dropped(tmp_path):
     assert [r["update"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_checkpoint_that_was_published_late_goes_with_the_update_that_it_holds(tmp_path):
+    for resumed_at, kept in ((10, True), (9, False)):
+        write(tmp_path, range(1, 14))
+        record = Metrics(tmp_path, True, 13)
+        record.write("checkpoint", update=10)  # saved beside training, and published after update 13
+        record.close()
+        write(tmp_path, range(resumed_at + 1, 15), resumed_at=resumed_at)
+        assert [r["update"] for r in metrics.read(tmp_path, "update")] == list(range(1, 15))
+        assert bool([*metrics.read(tmp_path, "checkpoint")]) == kept
+        (tmp_path / "metrics.jsonl").unlink()
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out_and_mended(tmp_path):
     write(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
