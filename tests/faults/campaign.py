@@ -232,10 +232,10 @@ def table(out: Outcome) -> str:
     rows = [
         f"{'fault':<32}{'times':>6}{'updates lost: most':>20}{'in all':>8}{'seconds to notice: median':>27}{'most':>7}"
     ]
-    for kind, times in sorted(out.faults.items()):
+    for kind, count in sorted(out.faults.items()):
         lost, notice = out.lost[kind], out.notice[kind]
         seconds = f"{statistics.median(notice):>27.2f}{max(notice):>7.2f}" if notice else ""
-        rows.append(f"{kind:<32}{times:>6}{max(lost, default=0):>20}{sum(lost):>8}{seconds}")
+        rows.append(f"{kind:<32}{count:>6}{max(lost, default=0):>20}{sum(lost):>8}{seconds}")
     lost = sum(sum(updates) for updates in out.lost.values())
     rows += [
         f"faults {sum(out.faults.values())}, launches {out.launches}, {out.seconds:,.0f} s",
