@@ -22,7 +22,7 @@ from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, Use
 from megagpt.run import metrics, times
 from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
-from megagpt.run.health import Finding
+from megagpt.run.health import Finding, Remedy
 from megagpt.run.saving import Attempt
 from megagpt.run.stopping import Asking
 from megagpt.run.watch import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
@@ -134,9 +134,10 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
 
 
 def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
-    """Deal with an update that went wrong, once a save under way has ended: it may be what to go back to."""
-    run.watch.enter(SAVE, state.update)
-    note_save(run, run.saver.finish())
+    """Deal with an update that went wrong. A save that is under way ends first, if it may be what to go back to."""
+    if found.remedy is Remedy.ROLL_BACK:
+        run.watch.enter(SAVE, state.update)
+        note_save(run, run.saver.finish())
     return setbacks.bear(run, state, result, found)
 
 
