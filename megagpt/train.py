@@ -18,7 +18,7 @@ from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
 from megagpt.run.checkpoint import SaveFailed
 from megagpt.run.console import Console
-from megagpt.run.health import Finding
+from megagpt.run.health import Finding, Remedy
 from megagpt.run.saving import Attempt
 from megagpt.run.watch import UPDATE
 from megagpt.state import TrainState, UpdateResult
@@ -113,9 +113,10 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
 
 
 def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
-    """Deal with an update that went wrong, once a save under way has ended: it may be what to go back to."""
-    run.watch.enter("save", state.update)
-    note_save(run, run.saver.finish())
+    """Deal with an update that went wrong. A save that is under way ends first, if it may be what to go back to."""
+    if found.remedy is Remedy.ROLL_BACK:
+        run.watch.enter("save", state.update)
+        note_save(run, run.saver.finish())
     return setbacks.bear(run, state, result, found)
 
 
