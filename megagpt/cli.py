@@ -209,11 +209,12 @@ def stop(run: Run) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw a run's loss curve here and as loss.svg in the run directory."""
+    """Draw a run's loss curve here and as loss.svg in the run directory, and say where its time went."""
     from megagpt import report as verb
 
     print(verb.terminal(run, colour=sys.stdout.isatty()))
     print(f"picture: {verb.picture(run)}")
+    print(f"time: {verb.spent(run)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
