@@ -93,6 +93,15 @@ def from_environment(env: Mapping[str, str]) -> Rank:
     )  # fmt: skip
 
 
+def mpi_size(env: Mapping[str, str]) -> int:
+    """How many processes mpirun or srun started together, this one included; 1 where neither did."""
+    for launcher in ("openmpi", "mpich", "slurm"):
+        world = _LAUNCHERS[launcher].world
+        if world in env and (launcher != "slurm" or in_step(env)):
+            return _number(env, world)
+    return 1
+
+
 def job_port(job: str) -> int:
     """The port of a job by its number, so that two jobs that share a host do not share a port."""
     return _PORTS[int(job) % len(_PORTS)] if job.isdecimal() else 29_500

@@ -25,8 +25,9 @@ def start(rank: Rank) -> str:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py). Set without
+        # a look at the others: to look is to run the C compiler, half a second at every start.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(rank.local_rank)
     # DeepSpeed makes its own groups, those of ZeRO among them, without a limit, and torch then takes these
