@@ -65,13 +65,15 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="mix the documents, the same way each time")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict)
-    made = verb.prepare_corpora(inputs, tokenizer, output, options)
+    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle)
+    made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
 
 

@@ -50,7 +50,8 @@ class Reader:
     `tokens` is all of .bin `[tokens]`; `lengths` (tokens) and `offsets` (bytes) are `[sequences]`, `documents`
     is `[documents + 1]`. The arrays hold the map themselves: they stay valid when the reader is gone. A file that is
     cut short under a map kills the process that reads there: what runs for long reads by `stretch`.
-    `sidecar` is None for files that come without one. Raises UserError where the files do not fit together.
+    `file` is the descriptor of .bin. `sidecar` is None for files that come without one. Raises UserError where the
+    files do not fit together.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -63,8 +64,8 @@ class Reader:
         self.offsets: Tokens = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
         self.documents: Tokens = np.frombuffer(index, "<i8", documents, at + 12 * sequences)
         self._bytes = _map(self._bin)
-        self._file = os.open(self._bin, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self.file = os.open(self._bin, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
         self._stamp = self._stat()
         self._check_sizes()
         self.tokens: Tokens = np.frombuffer(self._bytes, self.dtype)
@@ -94,17 +95,13 @@ class Reader:
         """
         size, offset = count * self.dtype.itemsize, start * self.dtype.itemsize
         try:
-            content = os.pread(self._file, size, offset)
+            content = os.pread(self.file, size, offset)
         except OSError as error:
             raise self._gone(f"can no longer be read: {error.strerror}") from None
         if len(content) != size:
+            self.check_unchanged()
             raise self._gone("has become shorter")
         return content
-
-    def advise(self, start: int, count: int) -> None:
-        """Ask the system to bring `count` tokens from token `start` on into memory; returns at once."""
-        width = self.dtype.itemsize
-        os.posix_fadvise(self._file, start * width, count * width, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def probe(self) -> Tokens:
@@ -133,7 +130,7 @@ class Reader:
     def _stat(self) -> tuple[int, int]:
         """Size in bytes, and when .bin was last written to."""
         try:
-            facts = os.fstat(self._file)
+            facts = os.fstat(self.file)
         except OSError as error:
             raise self._gone(f"can no longer be read: {error.strerror}") from None
         return facts.st_size, facts.st_mtime_ns

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from megagpt.data.checksums import joined
 from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens, corpus_file, dtype_of
 from megagpt.data.sidecar import Sidecar
 from megagpt.errors import UserError
@@ -20,6 +21,7 @@ from megagpt.files import ChecksummedFile
 
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
 _BLOCK = 1 << 20  # index entries worked on at a time
+_STRETCH = 1 << 26  # bytes of .bin that have a checksum of their own
 
 
 class Writer:
@@ -32,6 +34,8 @@ class Writer:
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
         self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype_of(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
+        self._stretches: list[tuple[int, int]] = []
+        self._begun = self._crc32 = 0  # bytes of the stretch that is written, and the checksum of those before
         self._sequences = 0
         folder = Path(self.prefix).parent
         try:
@@ -74,7 +78,23 @@ class Writer:
 
     def write_ids(self, ids: bytes | memoryview) -> None:
         """Append ids in the type of .bin, which the caller has checked, of documents that `end_documents` ends."""
+        view = memoryview(ids)
+        while len(view) >= (room := _STRETCH - self._begun):
+            self._append(view[:room])
+            self._end_stretch()
+            view = view[room:]
+        self._append(view)
+
+    def _append(self, ids: memoryview) -> None:
         self._bin.write(ids)
+        self._begun += len(ids)
+
+    def _end_stretch(self) -> None:
+        """Note the checksum of what was written since the last call, so that damage can be found by the stretch."""
+        if self._begun:
+            self._stretches.append((self._begun, self._bin.crc32))
+            self._crc32 = joined(self._crc32, self._bin.crc32, self._begun)
+            self._begun = self._bin.crc32 = 0
 
     def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
         """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
@@ -92,8 +112,9 @@ class Writer:
         self.documents += len(tokens)
         self.text_bytes += text_bytes
 
-    def finish(self, tokenizer_sha256: str, eod: int) -> Sidecar:
-        """Write the index and the sidecar, and give all three files their names."""
+    def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
+        self._end_stretch()
         self._bin.sync()
         with ChecksummedFile(self._partial(".idx")) as index:
             self._write_index(index)
@@ -105,8 +126,10 @@ class Writer:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
-            bin_crc32=self._bin.crc32,
+            bin_crc32=self._crc32,
             idx_crc32=index.crc32,
+            stretches=tuple(self._stretches),
+            made=made or {},
         )
         with ChecksummedFile(self._partial(".json")) as file:
             file.write(sidecar.to_json().encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megagpt.data.indexed import Reader, corpus_file
@@ -20,7 +22,7 @@ from megagpt.errors import UserError
 IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
 _DOCUMENTS = 64  # whose last token is looked at
-_Place = tuple[int, int]  # number of the source, first token
+_Stretch = tuple[int, int, int]  # file, bytes, offset: as os.pread takes them
 
 
 class Batch(NamedTuple):
@@ -74,27 +76,29 @@ class Loader:
             "seed": seed,
             "sources": [_facts(*source) for source in zip(self._readers, weights, probes, strict=True)],
         }
+        self._in_turn = itertools.cycle(self._readers)
+        self._by_file = {reader.file: reader for reader in self._readers}
+        self._kinds = list({reader.dtype for reader in self._readers})
         self._skips, self._pinned = Skips(skip), pinned
         self._share = (rank, data_parallel, micro_batch)
         self._shape = (accumulation, micro_batch)
         self._samples = micro_batch * accumulation
         self._global_batch = data_parallel * self._samples
         self._updates = max(1, _AT_ONCE // self._samples)
-        self._first, self._places = 0, self._locate(0)
+        self._first, self._stretches = 0, self._locate(0)
 
     def batches(self, position: int) -> list[Batch]:
         """The micro-batches `[accumulation]` of the update that begins at this data position.
 
-        The samples of the update after it are asked for from the disk on the way. Raises CorpusChanged where
-        a corpus is no longer what was opened.
+        The samples of the update after it are asked for from the disk on the way. Raises CorpusChanged where a corpus
+        is no longer what was opened: at once if it was cut short, else when its turn comes to be looked at.
         """
-        for reader in self._readers:
-            reader.check_unchanged()
+        next(self._in_turn).check_unchanged()
         number = self._skips.number(position)
         samples = self._read(self._of_update(number))
-        for source, start in self._of_update(number + self._global_batch):
-            self._readers[source].advise(start, self.order.seq_len + 1)
-        return [Batch(micro[:, :-1], micro[:, 1:]) for micro in samples]
+        for file, size, offset in self._of_update(number + self._global_batch):
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+        return [self._batch(micro) for micro in samples]
 
     def document_end(self, given: int | None) -> int:
         """The token id that ends each document: what the corpora say, or `given`.
@@ -120,32 +124,44 @@ class Loader:
         last = self._skips.number(position) + self._global_batch - 1
         return int(self._skips.positions(np.array([last]))[0]) + 1 - position
 
-    def _of_update(self, number: int) -> list[_Place]:
+    def _of_update(self, number: int) -> list[_Stretch]:
         """This rank's samples of the update that begins at the kept position of this number."""
         update, rest = divmod(number - self._first, self._global_batch)
         if rest or not 0 <= update < self._updates:
-            self._first, self._places, update = number, self._locate(number), 0
-        return self._places[update * self._samples : (update + 1) * self._samples]
+            self._first, self._stretches, update = number, self._locate(number), 0
+        return self._stretches[update * self._samples : (update + 1) * self._samples]
 
-    def _locate(self, number: int) -> list[_Place]:
+    def _locate(self, number: int) -> list[_Stretch]:
         """This rank's samples of some 4,096 positions from a kept one on."""
         numbers = rank_positions(number, *self._share, self._shape[0] * self._updates)
         located = self.order.locate(self._skips.positions(numbers).reshape(-1))
-        return list(zip(located.source.tolist(), located.start.tolist(), strict=True))
+        files, widths = np.array([(reader.file, reader.dtype.itemsize) for reader in self._readers]).T[
+            :, located.source
+        ]
+        sizes = widths * (self.order.seq_len + 1)
+        return list(zip(files.tolist(), sizes.tolist(), (located.start * widths).tolist(), strict=True))
 
-    def _read(self, places: Sequence[_Place]) -> torch.Tensor:
-        """Samples `[accumulation, micro, seq + 1]`, int64."""
-        length = self.order.seq_len + 1
-        rows = [(self._readers[source], start) for source, start in places]
-        kinds = {reader.dtype for reader in self._readers}
-        samples = torch.empty((len(rows), length), dtype=torch.int64, pin_memory=self._pinned)
-        if len(kinds) == 1:  # cast together: twice as fast
-            joined = b"".join([reader.stretch(start, length) for reader, start in rows])
-            samples.numpy()[:] = np.frombuffer(joined, kinds.pop()).reshape(samples.shape)
+    def _read(self, stretches: Sequence[_Stretch]) -> npt.NDArray[np.int64]:
+        """Samples `[accumulation, micro, seq + 1]`."""
+        readers, length = self._by_file, self.order.seq_len + 1
+        try:
+            rows = [os.pread(*stretch) for stretch in stretches]
+        except OSError:
+            rows = []
+        if list(map(len, rows)) != [size for _, size, _ in stretches]:  # once more, by what says what is wrong
+            rows = [readers[file].stretch(offset * length // size, length) for file, size, offset in stretches]
+        if len(self._kinds) == 1:  # cast together: twice as fast
+            ids = np.frombuffer(b"".join(rows), self._kinds[0])
         else:
-            for row, (reader, start) in zip(samples.numpy(), rows, strict=True):
-                row[:] = np.frombuffer(reader.stretch(start, length), reader.dtype)
-        return samples.view(*self._shape, length)
+            ids = np.concatenate(
+                [np.frombuffer(r, readers[file].dtype) for r, (file, *_) in zip(rows, stretches, strict=True)]
+            )
+        return ids.astype(np.int64).reshape(*self._shape, length)
+
+    def _batch(self, samples: npt.NDArray[np.int64]) -> Batch:
+        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
+        batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(samples[:, 1:]))
+        return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
 
 
 def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> int:

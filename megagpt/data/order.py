@@ -72,6 +72,8 @@ class Order:
 
     def _draw(self, positions: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:
         """The source of each position, and how many of its samples are counted before."""
+        if self.block == 1:
+            return np.zeros(len(positions), np.int64), positions
         block, index = np.divmod(positions, np.uint64(self.block))
         a, b = self._block_sides
         slot = permute(index, as_numbers([self.block]), a, b, keys(self.seed, _SLOT, block))

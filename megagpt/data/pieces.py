@@ -33,10 +33,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Piece:
-    """Stretches that are encoded together, in this order, into one shard."""
+    """Stretches that are encoded together, in this order, into one shard; about `size` bytes of input."""
 
     number: int
     stretches: tuple[Stretch, ...]
+    size: int
 
     def __str__(self) -> str:
         first, *others = self.stretches
@@ -55,11 +56,11 @@ def cut(sources: Sequence[Source]) -> list[Piece]:
     held = 0
     for stretch, length in _stretches(sources, size):
         if waiting and (held + length > size or stretch.source.corpus != waiting[0].source.corpus):
-            pieces.append(Piece(len(pieces), tuple(waiting)))
+            pieces.append(Piece(len(pieces), tuple(waiting), held))
             waiting, held = [], 0
         waiting.append(stretch)
         held += length
-    return [*pieces, Piece(len(pieces), tuple(waiting))] if waiting else pieces
+    return [*pieces, Piece(len(pieces), tuple(waiting), held)] if waiting else pieces
 
 
 def _stretches(sources: Sequence[Source], size: int) -> Iterator[tuple[Stretch, int]]:

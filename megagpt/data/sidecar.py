@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megagpt.errors import UserError
 
@@ -18,7 +20,8 @@ class Sidecar:
 
     `tokenizer_sha256` is the hash of the tokenizer's file, `documents` counts all documents (empty ones too),
     `tokens` the ids in .bin, `text_bytes` the UTF-8 bytes of the text they stand for (no end-of-document symbol
-    counted), and the checksums are zlib's crc32 of the whole files.
+    counted), and the checksums are zlib's crc32 of the whole files. `stretches` of .bin, one after the other, each
+    have their bytes and checksum; `made` tells people how the corpus was made: version, options, what was odd.
     """
 
     tokenizer_sha256: str
@@ -30,10 +33,19 @@ class Sidecar:
     bin_crc32: int
     idx_crc32: int
     version: int = VERSION
+    stretches: tuple[tuple[int, int], ...] = ()
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One JSON object, keys in the order above."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+_LATER: dict[str, Any] = {"stretches": [], "made": {}}  # which the first sidecars did not have
+_TYPES: dict[str, type] = {
+    one.name: {"tokenizer_sha256": str, "stretches": list, "made": dict}.get(one.name, int)
+    for one in dataclasses.fields(Sidecar)
+}
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
@@ -48,8 +60,9 @@ def read_sidecar(path: Path) -> Sidecar | None:
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise UserError(f"the sidecar is of version {version}, not {VERSION}", str(path), do)
-    types = {field.name: str if field.name == "tokenizer_sha256" else int for field in dataclasses.fields(Sidecar)}
-    wrong = [name for name, kind in types.items() if type(content.get(name)) is not kind]
+    wrong = [name for name, kind in _TYPES.items() if type(content.get(name, _LATER.get(name))) is not kind]
     if wrong:
         raise UserError(f"the sidecar lacks or garbles {', '.join(wrong)}", str(path), do)
-    return Sidecar(**{name: content[name] for name in types})
+    values = {name: content.get(name, _LATER.get(name)) for name in _TYPES}
+    values["stretches"] = tuple((size, crc32) for size, crc32 in values["stretches"])
+    return Sidecar(**values)

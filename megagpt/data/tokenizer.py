@@ -62,8 +62,9 @@ def _is_unicode(text: str) -> bool:
 class Tokenizer:
     """A sentencepiece model that is read from a file.
 
-    `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file,
-    `control_symbols` are the spellings of ids that no text gives. `by_words`: see `_is_by_words`.
+    `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file. `unknown` is the
+    id of what no piece is for (None: bytes spell it out). `control_symbols` are the spellings of ids that no text
+    gives. `by_words`: see `_is_by_words`.
     Raises UserError when the file is missing, is no sentencepiece model, or has no end-of-document symbol.
     """
 
@@ -80,6 +81,8 @@ class Tokenizer:
                 str(self.path),
                 "train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
             )
+        unknown: int = self._processor.unk_id()
+        self.unknown = None if self._processor.is_byte(self._processor.piece_to_id("<0x00>")) else unknown
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
         self.by_words = self._is_by_words(pieces)

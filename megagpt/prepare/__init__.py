@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from megagpt.data.documents import DEFAULT_FRACTION, digest_of, in_validation
 from megagpt.data.oddities import Oddities
@@ -76,8 +77,9 @@ def prepare_corpora(
     tokenizer: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: Options | None = None,
+    out: TextIO | None = None,
 ) -> Corpora:
-    """As `prepare_command`; where a manifest names corpora, one after the other as OUTPUT.NAME."""
+    """As `prepare_command`, with progress shown on `out`; a manifest's corpora one after the other, as OUTPUT.NAME."""
     options, output, model = options or Options(), os.fspath(output), Tokenizer(tokenizer)
     with Workplace(output) as workplace:
         sources = find_sources(inputs, workplace.folder / "stdin")
@@ -89,7 +91,7 @@ def prepare_corpora(
             its_own = [source for source in sources if source.corpus == name]
             prefix = f"{output}.{name}" if name else output
             corpora.append(
-                write_corpus(its_own, model, prefix, options, workplace.folder / f"shards{name and '.'}{name}")
+                write_corpus(its_own, model, prefix, options, workplace.folder / f"shards{name and '.'}{name}", out)
             )
         workplace.remove()
     return Corpora(tuple(corpora))

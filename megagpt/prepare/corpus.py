@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
+from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.indexed import corpus_file
@@ -21,16 +23,19 @@ from megagpt.data.sources import Source
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import odd_places, workplace
-from megagpt.prepare.encoding import Job, PieceError, Report, cannot_write
+from megagpt.prepare.duplicates import first_copies
+from megagpt.prepare.encoding import Job, PieceError, cannot_write
 from megagpt.prepare.joining import join
 from megagpt.prepare.pool import encode_all
-from megagpt.prepare.summary import PartSummary, PrepareSummary
+from megagpt.prepare.progress import shown
+from megagpt.prepare.summary import Oddity, PartSummary, PrepareSummary
 
 
 @dataclass(frozen=True)
 class Options:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
+    `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
     None of `workers` is as many as there are cores; their number does not change what is written.
     """
 
@@ -38,14 +43,17 @@ class Options:
     workers: int | None = None
     text_key: str = "text"
     strict: bool = False
+    deduplicate: bool = False
+    shuffle: bool = False
 
 
 def write_corpus(
-    sources: Sequence[Source], model: Tokenizer, output: str, options: Options, folder: Path
+    sources: Sequence[Source], model: Tokenizer, output: str, options: Options, folder: Path, out: TextIO | None
 ) -> PrepareSummary:
     """Write OUTPUT.train.* and OUTPUT.validation.* from the sources; the shards lie in `folder` meanwhile.
 
-    Raises UserError for input that cannot be read and when a part would be empty, MachineError for a full disk.
+    Progress is shown on `out`. Raises UserError for input that cannot be read and when a part would be empty,
+    MachineError for a full disk.
     """
     begin = time.perf_counter()
     check_fraction(options.validation_fraction, f"{output}.validation")
@@ -53,24 +61,43 @@ def write_corpus(
     job = Job(folder, model.path, options.validation_fraction, key, options.strict)
     try:
         workplace.follow(folder, _plan(sources, model, options))
-        records = _encoded(job, sources, options.workers, lambda *counts: None)
+        records = _encoded(job, sources, options.workers, out)
         odd = odd_places.told([record.oddities for record in records], sources)
-        with ExitStack() as stack:
-            names = ["train", "validation"] if options.validation_fraction else ["train"]
-            parts = [stack.enter_context(Writer(f"{output}.{name}", model.vocab_size)) for name in names]
-            join(folder, records, dict(zip((False, True), parts, strict=False)))
-            try:
-                _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
-            except UserError:
-                workplace.remove(folder)
-                raise
-            for part in parts:
-                part.finish(model.sha256, model.eod)
+        made = _made(options, odd)
+        parts, copies, unknown = _joined(records, model, output, options, folder, odd, made)
     except OSError as error:
         raise cannot_write(error, folder) from None
     summaries = [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts]
     validation = summaries[1] if len(summaries) > 1 else None
-    return PrepareSummary(description(sources), summaries[0], validation, odd, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return PrepareSummary(description(sources), summaries[0], validation, odd, copies, unknown, seconds)
+
+
+def _joined(
+    records: Sequence[Record],
+    model: Tokenizer,
+    output: str,
+    options: Options,
+    folder: Path,
+    odd: Sequence[Oddity],
+    made: dict[str, object],
+) -> tuple[list[Writer], int, int]:
+    """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
+    keep = first_copies(folder, records) if options.deduplicate else None
+    names = ["train", "validation"] if options.validation_fraction else ["train"]
+    with ExitStack() as stack:
+        parts = [stack.enter_context(Writer(f"{output}.{name}", model.vocab_size)) for name in names]
+        by_validation = dict(zip((False, True), parts, strict=False))
+        unknown = join(folder, records, by_validation, keep, options.shuffle, model.unknown)
+        copies = sum(record.documents for record in records) - sum(part.documents for part in parts)
+        try:
+            _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
+        except UserError:
+            workplace.remove(folder)
+            raise
+        for part in parts:
+            part.finish(model.sha256, model.eod, made | {"copies_left_out": copies, "unknown": unknown})
+    return parts, copies, unknown
 
 
 def description(sources: Sequence[Source]) -> str:
@@ -104,13 +131,25 @@ def _plan(sources: Sequence[Source], model: Tokenizer, options: Options) -> dict
     }
 
 
-def _encoded(job: Job, sources: Sequence[Source], workers: int | None, report: Report) -> list[Record]:
+def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
+    """What the sidecar says about the making: nothing of who worked, since the bytes do not depend on it."""
+    return {
+        "by": f"megagpt {__version__}",
+        "options": {name: value for name, value in asdict(options).items() if name != "workers"},
+        "odd": {kind.kind: kind.count for kind in odd},
+    }
+
+
+def _encoded(job: Job, sources: Sequence[Source], workers: int | None, out: TextIO | None) -> list[Record]:
     """The records of all shards, in order; those that are not there yet are made."""
     pieces = cut(sources)
     there = workplace.records(job.folder, len(pieces))
     missing = [piece for piece in pieces if piece.number not in there]
+    if there and out:
+        out.write(f"prepare: going on, {len(there):,} of {len(pieces):,} pieces are done\n")
     try:
-        new = encode_all(job, missing, workers or len(os.sched_getaffinity(0)), report)
+        with shown(sum(piece.size for piece in missing), out) as progress:
+            new = encode_all(job, missing, workers or len(os.sched_getaffinity(0)), progress.add)
     except PieceError as failure:
         if not isinstance(failure.cause, OddInput):
             raise failure.cause from failure

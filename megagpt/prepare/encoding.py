@@ -19,8 +19,9 @@ from megagpt.errors import MachineError
 
 _BATCH, _BATCH_DOCUMENTS = 1 << 19, 4096  # characters, and documents, encoded at a time at most
 
-Report = Callable[[int, int, int], None]
-"""Is told of so many more documents, tokens, and bytes of text."""
+Counts = tuple[int, int, int, int]
+Report = Callable[[int, int, int, int], None]
+"""Is told of so many more documents, tokens, bytes of text, and bytes of input that is done."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,18 @@ class PieceEncoder:
         odd = Oddities(self._job.strict)
         try:
             with ShardWriter(self._job.folder, piece.number) as shard:
-                documents = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
+                sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd)
                     for batch in _batches(fragments if self._encoder.by_words else _joined(fragments)):
                         before = shard.documents, shard.tokens, shard.text_bytes
-                        self._add(batch, stretch.number, documents, odd)
+                        self._add(batch, stretch.number, sink, odd)
                         after = shard.documents, shard.tokens, shard.text_bytes
-                        report(*(new - old for new, old in zip(after, before, strict=True)))
-                return shard.finish(odd)
+                        documents, tokens, text = (new - old for new, old in zip(after, before, strict=True))
+                        report(documents, tokens, text, 0)
+                record = shard.finish(odd)
+                report(0, 0, 0, piece.size)
+                return record
         except OSError as error:
             raise PieceError(piece.number, cannot_write(error, self._job.folder)) from None
         except Exception as error:

@@ -17,7 +17,7 @@ from megagpt.data.oddities import OddInput
 from megagpt.data.pieces import Piece
 from megagpt.data.shards import Record
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare.encoding import Job, PieceEncoder, PieceError, Report
+from megagpt.prepare.encoding import Counts, Job, PieceEncoder, PieceError, Report
 
 # A new interpreter each: this process may have threads, which a fork does not survive.
 _SPAWN = multiprocessing.get_context("spawn")
@@ -62,10 +62,10 @@ def encode_all(job: Job, pieces: Sequence[Piece], workers: int, report: Report) 
     return records
 
 
-def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Record | PieceError | tuple[int, int, int]:
+def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Record | PieceError | Counts:
     """What the worker says; that it died is a PieceError."""
     try:
-        message: Record | PieceError | tuple[int, int, int] = connection.recv()
+        message: Record | PieceError | Counts = connection.recv()
         return message
     except (EOFError, OSError):
         process.join()

@@ -63,11 +63,19 @@ class PrepareSummary:
     train: PartSummary
     validation: PartSummary | None
     oddities: tuple[Oddity, ...]
+    copies: int  # of earlier documents, left out
+    unknown: int  # ids that stand for what the tokenizer has no piece for
     seconds: float
 
     def __str__(self) -> str:
-        parts = [str(part) for part in (self.train, self.validation) if part]
-        return "\n".join([self.source, *parts, *map(str, self.oddities), f"prepared in {self.seconds:.1f} s"])
+        copies = [f"{self.copies:,} exact copies of earlier documents, left out"] if self.copies else []
+        both = [part for part in (self.train, self.validation) if part]
+        size = sum(part.text_bytes for part in both) / 1e6
+        unknown = self.unknown / sum(part.tokens for part in both)
+        end = f"prepared in {self.seconds:.1f} s ({size / self.seconds:.1f} MB/s)"
+        return "\n".join(
+            [self.source, *map(str, both), *copies, f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""One rank that saves a larger model, or measures what memory a move takes beyond training. Started by groups.py.
+"""One rank that saves a larger model, or measures what memory building or moving it takes. Started by groups.py.
 
-memory_worker.py JOB.json      JOB: {"folder", "seconds", "save": case id} or {…, "load": case id}
+memory_worker.py JOB.json      JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
 """
 
 from __future__ import annotations
@@ -19,34 +19,53 @@ import layouts
 import torch
 from state_worker import data
 
-from megagpt.distributed import Agreement, from_environment
+from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.ds_config import Resolved
 from megagpt.engine.build import build
+from megagpt.engine.materialise import materialise
 from megagpt.engine.start import start, stop
 from megagpt.files import into
 
+DEEPER = ("model.d_model=384", "model.n_layer=16", "model.vocab_size=512")
 LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")
 
 
 def main(job: dict[str, Any]) -> None:
-    """Save into FOLDER/saved, or load it after two updates and write bytes per rank into FOLDER/memory-RANK.json."""
+    """Do the job; bytes per rank go into FOLDER/memory-RANK.json."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     rank, folder = from_environment(os.environ), Path(job["folder"])
     start(rank)
-    (case,) = (one for one in layouts.CASES if one.id == job.get("save", job.get("load")))
-    resolved = layouts.resolve(replace(case, recipe=LARGER), folder)
+    answer = build_model(job["build"], folder, rank) if "build" in job else move(job, folder, rank)
+    (folder / f"memory-{rank.rank}.json").write_text(json.dumps(answer))
+    faulthandler.cancel_dump_traceback_later()
+    stop()
+
+
+def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
+    """What the model with its initial values takes."""
+    resolved, before = resolve(id, DEEPER, folder), anonymous()
+    return {"built": peak(lambda: materialise(resolved.recipe, resolved.config, 3)) - before}
+
+
+def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
+    """Save into FOLDER/saved after two updates, or load it then; what training and loading take."""
+    resolved = resolve(job.get("save", job.get("load")), LARGER, folder)
     engine: Any = build(resolved, 100, rank, Agreement(rank.world_size))
     engine.train_update(data(resolved, rank, 0))  # makes the moments
-    trained = peak(lambda: engine.train_update(data(resolved, rank, 1)))
+    answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:
         engine.save_state(into(folder / "saved"))
     else:
-        loaded = peak(lambda: engine.load_state(folder / "saved"))
-        answer = {"trained": trained, "loaded": loaded}
-        (folder / f"memory-{rank.rank}.json").write_text(json.dumps(answer))
+        answer["loaded"] = peak(lambda: engine.load_state(folder / "saved"))
     engine.release()
-    faulthandler.cancel_dump_traceback_later()
-    stop()
+    return answer
+
+
+def resolve(id: str, words: tuple[str, ...], folder: Path) -> Resolved:
+    """The layout of this name with changes to the recipe."""
+    (case,) = (one for one in layouts.CASES if one.id == id)
+    return layouts.resolve(replace(case, recipe=words), folder)
 
 
 def peak(work: Callable[[], object]) -> int:

@@ -91,8 +91,30 @@ def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
         "bin_crc32": zlib.crc32(binary),
         "idx_crc32": zlib.crc32(index),
         "version": 1,
+        "stretches": [[6, zlib.crc32(binary)]],
+        "made": {},
     }
     assert Reader(tmp_path / "c").sidecar == sidecar
+
+
+@given(sizes=st.lists(st.integers(0, 30), max_size=8), stretch=st.integers(1, 40))
+def test_checksums_of_stretches_cover_all_of_the_ids_and_do_not_depend_on_the_writes(tmp_path_factory, sizes, stretch):
+    prefix = tmp_path_factory.mktemp("c") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexed_writer, "_STRETCH", stretch)
+        sidecar = write(prefix, [range(size) for size in sizes])
+    binary, _ = content(prefix)
+    cut = [binary[start : start + stretch] for start in range(0, len(binary), stretch)]
+    assert sidecar.stretches == tuple((len(part), zlib.crc32(part)) for part in cut)
+    assert sidecar.bin_crc32 == zlib.crc32(binary)
+
+
+def test_a_sidecar_of_before_there_were_stretches_is_read(tmp_path):
+    write(tmp_path / "c", [[1, 2]])
+    path = tmp_path / "c.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("stretches", "made")}
+    path.write_text(json.dumps(old))
+    assert Reader(tmp_path / "c").sidecar.stretches == ()
 
 
 def test_ids_take_two_bytes_below_a_vocabulary_of_65500():
@@ -122,7 +144,6 @@ def test_a_corpus_of_no_tokens_can_be_written_and_opened(tmp_path, documents):
     reader = Reader(tmp_path / "c")
     assert (len(reader), len(reader.tokens), len(reader.documents)) == (0, 0, len(documents) + 1)
     assert all(reader.document(i).tolist() == [] for i in range(len(documents)))
-    reader.advise(0, 0)
 
 
 def test_arrays_outlive_the_reader(tmp_path):
@@ -139,13 +160,6 @@ def test_the_map_cannot_be_written_to(tmp_path):
     write(tmp_path / "c", [[1, 2]])
     with pytest.raises(ValueError, match="read-only"):
         Reader(tmp_path / "c").tokens[0] = 5
-
-
-def test_coming_tokens_may_be_asked_for_up_to_the_last(tmp_path):
-    write(tmp_path / "c", [list(range(10_000))] * 3)
-    reader = Reader(tmp_path / "c")
-    for start, count in ((0, 1), (2_047, 2), (29_000, 1_000)):
-        reader.advise(start, count)
 
 
 @pytest.mark.parametrize("ids", [[50_000], [1, -1], np.array([70_000]), np.array([-1], np.int8)])

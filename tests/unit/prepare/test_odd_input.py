@@ -44,7 +44,7 @@ def test_an_odd_line_is_counted_and_told_or_an_error(
     path.write_bytes(5 * GOOD + odd + 3 * GOOD)
     if workers == 1:
         summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers))
-        assert str(summary).splitlines()[2] == f"odd: {count} {KINDS[kind]} (first: {path}:6)"
+        assert str(summary).splitlines()[3] == f"odd: {count} {KINDS[kind]} (first: {path}:6)"
         reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
         documents = [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
         assert documents == ["good"] * 5 + [kept] * (kept is not None) + ["good"] * 3
@@ -87,8 +87,9 @@ def test_the_summary_reads_well(model, tmp_path):
         [
             f"text from {path} (0.0 MB)",
             f"{tmp_path / 'c'}.train: 2 documents, {tokens} tokens, 0.00 MB, {4 / tokens:.2f} bytes per token",
+            "unknown: 0.000% of tokens",
             f"odd: 2 lines that are not JSON, passed over (first: {path}:2)",
             f"odd: 1 empty documents, passed over (first: {path}:4)",
-            f"prepared in {summary.seconds:.1f} s",
+            f"prepared in {summary.seconds:.1f} s ({4e-6 / summary.seconds:.1f} MB/s)",
         ]
     )

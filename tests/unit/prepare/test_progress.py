@@ -1,0 +1,59 @@
+"""What is seen while prepare works: a live line on a terminal, plain lines elsewhere; standard output has figures."""
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+from megagpt.prepare import progress
+from tests.unit.prepare.conftest import PROGRAM, finish, jsonl
+
+
+def test_plain_lines_say_how_far_it_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with progress.shown(40_000_000, out) as seen:
+        for second in (4, 8, 12, 16, 23):
+            now[0] = second
+            seen.add(documents=1000, tokens=2_000_000, text_bytes=6_000_000, input_bytes=4_000_000)
+    assert out.getvalue().splitlines() == [
+        "prepare: 18 MB, 1.5 MB/s, 250 documents/s, 6,000,000 tokens, 30 %, 0:28 to go",
+        "prepare: 30 MB, 1.3 MB/s, 217 documents/s, 10,000,000 tokens, 50 %, 0:23 to go",
+    ]
+
+
+def test_nothing_is_shown_when_nobody_looks_or_it_is_quick(command, source, model, tmp_path):
+    printed, errors = finish(command("prepare", source, "--tokenizer", model, "--output", tmp_path / "c", "--json"))
+    assert json.loads(printed)["train"]["documents"] > 0
+    assert errors == ""
+
+
+def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, model, tmp_path):
+    path, program = tmp_path / "text.jsonl", tmp_path / "program.py"
+    path.write_text(jsonl(texts * 3))
+    program.write_text(PROGRAM)
+    line = [program, 3000, 0.1, 0, "prepare", path, "--tokenizer", model, "--output", tmp_path / "c", "--json"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while block := os.read(ours, 1 << 16):
+                shown += block
+        except OSError:  # the terminal's other end is closed
+            pass
+        printed = process.stdout.read()
+    os.close(ours)
+    assert json.loads(printed)["train"]["documents"] > 0
+    states = re.findall(r"[\d,]+ MB, [\d.]+ MB/s, [\d,]+ documents/s, ([\d,]+) tokens", shown.decode())
+    assert len(set(states)) > 2
+    assert re.search(r"\d+ %, \d+:\d\d to go", shown.decode())
