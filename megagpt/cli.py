@@ -209,6 +209,20 @@ def stop(run: Run) -> None:
 
 
 @app.command()
+def hosts(
+    file: Annotated[Path, typer.Argument(help="a hostfile, as `deepspeed --hostfile` reads it")],
+    write_environment: Annotated[
+        Path | None, typer.Option(help="write the variables that the other hosts need, for DS_ENV_FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a hostfile: every mistake with its line, else its hosts and ranks."""
+    from megagpt import hosts as verb
+
+    _answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
+
+
+@app.command()
 def status(run: Run, as_json: Json = False) -> None:
     """Is a run done (0), running (3), stopped to be started again (75), or failed (1, 2)? For job scripts."""
     from megagpt.run import status as standing
