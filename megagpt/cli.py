@@ -62,7 +62,9 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="a sentencepiece .model, a tokenizer.json, or the name of a tiktoken encoding")
+    ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
     workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
