@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from deepspeed.launcher.runner import fetch_hostfile
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.cli import main
@@ -20,10 +21,9 @@ def test_a_right_file_is_read_and_so_is_the_example(tmp_path):
     assert hostfile.read(ROOT / "launch/hosts.example") == {"node1": 8, "node2": 8}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9.-]{0,9}", fullmatch=True), st.integers(1, 64), min_size=1))
 def test_deepspeed_reads_the_same(tmp_path_factory, slots):
-    from deepspeed.launcher.runner import fetch_hostfile
-
     path = tmp_path_factory.mktemp("hosts") / "h"
     path.write_text("#\n\n" + "".join(f"{host}  slots={count}\n" for host, count in slots.items()))
     assert hostfile.read(path) == dict(fetch_hostfile(str(path))) == slots
@@ -56,9 +56,7 @@ def test_the_command_checks_and_writes_what_deepspeed_will_read(tmp_path, monkey
     (tmp_path / "h").write_text("a slots=2\nnode2 slots=1\n")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     assert main(["hosts", str(tmp_path / "h"), "--write-environment", str(tmp_path / "e")]) == 0
-    assert capsys.readouterr().out == (
-        f"a      2 ranks\nnode2  1 ranks\n2 hosts, 3 ranks\nwrote {tmp_path}/e\n"
-    )
+    assert capsys.readouterr().out == (f"a      2 ranks\nnode2  1 ranks\n2 hosts, 3 ranks\nwrote {tmp_path}/e\n")
     lines = (tmp_path / "e").read_text().splitlines()
     assert "NCCL_DEBUG=INFO" in lines
     assert all(len(line.split("=", 1)) == 2 for line in lines)  # DeepSpeed's launcher dies on others
