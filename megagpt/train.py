@@ -233,6 +233,7 @@ def train(options: Options) -> int:
         check_world_size(rank, options.expect_world_size)
         recipe = recipes.load(options.recipe, options.overrides)
         console = Console(Path(recipe.run_dir), rank.rank)
+        assembled = None
         try:
             assembled = assemble(options, rank, recipe, console)
             return _loop_and_close(*assembled) if assembled else EXIT_DONE
@@ -240,9 +241,9 @@ def train(options: Options) -> int:
             raise
         except Exception as error:
             traceback.print_exc()
-            console.alarm(
-                f"megagpt: rank {rank.rank} failed: {type(error).__name__}: {error}\n  log: {console.log_path}"
-            )
+            doing = assembled[0].watch.doing if assembled else "the start"
+            cause = f"{type(error).__name__}: {error}"
+            console.alarm(f"megagpt: rank {rank.rank} failed in {doing}: {cause}\n  log: {console.log_path}")
             sys.stdout.flush()
             os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
         finally:
