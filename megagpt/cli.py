@@ -62,7 +62,9 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="a sentencepiece .model, a tokenizer.json, or the name of a tiktoken encoding")
+    ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
     workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
@@ -77,7 +79,8 @@ def prepare(
 
     options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
-    _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
+    if made:  # else another rank has the answer
+        _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
 
 
 @data_app.command("inspect")

@@ -14,6 +14,7 @@ IDS = (
     *(f"zero{stage}-accumulate4-3ranks" for stage in range(4)),
     *(f"zero{stage}-offload-2ranks" for stage in (1, 2, 3)),
     "zero0-1rank",
+    "zero0-muon-2ranks",
     "zero3-offload-parameters-1rank",
     "zero3-persistent-2ranks",
     "zero3-hpz2-4ranks",
