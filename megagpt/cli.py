@@ -18,11 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.errors import EXIT_DONE, UserError
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
+data_app = typer.Typer(no_args_is_help=True, help="Look into, verify and merge corpora.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 
 Inputs = Annotated[
     list[str],
@@ -37,6 +39,7 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
 ]
+Prefix = Annotated[str, typer.Argument(help="a corpus: its path without .bin or .idx")]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
 TextKey = Annotated[str, typer.Option(help="where the text stands in a JSON line; `a.b` is b within a")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
@@ -59,7 +62,9 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="a sentencepiece .model")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="a sentencepiece .model, a tokenizer.json, or the name of a tiktoken encoding")
+    ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
     workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
@@ -74,7 +79,49 @@ def prepare(
 
     options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
-    _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
+    if made:  # else another rank has the answer
+        _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    prefix: Prefix,
+    document: Annotated[list[int] | None, typer.Option(help="show this document; repeat it")] = None,
+    sample: Annotated[int, typer.Option(help="show so many documents, evenly spread", min=0)] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="to show documents as text, not as ids")] = None,
+    as_json: Json = False,
+) -> None:
+    """Figures of a corpus, how it was made, and some of its documents."""
+    from megagpt import corpora
+
+    _answer(corpora.inspect(prefix, document or (), sample, tokenizer), as_json)
+
+
+@data_app.command("verify")
+def verify_data(
+    prefix: Prefix,
+    workers: Annotated[int | None, typer.Option(help="threads; as many as there are cores", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Read and check all of a corpus: index, ids, checksums. Exit code 1 if something is wrong."""
+    from megagpt import corpora
+
+    verification = corpora.verify(prefix, workers)
+    _answer(verification, as_json)
+    if verification.wrong:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@data_app.command("merge")
+def merge_data(
+    prefixes: Annotated[list[str], typer.Argument(help="corpora, in this order")],
+    output: Annotated[str, typer.Option(help="PREFIX of the corpus that is written")],
+    as_json: Json = False,
+) -> None:
+    """Several corpora of one tokenizer to one."""
+    from megagpt import corpora
+
+    _answer(corpora.merge(prefixes, output), as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -165,11 +212,12 @@ def stop(run: Run) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw a run's loss curve here and as loss.svg in the run directory."""
+    """Draw a run's loss curve here and as loss.svg in the run directory, and say where its time went."""
     from megagpt import report as verb
 
     print(verb.terminal(run, colour=sys.stdout.isatty()))
     print(f"picture: {verb.picture(run)}")
+    print(f"time: {verb.spent(run)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,6 +82,15 @@ def from_environment(env: Mapping[str, str]) -> Rank:
     return Rank()
 
 
+def mpi_size(env: Mapping[str, str]) -> int:
+    """How many processes mpirun or srun started together, this one included; 1 where neither did."""
+    for launcher in ("openmpi", "mpich", "slurm"):
+        _, world, _, _ = _VARIABLES[launcher]
+        if world in env and not (launcher == "slurm" and "SLURM_STEP_ID" not in env):
+            return int(env[world])
+    return 1
+
+
 def check_world_size(rank: Rank, expected: int | None) -> None:
     """Refuse to train on other ranks than were promised: a mistyped hostfile trains on one node."""
     if expected is not None and expected != rank.world_size:

@@ -57,15 +57,14 @@ def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainSta
     end = state.position + run.loader.span(state.position)
     first = checkpoint.state.position if run.health.rollbacks else state.position
     run.engine.load_state(checkpoint.folder)
-    run.metrics.go_back(checkpoint.state.update)
     numbers = {"at": state.update + 1, "position": first, "samples": end - first}
-    run.metrics.write("rollback", update=checkpoint.state.update, reason=reason, **numbers)
+    seconds = {"lost_seconds": run.metrics.go_back(checkpoint.state.update), "seconds": run.progress.pause()}
+    run.metrics.write("rollback", update=checkpoint.state.update, reason=reason, **numbers, **seconds)
     run.health.recall(run.path, run.rank.main, run.agreement)
     run.console.say(
         f"{'ROLLED BACK':>11}  to update {checkpoint.state.update}: {reason} in {where}; "
         f"data positions {first} to {end - 1} are left out"
     )
-    run.progress.pause()
     return checkpoint.state
 
 

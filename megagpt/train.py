@@ -6,31 +6,36 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
-from megagpt.assembly import Options, Run, assemble
+from megagpt.assembly import DONE, Options, Run, assemble
 from megagpt.data.evaluation import together
+from megagpt.data.loader import Batch
 from megagpt.distributed import check_world_size, from_environment
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
-from megagpt.run.checkpoint import SaveFailed
+from megagpt.run import metrics, times
+from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
-from megagpt.run.health import Finding
+from megagpt.run.health import Finding, Remedy
 from megagpt.run.saving import Attempt
-from megagpt.run.watch import UPDATE
-from megagpt.state import TrainState, UpdateResult
+from megagpt.run.stopping import Asking
+from megagpt.run.watch import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
+from megagpt.state import TrainState, UpdateResult, Verdict
 
 
 def loop(run: Run, state: TrainState) -> int:
     """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
     recipe = run.resolved.recipe
-    while state.update < run.total:
-        run.watch.enter(UPDATE, state.update + 1)
+    stop = validate(run, state) if owed(run, state) else None
+    while state.update < run.total and not stop:
         state = replace(state, position=run.health.start(state.position))
-        result = run.engine.train_update(run.loader.batches(state.position), run.health.accepts)
+        result = make(run, state, fetch(run, state))
         if found := run.health.judge(state.update, result):
             state = set_back(run, state, result, found)
             continue
@@ -39,24 +44,44 @@ def loop(run: Run, state: TrainState) -> int:
         if due(state, recipe.health.compare_every):
             setbacks.compare_replicas(run, state)
 
-        verdict = run.stopping.verdict(run.saver.writing)  # the one exchange in which all ranks agree
-        if not verdict.writing:
-            go_on_saving(run)
-        stop, last = verdict.stop, state.update == run.total
+        stop, last = agree(run).stop, state.update == run.total
         if stop or last or due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
-        if last or (not stop and due(state, recipe.evaluation.every)):
-            validate(run, state)
-        if stop and not last:
-            run.console.say(f"stopped by {stop}, saved at update {state.update}. The same command goes on from there.")
-            return EXIT_REQUEUE
-    finish(run, state)
-    return EXIT_DONE
+        if not stop and (last or due(state, recipe.evaluation.every)):
+            stop = validate(run, state)
+    return leave(run, state, stop) if stop else finish(run, state)
 
 
 def due(state: TrainState, every: int | None) -> bool:
     """Whether something that is done every so many updates is due now."""
     return every is not None and state.update % every == 0
+
+
+def owed(run: Run, state: TrainState) -> bool:
+    """Whether the validation of this update is due and not on record: its process ended before it."""
+    due_now = state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
+    owed_here = run.rank.main and due_now and state.update > 0 and bool(run.validation)
+    return all(run.agreement.any(owed_here and not run.metrics.has("validation", state.update)))
+
+
+def fetch(run: Run, state: TrainState) -> list[Batch]:
+    """This rank's batches of the next update."""
+    run.watch.enter(DATA, state.update + 1)
+    begun = time.perf_counter()
+    batches = run.loader.batches(state.position)
+    run.progress.waited = time.perf_counter() - begun
+    return batches
+
+
+def make(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
+    """Make the next update, if its loss is acceptable: that is asked between the forward passes and the step."""
+
+    def accepts(loss: float) -> bool:
+        run.watch.enter(STEP, state.update + 1)
+        return run.health.accepts(loss)
+
+    run.watch.enter(PASSES, state.update + 1)
+    return run.engine.train_update(batches, accepts)
 
 
 def record(run: Run, state: TrainState, result: UpdateResult) -> None:
@@ -74,6 +99,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         tokens_per_second=speed,
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
         seconds=seconds,
+        data_seconds=run.progress.waited,
     )
     run.health.note("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
     if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
@@ -82,15 +108,10 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
     """Begin a checkpoint, and end it too where the recipe does not save asynchronously, or it is the last."""
-    run.watch.enter("save", state.update)
+    run.watch.enter(SAVE, state.update)
     note_save(run, run.saver.finish())
     note_save(run, run.saver.save(state, wait=last_chance), last_chance)
     run.progress.pause()
-
-
-def go_on_saving(run: Run) -> None:
-    """Take the next step of a save that is under way, if there is one."""
-    note_save(run, run.saver.proceed())
 
 
 def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> None:
@@ -98,45 +119,69 @@ def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> N
     if attempt is None:
         return
     update, problem = attempt.state.update, attempt.problem
-    times = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
+    seconds = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
     if not attempt.published:
-        run.metrics.write("save_failed", update=update, error=problem, **times)
+        run.metrics.write("save_failed", update=update, error=problem, **seconds)
         run.console.say(f"{'NOT SAVED':>11}  update {update}: {problem}")
         if run.failed_saves.add() or last_chance:
             raise SaveFailed(problem)
         return
     run.failed_saves.end()
     run.health.note("checkpoint", update=update)
-    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **times)
+    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **seconds)
     if problem:
         run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
 
 
 def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
-    """Deal with an update that went wrong, once a save under way has ended: it may be what to go back to."""
-    run.watch.enter("save", state.update)
-    note_save(run, run.saver.finish())
+    """Deal with an update that went wrong. A save that is under way ends first, if it may be what to go back to."""
+    if found.remedy is Remedy.ROLL_BACK:
+        run.watch.enter(SAVE, state.update)
+        note_save(run, run.saver.finish())
     return setbacks.bear(run, state, result, found)
 
 
-def validate(run: Run, state: TrainState) -> None:
-    """Measure the loss on held-out text, and let the model continue the recipe's prompt."""
-    run.watch.enter("evaluate", state.update)
+def validate(run: Run, state: TrainState) -> str | None:
+    """Measure the loss on held-out text, and let the model continue the recipe's prompt.
+
+    Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
+    """
     recipe = run.resolved.recipe
-    if run.validation:
-        losses = [(part, run.engine.evaluate(part.batches())) for part in run.validation]
-        loss, bits = together(losses)
-        apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
-        numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
-        run.metrics.write("validation", update=state.update, **numbers, **({"sources": apart} if apart else {}))
-        shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
-        run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
-        for prefix, one in apart.items():
-            run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
+    if not run.validation:
+        return None
+    asking = Asking(lambda: between_batches(run, state))
+    losses = [(part, run.engine.evaluate(asking.until_stopped(part.batches()))) for part in run.validation]
+    if asking.reason:
+        run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
+        return asking.reason
+    loss, bits = together(losses)
+    apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
+    shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
+    run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
+    for prefix, one in apart.items():
+        run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
     if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
+        run.watch.enter(SAMPLE, state.update)
         text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
         run.console.say(f"{'sample':>11}  {text}")
-    run.progress.pause()
+    numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+    numbers |= {"sources": apart} if apart else {}
+    run.metrics.write("validation", update=state.update, **numbers, seconds=run.progress.pause())
+    return None
+
+
+def between_batches(run: Run, state: TrainState) -> str | None:
+    """What each batch of an evaluation begins with: a sign of progress, and the question whether to stop."""
+    run.watch.enter(EVALUATE, state.update)
+    return agree(run).stop
+
+
+def agree(run: Run) -> Verdict:
+    """The one exchange in which all ranks agree whether to stop; a save under way takes its next step if it can."""
+    verdict = run.stopping.verdict(run.saver.writing)
+    if not verdict.writing:
+        note_save(run, run.saver.proceed())
+    return verdict
 
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:
@@ -147,16 +192,38 @@ def sample(run: Run, prompt: str, tokenizer: str) -> str:
     return generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
 
 
-def finish(run: Run, state: TrainState) -> None:
+def leave(run: Run, state: TrainState, why: str) -> int:
+    """Save what is not saved yet, as when an evaluation was left, and say why training stops here; the exit code."""
+    run.watch.enter(SAVE, state.update)
+    note_save(run, run.saver.finish())
+    saved = run.rank.main and read(run.store.folder(state.update))[0] is not None
+    if not all(run.agreement.any(saved)):
+        save(run, state, last_chance=True)
+    say_times(run, state)
+    run.console.say(f"stopped by {why}, saved at update {state.update}. The same command goes on from there.")
+    return EXIT_REQUEUE
+
+
+def finish(run: Run, state: TrainState) -> int:
     """Say where everything is, and leave DONE: only after the last checkpoint was published and read back."""
     found, _ = run.store.newest_valid()
     if found is None or found.state != state:
         raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
+    say_times(run, state)
     run.metrics.write("done", **asdict(state))
     if run.rank.main:
-        files.replace_text(run.path / "DONE", json.dumps(asdict(state)) + "\n")
+        files.replace_text(run.path / DONE, json.dumps(asdict(state)) + "\n")
     run.console.say(f"done: {state.update:,} updates, {state.tokens:,} tokens, in {run.path}")
     run.console.say(f"next: megagpt evaluate {run.path}")
+    return EXIT_DONE
+
+
+def say_times(run: Run, state: TrainState) -> None:
+    """Say and record where the run's seconds went, over all its restarts."""
+    if run.rank.main:
+        spent = times.of(metrics.read(run.path))
+        run.metrics.write("time", update=state.update, spent=asdict(spent), shares=spent.shares)
+        run.console.say(f"time     {spent}")
 
 
 def train(options: Options) -> int:

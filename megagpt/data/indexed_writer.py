@@ -28,11 +28,12 @@ class Writer:
     """Writes documents one by one; memory does not grow with their number.
 
     Use it in a `with` block and call `finish` at the end: until then the files have temporary names, and leaving
-    the block without it removes them. Raises UserError when the place cannot be written to.
+    the block without it removes them. `dtype` is of the ids in .bin, if not that of the vocabulary's size.
+    Raises UserError when the place cannot be written to.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
-        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype_of(vocab_size)
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, dtype: np.dtype[Any] | None = None) -> None:
+        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or dtype_of(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
         self._stretches: list[tuple[int, int]] = []
         self._begun = self._crc32 = 0  # bytes of the stretch that is written, and the checksum of those before
@@ -105,20 +106,19 @@ class Writer:
             lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
         else:
             lengths = tokens[counts > 0].astype("<i4")
-        self._lengths.write(lengths.tobytes())
-        self._ends.write((np.cumsum(counts) + self._sequences).astype("<i8").tobytes())
+        self.end_sequences(lengths, np.cumsum(counts), text_bytes)
+
+    def end_sequences(self, lengths: Tokens, document_ends: Tokens, text_bytes: int) -> None:
+        """End sequences of so many tokens each. `document_ends` counts those up to the end of each document."""
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._ends.write((document_ends + self._sequences).astype("<i8").tobytes())
         self._sequences += len(lengths)
-        self.tokens += int(tokens.sum())
-        self.documents += len(tokens)
+        self.tokens += int(lengths.sum(dtype=np.int64))
+        self.documents += len(document_ends)
         self.text_bytes += text_bytes
 
     def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
         """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
-        self._end_stretch()
-        self._bin.sync()
-        with ChecksummedFile(self._partial(".idx")) as index:
-            self._write_index(index)
-            index.sync()
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -126,19 +126,37 @@ class Writer:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
+            idx_crc32=self._finish_files(),
             bin_crc32=self._crc32,
-            idx_crc32=index.crc32,
             stretches=tuple(self._stretches),
             made=made or {},
         )
         with ChecksummedFile(self._partial(".json")) as file:
             file.write(sidecar.to_json().encode())
             file.sync()
+        self._publish(".bin", ".json", ".idx")
+        return sidecar
+
+    def finish_unverified(self) -> None:
+        """Write the index, and give it and .bin their names: a corpus without a sidecar."""
+        self._finish_files()
+        corpus_file(self.prefix, ".json").unlink(missing_ok=True)
+        self._publish(".bin", ".idx")
+
+    def _finish_files(self) -> int:
+        """Have .bin and .idx on the disk; the checksum of .idx."""
+        self._end_stretch()
+        self._bin.sync()
+        with ChecksummedFile(self._partial(".idx")) as index:
+            self._write_index(index)
+            index.sync()
+        return index.crc32
+
+    def _publish(self, *suffixes: str) -> None:
         # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".json", ".idx"):
+        for suffix in suffixes:
             self._partial(suffix).replace(corpus_file(self.prefix, suffix))
-        return sidecar
 
     def _write_index(self, index: ChecksummedFile) -> None:
         code = next(code for code, kind in CODES.items() if kind == self.dtype)

@@ -13,15 +13,13 @@ from typing import Any
 
 import sentencepiece
 
+from megagpt.data.other_tokenizers import HuggingFaceTokenizer, Vocabulary, tiktoken_encoding
+from megagpt.data.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 from megagpt.errors import UserError
 
-EOD_PIECE = "<eod>"
-_NEWLINE_ID = 2  # after <unk> and <eod>: where the settings below put it
 _SAMPLE_BYTES = 20_000_000  # more text no longer changes the merges that matter
 _PIECE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or a stretch of it that ends at a blank
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PAST_A_WORD = re.compile("[^\u2581]\u2581|\n")
-_UNCHANGED = "  ﬁ ½\t e\u0301  \n end "  # a text that comes back only without normalisation
 
 # What makes the round trip exact: bytes for rare characters, no normalisation, no blank added or removed,
 # and the newline as a symbol of its own, which no merge crosses.
@@ -60,32 +58,20 @@ def _is_unicode(text: str) -> bool:
 
 
 class Tokenizer:
-    """A sentencepiece model that is read from a file.
+    """A sentencepiece model, a `tokenizer.json` of Hugging Face's, or one of tiktoken's encodings by its name.
 
     `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file. `unknown` is the
     id of what no piece is for (None: bytes spell it out). `control_symbols` are the spellings of ids that no text
-    gives. `by_words`: see `_is_by_words`.
-    Raises UserError when the file is missing, is no sentencepiece model, or has no end-of-document symbol.
+    gives. `by_words`: a text's ids are those of its lines and words, blanks going with the word behind them.
+    Raises UserError when the file is missing, is no tokenizer, or has no end-of-document symbol.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        model = self._read()
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = self._load(model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eod: int = self._processor.eos_id()
-        if self.eod < 0:
-            raise UserError(
-                "the tokenizer has no end-of-document symbol (sentencepiece's eos)",
-                str(self.path),
-                "train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
-            )
-        unknown: int = self._processor.unk_id()
-        self.unknown = None if self._processor.is_byte(self._processor.piece_to_id("<0x00>")) else unknown
-        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
-        self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
-        self.by_words = self._is_by_words(pieces)
+        self._vocabulary = vocabulary = _vocabulary(self.path)
+        self.sha256, self.vocab_size = vocabulary.sha256, vocabulary.vocab_size
+        self.eod, self.unknown = vocabulary.eod, vocabulary.unknown
+        self.control_symbols, self.by_words = vocabulary.control_symbols, vocabulary.by_words
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never `eod`; lone surrogates count as U+FFFD.
@@ -99,14 +85,13 @@ class Tokenizer:
         first, *others = self.encode_all(text.split("\n"))
         ids = first
         for line in others:
-            ids.append(_NEWLINE_ID)
+            ids.append(NEWLINE_ID)
             ids += line
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, taken whole. The texts hold no lone surrogates."""
-        encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
-        return encoded
+        return self._vocabulary.encode_all(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; `eod` gives nothing. Raises UserError for an id outside the vocabulary."""
@@ -117,43 +102,21 @@ class Tokenizer:
                 str(self.path),
                 "use the tokenizer that the tokens were made with",
             )
-        return str(self._processor.decode(ids))
+        return self._vocabulary.decode(ids)
 
-    def _is_by_words(self, pieces: Sequence[str]) -> bool:
-        """Whether a text's ids are those of its lines and words, blanks going with the word behind them.
 
-        So it is with our settings, which the head of the vocabulary shows: no piece goes on past a word or over
-        a line's end, and BPE (whose scores count down from 0) merges only what makes a piece.
-        """
-        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
-        plain = [i for i in range(self.vocab_size) if not any(kind(i) for kind in kinds)]
-        merges = [i for i in plain if pieces[i] != "\n"]
-        return (
-            pieces[:3] == ["<unk>", EOD_PIECE, "\n"]
-            and not any(_PAST_A_WORD.search(pieces[i]) for i in merges)
-            and not any(self._processor.is_unused(i) for i in merges)
-            and [self._processor.get_score(i) for i in merges] == [-float(n) for n in range(len(merges))]
-            and self._processor.encode("\n") == [_NEWLINE_ID]  # no blank is put before a text
-            and self._processor.decode(self._processor.encode(_UNCHANGED)) == _UNCHANGED
-        )
-
-    def _read(self) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            do = "make one with `megagpt tokenizer train`, or correct the path"
-            raise UserError(f"cannot read the tokenizer: {error.strerror}", str(self.path), do) from None
-
-    def _load(self, model: bytes) -> Any:
-        error = UserError(
-            "not a sentencepiece model", str(self.path), "give the .model file that `tokenizer train` wrote"
-        )
-        if not model:
-            raise error  # sentencepiece would take it and print to the console later
-        try:
-            return sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError):
-            raise error from None
+def _vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer of a file, by its content; or of a name, where there is no such file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (encoding := tiktoken_encoding(str(path))):
+            return encoding
+        do = "make one with `megagpt tokenizer train`, or correct the path"
+        raise UserError(f"cannot read the tokenizer: {error.strerror}", str(path), do) from None
+    if content.lstrip().startswith(b"{"):
+        return HuggingFaceTokenizer(content, str(path))
+    return SentencepieceModel(content, str(path))
 
 
 def train_tokenizer(

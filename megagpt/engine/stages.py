@@ -17,7 +17,6 @@ from megagpt.engine import tensor
 from megagpt.engine.base import Accept
 from megagpt.engine.materialise import recompute
 from megagpt.model import cost, gpt
-from megagpt.model.documents import Documents
 from megagpt.recipe import ModelSection
 
 
@@ -52,7 +51,7 @@ class Stages(PipelineModule):
     def __init__(
         self, section: ModelSection, seed: int, layout: Layout, rank: int, document_end: int | None = None
     ) -> None:
-        self.documents = None if document_end is None else Documents(document_end)
+        self.documents = gpt.documents_of(section, document_end)
         with torch.device("meta"):
             layers = gpt.layers(section, self.documents)
             if layout.tensor_parallel > 1:

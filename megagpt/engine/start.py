@@ -24,8 +24,9 @@ def start(rank: Rank) -> str:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py). Set without
+        # a look at the others: to look is to run the C compiler, half a second at every start.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(rank.local_rank)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIME_LIMIT, verbose=False)

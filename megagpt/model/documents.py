@@ -29,12 +29,13 @@ class Bounds(NamedTuple):
 class Documents:
     """What all layers of a model know of the batch at hand: `now`. No module, for it holds no weights.
 
-    A document ends with the token `end`, which is its last one. Where sequences are cut over ranks, `first` is the
-    place of the first token here, and `whole` joins the ranks' ids [B, T] to [B, S].
+    A document ends with the token `end`, which is its last one. With `in_blocks` a GPU skips what no query sees. Where
+    sequences are cut over ranks, `first` is the place of the first token here, and `whole` joins the ranks' ids [B, T]
+    to [B, S].
     """
 
-    def __init__(self, end: int) -> None:
-        self.end, self.first = end, 0
+    def __init__(self, end: int, in_blocks: bool = True) -> None:
+        self.end, self.in_blocks, self.first = end, in_blocks, 0
         self.now: Bounds | None = None
 
     def whole(self, input_ids: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Documents:
         begins = F.pad(ends[:, :-1], (1, 0), value=True)
         places = at - torch.where(begins, at, 0).cummax(1).values
         mine = slice(self.first, self.first + input_ids.shape[1])
-        self.now = Bounds(places[:, mine], (_blocks if ends.is_cuda else _pairs)(number))
+        self.now = Bounds(places[:, mine], (_blocks if self.in_blocks and ends.is_cuda else _pairs)(number))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

@@ -50,6 +50,12 @@ def layers(section: ModelSection, documents: Documents | None = None) -> list[nn
     return [tokens, *positions, *blocks, _norm(section), head]
 
 
+def documents_of(section: ModelSection, end: int | None) -> Documents | None:
+    """What `layers` need to keep attention within documents that end with the token `end`; None for no such thing."""
+    in_blocks = section.dropout == 0  # flex attention drops nothing out
+    return None if end is None else Documents(end, in_blocks)
+
+
 def _norm(section: ModelSection) -> nn.Module:
     return LayerNorm(section.d_model) if section.norm == "layernorm" else RMSNorm(section.d_model)
 
@@ -102,7 +108,7 @@ class GPT(nn.Module):
     def __init__(self, section: ModelSection, document_end: int | None = None) -> None:
         super().__init__()
         self.section = section
-        self.documents = None if document_end is None else Documents(document_end)
+        self.documents = documents_of(section, document_end)
         self.layers = nn.ModuleList(layers(section, self.documents))
 
     def forward(

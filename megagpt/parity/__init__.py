@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megagpt.ds_config import Resolved
     from megagpt.engine.base import Engine
     from megagpt.parity.curve import Curve, Difference
+    from megagpt.state import UpdateResult
 
 _HELD_OUT_FROM = 1_000_000  # a data position far from what is trained on
 
@@ -101,12 +103,20 @@ def _train(engine: Engine, small: Resolved, updates: Sequence[Batch], held_out: 
 
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     before = engine.evaluate(_share(held_out, small, rank))
-    results = [engine.train_update(_share(batch, small, rank)) for batch in updates]
+    results = [_update(engine, _share(batch, small, rank)) for batch in updates]
     after = engine.evaluate(_share(held_out, small, rank))
     final = {name: value.clone() for name, value in engine.weights()}
     rows = ([row.loss, row.grad_norm, row.lr, row.tokens] for row in results)
     losses, norms, rates, tokens = (list(column) for column in zip(*rows, strict=True))
     return Curve(losses, norms, rates, [int(number) for number in tokens], [before, after], initial, final)
+
+
+def _update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
+    """One update; where fp16's gradient overflows it is made again at a lower scale, as in a run."""
+    result = engine.train_update(batches)
+    while not result.made and math.isfinite(result.loss) and result.scale and result.scale.value > result.scale.minimum:
+        result = engine.train_update(batches)
+    return result
 
 
 def _share(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:

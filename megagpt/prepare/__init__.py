@@ -6,18 +6,20 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
 from megagpt.data.documents import DEFAULT_FRACTION, digest_of, in_validation
 from megagpt.data.oddities import Oddities
 from megagpt.data.reading import whole_documents
-from megagpt.data.sources import find_sources
+from megagpt.data.sources import Source, find_sources
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare.corpus import Options, description, write_corpus
+from megagpt.prepare.corpus import Options, Work, description, write_corpus
+from megagpt.prepare.ranks import Ranks, joined_ranks
 from megagpt.prepare.summary import Corpora, PrepareSummary, TokenizerSummary
-from megagpt.prepare.workplace import Workplace
+from megagpt.prepare.workplace import Workplace, remove, workplace_of
 
 __all__ = [
     "Corpora",
@@ -68,7 +70,7 @@ def prepare_command(
     killed, nothing that looks like a corpus is there, and the same call goes on where it stopped.
     Raises UserError for input that cannot be read, and when a part would be empty.
     """
-    (summary,) = prepare_corpora(inputs, tokenizer, output, options).corpora
+    (summary,) = _prepared(inputs, Tokenizer(tokenizer), os.fspath(output), options or Options(), Ranks(), None).corpora
     return summary
 
 
@@ -78,22 +80,36 @@ def prepare_corpora(
     output: str | os.PathLike[str],
     options: Options | None = None,
     out: TextIO | None = None,
+) -> Corpora | None:
+    """As `prepare_command`, with progress shown on `out`; a manifest's corpora one after the other, as OUTPUT.NAME.
+
+    Started by mpirun or srun, the processes share the work, and the first one joins what they made and has the answer.
+    """
+    with joined_ranks() as ranks:
+        made = _prepared(inputs, Tokenizer(tokenizer), os.fspath(output), options or Options(), ranks, out)
+        return made if ranks.rank == 0 else None
+
+
+def _prepared(
+    inputs: Sequence[str], model: Tokenizer, output: str, options: Options, ranks: Ranks, out: TextIO | None
 ) -> Corpora:
-    """As `prepare_command`, with progress shown on `out`; a manifest's corpora one after the other, as OUTPUT.NAME."""
-    options, output, model = options or Options(), os.fspath(output), Tokenizer(tokenizer)
-    with Workplace(output) as workplace:
-        sources = find_sources(inputs, workplace.folder / "stdin")
+    folder = workplace_of(output)
+    with ExitStack() as stack:
+
+        def begun() -> list[Source]:
+            stack.enter_context(Workplace(folder))
+            return find_sources(inputs, folder / "stdin")
+
+        sources = ranks.first(begun)
         names = dict.fromkeys(source.corpus for source in sources)
         if not names:
             raise UserError("no file is named", ", ".join(inputs), "give at least one file of text")
         corpora = []
         for name in names:
             its_own = [source for source in sources if source.corpus == name]
-            prefix = f"{output}.{name}" if name else output
-            corpora.append(
-                write_corpus(its_own, model, prefix, options, workplace.folder / f"shards{name and '.'}{name}", out)
-            )
-        workplace.remove()
+            prefix, shards = (f"{output}.{name}", f"shards.{name}") if name else (output, "shards")
+            corpora.append(write_corpus(Work(its_own, model, prefix, options, folder / shards), ranks, out))
+        remove(folder)
     return Corpora(tuple(corpora))
 
 

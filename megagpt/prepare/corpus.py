@@ -16,7 +16,7 @@ from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.indexed import corpus_file
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.oddities import OddInput
-from megagpt.data.pieces import cut
+from megagpt.data.pieces import Piece, cut
 from megagpt.data.shards import Record
 from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
@@ -28,6 +28,7 @@ from megagpt.prepare.encoding import Job, PieceError, cannot_write
 from megagpt.prepare.joining import join
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
+from megagpt.prepare.ranks import Ranks
 from megagpt.prepare.summary import Oddity, PartSummary, PrepareSummary
 
 
@@ -47,56 +48,100 @@ class Options:
     shuffle: bool = False
 
 
-def write_corpus(
-    sources: Sequence[Source], model: Tokenizer, output: str, options: Options, folder: Path, out: TextIO | None
-) -> PrepareSummary:
-    """Write OUTPUT.train.* and OUTPUT.validation.* from the sources; the shards lie in `folder` meanwhile.
+@dataclass(frozen=True)
+class Work:
+    """One corpus that is to be made: of what, with which tokenizer, where to, and where its shards lie meanwhile."""
+
+    sources: Sequence[Source]
+    model: Tokenizer
+    output: str
+    options: Options
+    folder: Path
+
+
+def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
+    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share, the first one joins the shards.
 
     Progress is shown on `out`. Raises UserError for input that cannot be read and when a part would be empty,
     MachineError for a full disk.
     """
     begin = time.perf_counter()
-    check_fraction(options.validation_fraction, f"{output}.validation")
+    options = work.options
     key = tuple(options.text_key.split("."))
-    job = Job(folder, model.path, options.validation_fraction, key, options.strict)
+    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict)
+    missing, pieces = ranks.first(lambda: _begun(work, out))
+    work.folder.mkdir(parents=True, exist_ok=True)  # where the disk is not shared
+    records, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
+    ranks.gather_files(work.folder, [f"{one.number}.{suffix}" for one in records for suffix in ("bin", "rows", "json")])
+    failures = [failure for failure in ranks.all(failure) if failure]
+    return ranks.first(lambda: _finished(work, pieces, failures, begin))
+
+
+def _begun(work: Work, out: TextIO | None) -> tuple[list[Piece], int]:
+    """The pieces that have no shard yet, and how many there are in all."""
+    check_fraction(work.options.validation_fraction, f"{work.output}.validation")
     try:
-        workplace.follow(folder, _plan(sources, model, options))
-        records = _encoded(job, sources, options.workers, out)
-        odd = odd_places.told([record.oddities for record in records], sources)
-        made = _made(options, odd)
-        parts, copies, unknown = _joined(records, model, output, options, folder, odd, made)
+        workplace.follow(work.folder, _plan(work))
     except OSError as error:
-        raise cannot_write(error, folder) from None
+        raise cannot_write(error, work.folder) from None
+    pieces = cut(work.sources)
+    there = workplace.records(work.folder, len(pieces))
+    if there and out:
+        out.write(f"prepare: going on, {len(there):,} of {len(pieces):,} pieces are done\n")
+    return [piece for piece in pieces if piece.number not in there], len(pieces)
+
+
+def _encoded(
+    job: Job, pieces: Sequence[Piece], workers: int | None, ranks: Ranks, out: TextIO | None
+) -> tuple[list[Record], PieceError | None]:
+    """The records of this rank's pieces, or the first piece that failed."""
+    count = workers or (len(os.sched_getaffinity(0)) if ranks.size == 1 else 1)
+    try:
+        with shown(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
+            return encode_all(job, pieces, count, progress.add), None
+    except PieceError as failure:
+        if not isinstance(failure.cause, UserError | OddInput):
+            raise
+        return [], failure
+
+
+def _finished(work: Work, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
+    """Publish the corpora from the shards. Raises what the first piece that failed, if any, failed by."""
+    records = workplace.records(work.folder, pieces)
+    if failures:
+        failure = min(failures, key=lambda failure: failure.number)
+        if not isinstance(failure.cause, OddInput):
+            raise failure.cause
+        earlier = [record.oddities for number, record in records.items() if number < failure.number]
+        raise odd_places.strict_error(failure.cause, earlier, work.sources)
+    odd = odd_places.told([record.oddities for record in records.values()], work.sources)
+    try:
+        parts, copies, unknown = _joined(work, list(records.values()), odd)
+    except OSError as error:
+        raise cannot_write(error, work.folder) from None
     summaries = [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts]
     validation = summaries[1] if len(summaries) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(sources), summaries[0], validation, odd, copies, unknown, seconds)
+    return PrepareSummary(description(work.sources), summaries[0], validation, odd, copies, unknown, seconds)
 
 
-def _joined(
-    records: Sequence[Record],
-    model: Tokenizer,
-    output: str,
-    options: Options,
-    folder: Path,
-    odd: Sequence[Oddity],
-    made: dict[str, object],
-) -> tuple[list[Writer], int, int]:
+def _joined(work: Work, records: Sequence[Record], odd: Sequence[Oddity]) -> tuple[list[Writer], int, int]:
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
-    keep = first_copies(folder, records) if options.deduplicate else None
+    options, model = work.options, work.model
+    keep = first_copies(work.folder, records) if options.deduplicate else None
     names = ["train", "validation"] if options.validation_fraction else ["train"]
     with ExitStack() as stack:
-        parts = [stack.enter_context(Writer(f"{output}.{name}", model.vocab_size)) for name in names]
+        parts = [stack.enter_context(Writer(f"{work.output}.{name}", model.vocab_size)) for name in names]
         by_validation = dict(zip((False, True), parts, strict=False))
-        unknown = join(folder, records, by_validation, keep, options.shuffle, model.unknown)
+        unknown = join(work.folder, records, by_validation, keep, options.shuffle, model.unknown)
         copies = sum(record.documents for record in records) - sum(part.documents for part in parts)
         try:
             _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
         except UserError:
-            workplace.remove(folder)
+            workplace.remove(work.folder)
             raise
         for part in parts:
-            part.finish(model.sha256, model.eod, made | {"copies_left_out": copies, "unknown": unknown})
+            part.finish(model.sha256, model.eod, _made(options, odd) | {"copies_left_out": copies, "unknown": unknown})
     return parts, copies, unknown
 
 
@@ -120,14 +165,14 @@ def check_fraction(fraction: float, prefix: str) -> None:
         raise UserError(what, str(old), "remove it, choose another --output, or a --validation-fraction above 0")
 
 
-def _plan(sources: Sequence[Source], model: Tokenizer, options: Options) -> dict[str, object]:
+def _plan(work: Work) -> dict[str, object]:
     """All that the shards depend on."""
     return {
         "version": 1,
-        "sources": [[source.path, source.kind.value, source.size, source.state] for source in sources],
-        "tokenizer": model.sha256,
-        "text_key": options.text_key,
-        "validation_fraction": options.validation_fraction,
+        "sources": [[source.path, source.kind.value, source.size, source.state] for source in work.sources],
+        "tokenizer": work.model.sha256,
+        "text_key": work.options.text_key,
+        "validation_fraction": work.options.validation_fraction,
     }
 
 
@@ -138,25 +183,6 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
         "options": {name: value for name, value in asdict(options).items() if name != "workers"},
         "odd": {kind.kind: kind.count for kind in odd},
     }
-
-
-def _encoded(job: Job, sources: Sequence[Source], workers: int | None, out: TextIO | None) -> list[Record]:
-    """The records of all shards, in order; those that are not there yet are made."""
-    pieces = cut(sources)
-    there = workplace.records(job.folder, len(pieces))
-    missing = [piece for piece in pieces if piece.number not in there]
-    if there and out:
-        out.write(f"prepare: going on, {len(there):,} of {len(pieces):,} pieces are done\n")
-    try:
-        with shown(sum(piece.size for piece in missing), out) as progress:
-            new = encode_all(job, missing, workers or len(os.sched_getaffinity(0)), progress.add)
-    except PieceError as failure:
-        if not isinstance(failure.cause, OddInput):
-            raise failure.cause from failure
-        earlier = workplace.records(job.folder, failure.number).values()
-        raise odd_places.strict_error(failure.cause, [record.oddities for record in earlier], sources) from None
-    there |= {record.number: record for record in new}
-    return [there[piece.number] for piece in pieces]
 
 
 def _check_parts(parts: Sequence[Writer], fraction: float, odd: Sequence[str]) -> None:

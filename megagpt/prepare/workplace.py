@@ -14,6 +14,11 @@ from megagpt.data.shards import Record, read_record
 from megagpt.errors import UserError
 
 
+def workplace_of(output: str) -> Path:
+    """The folder beside OUTPUT where its shards lie until it is whole."""
+    return Path(output + ".prepare")
+
+
 class Workplace:
     """A folder beside the output, locked within the `with` block.
 
@@ -21,8 +26,8 @@ class Workplace:
     Raises UserError when another command holds it, or it cannot be made.
     """
 
-    def __init__(self, output: str) -> None:
-        self.folder = Path(output + ".prepare")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __enter__(self) -> Workplace:
         try:
@@ -36,12 +41,8 @@ class Workplace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not any(self.folder.glob("*/*.json")):
-            self.remove()
+            remove(self.folder)
         self._lock.close()
-
-    def remove(self) -> None:
-        """Remove the folder and all in it."""
-        remove(self.folder)
 
     def _locked(self) -> IO[str]:
         """The lock's open file, in which our process number stands."""

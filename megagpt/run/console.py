@@ -71,6 +71,7 @@ class Progress:
         self._start = time.perf_counter()
         self._seconds = 0.0
         self._updates = 0
+        self.waited = 0.0  # seconds of the present update that went by before its batches were there
 
     def update(self) -> float:
         """Note that an update has ended; its seconds, without what ran since (`pause`)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.files import replace_text
+from megagpt.run import times
 
 NAME = "metrics.jsonl"
 _DECISIONS = ("skip", "rollback")  # data that is left out for good
@@ -26,20 +27,23 @@ class Metrics:
         self._path = run / NAME
         self._file: int | None = None
         self._waiting = b""
-        if main:
-            self._open(resumed_at)
+        self.lost_seconds = self._open(resumed_at) if main else 0.0  # of what was recorded after `resumed_at`
 
-    def go_back(self, update: int) -> None:
-        """Forget what was recorded after `update`."""
-        if self._file is not None:
-            self.close()
-            self._open(update)
+    def go_back(self, update: int) -> float:
+        """Forget what was recorded after `update`; the seconds that it took."""
+        if self._file is None:
+            return 0.0
+        self.close()
+        return self._open(update)
 
-    def _open(self, update: int) -> None:
-        path = self._path
-        if path.exists():
-            _truncate(path, update)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    def has(self, event: str, update: int) -> bool:
+        """Whether an event of this kind is on record for this update; only rank 0 knows."""
+        return self._file is not None and any(record["update"] == update for record in read(self._path.parent, event))
+
+    def _open(self, update: int) -> float:
+        lost = _truncate(self._path, update) if self._path.exists() else 0.0
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        return lost
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; it is on its way to the disk when this returns, if there is room."""
@@ -81,11 +85,13 @@ def decisive(run: Path, last: int) -> list[dict[str, Any]]:
     ]
 
 
-def _truncate(path: Path, update: int) -> None:
-    """Drop what was recorded after `update`: those updates will be made again, by the same decisions."""
+def _truncate(path: Path, update: int) -> float:
+    """Drop what was recorded after `update`, and the seconds that it took: it will be made again, as was decided."""
+    records = list(read(path.parent))
     kept = [
         record
-        for record in read(path.parent)
+        for record in records
         if record["event"] in _DECISIONS or (record["update"] <= update and record["event"] != "done")
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return times.of(records).total - times.of(kept).total

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from megagpt.state import Verdict
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
+T = TypeVar("T")
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
 
 
@@ -49,3 +51,19 @@ class Stopping:
             signal.raise_signal(number)
         self._noted_at = self._noted_at or time.monotonic()
         self._reason = self._reason or f"signal {signal.Signals(number).name}"
+
+
+class Asking:
+    """Lets items through until `asked`, called before each, says why to stop; from then on `reason` holds it."""
+
+    def __init__(self, asked: Callable[[], str | None]) -> None:
+        self._asked = asked
+        self.reason: str | None = None
+
+    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+        """The items before the stop."""
+        for item in items:
+            self.reason = self.reason or self._asked()
+            if self.reason:
+                return
+            yield item

@@ -21,16 +21,17 @@ from pathlib import Path
 
 from megagpt.errors import EXIT_FAILURE
 
-UPDATE = "update"
+DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
+EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
 _EXEMPT = 2  # updates: the first ones build, compile and warm up
-_LONGER = 10  # times the limit, for a phase that is not an update and was not measured yet
+_LONGER = 10  # times the limit, for phases that wait for disks, or happen once: between two batches nothing does
 
 
 class Watch:
     """Notes the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for an evaluation or a
-    save ten times `seconds` at least. `alarm` prints where people look.
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save or a sample
+    ten times `seconds` at least. An evaluation enters its phase again with each batch. `alarm` prints for people.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, alarm: Callable[[str], None]) -> None:
@@ -46,7 +47,7 @@ class Watch:
         now = time.monotonic()
         self._lasted[self._phase].append(now - self._since)
         self._phase, self._update, self._since = phase, update, now
-        self._seen += phase == UPDATE
+        self._seen += phase == PASSES
 
     def close(self) -> None:
         """Stop watching."""
@@ -68,7 +69,7 @@ class Watch:
 
     def _limit(self) -> float:
         measured = list(self._lasted[self._phase])
-        least = self._seconds if self._phase == UPDATE else _LONGER * self._seconds
+        least = self._seconds if self._phase in (DATA, PASSES, STEP, EVALUATE) else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 
     def _give_up(self, lasted: float) -> None:

@@ -7,84 +7,247 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megagpt import checkpoints
 from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.run import checkpoint, times
 from tests import training
+from tests.faults import drawn
+from tests.faults.drawn import ENDS, INSIDE, SAVING, Plan, repeated_and_lost
+from tests.faults.launches import Launch, launch
 
-GLOBAL_BATCH, EVERY, SPACING = 4, 10, 25  # samples an update, updates between checkpoints, updates a fault on average
+GLOBAL_BATCH, SEQ_LEN, EVERY, SPACING = 4, 32, 5, 8  # samples, tokens, updates a checkpoint, updates a launch
+PATIENCE = 120.0  # seconds; who takes longer is wrong
+LAYOUTS = (("zero1", 2), ("zero3", 1), ("zero2", 2), ("zero3", 2), ("zero1", 1))
+FIRST = {"kind": "phase", "name": "first", "phase": "data", "update": 0, "nth": 2, "act": "note"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What a campaign did: `lost` updates were made twice, `wrong` lists what differs from the uninterrupted run."""
+    """What a campaign did. `lost` updates were made twice; `wrong` lists what is not as without faults."""
 
-    faults: dict[str, int]
-    lost: list[int]
-    seconds_to_go_on: list[float]
-    wrong: list[str]
-
-
-def damage_newest(run: Path, chance: random.Random) -> None:
-    """Flip a bit of a file of the newest checkpoint, if it is not the only one."""
-    folders = sorted((run / "checkpoints").glob("update_*"))
-    if len(folders) > 1:
-        path = chance.choice([path for path in folders[-1].rglob("*") if path.is_file()])
-        content = bytearray(path.read_bytes())
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        path.write_bytes(bytes(content))
+    faults: Counter[str] = field(default_factory=Counter)
+    launches: int = 0
+    updates: int = 0
+    lost: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    tokens_lost: int = -1
+    tokens_repeated: int = -1
+    notice: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    go_on: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    effective: str = ""
+    history: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
 
-def campaign(faults: int, seed: int, data: Path, folder: Path) -> Outcome:
-    """Run `faults` random faults over one training run."""
-    chance, total = random.Random(seed), SPACING * (faults + 1)
-    words = (f"length.updates={total}", "evaluation.every=null", f"checkpoint.every={EVERY}")
-    straight, run = folder / "straight", folder / "run"
-    training.finish(training.write_recipe(straight, data), *words)
-    recipe = training.write_recipe(run, data)
-    counted: dict[str, int] = {}
-    lost, waits, seen = [], [], 0
-    for _ in range(faults):
-        kind = chance.choice(("kill", "kill", "term", "kill and damage", "latest gone"))
-        start = time.monotonic()
-        with training.ranks(recipe, *words) as (process,):
-            training.wait_for_update(run, min(seen + 1, total))
-            waits.append(time.monotonic() - start)
-            target = min(seen + chance.randrange(1, 2 * SPACING), total)
-            while process.poll() is None and training.curve(run)[-1]["update"] < target:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
-            process.communicate(timeout=60)
-        counted[kind] = counted.get(kind, 0) + 1
-        reached = int(training.curve(run)[-1]["update"])
-        if kind == "kill and damage":
-            damage_newest(run, chance)
-        if kind == "latest gone":
-            (run / "checkpoints/latest").unlink(missing_ok=True)
-        saved = max(int(path.name[7:]) for path in (run / "checkpoints").glob("update_*"))
-        lost.append(reached - saved)
-        seen = saved if kind != "kill and damage" else 0
-    training.finish(recipe, *words)
-    return Outcome(counted, lost, waits, _differences(run, straight, total))
+class Campaign:
+    """One run under faults, in `folder`, and the same run left alone."""
+
+    def __init__(self, faults: int, seed: int, data: Path, folder: Path, layouts: bool = False) -> None:
+        self._chance, self._folder, self._layouts = random.Random(seed), folder, layouts
+        self._kinds, self._out = drawn.kinds(faults, self._chance), Outcome()
+        self._ends = sum(kind in ENDS for kind in self._kinds)
+        self._total = SPACING * self._ends + 4 * EVERY
+        self._run, self._alone = folder / "run", folder / "alone"
+        self._recipes = {run: training.write_recipe(run, data) for run in (self._run, self._alone)}
+        bad = self._kinds.count("data that yields NaN")
+        room = (self._total - 4 * EVERY) // max(bad, 1)  # one in each stretch, none before the first checkpoint
+        at = [2 * EVERY + room * number + self._chance.randrange(room) for number in range(bad)]
+        self._poison = {"kind": "poison", "name": "data that yields NaN", "rank": 0,
+                        "positions": [GLOBAL_BATCH * update for update in at]}  # fmt: skip
+
+    def make(self) -> Outcome:
+        """Train both, and compare them."""
+        begun, waiting = time.monotonic(), []
+        self._to_the_end(self._alone)
+        for kind in self._kinds:
+            if kind in INSIDE:
+                waiting.append(kind)
+            elif kind in ENDS:
+                waiting = self._launch_until(kind, waiting)
+                self._ends = max(self._ends - 1, 1)
+            else:
+                before = self._saved()
+                if drawn.damage(kind, self._run, self._chance):
+                    self._count(kind, before - self._saved())
+        for _ in range(len(self._kinds)):
+            waiting = self._launch_until("a signal to one rank", waiting) if waiting else []
+        self._to_the_end(self._run)
+        self._compare()
+        self._out.seconds = time.monotonic() - begun
+        return self._out
+
+    def _start(self, stack: ExitStack, run: Path, faults: list[dict], *words: str) -> Launch:
+        config, world = LAYOUTS[self._out.launches % len(LAYOUTS)] if self._layouts and run == self._run else LAYOUTS[0]
+        words = (f"length.updates={self._total}", f"checkpoint.every={EVERY}", "evaluation.every=10",
+                 "evaluation.samples=16", "log.every=100", *words)  # fmt: skip
+        self._out.launches += run == self._run
+        faults = [self._poison, FIRST, *faults]
+        return stack.enter_context(
+            launch(self._recipes[run], *words, folder=self._folder, world=world, config=config, faults=faults)
+        )
+
+    def _to_the_end(self, run: Path) -> None:
+        with ExitStack() as stack:
+            ranks = self._start(stack, run, [])
+            if set(ranks.wait(20 * PATIENCE)) != {0}:
+                raise RuntimeError(f"{run} ended with {ranks.codes()}:\n{ranks.printed()}")
+            if run == self._run:
+                self._note(ranks)
+
+    def _launch_until(self, kind: str, inside: list[str]) -> list[str]:
+        """Launch until the end of this kind has really come; the faults inside that have not happened yet."""
+        for _ in range(20):
+            was = max(self._saved(), 0)
+            left = (self._total - 3 * EVERY - was) / self._ends
+            update = min(was + 2 + int(left * self._chance.uniform(0.3, 1.7)), self._total - EVERY)
+            made = drawn.plan(kind, update, LAYOUTS[0][1], self._chance)
+            faults = [drawn.inside(name, update, 2, self._chance) for name in inside if name != "data that yields NaN"]
+            happened = self._under(made, faults)
+            inside = [name for name in inside if name not in happened and name != self._poison["name"]]
+            if kind in happened:
+                return inside
+        self._out.wrong.append(f"{kind}: did not happen in 20 launches")
+        return []
+
+    def _under(self, made: Plan, faults: list[dict]) -> set[str]:
+        """One launch: let its faults happen, wait for its end, see what is left; the names of what happened."""
+        act = "raise" if made.act == "raise" else "note"
+        mark = {"kind": "phase", "name": made.kind, "phase": made.phase, "update": made.update, "act": act,
+                "rank": made.ranks[0]}  # fmt: skip
+        with ExitStack() as stack:
+            words = [f"checkpoint.asynchronous={self._chance.choice(('true', 'false'))}"]
+            words += ["log.hang_after=2"] if made.act == "SIGSTOP" else []
+            ranks = self._start(stack, self._run, [mark, *faults], *words)
+            came = not made.phase or ranks.fires(made.kind, PATIENCE)
+            time.sleep(made.delay)
+            at = time.monotonic()
+            if came and made.act != "raise":
+                self._hit(ranks, made)
+            codes = ranks.wait(PATIENCE, all_but=made.ranks if made.act == "SIGSTOP" else ())
+            gone = time.monotonic()
+            names = self._note(ranks)
+            self._out.history.append(
+                f"{gone - ranks.started:.1f} s {made}: {codes}, inside {names}, left {self._updates()}, {self._saved()}"
+            )
+            self._judge(made, codes, came, "file calls that fail" in names, ranks.printed())
+        if came:
+            names.add(made.kind)
+            self._out.notice[made.kind].append(gone - at)
+        for name in names - {made.kind}:
+            self._count(name, 0)
+        if came:
+            lost = self._updates() - max(self._saved(), 0)
+            self._count(made.kind, lost)
+            if made.kind in SAVING and lost and "file calls that fail" not in names:
+                self._out.wrong.append(f"{made.kind}: {lost} updates lost")
+        return names
+
+    def _hit(self, ranks: Launch, made: Plan) -> None:
+        """Let the end of a launch happen, from outside."""
+        if made.act == "stop":
+            checkpoints.stop(self._run)
+            return
+        for rank in made.ranks:
+            if ranks.codes()[rank] is None:
+                os.kill(ranks.pids()[rank], signal.Signals[made.act])
+
+    def _judge(self, made: Plan, codes: list[int | None], came: bool, broken: bool, printed: str) -> None:
+        """Whether the ranks ended as they should: a launch whose file calls failed may end itself first."""
+        if broken and set(codes) <= {0, 1, 75, -9}:
+            return
+        if not came and made.act == "SIGSTOP" and set(codes) == {1}:
+            return  # on a busy machine 2 s pass without a hang
+        if not came or tuple(codes) not in made.codes(len(codes)):
+            self._out.wrong.append(f"{made}: ended with {codes}\n{printed[-2000:]}")
+
+    def _note(self, ranks: Launch) -> set[str]:
+        """Note how long the launch took to go on; the names of the faults that have happened inside."""
+        events = ranks.fired()
+        self._out.go_on += [event["at"] - ranks.started for event in events if event["name"] == "first"][:1]
+        return {event["name"] for event in events} & set(INSIDE) - {"data that yields NaN"}
+
+    def _count(self, kind: str, lost: int) -> None:
+        self._out.faults[kind] += 1
+        self._out.lost[kind].append(lost)
+
+    def _updates(self) -> int:
+        """The last update on record."""
+        if not (self._run / "metrics.jsonl").exists():
+            return 0
+        return max([update["update"] for update in training.curve(self._run)], default=0)
+
+    def _saved(self) -> int:
+        """The update of the newest whole checkpoint."""
+        found, _ = checkpoint.newest_valid(self._run)
+        return found.state.update if found else 0
+
+    def _compare(self) -> None:
+        """With the run left alone, bit for bit, and with the closed form of the data positions."""
+        out, curve, alone = self._out, training.curve(self._run), training.curve(self._alone)
+        left_out = {event["position"] for event in training.events(self._run) if event["event"] in ("rollback", "skip")}
+        repeated, lost = repeated_and_lost([update["position"] for update in curve], GLOBAL_BATCH, left_out)
+        out.tokens_repeated, out.tokens_lost, out.updates = SEQ_LEN * repeated, SEQ_LEN * lost, len(curve)
+        out.faults[self._poison["name"]] = len(left_out)
+        out.effective = str(times.of(training.events(self._run)))
+        if repeated or lost or left_out != set(self._poison["positions"]):
+            out.wrong.append("the data positions are not the closed form's")
+        if [update["update"] for update in curve] != list(range(1, self._total + 1)):
+            out.wrong.append("the updates' numbers have gaps")
+        if _validations(self._run) != _validations(self._alone) and not self._layouts:
+            out.wrong.append("the validations")
+        if self._layouts:
+            far = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(curve, alone, strict=True))
+            out.wrong += [f"a loss differs by {far:.1e}"] if far > 1e-5 else []
+            return
+        if curve != alone:
+            first = next((a["update"] for a, b in zip(curve, alone, strict=False) if a != b), "the end")
+            out.wrong.append(f"the curve, from update {first} on")
+        if training.final_weights(self._run) != training.final_weights(self._alone):
+            out.wrong.append("the weights")
 
 
-def _differences(run: Path, straight: Path, total: int) -> list[str]:
-    """Against the uninterrupted run, bit for bit, and against the closed form of the data positions."""
-    wrong = []
-    if training.curve(run) != training.curve(straight):
-        wrong.append("the curve")
-    if training.final_weights(run) != training.final_weights(straight):
-        wrong.append("the weights")
-    if [update["position"] for update in training.curve(run)] != [GLOBAL_BATCH * n for n in range(1, total + 1)]:
-        wrong.append("the data positions: a sample was lost or repeated")
-    return wrong
+def _validations(run: Path) -> list[tuple[object, object]]:
+    return [(event["update"], event["loss"]) for event in training.events(run) if event["event"] == "validation"]
+
+
+def campaign(faults: int, seed: int, data: Path, folder: Path, layouts: bool = False) -> Outcome:
+    """`faults` random faults over one training run in `folder`, on the corpus of `data`."""
+    return Campaign(faults, seed, data, folder, layouts).make()
+
+
+def table(out: Outcome) -> str:
+    """What a campaign did, for people."""
+    rows = [
+        f"{'fault':<32}{'times':>6}{'updates lost: most':>20}{'in all':>8}{'seconds to notice: median':>27}{'most':>7}"
+    ]
+    for kind, count in sorted(out.faults.items()):
+        lost, notice = out.lost[kind], out.notice[kind]
+        seconds = f"{statistics.median(notice):>27.2f}{max(notice):>7.2f}" if notice else ""
+        rows.append(f"{kind:<32}{count:>6}{max(lost, default=0):>20}{sum(lost):>8}{seconds}")
+    lost = sum(sum(updates) for updates in out.lost.values())
+    rows += [
+        f"faults {sum(out.faults.values())}, launches {out.launches}, {out.seconds:,.0f} s",
+        f"updates {out.updates}, made again {lost}",
+        f"tokens lost {out.tokens_lost}, repeated {out.tokens_repeated}",
+        f"seconds from start to the first update: median {statistics.median(out.go_on):.2f}, most {max(out.go_on):.2f}",
+        f"effective training time: {out.effective}",
+        f"wrong: {len(out.wrong)}",
+        *out.wrong,
+        *(out.history if out.wrong else []),
+    ]
+    return "\n".join(rows)
 
 
 def main() -> int:
@@ -92,25 +255,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--layouts", action="store_true", help="another layout at each start, compared within 1e-5")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        train_tokenizer_command([str(training.write_text(_made(folder / "text")))], 320, folder / "text")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "text").mkdir()
+        training.write_text(folder / "text")
+        train_tokenizer_command([str(folder / "text")], 320, folder / "text")
         prepare_command([str(folder / "text")], folder / "text.model", folder / "text", Options(0.2))
-        outcome = campaign(options.faults, options.seed, folder, _made(folder / "runs"))
-    finally:
-        shutil.rmtree(folder)
-    waits = sorted(outcome.seconds_to_go_on)
-    print(json.dumps({
-        "faults": outcome.faults, "updates made twice, most": max(outcome.lost), "in all": sum(outcome.lost),
-        "seconds to the next update, median": waits[len(waits) // 2], "most": waits[-1], "wrong": outcome.wrong,
-    }, indent=1))  # fmt: skip
-    return 1 if outcome.wrong else 0
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
+        out = campaign(options.faults, options.seed, folder, folder, options.layouts)
+    print(json.dumps(vars(out)) if options.json else table(out))
+    return 1 if out.wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Runs that save beside training: the same bits as those that stand still for it, whatever happens meanwhile."""
 
+import contextlib
+import json
 import os
 import signal
+import time
 
 import pytest
 
 from megagpt.run import checkpoint
 from tests.protocol import same_run
-from tests.training import events, finish, ranks, wait_for_update
+from tests.training import curve, events, finish, ranks, wait_for_update
 
 BESIDE = "checkpoint.asynchronous=true"
 
@@ -28,16 +31,27 @@ def write(path, data):
 files.write = write
 """
 
+# the 16th forward pass, that of update 16, yields NaN
+BAD = """
+import torch
+count, embedding = 0, torch.nn.functional.embedding
+def bad(*arguments, **words):
+    global count
+    count += 1
+    return embedding(*arguments, **words) * (float("nan") if count == 16 else 1.0)
+torch.nn.functional.embedding = bad
+"""
+
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
     """Makes one rank's writing of one checkpoint wait until `go` is there, or fail."""
     site, go = tmp_path / "site", tmp_path / "go"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(SLOW)
     paths = os.environ.get("PYTHONPATH", "")
 
-    def plant(update, rank=0, refuse=""):
+    def plant(update, rank=0, refuse="", more=""):
+        (site / "sitecustomize.py").write_text(SLOW + more)
         values = {"ON_RANK": rank, "ON_PATH": f".partial_update_{update:08d}/state", "REFUSE": refuse, "GO": go}
         for name, value in {"PYTHONPATH": f"{site}:{paths}", **values}.items():
             monkeypatch.setenv(name, str(value))
@@ -73,7 +87,7 @@ def test_training_goes_on_while_the_disk_is_slow_and_ends_with_the_same_bits(rec
         wait_for_update(run, 20)  # the save of 20 is due, and waits for that of 10
         assert saved(run) == []
         go.write_text("")
-        printed = process.communicate(timeout=90)[0]
+        printed = process.communicate(timeout=180)[0]
         assert process.returncode == 0
     assert "SAVED" not in printed
     places = order(run, ("update", 20), ("checkpoint", 10), ("update", 21), ("checkpoint", 20))
@@ -101,6 +115,31 @@ def test_killed_while_a_checkpoint_is_being_written_it_goes_on_from_the_one_befo
     same_run(run, uninterrupted)
 
 
+def wait_for_phase(run, phase, update, seconds=180):
+    """Return when rank 0's heartbeat says so."""
+    for _ in range(int(seconds / 0.05)):
+        with contextlib.suppress(OSError, ValueError):
+            beat = json.loads((run / "logs/rank-0.heartbeat").read_text())
+            if (beat["phase"], beat["update"]) == (phase, update):
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} has not come to phase {phase} of update {update}")
+
+
+def test_a_roll_back_waits_for_the_checkpoint_that_is_being_written_and_goes_back_to_it(recipe, disk):
+    run, go = recipe.with_suffix(""), disk(update=10, more=BAD)
+    with ranks(recipe, BESIDE, "length.updates=20", "evaluation.every=null", "health.skips=0") as (process,):
+        wait_for_phase(run, "save", 15)
+        assert saved(run) == []
+        go.write_text("")
+        printed = process.communicate(timeout=180)[0]
+        assert process.returncode == 0
+    assert "ROLLED BACK  to update 10: the loss is nan in update 16" in printed
+    places = order(run, ("update", 10), ("checkpoint", 10), ("rollback", 10), ("update", 11))
+    assert places == sorted(places)
+    assert [update["position"] for update in curve(run)] == [4 * n for n in (*range(1, 16), *range(17, 22))]
+
+
 SHORT = ("length.updates=20", "evaluation.every=null", "checkpoint.every=5", "checkpoint.keep_last=null")
 
 
@@ -112,7 +151,7 @@ def test_a_signal_while_a_checkpoint_is_being_written_publishes_it_and_one_more(
         wait_for_update(run, 7)
         started[1].send_signal(signal.SIGUSR1)  # the save of 5 cannot end yet
         go.write_text("")
-        printed = [process.communicate(timeout=60) for process in started]
+        printed = [process.communicate(timeout=180) for process in started]
         assert [process.returncode for process in started] == [75, 75], printed
     stopped = events(run)[-1]
     assert saved(run) == [5, stopped["update"]]

@@ -38,8 +38,8 @@ def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
         assert process.returncode == 75
-    saved = events(run)[-1]
-    assert saved["event"] == "checkpoint"
+    saved, time = events(run)[-2:]
+    assert (saved["event"], time["event"]) == ("checkpoint", "time")
     assert f"stopped by signal SIGTERM, saved at update {saved['update']}." in printed
     assert curve(run)[-1]["update"] == saved["update"]
     assert f"resumed  at update {saved['update']}," in finish(recipe)

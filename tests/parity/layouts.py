@@ -163,6 +163,7 @@ CASES: tuple[Case, ...] = (
     Case("zero3-documents-llama-recompute-2ranks", 2, zero(3, 3) | _again("auto"), (*LLAMA, *DOCUMENTS)),
     Case("pipeline3-documents", 3, _pipeline(3, 2), (*FOUR, *DOCUMENTS)),
     Case("pipeline4-documents-llama-recompute", 4, _pipeline(4, 2) | _again("auto"), (*DEEP, *LLAMA, *DOCUMENTS)),
+    Case("zero2-documents-bf16-2ranks", 2, zero(2, 3), (*BF16, *DOCUMENTS)),
     Case("tensor2-documents", 2, _tensor(2, zero(1)), DOCUMENTS),
     Case("ulysses2-documents", 2, _ulysses(2, zero(2, 3)), DOCUMENTS),
     Case("ulysses2-pipeline2-documents-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA, *DOCUMENTS)),

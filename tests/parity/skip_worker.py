@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main(job: dict[str, Any]) -> None:
 
 def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, planted: Planted) -> dict[str, Any]:
     """What held for one layout."""
-    dropout = layouts.Case(case.id, case.world, case.config, (*case.recipe, "model.dropout=0.1"))
+    dropout = replace(case, recipe=(*case.recipe, "model.dropout=0.1"))
     resolved = layouts.resolve(dropout, folder)
     saved = folder / f"{case.id}-saved"
     if rank.main:
@@ -110,7 +111,30 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
         "differ": engine.replicas_differ(),
     }
     engine.release()
+    if "precision=fp16" in case.recipe:
+        answer |= overflowing(dropout, folder, straight, update, rank, agreement)
     return answer
+
+
+def overflowing(
+    case: layouts.Case, folder: Path, straight: list[Any], update: Any, rank: Rank, agreement: Agreement
+) -> dict[str, Any]:
+    """The same from a loss scale at which the first gradients overflow; each update is made again until it is made."""
+    config = {**case.config, "fp16": {"initial_scale_power": 30}}
+    engine: Any = build(layouts.resolve(replace(case, config=config), folder), 100, rank, agreement)
+    attempts = []
+    for number in GOOD:
+        while True:
+            attempts.append(update(engine, number))
+            if attempts[-1].made:
+                break
+    engine.release()
+    made = [attempt for attempt in attempts if attempt.made]
+    return {
+        "overflows": len(attempts) - len(made),
+        "off": max(abs(one.loss - other.loss) / other.loss for one, other in zip(made, straight, strict=True)),
+        "rates": [one.lr for one in made] == [one.lr for one in straight],
+    }
 
 
 def spoil(engine: Any) -> None:

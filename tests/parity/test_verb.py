@@ -57,6 +57,12 @@ def test_a_layout_that_trains_the_same_gets_a_certificate(tmp_path, config, rank
     assert len(console.splitlines()) == 10  # no third-party line
 
 
+def test_fp16_overflows_at_the_start_are_no_other_curve(tmp_path):
+    words = ("precision=fp16", "ds.fp16.initial_scale_power=32")
+    code, console = parity(tmp_path, "zero2", 1, ("launch/parity.py",), *words)
+    assert code == 0, console
+
+
 def test_a_layout_that_trains_another_way_is_named_with_what_differs_first(tmp_path):
     code, console = parity(tmp_path, "zero1", 1, ("-c", HALVED))
     assert code == 1

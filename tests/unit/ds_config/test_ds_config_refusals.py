@@ -206,6 +206,7 @@ def test_ranks_that_do_not_divide_the_batch_aretold(told):
 
 
 NEVER = {
+    "bf16.check_grad_overflow": False,
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.offload_optimizer.super_offload": True,
     "zero_optimization.compute_grad_norm": False,

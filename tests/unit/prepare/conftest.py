@@ -64,8 +64,8 @@ def command(tmp_path):
     program.write_text(PROGRAM)
     started = []
 
-    def start(*arguments, piece=30_000, pause=0.0, file_limit=0, stdin=None):
-        line = [sys.executable, program, piece, pause, file_limit, *arguments]
+    def start(*arguments, piece=30_000, pause=0.0, file_limit=0, stdin=None, launcher=()):
+        line = [*launcher, sys.executable, program, piece, pause, file_limit, *arguments]
         pipe = subprocess.PIPE
         line = list(map(str, line))
         process = subprocess.Popen(line, stdin=stdin, stdout=pipe, stderr=pipe, text=True, start_new_session=True)

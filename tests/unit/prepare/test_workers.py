@@ -11,7 +11,7 @@ from megagpt.data import pieces
 from megagpt.data.indexed import Reader
 from megagpt.errors import UserError
 from megagpt.prepare import Options, prepare_command
-from megagpt.prepare.workplace import Workplace
+from megagpt.prepare.workplace import Workplace, workplace_of
 from tests.unit.prepare.conftest import alive, content, finish, jsonl
 
 
@@ -106,7 +106,7 @@ def test_workers_do_not_outlive_a_killed_command(command, large, model, tmp_path
 
 
 def test_the_second_of_two_commands_refuses(command, large, model, tmp_path):
-    with Workplace(str(tmp_path / "c")):
+    with Workplace(workplace_of(str(tmp_path / "c"))):
         _, errors = finish(start(command, large, model, tmp_path / "c"), 2)
     assert errors == (
         f"megagpt: another `megagpt prepare` (process {os.getpid()}) is writing this corpus\n"

@@ -1,4 +1,4 @@
-"""A disk that turns read-only stops no training at first, harms no checkpoint, and is said."""
+"""A disk that turns read-only, in whole or in part: no checkpoint is harmed, and what went wrong is said."""
 
 import subprocess
 
@@ -40,3 +40,15 @@ def test_a_read_only_disk_harms_no_checkpoint_and_is_said(recipe, uninterrupted,
     remount(checkpoints, "rw")
     finish(recipe)
     same_run(run, uninterrupted)
+
+
+def test_what_fails_after_a_checkpoint_is_published_is_said_and_stops_nothing(recipe):
+    run = recipe.with_suffix("")
+    blocked = run / "checkpoints/latest.new"
+    blocked.mkdir(parents=True)  # in the way of the hint, and of nothing else
+    printed = finish(recipe, "length.updates=50", "evaluation.every=null")
+    for update in (10, 20, 30, 40, 50):  # more than the failures in a row that would end the run
+        assert f"SAVED, BUT  update {update}: Is a directory ({blocked})\n" in printed
+    assert "NOT SAVED" not in printed
+    assert checkpoint.newest_valid(run)[0].state.update == 50
+    assert (run / "DONE").exists()

@@ -1,0 +1,107 @@
+"""A corpus for people: its figures, and documents of it as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.data.indexed import Reader
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
+
+_MOST_LENGTHS = 1_000_000  # looked at for the distribution, evenly spread
+_MOST_IDS = 1_000  # of a document that are shown
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One document: its length in tokens, its first ids, and their text if a tokenizer was given."""
+
+    number: int
+    tokens: int
+    ids: tuple[int, ...]
+    text: str | None
+
+    def __str__(self) -> str:
+        head = f"document {self.number:,}: {self.tokens:,} tokens"
+        more = " …" if self.tokens > len(self.ids) else ""
+        return f"{head}\n{self.text if self.text is not None else ' '.join(map(str, self.ids))}{more}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a corpus is. `lengths` are quantiles of its documents' tokens, by name; `made` is the sidecar's."""
+
+    prefix: str
+    id_type: str
+    documents: int
+    sequences: int
+    tokens: int
+    lengths: Mapping[str, int]
+    verified_by: str | None
+    made: Mapping[str, Any] = field(default_factory=dict)
+    shown: tuple[Shown, ...] = ()
+
+    def __str__(self) -> str:
+        lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in self.lengths.items())
+        sidecar = f"tokenizer {self.verified_by}" if self.verified_by else "no sidecar: unverified"
+        lines = [
+            f"{self.prefix}: {self.documents:,} documents, {self.sequences:,} sequences, {self.tokens:,} tokens "
+            f"({self.id_type}), {sidecar}",
+            f"tokens of a document: {lengths}",
+            *(f"{name}: {value}" for name, value in self.made.items()),
+            *map(str, self.shown),
+        ]
+        return "\n".join(lines)
+
+
+def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokenizer: Path | None = None) -> Inspection:
+    """Look into a corpus, show the named documents and `sample` others, evenly spread, as text if there is a tokenizer.
+
+    Raises UserError for a corpus that cannot be opened, a number that is none of its documents', another tokenizer.
+    """
+    reader = Reader(prefix)
+    model = Tokenizer(tokenizer) if tokenizer else None
+    sidecar = reader.sidecar
+    if model and sidecar and sidecar.tokenizer_sha256 != model.sha256:
+        what = f"the corpus was made with another tokenizer ({sidecar.tokenizer_sha256[:12]}, not {model.sha256[:12]})"
+        raise UserError(what, f"{prefix}\n{tokenizer}", "give the tokenizer that it was made with")
+    count = len(reader.documents) - 1
+    wrong = [number for number in documents if not 0 <= number < count]
+    if wrong:
+        raise UserError(f"there is no document {wrong[0]}", prefix, f"give a number from 0 to {count - 1}")
+    spread = np.linspace(0, count - 1, min(sample, count)).astype(int).tolist()
+    return Inspection(
+        prefix,
+        reader.dtype.name,
+        count,
+        len(reader),
+        len(reader.tokens),
+        _quantiles(reader),
+        sidecar.tokenizer_sha256[:12] if sidecar else None,
+        sidecar.made if sidecar else {},
+        tuple(_shown(reader, number, model) for number in [*documents, *spread]),
+    )
+
+
+def _quantiles(reader: Reader) -> dict[str, int]:
+    count, sequences = len(reader.documents) - 1, len(reader)
+    if not sequences:
+        return {}
+    numbers = np.linspace(0, count - 1, min(count, _MOST_LENGTHS)).astype(np.int64)
+    first, after = reader.documents[numbers], reader.documents[numbers + 1]
+    end = len(reader.tokens) * reader.dtype.itemsize
+    bytes_to = [np.where(at < sequences, reader.offsets[np.minimum(at, sequences - 1)], end) for at in (first, after)]
+    lengths = (bytes_to[1] - bytes_to[0]) // reader.dtype.itemsize
+    names = {"least": 0, "quarter": 25, "median": 50, "three quarters": 75, "most": 100}
+    return {name: int(np.percentile(lengths, share, method="lower")) for name, share in names.items()}
+
+
+def _shown(reader: Reader, number: int, model: Tokenizer | None) -> Shown:
+    document = reader.document(number)
+    ids = tuple(document[:_MOST_IDS].tolist())
+    return Shown(number, len(document), ids, model.decode(ids) if model else None)

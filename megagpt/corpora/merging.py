@@ -1,0 +1,82 @@
+"""Several corpora to one, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megagpt import __version__
+from megagpt.data.indexed import Reader
+from megagpt.data.indexed_writer import Writer
+from megagpt.data.sidecar import Sidecar
+from megagpt.errors import MachineError, UserError
+
+_TOKENS, _ENTRIES = 1 << 20, 1 << 20  # copied at a time
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written. `verified` is false where a corpus without a sidecar made it one without."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    verified: bool
+
+    def __str__(self) -> str:
+        line = f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens"
+        return line if self.verified else line + "\nno sidecar: not all of the corpora have one"
+
+
+def merge(prefixes: Sequence[str], output: str) -> Merged:
+    """Write the documents of all corpora as one, in the order given. Raises UserError where they do not go together."""
+    readers = [Reader(prefix) for prefix in prefixes]
+    if output in prefixes:
+        raise UserError("a corpus cannot be merged into itself", output, "choose another --output")
+    for reader in readers:
+        _check_alike(readers[0], reader)
+    sidecars = [reader.sidecar for reader in readers if reader.sidecar]
+    facts = sidecars[0] if len(sidecars) == len(readers) else None
+    try:
+        with Writer(output, facts.vocab_size if facts else 0, readers[0].dtype) as writer:
+            for reader in readers:
+                _copy(reader, writer)
+            if facts:
+                made = {"by": f"megagpt {__version__}", "merged": list(prefixes)}
+                writer.finish(facts.tokenizer_sha256, facts.eod, made)
+            else:
+                writer.finish_unverified()
+    except OSError as error:
+        do = "make room, or choose another --output"
+        raise MachineError(f"cannot write: {error.strerror}", str(error.filename or output), do) from None
+    return Merged(output, writer.documents, writer.tokens, facts is not None)
+
+
+def _check_alike(one: Reader, other: Reader) -> None:
+    """Raise UserError where two corpora cannot be one."""
+    if one.dtype != other.dtype:
+        what = f"the ids are of different types ({one.dtype.name} and {other.dtype.name})"
+        raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
+    if one.sidecar and other.sidecar and _tokenizer(one.sidecar) != _tokenizer(other.sidecar):
+        hashes = [reader.tokenizer_sha256[:12] for reader in (one.sidecar, other.sidecar)]
+        what = f"the corpora were made with different tokenizers ({' and '.join(hashes)})"
+        raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
+
+
+def _tokenizer(facts: Sidecar) -> tuple[str, int, int]:
+    return facts.tokenizer_sha256, facts.vocab_size, facts.eod
+
+
+def _copy(reader: Reader, writer: Writer) -> None:
+    total = len(reader.tokens)
+    for start in range(0, total, _TOKENS):
+        writer.write_ids(reader.stretch(start, min(_TOKENS, total - start)))
+    # Sequences that end with a block of them may belong to a document of the next: documents come after all.
+    for at in range(0, len(reader), _ENTRIES):
+        writer.end_sequences(reader.lengths[at : at + _ENTRIES], np.array([], np.int64), 0)
+    for at in range(1, len(reader.documents), _ENTRIES):
+        ends = reader.documents[at : at + _ENTRIES] - len(reader)
+        writer.end_sequences(np.array([], np.int64), ends, 0)
+    writer.text_bytes += reader.sidecar.text_bytes if reader.sidecar else 0

@@ -1,0 +1,118 @@
+"""The faults of a campaign: which there are, how often, and what each does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ANYWHERE = ("data", "forward/backward", "step", "save", "evaluate")  # phases, as often as each is drawn
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+FOR_GOOD = 10**9
+
+ENDS = {  # kind: how often it is drawn, of the faults that end a launch
+    "kill -9 of one rank": 6,
+    "kill -9 of all ranks": 3,
+    "kill -9 in a save": 4,
+    "kill -9 while starting": 1,
+    "a signal to one rank": 6,
+    "megagpt stop": 1,
+    "SIGSTOP of one rank": 1,
+    "an exception on one rank": 2,
+}
+INSIDE = {"file calls that fail": 4, "data that yields NaN": 2, "the clock set back": 1}  # the launch goes on
+BETWEEN = {"the newest checkpoint damaged": 4, "latest gone or wrong": 2}  # two launches
+SAVING = ("a signal to one rank", "megagpt stop")  # nothing may be lost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch ends: `delay` seconds after a rank has come to `phase` of `update`, `act` happens to `ranks`."""
+
+    kind: str
+    phase: str
+    update: int
+    act: str  # a signal's name, "stop" or "raise"
+    ranks: tuple[int, ...]
+    delay: float
+
+    def codes(self, world: int) -> set[tuple[int | None, ...]]:
+        """With which exit codes the ranks may end."""
+        if self.act in (*SIGNALS, "stop"):
+            return {(75,) * world}
+        if self.act == "SIGKILL":
+            return {tuple(-9 if rank in self.ranks else 1 for rank in range(world))}
+        return {tuple(None if self.act == "SIGSTOP" and rank in self.ranks else 1 for rank in range(world))}
+
+
+def kinds(faults: int, chance: random.Random) -> list[str]:
+    """`faults` kinds in a random order; the last one ends a launch."""
+    weights = {**ENDS, **INSIDE, **BETWEEN}
+    return [
+        *chance.choices(list(weights), list(weights.values()), k=faults - 1),
+        *chance.choices(list(ENDS), list(ENDS.values())),
+    ]
+
+
+def plan(kind: str, update: int, world: int, chance: random.Random) -> Plan:
+    """A way for a launch to end at about `update`."""
+    one, every, delay = (chance.randrange(world),), tuple(range(world)), chance.uniform(0, 0.05)
+    phase = chance.choice(ANYWHERE)
+    return {
+        "kill -9 of one rank": Plan(kind, phase, update, "SIGKILL", one, delay),
+        "kill -9 of all ranks": Plan(kind, phase, update, "SIGKILL", every, delay),
+        "kill -9 in a save": Plan(kind, "save", update, "SIGKILL", chance.choice((one, every)), delay / 5),
+        "kill -9 while starting": Plan(kind, "", 0, "SIGKILL", every, chance.uniform(0, 0.8)),
+        "a signal to one rank": Plan(kind, phase, update, chance.choice(SIGNALS), one, delay / 5),
+        "megagpt stop": Plan(kind, phase, update, "stop", (0,), delay),
+        "SIGSTOP of one rank": Plan(kind, chance.choice(ANYWHERE[:3]), update, "SIGSTOP", one, delay),
+        "an exception on one rank": Plan(kind, phase, update, "raise", one, 0.0),
+    }[kind]
+
+
+def inside(kind: str, update: int, world: int, chance: random.Random) -> dict:
+    """A fault within a rank, for `hooks`; `update` is where the launch will end."""
+    rank = chance.randrange(world)
+    if kind == "the clock set back":
+        return {"name": kind, "kind": "clock back", "rank": rank, "update": update - 1, "seconds": 7200}
+    return {
+        "name": kind, "kind": "file call", "rank": rank, "at": chance.randrange(1, 60),
+        "times": chance.choice((1, 1, 4, FOR_GOOD)), "errno": chance.choice(("ENOSPC", "EIO", "EACCES")),
+    }  # fmt: skip
+
+
+def damage(kind: str, run: Path, chance: random.Random) -> bool:
+    """Do to the files of a run what happens between two launches; whether there was something to do it to."""
+    if kind == "latest gone or wrong":
+        latest = run / "checkpoints/latest"
+        latest.unlink(missing_ok=True)
+        if chance.random() < 0.5 and latest.parent.exists():
+            latest.write_text("update_99999999\n")
+        return True
+    folders = sorted((run / "checkpoints").glob("update_*"))
+    if len(folders) < 2:
+        return False  # a run whose only checkpoint is damaged stops, as it should
+    _damage(chance.choice([path for path in sorted(folders[-1].rglob("*")) if path.is_file()]), chance)
+    return True
+
+
+def _damage(path: Path, chance: random.Random) -> None:
+    """Flip one bit of a file, cut it, or remove it."""
+    content, way = bytearray(path.read_bytes()), chance.choice(("flip", "flip", "cut", "remove"))
+    if way == "remove" or not content:
+        path.unlink()
+        return
+    at = chance.randrange(len(content))
+    content[at] ^= 1 << chance.randrange(8)
+    path.write_bytes(content if way == "flip" else content[:at])
+
+
+def repeated_and_lost(positions: Sequence[int], samples: int, left_out: set[int]) -> tuple[int, int]:
+    """Samples trained on twice, and never, by the data position after each update, against the closed form.
+
+    Each update takes the `samples` samples after the last one's; only what begins at `left_out` is passed over.
+    """
+    used = [position - samples for position in positions]
+    due = [start for start in range(0, max(positions), samples) if start not in left_out]
+    return samples * (len(used) - len(set(used))), samples * len(set(due) - set(used))

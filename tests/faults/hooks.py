@@ -1,0 +1,140 @@
+"""Faults made inside a training process, at a place of the loop that the environment variable FAULTS names.
+
+FAULTS is a JSON list of {"kind", "rank", …}. Every fault that has really happened appends a line to the file FIRED.
+A process takes part by `install()`, called before training begins (site/sitecustomize.py, or a forked child).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from megagpt.data.evaluation import Evaluation
+from megagpt.data.loader import Batch, Loader
+from megagpt.run.watch import Watch
+
+
+class Injected(RuntimeError):
+    """The exception of a fault."""
+
+
+def install() -> None:
+    """Make the faults of this rank ready."""
+    rank = int(os.environ.get("RANK", "0"))
+    for fault in json.loads(os.environ.get("FAULTS", "[]")):
+        if fault.get("rank", rank) == rank:
+            INSTALL[fault["kind"]](fault)
+
+
+def fired(fault: dict) -> None:
+    """Note that a fault has happened, and when."""
+    line = json.dumps({**fault, "pid": os.getpid(), "at": time.monotonic()}) + "\n"
+    file = os.open(os.environ["FIRED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.write(file, line.encode())
+    os.close(file)
+
+
+def at_phase(fault: dict) -> None:
+    """Do `act` when this rank enters `phase` of update `update` or a later one, the `nth` time."""
+    enter, seen = Watch.enter, []
+
+    def entered(watch: Watch, phase: str, update: int) -> None:
+        enter(watch, phase, update)
+        if phase == fault["phase"] and update >= fault["update"]:
+            seen.append(update)
+            if len(seen) == fault.get("nth", 1):
+                act(fault)
+
+    Watch.enter = entered
+
+
+def act(fault: dict) -> None:
+    """Let a fault of a phase happen: an exception, a pause, a signal, or nothing but its note."""
+    fired(fault)
+    if fault["act"] == "raise":
+        raise Injected(f"made to fail in {fault['phase']}")
+    if fault["act"] == "sleep":
+        time.sleep(fault["seconds"])
+    elif fault["act"] != "note":
+        os.kill(os.getpid(), signal.Signals[fault["act"]])
+
+
+def slow_evaluation(fault: dict) -> None:
+    """Each batch of an evaluation takes `seconds` longer; the first one is noted."""
+    batches = Evaluation.batches
+
+    def slow(evaluation: Evaluation):
+        fired(fault)
+        for batch in batches(evaluation):
+            time.sleep(fault["seconds"])
+            yield batch
+
+    Evaluation.batches = slow
+
+
+def poison(fault: dict) -> None:
+    """Data that spoils the numbers: the update that begins at one of `positions` gets NaN on this rank."""
+    batches, embedding = Loader.batches, torch.nn.functional.embedding
+    positions, bad = set(fault["positions"]), []
+
+    def given(loader: Loader, position: int) -> list[Batch]:
+        bad[:] = [True] if position in positions else []
+        if bad:
+            fired({**fault, "position": position})
+        return batches(loader, position)
+
+    def spoiled(*arguments, **words):
+        result = embedding(*arguments, **words)
+        return result * float("nan") if bad else result
+
+    Loader.batches, torch.nn.functional.embedding = given, spoiled
+
+
+def file_call(fault: dict) -> None:
+    """Calls number `at` to `at` + `times` - 1 that megagpt makes to the file system fail with `errno`."""
+    number, code = [0], getattr(errno, fault["errno"])
+
+    def failing(real):
+        def call(*arguments, **words):
+            ours = "/megagpt/" in sys._getframe(1).f_code.co_filename
+            if not ours or not torch.distributed.is_initialized():  # before, only a launcher can end the other ranks
+                return real(*arguments, **words)
+            number[0] += 1
+            if fault["at"] <= number[0] < fault["at"] + fault["times"]:
+                fired({**fault, "call": real.__name__})
+                raise OSError(code, os.strerror(code))
+            return real(*arguments, **words)
+
+        return call
+
+    for name in ("open", "write", "fsync", "rename", "replace"):
+        setattr(os, name, failing(getattr(os, name)))
+
+
+def clock_back(fault: dict) -> None:
+    """From update `update` on, the wall clock is `seconds` behind."""
+    real, enter, behind = time.time, Watch.enter, []
+
+    def entered(watch: Watch, phase: str, update: int) -> None:
+        if not behind and update >= fault["update"]:
+            behind.append(fault["seconds"])
+            fired(fault)
+        enter(watch, phase, update)
+
+    Watch.enter = entered
+    time.time = lambda: real() - sum(behind)
+
+
+INSTALL = {
+    "phase": at_phase,
+    "slow evaluation": slow_evaluation,
+    "poison": poison,
+    "file call": file_call,
+    "clock back": clock_back,
+}

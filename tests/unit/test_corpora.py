@@ -1,0 +1,195 @@
+import json
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megagpt import corpora
+from megagpt.cli import main
+from megagpt.corpora import merging, verifying
+from megagpt.data import indexed_writer
+from megagpt.data.indexed import Reader
+from megagpt.data.indexed_writer import Writer
+from megagpt.data.tokenizer import Tokenizer, train_tokenizer
+from megagpt.errors import UserError
+
+EOD = 1
+DOCUMENTS = [[7, 8, 9, EOD], [], [5, EOD], [6, 6, 6, 6, 6, EOD]]
+
+
+@pytest.fixture(scope="session")
+def megatron():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def write(prefix, documents=DOCUMENTS, vocab_size=50, sha="f" * 64):
+    with Writer(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add_document(ids, 3 * len(ids))
+        writer.finish(sha, EOD, {"by": "a test"})
+    return str(prefix)
+
+
+def content(prefix):
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def refused(function, *arguments):
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    return str(error.value).removeprefix("megagpt: ")
+
+
+def test_inspecting_shows_figures_and_documents(tmp_path):
+    seen = corpora.inspect(write(tmp_path / "c"), [2], sample=2)
+    assert (seen.documents, seen.sequences, seen.tokens, seen.id_type) == (4, 3, 12, "uint16")
+    assert dict(seen.lengths) == {"least": 0, "quarter": 0, "median": 2, "three quarters": 4, "most": 6}
+    assert [(one.number, one.tokens, one.ids) for one in seen.shown] == [
+        (2, 2, (5, EOD)), (0, 4, (7, 8, 9, EOD)), (3, 6, (6,) * 5 + (EOD,))
+    ]  # fmt: skip
+    assert str(seen).splitlines() == [
+        f"{tmp_path}/c: 4 documents, 3 sequences, 12 tokens (uint16), tokenizer ffffffffffff",
+        "tokens of a document: least 0, quarter 0, median 2, three quarters 4, most 6",
+        "by: a test",
+        "document 2: 2 tokens",
+        "5 1",
+        "document 0: 4 tokens",
+        "7 8 9 1",
+        "document 3: 6 tokens",
+        "6 6 6 6 6 1",
+    ]
+    what = refused(corpora.inspect, str(tmp_path / "c"), [4])
+    assert what == f"there is no document 4\n  {tmp_path}/c\n  do: give a number from 0 to 3"
+    assert dict(corpora.inspect(write(tmp_path / "e", [[]]), sample=3).lengths) == {}
+
+
+def test_inspecting_with_a_tokenizer_shows_text(tmp_path, capsys):
+    model = Tokenizer(train_tokenizer(["one two three four"] * 5, 290, tmp_path / "t"))
+    text = "one two\nthree"
+    prefix = write(tmp_path / "c", [[*model.encode(text), model.eod]], model.vocab_size, model.sha256)
+    assert main(["data", "inspect", prefix, "--document", "0", "--tokenizer", str(model.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shown"][0]["text"] == text
+    other = train_tokenizer(["five six seven"] * 5, 280, tmp_path / "other")
+    assert refused(corpora.inspect, prefix, [], 0, other) == (
+        f"the corpus was made with another tokenizer ({model.sha256[:12]}, not {Tokenizer(other).sha256[:12]})\n"
+        f"  {prefix}\n  {other}\n  do: give the tokenizer that it was made with"
+    )
+
+
+def test_a_whole_corpus_is_called_whole(tmp_path, capsys, monkeypatch):
+    prefix = write(tmp_path / "c")
+    assert main(["data", "verify", prefix]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{prefix}: 4 documents, 12 tokens",
+        "checked: index, ids 0 to 9, checksums, vocabulary of 50, ends of documents",
+        "whole",
+    ]
+    (tmp_path / "c.json").unlink()
+    for module, name, size in ((verifying, "_STRETCH", 8), (verifying, "_BLOCK", 4), (verifying, "_ENTRIES", 2)):
+        monkeypatch.setattr(module, name, size)
+    verification = corpora.verify(prefix, 3)
+    assert (verification.checked, verification.wrong) == (("index", "ids 0 to 9"), ())
+    assert corpora.verify(write(tmp_path / "none", [[], []])).wrong == ()
+
+
+def flip(path, at, value):
+    raw = bytearray(path.read_bytes())
+    raw[at : at + len(value)] = value
+    path.write_bytes(raw)
+
+
+IDX = 34  # where the arrays of .idx begin: three int32 lengths, three int64 offsets, five int64 documents
+DAMAGE = [
+    (".bin", 2 * 5, struct.pack("<H", 60), "there is an id beyond the vocabulary of 50: 60"),
+    (".bin", 2 * 2, struct.pack("<H", 3), "c.bin is not what was written: bytes 0 to 8"),
+    (".bin", 2 * 9, struct.pack("<H", 3), "c.bin is not what was written: bytes 16 to 24"),
+    (".bin", 2 * 3, struct.pack("<H", 3), "document 0 does not end with the end-of-document symbol (1)"),
+    (".bin", 2 * 11, struct.pack("<H", 3), "document 3 does not end with the end-of-document symbol (1)"),
+    (".idx", IDX, struct.pack("<i", -4), "sequence 0 has a length below 0"),
+    (".idx", IDX + 4, struct.pack("<i", 3), "sequence 2 does not begin where the one before ends"),
+    (".idx", IDX + 12 + 8, struct.pack("<q", 6), "sequence 1 does not begin where the one before ends"),
+    (".idx", IDX + 36, struct.pack("<q", 1), "the first document does not begin with the first sequence"),
+    (".idx", IDX + 36 + 8, struct.pack("<q", 2), "document 1 ends before it begins"),
+    (".idx", IDX + 36 + 8, struct.pack("<q", 0), "c.idx is not what was written"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "at", "value", "message"), DAMAGE)
+@pytest.mark.parametrize("entries", [2, 1000])
+def test_every_damage_is_found_and_named(tmp_path, monkeypatch, suffix, at, value, message, entries):
+    monkeypatch.setattr(indexed_writer, "_STRETCH", 8)
+    monkeypatch.setattr(verifying, "_ENTRIES", entries)
+    prefix = write(tmp_path / "c")
+    flip(tmp_path / f"c{suffix}", at, value)
+    wrong = corpora.verify(prefix).wrong
+    assert any(one.removeprefix(f"{tmp_path}/") == message for one in wrong), wrong
+    assert main(["data", "verify", prefix]) == 1
+
+
+def test_an_id_below_zero_is_found(tmp_path, megatron):
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
+    builder.add_item(torch.tensor([5, -3]))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "c.idx"))
+    assert corpora.verify(str(tmp_path / "c")).wrong == ("there is an id below 0: -3",)
+
+
+def merged_by_megatron(megatron, prefixes, output, kind):
+    builder = megatron.IndexedDatasetBuilder(f"{output}.bin", dtype=kind)
+    for prefix in prefixes:
+        builder.add_index(prefix)
+    builder.finalize(f"{output}.idx")
+
+
+@pytest.mark.parametrize("block", [2, 1 << 20])
+def test_merging_gives_the_bytes_of_megatrons_own(tmp_path, monkeypatch, megatron, block):
+    monkeypatch.setattr(merging, "_TOKENS", block)
+    monkeypatch.setattr(merging, "_ENTRIES", block)
+    monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 4)  # a document of several sequences
+    prefixes = [
+        write(tmp_path / "a"),
+        write(tmp_path / "b", [[2, EOD], [3] * 9 + [EOD], []]),
+        write(tmp_path / "e", [[]]),
+    ]
+    result = corpora.merge(prefixes, str(tmp_path / "ours"))
+    merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
+    assert content(tmp_path / "ours") == content(tmp_path / "theirs")
+    assert (result.documents, result.tokens, result.verified) == (8, 24, True)
+    assert Reader(tmp_path / "ours").sidecar.text_bytes == 72
+    assert corpora.verify(str(tmp_path / "ours")).wrong == ()
+
+
+def test_a_corpus_of_others_is_merged_without_a_sidecar(tmp_path, megatron, capsys):
+    for name in ("a", "b"):
+        builder = megatron.IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=np.int32)
+        builder.add_document([100_000, 7, 3, 2], [2, 2])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    prefixes = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["data", "merge", *prefixes, "--output", str(tmp_path / "ours")]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "no sidecar: not all of the corpora have one"
+    merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.int32)
+    assert content(tmp_path / "ours") == content(tmp_path / "theirs")
+    assert not (tmp_path / "ours.json").exists()
+
+
+def test_corpora_that_do_not_go_together_are_refused(tmp_path):
+    a, b = write(tmp_path / "a"), write(tmp_path / "b", sha="e" * 64)
+    wide = write(tmp_path / "wide", vocab_size=70_000)
+    output = str(tmp_path / "c")
+    both = "do: prepare both with one tokenizer"
+    assert refused(corpora.merge, [a, b], output) == (
+        f"the corpora were made with different tokenizers (ffffffffffff and eeeeeeeeeeee)\n  {a}\n  {b}\n  {both}"
+    )
+    assert refused(corpora.merge, [a, wide], output) == (
+        f"the ids are of different types (uint16 and int32)\n  {a}\n  {wide}\n  {both}"
+    )
+    assert refused(corpora.merge, [a, b], a) == (
+        f"a corpus cannot be merged into itself\n  {a}\n  do: choose another --output"
+    )
+    assert not list(tmp_path.glob("c.*"))
