@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -297,3 +298,28 @@ def test_an_end_of_documents_that_is_not_plain_is_refused(make_corpus, ends, sai
     with pytest.raises(UserError) as error:
         loader(corpora).document_end(given)
     assert message.format(*(corpus.prefix for corpus in corpora)) in str(error.value)
+
+
+@pytest.mark.parametrize("call", ["pread", "fstat"])
+def test_a_file_system_that_went_away_is_named(corpora, monkeypatch, call):
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    data = loader(corpora)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, stale)
+        with pytest.raises(CorpusChanged) as error:
+            data.batches(0)
+    assert "corpus-0.bin has changed while it was read: it can no longer be read: Stale file handle" in str(error.value)
+
+
+def test_a_read_that_ended_early_is_made_again(corpora, monkeypatch):
+    data, pread, calls = loader(corpora), os.pread, []
+
+    def short_at_first(file, size, offset):
+        calls.append(size)
+        return pread(file, size if len(calls) > 1 else 5, offset)
+
+    monkeypatch.setattr(os, "pread", short_at_first)
+    assert samples(data.batches(0)) == named_by_the_order(data, corpora, range(4))
+    assert len(calls) == 8
