@@ -1,6 +1,6 @@
 """The `megagpt` command: the table of verbs. Each verb's module is imported when it is called, not before.
 
-Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
+Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else; `status` also 3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", rich_markup_mode=None)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or look at one.", rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 data_app = typer.Typer(no_args_is_help=True, help="Look into, verify and merge corpora.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -57,6 +57,24 @@ def train_tokenizer(
     from megagpt import prepare
 
     _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
+
+
+@tokenizer_app.command("inspect")
+def inspect_tokenizer(
+    tokenizer: Annotated[Path, typer.Argument(help="as `prepare` takes it")],
+    text: Annotated[str, typer.Argument(help="what is cut into tokens; `-`: standard input")],
+    as_json: Json = False,
+) -> None:
+    """Show a text cut into tokens."""
+    from megagpt import prepare
+
+    tokens = prepare.inspect_tokenizer(tokenizer, sys.stdin.read() if text == "-" else text)
+    if sys.stdout.isatty() and not as_json:
+        from rich.console import Console
+
+        Console().print(tokens.coloured())
+    else:
+        _answer(tokens, as_json)
 
 
 @app.command()
@@ -208,6 +226,30 @@ def stop(run: Run) -> None:
     from megagpt import checkpoints as verb
 
     print(verb.stop(run))
+
+
+@app.command()
+def hosts(
+    file: Annotated[Path, typer.Argument(help="a hostfile, as `deepspeed --hostfile` reads it")],
+    write_environment: Annotated[
+        Path | None, typer.Option(help="write the variables that the other hosts need, for DS_ENV_FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a hostfile: every mistake with its line, else its hosts and ranks."""
+    from megagpt import hosts as verb
+
+    _answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False) -> None:
+    """Is a run done (0), running (3), stopped to be started again (75), or failed (1, 2)? For job scripts."""
+    from megagpt.run import status as standing
+
+    found = standing.read(run)
+    _answer(found, as_json)
+    raise typer.Exit(found.code)
 
 
 @app.command()
