@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import zlib
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +19,14 @@ from megagpt.data import blend
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
-from megagpt.distributed import Agreement, Rank
+from megagpt.distributed import Agreement, Rank, passing, promise
 from megagpt.model import cost
 from megagpt.run import checkpoint, resume, times
 from megagpt.run.console import Console, Progress
 from megagpt.run.health import MOST_FAILED_SAVES, Health, Row
 from megagpt.run.metrics import Metrics
 from megagpt.run.saving import Saver
+from megagpt.run.status import DONE
 from megagpt.run.stopping import REQUEST, Stopping
 from megagpt.run.watch import Watch
 from megagpt.state import TrainState
@@ -30,9 +34,6 @@ from megagpt.state import TrainState
 if TYPE_CHECKING:
     from megagpt.ds_config import Resolved
     from megagpt.engine.base import Engine
-
-
-DONE = "DONE"  # a file of this name in the run directory says that nothing is left to do
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
+    told = agreement.gather(promise.facts_here(_same(facts), passing.passed_on(os.environ)))
+    unlike = promise.check_hosts(rank, told, os.environ, options.expect_world_size)
     store = checkpoint.Store(
         path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
         needed=12 * cost.parameters(recipe.model),  # a weight and two moments in fp32
@@ -104,7 +107,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
             return None
 
     engine = build.build(resolved, total, rank, agreement)
-    state, notes = TrainState(), [f"damaged, passed over: {line}" for line in damaged]
+    state, notes = TrainState(), [*unlike, *(f"damaged, passed over: {line}" for line in damaged)]
     if found is not None:
         engine.load_state(found.folder)
         state = found.state
@@ -175,10 +178,18 @@ def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
     }
 
 
+def _same(facts: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on every rank: of long things a checksum."""
+    long = {"recipe": facts["recipe"], "DeepSpeed config": facts["deepspeed"], "data": facts["data"]}
+    sums = {name: f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}" for name, value in long.items()}
+    return {**sums, "Python": platform.python_version(), **facts["versions"]}
+
+
 def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
     """Write down what is about to be trained, and say it in a few lines."""
     recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
     if run.rank.main:
+        (run.path / DONE).unlink(missing_ok=True)  # of a shorter length, which this run goes on from
         files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
         files.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
     per_update = recipe.batch.global_size * recipe.model.seq_len

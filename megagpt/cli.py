@@ -1,6 +1,6 @@
 """The `megagpt` command: the table of verbs. Each verb's module is imported when it is called, not before.
 
-Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
+Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else; `status` also 3.
 """
 
 from __future__ import annotations
@@ -208,6 +208,30 @@ def stop(run: Run) -> None:
     from megagpt import checkpoints as verb
 
     print(verb.stop(run))
+
+
+@app.command()
+def hosts(
+    file: Annotated[Path, typer.Argument(help="a hostfile, as `deepspeed --hostfile` reads it")],
+    write_environment: Annotated[
+        Path | None, typer.Option(help="write the variables that the other hosts need, for DS_ENV_FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a hostfile: every mistake with its line, else its hosts and ranks."""
+    from megagpt import hosts as verb
+
+    _answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False) -> None:
+    """Is a run done (0), running (3), stopped to be started again (75), or failed (1, 2)? For job scripts."""
+    from megagpt.run import status as standing
+
+    found = standing.read(run)
+    _answer(found, as_json)
+    raise typer.Exit(found.code)
 
 
 @app.command()

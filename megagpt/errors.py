@@ -9,6 +9,7 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
+EXIT_RUNNING = 3  # of `megagpt status` alone: neither well nor ill yet
 EXIT_REQUEUE = 75  # stopped and saved: sysexits.h's EX_TEMPFAIL, which schedulers requeue on
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -14,16 +13,18 @@ from typing import Any
 
 from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
-from megagpt.assembly import DONE, Options, Run, assemble
+from megagpt.assembly import Options, Run, assemble
 from megagpt.data.evaluation import together
 from megagpt.data.loader import Batch
-from megagpt.distributed import check_world_size, from_environment
-from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, UserError
+from megagpt.distributed import Rank, from_environment, promise
+from megagpt.distributed.meeting import meeting
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, MachineError, UserError
 from megagpt.run import metrics, times
 from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
 from megagpt.run.health import Finding, Remedy
 from megagpt.run.saving import Attempt
+from megagpt.run.status import DONE, Note
 from megagpt.run.stopping import Asking
 from megagpt.run.watch import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
 from megagpt.state import TrainState, UpdateResult, Verdict
@@ -212,7 +213,7 @@ def finish(run: Run, state: TrainState) -> int:
     say_times(run, state)
     run.metrics.write("done", **asdict(state))
     if run.rank.main:
-        files.replace_text(run.path / DONE, json.dumps(asdict(state)) + "\n")
+        files.replace_json(run.path / DONE, asdict(state))
     run.console.say(f"done: {state.update:,} updates, {state.tokens:,} tokens, in {run.path}")
     run.console.say(f"next: megagpt evaluate {run.path}")
     return EXIT_DONE
@@ -230,27 +231,35 @@ def train(options: Options) -> int:
     """Train as the options say; the exit code. Called on every rank."""
     rank = from_environment(os.environ)
     try:
-        check_world_size(rank, options.expect_world_size)
+        promise.check_world_size(rank, options.expect_world_size, promise.ancestors())
         recipe = recipes.load(options.recipe, options.overrides)
-        console = Console(Path(recipe.run_dir), rank.rank)
-        try:
-            assembled = assemble(options, rank, recipe, console)
-            return _loop_and_close(*assembled) if assembled else EXIT_DONE
-        except UserError:
+        with meeting(rank, str(Path(recipe.run_dir).absolute())) as met:
+            return _train(options, met, recipe)
+    except UserError as error:
+        if rank.local_rank == 0 or isinstance(error, MachineError):
             raise
-        except Exception as error:
-            traceback.print_exc()
-            console.alarm(
-                f"megagpt: rank {rank.rank} failed: {type(error).__name__}: {error}\n  log: {console.log_path}"
-            )
-            sys.stdout.flush()
-            os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
-        finally:
-            console.close()
-    except UserError:
-        if rank.local_rank == 0:  # every rank of a machine found the same mistake: say it once
-            raise
-        return EXIT_USER
+        return EXIT_USER  # every rank of a host found the same mistake: it is said once
+
+
+def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
+    console = Console(Path(recipe.run_dir), rank.rank)
+    note = Note(Path(recipe.run_dir), rank)
+    try:
+        assembled = assemble(options, rank, recipe, console)
+        code = _loop_and_close(*assembled) if assembled else EXIT_DONE
+        note.end(code)
+        return code
+    except UserError as error:
+        note.end(error.exit_code, str(error))
+        raise
+    except Exception as error:
+        note.end(EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        console.alarm(f"megagpt: rank {rank.rank} failed: {type(error).__name__}: {error}\n  log: {console.log_path}")
+        sys.stdout.flush()
+        os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
+    finally:
+        console.close()
 
 
 def _loop_and_close(run: Run, state: TrainState) -> int:

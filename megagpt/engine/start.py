@@ -12,6 +12,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from megagpt.distributed import TIME_LIMIT, Rank
 
@@ -29,6 +30,9 @@ def start(rank: Rank) -> str:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(rank.local_rank)
+    # DeepSpeed makes its own groups, those of ZeRO among them, without a limit, and torch then takes these
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, TIME_LIMIT)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIME_LIMIT, verbose=False)
     if accelerator.device_name() == "cpu":
         return f"CPU with {torch.get_num_threads()} threads"

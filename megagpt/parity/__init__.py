@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.distributed.meeting import meeting
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
 from megagpt.run.console import Console
 
@@ -43,8 +44,12 @@ def parity(options: Options) -> int:
     Every rank calls it. Exit code 0 for the same curve, 1 for another. What libraries say goes to logs in the run
     directory's folder `parity`. Raises UserError where the recipe and the config do not fit together.
     """
-    rank = from_environment(os.environ)
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
+    with meeting(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
+        return _certify(options, rank, run_dir)
+
+
+def _certify(options: Options, rank: Rank, run_dir: str) -> int:
     console = Console(Path(run_dir) / "parity", rank.rank)  # before DeepSpeed is imported, which prints
     try:
         whole = _resolve(options, rank, ())

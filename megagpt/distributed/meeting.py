@@ -1,0 +1,143 @@
+"""The ranks of a job meet, and nobody else: before anything is built they compare what job they are of.
+
+Without this, rank 1 of a second job on the same port becomes a rank of the first one, and waits there for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from megagpt.distributed.place import Rank, free_port
+from megagpt.errors import MachineError, UserError
+
+JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts read their Python from a slow disk
+_ANSWER_LIMIT = timedelta(seconds=30)  # rank 0 says its job at once
+_PORT = "give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
+
+
+@contextmanager
+def meeting(rank: Rank, name: str, limit: timedelta = JOIN_LIMIT) -> Iterator[Rank]:
+    """Meet the other ranks, and yield this one with its address and port known. Leave it when the job ends.
+
+    `name` is what the job is called by all its ranks and by no other job, such as its run directory. Raises
+    MachineError where the port is in use or another job's, or where ranks do not come within `limit`.
+    """
+    if not rank.address:
+        rank = _ask_mpi(rank)
+    store = None
+    if rank.world_size > 1:
+        store = _store(rank, limit)
+        _compare(store, rank, f"{name} (job {rank.job})" if rank.job else name)
+        if not _agent_listens():
+            _check_in(store, rank, limit)
+    yield rank
+    del store  # where rank 0 holds it, torch's own one on the same port is the same
+
+
+def _agent_listens() -> bool:
+    """Whether torchrun's agent listens instead of rank 0. It also keeps two jobs apart, and outlives its ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(rank: Rank, limit: timedelta) -> Any:
+    from torch._C._distributed_c10d import TCPStore
+
+    listens = rank.main and not _agent_listens()
+    where = f"{rank.address}:{rank.port}"
+    try:
+        return TCPStore(
+            rank.address, rank.port, is_master=listens, timeout=limit, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        if listens and "EADDRINUSE" in str(error):
+            raise MachineError(
+                f"port {rank.port} is in use on this host: by another job, or by what is left of an earlier one",
+                f"rank 0, launcher: {rank.launcher}, MASTER_PORT",
+                f"{_PORT}; `ss -ltnp` shows who listens",
+            ) from None
+        raise MachineError(
+            f"rank {rank.rank} could not reach rank 0 at {where}",
+            str(error).splitlines()[0],
+            "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
+        ) from None
+
+
+def _compare(store: Any, rank: Rank, job: str) -> None:
+    """Say, or hear from rank 0, what job meets here. A rank of another job leaves no trace."""
+    if rank.main:
+        store.set("megagpt/job", job)
+        return
+    store.set_timeout(_ANSWER_LIMIT)
+    try:
+        theirs = store.get("megagpt/job").decode()
+    except RuntimeError:
+        theirs = "a program that is not megagpt"
+    if theirs != job:
+        raise MachineError(
+            f"two jobs share the port {rank.port} of {rank.address}: {theirs} listens there, this is {job}",
+            f"rank {rank.rank}, launcher: {rank.launcher}",
+            _PORT,
+        )
+
+
+def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
+    """Note that this rank came, once; rank 0 waits for all."""
+    if store.add(f"megagpt/came/{rank.rank}", 1) > 1:
+        raise MachineError(
+            f"two processes are rank {rank.rank} of the job at {rank.address}:{rank.port}",
+            f"launcher: {rank.launcher}",
+            f"see whether the same job was started twice; else {_PORT}",
+        )
+    if not rank.main:
+        return
+    keys = {number: f"megagpt/came/{number}" for number in range(rank.world_size)}
+    try:
+        store.wait(list(keys.values()), limit)
+    except RuntimeError:
+        absent = [str(number) for number, key in keys.items() if not store.check([key])]
+        raise MachineError(
+            f"{len(absent)} of {rank.world_size} ranks have not come in {limit.total_seconds():.0f} s",
+            f"rank {', '.join(absent)}",
+            "see what the launcher or the logs of their hosts say",
+        ) from None
+
+
+def _ask_mpi(rank: Rank) -> Rank:
+    """The address and port that rank 0 chooses, told by MPI, which started us."""
+    help_ = (
+        "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): MPI is not asked then"
+    )
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"{rank.launcher} started {rank.world_size} ranks, but mpi4py does not work: "
+                        f"{str(error).splitlines()[0]}", "MASTER_ADDR is not set", help_) from None  # fmt: skip
+    world = MPI.COMM_WORLD
+    if world.Get_size() != rank.world_size:
+        raise UserError(
+            f"{rank.launcher} started {rank.world_size} ranks, but mpi4py sees a world of {world.Get_size()}",
+            f"mpi4py has loaded {MPI.Get_library_version().splitlines()[0]}",
+            help_,
+        )
+    address, port = world.bcast((_own_address(), free_port()) if rank.main else None, root=0)
+    return replace(rank, address=address, port=port)
+
+
+def _own_address() -> str:
+    """The address of this host by which others reach it: that of the way out, which sends nothing to find."""
+    name = socket.gethostname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            address = socket.gethostbyname(name)
+            if not address.startswith("127."):
+                return address
+            probe.connect(("192.0.2.1", 9))  # an address of documentation (RFC 5737): nobody is there
+            return str(probe.getsockname()[0])
+        except OSError:
+            return name

@@ -1,0 +1,37 @@
+"""Variables that must be alike on all hosts: the list of those that are handed on, and the file that DeepSpeed reads.
+
+DeepSpeed itself hands on names that begin with NCCL, PYTHON, MLFLOW, MV2 or UCX only (deepspeed/launcher/runner.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from megagpt.errors import Problem, UserError
+
+_WHOLE = {"DS_ACCELERATOR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "MEGAGPT_JOB"}
+_PREFIXES = ("OMP_", "MKL_", "NCCL_", "TORCH_", "TORCHDYNAMO_", "PYTORCH_", "GLOO_", "MALLOC_", "HF_", "TOKENIZERS_",
+             "FI_", "UCX_")  # fmt: skip
+
+
+def passed_on(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `env` that training depends on, and that hold on every host alike, by name."""
+    return {name: env[name] for name in sorted(env) if name in _WHOLE or name.startswith(_PREFIXES)}
+
+
+def deepspeed_env(env: Mapping[str, str]) -> str:
+    """The text of a `.deepspeed_env` with the variables of `env` that are handed on.
+
+    One NAME=VALUE a line and nothing else: on an empty line or a comment DeepSpeed's launcher dies. Raises UserError
+    where a value would reach the other hosts changed: the launcher puts it into a shell, between double quotes at best.
+    """
+    chosen = passed_on(env)
+    bad = [
+        Problem(f"{name} cannot be handed on: its value {value!r} means something to a shell", "the environment",
+                f"unset {name}, or set it on each host")
+        for name, value in chosen.items() if re.search(r"[\n\"$`\\]", value)
+    ]  # fmt: skip
+    if bad:
+        raise UserError.of(bad)
+    return "".join(f"{name}={value}\n" for name, value in chosen.items() if value)

@@ -1,0 +1,105 @@
+"""How a run stands, from what it leaves on disk: launchers lose exit codes, and some lose the ranks themselves.
+
+Rank 0 writes `status.json` when it starts and when it ends; in between its heartbeat (run/watch.py) says it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt import files
+from megagpt.distributed import TIME_LIMIT, Rank
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_RUNNING, UserError
+
+FILE = "status.json"
+DONE = "DONE"  # written only after the last checkpoint was read back
+_SILENT = 60.0  # seconds without a heartbeat, which is written every second: the process is gone
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`state` is done, running, requeue or failed; `code` is the exit code that means it; `why` is for people."""
+
+    state: str
+    code: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.why}"
+
+
+class Note:
+    """What rank 0 writes of its own start and end; on other ranks, nothing. A full disk stops no run here."""
+
+    def __init__(self, run: Path, rank: Rank) -> None:
+        self._path = run / FILE if rank.main else None
+        self._write(state="running")
+
+    def end(self, code: int, why: str = "") -> None:
+        """Training ends with this exit code."""
+        self._write(state={EXIT_DONE: "done", EXIT_REQUEUE: "requeue"}.get(code, "failed"), code=code, why=why)
+
+    def _write(self, **said: str | int) -> None:
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                files.replace_json(self._path, {**said, "host": socket.gethostname(), "pid": os.getpid()})
+
+
+def read(run: Path) -> Standing:
+    """How a run stands. Raises UserError where there is no run directory.
+
+    DONE decides before all else but a living process.
+    """
+    if not run.is_dir():
+        raise UserError(f"there is no run directory {run}", str(run), "give the run_dir of the recipe")
+    note = _json(run / FILE)
+    if note.get("state") == "running" and (life := _life(run, note)):
+        return Standing("running", EXIT_RUNNING, life)
+    if (run / DONE).exists():
+        return Standing("done", EXIT_DONE, "the last checkpoint was read back")
+    if note.get("state") == "requeue":
+        return Standing("requeue", EXIT_REQUEUE, "stopped and saved; the same command goes on")
+    if note.get("state") == "failed":
+        return Standing("failed", int(note["code"]), note["why"] or "see logs/")
+    if note.get("state") == "running":
+        return Standing(
+            "failed", EXIT_FAILURE, f"rank 0 (process {note['pid']} of {note['host']}) ended without a word"
+        )
+    return Standing("failed", EXIT_FAILURE, "it never started, or DONE was taken away")
+
+
+def _life(run: Path, note: dict[str, str]) -> str:
+    """A sign that rank 0 lives, in words; "" where there is none."""
+    beat, started = run / "logs/rank-0.heartbeat", (run / FILE).stat().st_mtime
+    try:
+        age, limit = time.time() - beat.stat().st_mtime, _SILENT
+    except OSError:  # none yet: it loads, builds, compiles
+        age, limit = time.time() - started, TIME_LIMIT.total_seconds()
+    if (
+        note["host"] == socket.gethostname()
+        and not Path(f"/proc/{note['pid']}").exists()
+        and Path("/proc/self").exists()
+    ):
+        return ""
+    if age > limit:
+        return ""
+    return f"{_phase(beat)} on {note['host']}, seen {max(age, 0):.0f} s ago"
+
+
+def _phase(beat: Path) -> str:
+    said = _json(beat)
+    return f"{said['phase']} of update {said['update']}" if said else "starting"
+
+
+def _json(path: Path) -> dict[str, str]:
+    """A file's JSON object; empty where there is none, or half of one."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}

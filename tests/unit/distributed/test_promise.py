@@ -1,0 +1,129 @@
+"""Other ranks or hosts than were promised are refused with both numbers, before anything is built."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.distributed import Rank, passing, promise
+from megagpt.errors import UserError
+
+SAME = {"recipe": "0a1b", "torch": "2.13.0"}
+
+
+def facts(*hosts, **changes):
+    """What ranks on these hosts say; the last one with changes."""
+    told = [{"host": host, "same": dict(SAME), "environment": {"OMP_NUM_THREADS": "1"}} for host in hosts]
+    told[-1].update(changes)
+    return [promise.json.dumps(one) for one in told]
+
+
+def refusal(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_another_world_than_promised_is_refused_with_both_numbers():
+    promise.check_world_size(Rank(), None)
+    promise.check_world_size(Rank(), 1)
+    assert refusal(promise.check_world_size, Rank(), 8) == (
+        "megagpt: 8 ranks were expected, 1 came\n"
+        "  launcher: python, --expect-world-size 8\n"
+        "  do: check the hostfile's path and slots, or the launcher's number of processes"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python", "/venv/bin/deepspeed", "--hostfile", "{}", "launch/pretrain.py"],
+        ["/venv/bin/deepspeed", "-H", "{}", "train.py"],
+        ["python", "-m", "deepspeed.launcher.runner", "--hostfile={}", "train.py"],
+    ],
+)
+def test_a_mistyped_hostfile_is_refused_and_a_real_one_is_not(words, tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    for name in ("hosts", "hots"):
+        line = [word.format(tmp_path / name) for word in words]
+        assert promise.hostfile_of(line) == str(tmp_path / name)
+    promise.check_world_size(Rank(), None, [["sh"], [word.format(tmp_path / "hosts") for word in words]])
+    assert refusal(promise.check_world_size, Rank(), None, [["sh"], line]) == (
+        "megagpt: the hostfile is not there, so that DeepSpeed took this host alone: 1 ranks on 1 host\n"
+        f"  deepspeed --hostfile {tmp_path}/hots\n"
+        "  do: give the path of the hostfile; to train on this host alone, leave --hostfile out"
+    )
+    promise.check_world_size(Rank(), 1, [line])  # said and meant
+
+
+@pytest.mark.parametrize(
+    "words", [["vim", "deepspeed.txt", "--hostfile", "x"], ["deepspeed", "train.py", "--hostfile", "x"], ["deepspeed"]]
+)
+def test_the_option_of_another_program_is_none_of_the_launcher(words):
+    assert promise.hostfile_of(words) is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the processes above are looked up in /proc")
+def test_the_processes_above_are_found():
+    program = "import json; from megagpt.distributed import promise; print(json.dumps(promise.ancestors()))"
+    shell = f"'{sys.executable}' -c '{program}' && :"
+    made = subprocess.run(["sh", "-c", shell, "(odd) name"], capture_output=True, text=True, check=True)
+    nearest = promise.json.loads(made.stdout)[0]
+    assert nearest == ["sh", "-c", shell, "(odd) name", ""]
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NUM_NODES": "3"}
+
+
+@pytest.mark.parametrize(
+    ("env", "hosts", "message"),
+    [
+        (STEP, ["a"], "SLURM gave 2 hosts, but the job's 1 ranks run on 1: a\n  SLURM_STEP_NUM_NODES"),
+        ({"SLURM_JOB_NUM_NODES": "3"}, ["a", "a"],
+         "SLURM gave 3 hosts, but the job's 2 ranks run on 1: a\n  SLURM_JOB_NUM_NODES"),
+    ],
+)  # fmt: skip
+def test_hosts_that_slurm_gave_and_nobody_uses_are_named(env, hosts, message):
+    rank = Rank(world_size=len(hosts))
+    assert refusal(promise.check_hosts, rank, facts(*hosts), env, None) == (
+        f"megagpt: {message}\n  do: start one task per device with srun, or say --expect-world-size {len(hosts)} "
+        "if these are all that you want"
+    )
+    assert promise.check_hosts(rank, facts(*hosts), env, len(hosts)) == []
+    assert promise.check_hosts(rank, facts(*hosts), {**env, "TORCHELASTIC_RESTART_COUNT": "1"}, None) == []
+
+
+def test_hosts_as_promised_go_on():
+    assert promise.check_hosts(Rank(world_size=3), facts("a", "b", "b"), STEP, None) == []
+
+
+def test_ranks_with_another_recipe_or_version_are_refused_all_at_once():
+    told = facts("a", "b", same={"recipe": "ffff", "torch": "2.12.1"})
+    assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, None) == (
+        "megagpt: rank 0 and rank 1 do not have the same recipe: 0a1b and ffff\n"
+        "  hosts a and b\n  do: install and copy the same to every host\n"
+        "megagpt: rank 0 and rank 1 do not have the same torch: 2.13.0 and 2.12.1\n"
+        "  hosts a and b\n  do: install and copy the same to every host"
+    )
+
+
+def test_a_variable_that_is_not_alike_is_a_note():
+    told = facts("a", "b", environment={"NCCL_DEBUG": "INFO"})
+    assert promise.check_hosts(Rank(world_size=2), told, {}, None) == [
+        "NCCL_DEBUG is not set on rank 0, INFO on rank 1 (b)",
+        "OMP_NUM_THREADS is 1 on rank 0, not set on rank 1 (b)",
+    ]
+
+
+def test_the_file_for_deepspeed_holds_what_training_depends_on_and_nothing_else():
+    env = {"OMP_NUM_THREADS": "4", "HOME": "x", "NCCL_DEBUG": "INFO", "HF_HOME": "a b", "RANK": "1", "GLOO_X": ""}
+    assert passing.deepspeed_env(env) == "HF_HOME=a b\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=4\n"
+
+
+@pytest.mark.parametrize("value", ["$HOME/x", 'say "x"', "a\nb", "`x`", "a\\b"])
+def test_a_value_that_a_shell_would_change_is_refused(value):
+    assert refusal(passing.deepspeed_env, {"HF_HOME": value}) == (
+        f"megagpt: HF_HOME cannot be handed on: its value {value!r} means something to a shell\n"
+        "  the environment\n  do: unset HF_HOME, or set it on each host"
+    )
