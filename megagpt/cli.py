@@ -21,7 +21,7 @@ from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.", rich_markup_mode=None)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or look at one.", rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 data_app = typer.Typer(no_args_is_help=True, help="Look into, verify and merge corpora.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -57,6 +57,24 @@ def train_tokenizer(
     from megagpt import prepare
 
     _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
+
+
+@tokenizer_app.command("inspect")
+def inspect_tokenizer(
+    tokenizer: Annotated[Path, typer.Argument(help="as `prepare` takes it")],
+    text: Annotated[str, typer.Argument(help="what is cut into tokens; `-`: standard input")],
+    as_json: Json = False,
+) -> None:
+    """Show a text cut into tokens."""
+    from megagpt import prepare
+
+    tokens = prepare.inspect_tokenizer(tokenizer, sys.stdin.read() if text == "-" else text)
+    if sys.stdout.isatty() and not as_json:
+        from rich.console import Console
+
+        Console().print(tokens.coloured())
+    else:
+        _answer(tokens, as_json)
 
 
 @app.command()

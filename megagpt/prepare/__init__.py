@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TextIO
 
-from megagpt.data.documents import DEFAULT_FRACTION, digest_of, in_validation
-from megagpt.data.oddities import Oddities
-from megagpt.data.reading import whole_documents
 from megagpt.data.sources import Source, find_sources
-from megagpt.data.tokenizer import Tokenizer, train_tokenizer
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare.corpus import Options, Work, description, write_corpus
+from megagpt.prepare.corpus import Options, Work, write_corpus
 from megagpt.prepare.ranks import Ranks, joined_ranks
 from megagpt.prepare.summary import Corpora, PrepareSummary, TokenizerSummary
+from megagpt.prepare.tokenizing import Tokens, inspect_tokenizer, train_tokenizer_command
 from megagpt.prepare.workplace import Workplace, remove, workplace_of
 
 __all__ = [
@@ -26,36 +21,12 @@ __all__ = [
     "Options",
     "PrepareSummary",
     "TokenizerSummary",
+    "Tokens",
+    "inspect_tokenizer",
     "prepare_command",
     "prepare_corpora",
     "train_tokenizer_command",
 ]
-
-
-def train_tokenizer_command(
-    inputs: Sequence[str],
-    vocab_size: int,
-    output: str | os.PathLike[str],
-    validation_fraction: float = DEFAULT_FRACTION,
-    text_key: str = "text",
-) -> TokenizerSummary:
-    """Train a tokenizer on the documents of the inputs and write OUTPUT.model.
-
-    The documents that `prepare` would put aside at this fraction are left out: nothing that is measured on them
-    has seen them. Raises UserError for inputs that cannot be read or a vocabulary that does not fit the text.
-    """
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        sources = find_sources(inputs, Path(scratch) / "stdin")
-        documents = whole_documents(sources, tuple(text_key.split(".")), Oddities())
-        count = _Counted(
-            document.text
-            for document in documents
-            if not in_validation(digest_of(document.key or document.text), validation_fraction)
-        )
-        path = train_tokenizer(count, vocab_size, output)
-    seconds = time.perf_counter() - begin
-    return TokenizerSummary(str(path), description(sources), vocab_size, count.documents, count.text_bytes, seconds)
 
 
 def prepare_command(
@@ -111,17 +82,3 @@ def _prepared(
             corpora.append(write_corpus(Work(its_own, model, prefix, options, folder / shards), ranks, out))
         remove(folder)
     return Corpora(tuple(corpora))
-
-
-class _Counted:
-    """Passes texts on and counts them and their UTF-8 bytes."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
-        self.documents = self.text_bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.documents += 1
-            self.text_bytes += len(text.encode("utf-8", "surrogatepass"))
-            yield text

@@ -20,6 +20,23 @@ class Oddity:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How a tokenizer does on some text that it has `seen` or not; `lost` documents do not come back from their ids."""
+
+    text_bytes: int
+    seen: bool
+    bytes_per_token: float
+    unknown: float  # share of the tokens
+    documents: int
+    lost: int
+
+    def __str__(self) -> str:
+        text = f"{self.text_bytes / 1e6:.2f} MB that it has {'' if self.seen else 'not '}seen"
+        back = f"{self.lost} of {self.documents} documents do not come back" if self.lost else "all comes back"
+        return f"on {text}: {self.bytes_per_token:.2f} bytes per token, {self.unknown:.3%} unknown, {back}"
+
+
+@dataclass(frozen=True)
 class TokenizerSummary:
     """What `tokenizer train` did. `text_bytes` are the UTF-8 bytes of all documents read."""
 
@@ -28,11 +45,12 @@ class TokenizerSummary:
     vocab_size: int
     documents: int
     text_bytes: int
+    quality: Quality
     seconds: float
 
     def __str__(self) -> str:
         return (
-            f"{self.source}\n"
+            f"{self.source}\n{self.quality}\n"
             f"{self.path}: {self.vocab_size:,} pieces from {self.documents:,} documents "
             f"({self.text_bytes / 1e6:.1f} MB) in {self.seconds:.1f} s"
         )

