@@ -17,7 +17,7 @@ def deepspeed(cluster, tmp_path):
     """The start of a command line of DeepSpeed's launcher for two hosts of one rank, and its environment."""
     hosts, environment = tmp_path / "hosts", tmp_path / "environment"
     hosts.write_text("node1 slots=1\nnode2 slots=1\n")
-    cluster.run(1, "python", "-m", "megagpt.cli", "hosts", hosts, "--write-environment", environment)
+    cluster.run(1, "megagpt", "hosts", hosts, "--write-environment", environment)
     return ("deepspeed", "--hostfile", hosts, "--no_local_rank"), {"DS_ENV_FILE": str(environment)}
 
 
@@ -55,7 +55,7 @@ def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoi
     assert training.returncode != 0, printed
     assert "has made no progress for" in printed
     assert [cluster.ranks(1), cluster.ranks(2)] == [[], []]
-    cluster.run(1, "python", "-m", "megagpt.cli", "status", run, code=1)
+    cluster.run(1, "megagpt", "status", run, code=1)
     cluster.run(1, *launcher, *ranks(recipe, *words, "--max-minutes", "0.01", "--resume", "must"), code=75, **env)
     assert [event["event"] for event in events(run)].count("resume") == 1
     assert status.read(run).code == 75
