@@ -98,8 +98,12 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
         needed=12 * cost.parameters(recipe.model),  # a weight and two moments in fp32
     )  # fmt: skip
     found, damaged = resume.find(store, options.resume)
+    branched = found is None and recipe.init_from is not None
+    if branched and recipe.init_from:
+        place = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
+        found = resume.branch(recipe.init_from, place, store, total)
     if found is not None:
-        resume.check(found, facts, options.allow_change)
+        resume.check(found, facts, options.allow_change, branched)
         if found.state.update >= total and all(agreement.any(rank.main and done(path) >= found.state.update)):
             console.say(
                 f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
@@ -127,7 +131,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
-    _open(run, device, notes, state)
+    _open(run, device, notes, state, branched)
     return run, state
 
 
@@ -185,7 +189,7 @@ def _same(facts: dict[str, Any]) -> dict[str, str]:
     return {**sums, "Python": platform.python_version(), **facts["versions"]}
 
 
-def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
+def _open(run: Run, device: str, notes: list[str], state: TrainState, branched: bool) -> None:
     """Write down what is about to be trained, and say it in a few lines."""
     recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
     if run.rank.main:
@@ -223,11 +227,15 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState) -> None:
         notes = [*notes, "health.compare_every finds nothing to compare: at ZeRO stage 3 no two ranks hold the same"]
     for note in (*run.resolved.notes, *run.loader.notes, *notes):
         say(f"note     {note}")
+    event, origin = "resume" if state.update else "start", {}
+    if branched:
+        event, origin = "branch", {"init_from": recipe.init_from}
+        say(f"branched from {recipe.init_from}: this run has a schedule and a length of its own")
     if state.update:
         say(
             f"resumed  at update {state.update:,}, data position {state.position:,}: "
             "weights, optimizer, schedule, data, random state, metrics"
         )
     spent = {"seconds": times.process_age(), "lost_seconds": run.metrics.lost_seconds}
-    run.metrics.write("resume" if state.update else "start", **asdict(state), **spent)
+    run.metrics.write(event, **asdict(state), **origin, **spent)
     run.progress.pause()

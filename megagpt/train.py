@@ -244,6 +244,7 @@ def train(options: Options) -> int:
 def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
     console = Console(Path(recipe.run_dir), rank.rank)
     note = Note(Path(recipe.run_dir), rank)
+    assembled = None
     try:
         assembled = assemble(options, rank, recipe, console)
         code = _loop_and_close(*assembled) if assembled else EXIT_DONE
@@ -253,9 +254,11 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
         note.end(error.exit_code, str(error))
         raise
     except Exception as error:
-        note.end(EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        doing = assembled[0].watch.doing if assembled else "the start"
+        cause = f"in {doing}: {type(error).__name__}: {error}"
+        note.end(EXIT_FAILURE, cause)
         traceback.print_exc()
-        console.alarm(f"megagpt: rank {rank.rank} failed: {type(error).__name__}: {error}\n  log: {console.log_path}")
+        console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
         sys.stdout.flush()
         os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
     finally:

@@ -6,6 +6,7 @@ reported twice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ def _preset(preset: str | None) -> Finding:
     near = nearest(preset, PRESETS)
     names = ", ".join(PRESETS)
     return f'there is no preset "{preset}"', f"write {near}" if near else f"choose one of {names}"
+
+
+def _init_from(init_from: str | None) -> Finding:
+    if init_from is None or re.fullmatch(r".+@(latest|[0-9]+)", init_from):
+        return None
+    return f'init_from: "{init_from}" names no update of a run', "write RUN_DIRECTORY@UPDATE, or RUN_DIRECTORY@latest"
 
 
 def _heads(d_model: int, n_head: int) -> Finding:
@@ -152,6 +159,7 @@ def fits(warmup: int, decay: int | None, total: int | None) -> Finding:
 FITS = (fits, ("schedule.warmup_updates", "schedule.decay_updates", "length.updates"))
 
 RULES: tuple[Rule, ...] = (
+    (_init_from, ("init_from",)),
     (_preset, ("model.preset",)),
     (_heads, ("model.d_model", "model.n_head")),
     (_groups, ("model.n_head", "model.n_kv_head")),

@@ -255,6 +255,8 @@ class Recipe(Section):
 
     run_dir: _Text
     """directory that the run writes and resumes from"""
+    init_from: _Text | None = None
+    """RUN@UPDATE or RUN@latest: begin as a branch of that run, with a schedule and length of one's own; null: anew"""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """of the initial weights, the data order and dropout"""
     precision: Precision | None = None

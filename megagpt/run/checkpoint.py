@@ -90,19 +90,24 @@ class Store:
         return notes[0]
 
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not.
-
-        The ranks share the reading, and all get the same answer.
-        """
+        """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not."""
         skipped: list[str] = []
         names = json.loads(self.agreement.gather(json.dumps([folder.name for folder in self.folders()]))[0])
         for name in reversed(names):
-            checkpoint, wrong = check(self.root / name, self.rank.rank, self.rank.world_size)
-            reasons = [reason for reason in self.agreement.gather(wrong) if reason]
-            if checkpoint is not None and not reasons:
+            checkpoint, wrong = self.valid(name)
+            if checkpoint is not None:
                 return checkpoint, skipped
-            skipped.append(f"{name}: {reasons[0]}")
+            skipped.append(wrong)
         return None, skipped
+
+    def valid(self, name: str) -> tuple[Checkpoint | None, str]:
+        """The checkpoint of this name if its files are all there and whole, or what is wrong with it.
+
+        The ranks share the reading, and all get the same answer.
+        """
+        checkpoint, wrong = check(self.root / name, self.rank.rank, self.rank.world_size)
+        reasons = [reason for reason in self.agreement.gather(wrong) if reason]
+        return (None, f"{name}: {reasons[0]}") if reasons else (checkpoint, "")
 
     def folders(self) -> list[Path]:
         """All published checkpoints, the oldest first; a copy by another name is none."""

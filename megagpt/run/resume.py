@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megagpt.errors import Problem, UserError
@@ -12,7 +14,7 @@ from megagpt.run.checkpoint import Checkpoint, Store
 
 MODES = ("auto", "must", "never")
 # what may change in a run: how long it is, what it shows and keeps; nothing that moves the numbers before the end
-_FREE = ("run_dir", "length.", "evaluation.", "checkpoint.", "health.compare_every", "log.")
+_FREE = ("run_dir", "init_from", "length.", "evaluation.", "checkpoint.", "health.compare_every", "log.")
 
 
 def find(store: Store, mode: str) -> tuple[Checkpoint | None, list[str]]:
@@ -44,18 +46,52 @@ def find(store: Store, mode: str) -> tuple[Checkpoint | None, list[str]]:
     return found, skipped
 
 
-def check(checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+def branch(source: str, where: str, store: Store, total: int) -> Checkpoint:
+    """The checkpoint of another run that a new one of `total` updates begins with: RUN@UPDATE or RUN@latest.
+
+    `where` is the place of that word. Raises UserError where there is none, or where it is not whole.
+    """
+    name, _, at = source.rpartition("@")
+    other = replace(store, run=Path(name))
+    there = other.folders()
+    if other.run.resolve() == store.run.resolve():
+        raise UserError("a run cannot begin with itself", where, "choose another run_dir for the branch")
+    if not there:
+        raise UserError(
+            f"there is no run with a checkpoint in {name}", where, "check the path of the run to begin with"
+        )
+    if at == "latest":
+        found, passed_over = other.newest_valid()
+        wrong = "\n".join(passed_over)
+    elif other.folder(int(at)) in there:
+        found, wrong = other.valid(other.folder(int(at)).name)
+    else:
+        updates = ", ".join(str(int(folder.name.removeprefix("update_"))) for folder in there)
+        raise UserError(f"{name} has no checkpoint of update {at}", where, f"choose one of {updates}, or latest")
+    if found is None:
+        raise UserError("the checkpoint to begin with is damaged", f"{where}\n{wrong}", "choose another update")
+    if found.state.update >= total:
+        what = f"the branch begins at update {found.state.update}, and the length is only {total} updates"
+        raise UserError(what, where, "give a longer length: updates count from the beginning of the other run")
+    return found
+
+
+def check(
+    checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str] = (), branched: bool = False
+) -> None:
     """Compare this start's recipe and data with the checkpoint's. Raises UserError listing all that differs.
 
     `allowed` are keys of the recipe, or its sections, that may have changed; one that has not is a mistake, too.
+    The schedule of a run that has `branched` off is its own.
     """
+    free = (*_FREE, "schedule.") if branched else _FREE
     then = checkpoint.facts
     recipe = _differences(_flat(then["recipe"]), _flat(facts["recipe"]))
     for key in allowed:
         if not any(_within(line, key) for line in recipe):
             do = "take it away, or change the value in the recipe or on the command line"
             raise UserError("nothing of that name has changed since the checkpoint", f"--allow-change {key}", do)
-    changed = [line for line in recipe if not line.startswith(_FREE) and not any(_within(line, key) for key in allowed)]
+    changed = [line for line in recipe if not line.startswith(free) and not any(_within(line, key) for key in allowed)]
     do = (
         f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, choose another run_dir to start anew, "
         "or allow each change by name: --allow-change KEY"

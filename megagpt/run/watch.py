@@ -49,6 +49,11 @@ class Watch:
         self._phase, self._update, self._since = phase, update, now
         self._seen += phase == PASSES
 
+    @property
+    def doing(self) -> str:
+        """The phase that this rank is in."""
+        return f"{self._phase} of update {self._update}"
+
     def close(self) -> None:
         """Stop watching."""
         self._end.set()

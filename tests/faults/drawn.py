@@ -82,19 +82,20 @@ def inside(kind: str, update: int, world: int, chance: random.Random) -> dict:
     }  # fmt: skip
 
 
-def damage(kind: str, run: Path, chance: random.Random) -> bool:
-    """Do to the files of a run what happens between two launches; whether there was something to do it to."""
-    if kind == "latest gone or wrong":
-        latest = run / "checkpoints/latest"
-        latest.unlink(missing_ok=True)
-        if chance.random() < 0.5 and latest.parent.exists():
-            latest.write_text("update_99999999\n")
-        return True
+def damage(kind: str, run: Path, chance: random.Random) -> str:
+    """Do to the files of a run what happens between two launches; which kind it was.
+
+    The only checkpoint is spared: a run that has lost all stops, as it should.
+    """
     folders = sorted((run / "checkpoints").glob("update_*"))
-    if len(folders) < 2:
-        return False  # a run whose only checkpoint is damaged stops, as it should
-    _damage(chance.choice([path for path in sorted(folders[-1].rglob("*")) if path.is_file()]), chance)
-    return True
+    if kind == "the newest checkpoint damaged" and len(folders) > 1:
+        _damage(chance.choice([path for path in sorted(folders[-1].rglob("*")) if path.is_file()]), chance)
+        return kind
+    latest = run / "checkpoints/latest"
+    latest.unlink(missing_ok=True)
+    if chance.random() < 0.5 and latest.parent.exists():
+        latest.write_text("update_99999999\n")
+    return "latest gone or wrong"
 
 
 def _damage(path: Path, chance: random.Random) -> None:

@@ -7,6 +7,7 @@ A process takes part by `install()`, called before training begins (site/sitecus
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ import time
 
 import torch
 
-from megagpt.data.evaluation import Evaluation
 from megagpt.data.loader import Batch, Loader
 from megagpt.run.watch import Watch
 
@@ -55,27 +55,26 @@ def at_phase(fault: dict) -> None:
 
 
 def act(fault: dict) -> None:
-    """Let a fault of a phase happen: an exception, a pause, a signal, or nothing but its note."""
+    """Let a fault of a phase happen, `seconds` into it: an exception, a signal, or nothing but its note."""
+    time.sleep(fault.get("seconds", 0))
     fired(fault)
     if fault["act"] == "raise":
         raise Injected(f"made to fail in {fault['phase']}")
-    if fault["act"] == "sleep":
-        time.sleep(fault["seconds"])
-    elif fault["act"] != "note":
+    if fault["act"] != "note":
         os.kill(os.getpid(), signal.Signals[fault["act"]])
 
 
-def slow_evaluation(fault: dict) -> None:
-    """Each batch of an evaluation takes `seconds` longer; the first one is noted."""
-    batches = Evaluation.batches
+def slow(fault: dict) -> None:
+    """Each call of `method` ("module:Class.method") takes `seconds` longer."""
+    module, _, name = fault["method"].partition(":")
+    owner = getattr(importlib.import_module(module), name.partition(".")[0])
+    real = getattr(owner, name.partition(".")[2])
 
-    def slow(evaluation: Evaluation):
-        fired(fault)
-        for batch in batches(evaluation):
-            time.sleep(fault["seconds"])
-            yield batch
+    def slowed(*arguments, **words):
+        time.sleep(fault["seconds"])
+        return real(*arguments, **words)
 
-    Evaluation.batches = slow
+    setattr(owner, real.__name__, slowed)
 
 
 def poison(fault: dict) -> None:
@@ -132,8 +131,9 @@ def clock_back(fault: dict) -> None:
 
 
 INSTALL = {
+    "begun": fired,
     "phase": at_phase,
-    "slow evaluation": slow_evaluation,
+    "slow": slow,
     "poison": poison,
     "file call": file_call,
     "clock back": clock_back,

@@ -72,7 +72,7 @@ def test_when_one_rank_is_killed_the_other_ends_too_and_says_why(recipe):
         started[1].kill()
         error = started[0].communicate(timeout=60)[1]
         assert started[0].returncode == 1
-    assert error.startswith("megagpt: rank 0 failed: ")
+    assert error.startswith("megagpt: rank 0 failed in ")
     assert "rank-0.log" in error
 
 

@@ -159,7 +159,6 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-offload-recompute", 2, _ulysses(2, zero(3, 4, **OFFLOADED) | _again("auto")), LLAMA),
     Case("ulysses2-tensor2", 4, _ulysses(2, _tensor(2, zero(1)))),
     Case("ulysses2-pipeline2-llama", 4, _ulysses(2, _pipeline(2, 3)), (*DEEP, *LLAMA)),
-    Case("zero0-documents-1rank", 1, zero(0, 4), DOCUMENTS),
     Case("zero3-documents-llama-recompute-2ranks", 2, zero(3, 3) | _again("auto"), (*LLAMA, *DOCUMENTS)),
     Case("pipeline3-documents", 3, _pipeline(3, 2), (*FOUR, *DOCUMENTS)),
     Case("pipeline4-documents-llama-recompute", 4, _pipeline(4, 2) | _again("auto"), (*DEEP, *LLAMA, *DOCUMENTS)),

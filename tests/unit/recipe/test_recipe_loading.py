@@ -161,7 +161,7 @@ def test_there_are_few_keys_and_each_has_a_help_text():
         "health": 5,
         "log": 2,
     }
-    assert len(top) == 3
+    assert len(top) == 4
     for fields in (top, *keys.values()):
         assert not [name for name, info in fields.items() if not info.description]
 

@@ -33,6 +33,11 @@ BROKEN = {
         "megagpt: length is said more than once\n  length.updates  100   r.yaml:8\n"
         "  length.epochs   2     r.yaml:8\n  do: keep one and set the other to null: length.epochs=null",
     ),
+    "a branch of no update": (
+        {1: "run_dir: r\ninit_from: runs/trunk"},
+        'megagpt: init_from: "runs/trunk" names no update of a run\n  r.yaml:2  init_from\n'
+        "  do: write RUN_DIRECTORY@UPDATE, or RUN_DIRECTORY@latest",
+    ),
     "wsd without a decay": (
         {7: "schedule: {type: wsd, warmup_updates: 10}"},
         "megagpt: schedule.type wsd needs schedule.decay_updates\n  r.yaml:7  schedule.type\n"

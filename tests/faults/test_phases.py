@@ -1,0 +1,77 @@
+"""A fault of one rank of two, in each phase: all ranks end together, and the run that goes on has the same bits."""
+
+import re
+
+import pytest
+
+from tests import training
+from tests.faults.launches import launch
+from tests.training import curve, events, final_weights
+
+PHASES = {"data": 6, "forward/backward": 12, "step": 18, "save": 25, "evaluate": 30}  # and the update that is hit in it
+WORDS = ("length.updates=40", "checkpoint.every=5", "evaluation.every=10", "evaluation.samples=32", "log.every=1000")
+
+
+def to_the_end(recipe, folder):
+    with launch(recipe, *WORDS, folder=folder) as ranks:
+        assert ranks.wait(180) == [0, 0], ranks.printed()
+    return recipe.with_suffix("")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return to_the_end(training.write_recipe(folder / "run", data), folder)
+
+
+def assert_same(run, straight):
+    assert curve(run) == curve(straight)
+    assert final_weights(run) == final_weights(straight)
+    assert validations(run) == validations(straight)
+
+
+def validations(run):
+    return [(event["update"], event["loss"]) for event in events(run) if event["event"] == "validation"]
+
+
+def newest(run):
+    return int(sorted((run / "checkpoints").glob("update_*"))[-1].name.removeprefix("update_"))
+
+
+def test_a_signal_to_one_rank_in_any_phase_stops_both_in_that_update_and_loses_nothing(recipe, straight, tmp_path):
+    run = recipe.with_suffix("")
+    clock = {"kind": "clock back", "name": "clock", "rank": 0, "update": 2, "seconds": 7200}  # and that harms nothing
+    for (phase, update), number in zip(PHASES.items(), ("TERM", "USR1", "INT", "TERM", "USR1"), strict=True):
+        signal = {"kind": "phase", "name": "signal", "rank": 1, "phase": phase, "update": update, "act": f"SIG{number}"}
+        if phase == "evaluate":
+            signal["nth"] = 3  # batches of 8
+        with launch(recipe, *WORDS, folder=tmp_path, faults=[signal, clock]) as ranks:
+            assert ranks.wait(120) == [75, 75], ranks.printed()
+            assert {fault["name"] for fault in ranks.fired()} == {"signal", "clock"}
+            printed = ranks.printed()
+        answered = update + 1 if phase == "save" else update  # the save of 25 ends; the next update is not begun twice
+        assert f"stopped by a signal to another rank, saved at update {answered}." in printed
+        assert newest(run) == curve(run)[-1]["update"] == answered
+    left = [event["event"] for event in events(run) if event["update"] == 30]
+    assert "validation_left" in left  # after 3 of 8 batches, and nothing half is on record
+    assert "validation" not in left
+    assert_same(to_the_end(recipe, tmp_path), straight)
+
+
+def test_an_exception_in_any_phase_ends_both_ranks_and_names_rank_phase_and_cause(recipe, straight, tmp_path):
+    for phase, update in PHASES.items():
+        fault = {"kind": "phase", "name": "raise", "rank": 1, "phase": phase, "update": update, "act": "raise"}
+        with launch(recipe, *WORDS, folder=tmp_path, faults=[fault]) as ranks:
+            assert ranks.wait(60) == [1, 1], ranks.printed()
+            said = ranks.printed(1)
+        assert f"megagpt: rank 1 failed in {phase} of update {update}: Injected: made to fail in {phase}" in said
+    assert_same(to_the_end(recipe, tmp_path), straight)
+
+
+@pytest.mark.parametrize("phase", ["data", "step", "evaluate"])
+def test_a_rank_that_stands_still_is_named_with_its_phase(recipe, phase, tmp_path):
+    fault = {"kind": "phase", "name": "stop", "rank": 1, "phase": phase, "update": 10, "act": "SIGSTOP", "seconds": 1.5}
+    with launch(recipe, *WORDS, "log.hang_after=3", folder=tmp_path, faults=[fault]) as ranks:
+        assert ranks.wait(120, all_but=[1]) == [1, None], ranks.printed()
+        said = ranks.printed()
+    assert re.search(rf"\n  rank 1: {phase} of update 10  silent for \d+ s: stopped or dead\n", said), said

@@ -1,0 +1,63 @@
+"""Effective training time: each second of a run is counted once, where it went, over all its restarts."""
+
+import time
+
+import pytest
+
+from megagpt import report
+from megagpt.run import times
+from tests.faults.launches import launch
+from tests.training import events
+
+WORDS = ("length.updates=20", "checkpoint.every=5", "evaluation.every=5")
+EACH = ("length.updates=6", "schedule.warmup_updates=2", "checkpoint.every=1", "evaluation.every=1")
+SLOW = {
+    "data": "megagpt.data.loader:Loader.batches",
+    "compute": "megagpt.engine.zero:ZeroEngine.train_update",
+    "save": "megagpt.engine.zero:ZeroEngine.save_state",
+    "evaluate": "megagpt.engine.zero:ZeroEngine.evaluate",
+}
+
+
+@pytest.mark.parametrize("part", SLOW)
+def test_what_is_slow_is_where_the_time_went(recipe, part, tmp_path):
+    faults = [{"kind": "begun"}, {"kind": "slow", "method": SLOW[part], "seconds": 1.0}]
+    with launch(recipe, *EACH, folder=tmp_path, world=1, faults=faults) as ranks:
+        assert ranks.wait(120) == [0]
+        begun, end = ranks.fired()[0]["at"], time.monotonic()
+        said = next(line for line in ranks.printed().splitlines() if line.startswith("time     "))
+    spent = report.spent(tmp_path / "run")
+    assert sum(spent.shares.values()) == pytest.approx(1)
+    assert max((share, name) for name, share in spent.shares.items() if name != "restart")[1] == part
+    assert getattr(spent, part) > 6 * 1.0
+    assert 0.8 * (end - begun) < spent.total < end - ranks.started  # closing, after the last event, is not among it
+    assert f"{part} {spent.shares[part]:.1%}"[:-2] in said
+
+
+def test_work_that_a_kill_has_lost_is_counted_though_its_record_is_gone(recipe, tmp_path):
+    slow = {"kind": "slow", "method": SLOW["compute"], "seconds": 0.2}
+    kill = {"kind": "phase", "name": "kill", "phase": "step", "update": 9, "act": "SIGKILL"}
+    for faults, code in (([slow, kill], -9), ([slow], 0)):
+        with launch(recipe, *WORDS, folder=tmp_path, world=1, faults=faults) as ranks:
+            assert ranks.wait(120) == [code]
+    spent = report.spent(tmp_path / "run")
+    assert spent.lost > 3 * 0.2  # updates 6 to 8
+    assert spent.lost + spent.compute > 23 * 0.2
+    assert [event["update"] for event in events(tmp_path / "run") if event["event"] == "update"] == list(range(1, 21))
+
+
+def test_each_event_counts_once():
+    events = [
+        {"event": "start", "seconds": 10.0, "lost_seconds": 0.0},
+        {"event": "update", "seconds": 2.0, "data_seconds": 0.5},
+        {"event": "checkpoint", "stall_seconds": 1.0, "write_seconds": 30.0},
+        {"event": "validation", "seconds": 4.0},
+        {"event": "validation_left", "seconds": 1.0},
+        {"event": "resume", "seconds": 7.0, "lost_seconds": 3.0},
+        {"event": "rollback", "seconds": 0.5, "lost_seconds": 6.0},
+        {"event": "skip", "seconds": 0.25},
+        {"event": "time", "spent": {}},
+    ]
+    spent = times.of(events)
+    assert spent == times.Times(data=0.5, compute=1.5, save=1.0, evaluate=5.0, restart=17.0, lost=9.75)
+    assert str(spent).startswith("35s: restart 48.9%, lost work 28.1%, evaluate 14.4%")
