@@ -221,3 +221,27 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "c.bin.partial").mkdir()
     with pytest.raises(UserError, match="Is a directory"):
         Writer(tmp_path / "c", 100)
+
+
+def test_offsets_beyond_four_gigabytes_are_kept(tmp_path, megatron):
+    """A sparse .bin: documents beyond 2³¹ tokens and 2³² bytes, with marks where they begin and end."""
+    lengths = [2**31 + 5, 3, 2**31 - 1, 2]
+    with Writer(tmp_path / "c", 50_000) as writer:
+        writer.end_documents(np.array(lengths), 0)
+        writer.finish_unverified()
+    starts = np.cumsum([0, *lengths])
+    with (tmp_path / "c.bin").open("r+b") as file:
+        file.truncate(2 * int(starts[-1]))
+        for number, start in enumerate(starts[:-1].tolist(), 1):
+            file.seek(2 * start)
+            file.write(struct.pack("<H", number))
+            file.seek(2 * (start + lengths[number - 1] - 1))
+            file.write(struct.pack("<H", 10 * number))
+    reader, theirs = Reader(tmp_path / "c"), megatron.IndexedDataset(str(tmp_path / "c"))
+    assert [len(reader.document(n)) for n in range(4)] == lengths
+    assert [(int(reader.document(n)[0]), int(reader.document(n)[-1])) for n in range(4)] == [
+        (number, 10 * number) for number in (1, 2, 3, 4)
+    ]
+    assert reader.lengths.tolist() == [2**31 - 1, 6, 3, 2**31 - 1, 2]
+    assert theirs.document_indices.tolist() == reader.documents.tolist()
+    assert [theirs.get(2)[0], theirs.get(4)[0]] == [2, 4]

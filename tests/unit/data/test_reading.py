@@ -151,3 +151,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         f"megagpt: cannot read the file: No such file or directory\n  {path}\n"
         "  do: check that it is there and that you may read it"
     )
+
+
+def test_lines_beyond_four_gigabytes_are_found(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:  # sparse: a line of 4 GB that nobody reads
+        file.write(jsonl("first"))
+        file.seek(2**32)
+        file.write(b"\n" + jsonl("second", "third"))
+    (source,) = find_sources([str(path)], None)
+    cut = pieces.cut([source])
+    stretches = [stretch for piece in cut for stretch in piece.stretches]
+    assert [stretch.start for stretch in stretches[1:]] == [stretch.end for stretch in stretches[:-1]]
+    assert (stretches[0].start, stretches[-1].end) == (0, source.size)
+    assert stretches[-1].start <= 2**32 < stretches[-1].end
+    beyond = pieces.Stretch(0, source, 2**32, source.size)
+    assert [fragment.text for fragment in read(beyond, ("text",), Oddities())] == ["second", "third"]
