@@ -138,7 +138,7 @@ def _other_beta(original: Wrapper, *args: Any) -> Any:
     return built
 
 
-def _sees_the_future(original: Wrapper, attention: Attention, q: Any, k: Any, v: Any, is_causal: bool) -> Any:
+def _sees_the_future(original: Wrapper, attention: Attention, q: Any, k: Any, v: Any, **more: Any) -> Any:
     heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
 

@@ -29,9 +29,9 @@ def _mean_of_means(original: Wrapper, stages: Stages, head: nn.Module, hidden: t
     return original(stages, head, hidden) * (stages.normalizer / valid)
 
 
-def _last_ignored(original: Wrapper, stages: Stages, batches: list[Batch]) -> Iterator[Batch]:
+def _last_ignored(original: Wrapper, stages: Stages, batches: list[Batch], *args: Any) -> Iterator[Batch]:
     *kept, last = batches
-    return original(stages, [*kept, Batch(last.input_ids, torch.full_like(last.labels, -100))])
+    return original(stages, [*kept, Batch(last.input_ids, torch.full_like(last.labels, -100))], *args)
 
 
 def _tied_counted_twice(original: Wrapper, section: Any, model: nn.Module, on_gpu: bool) -> Any:
@@ -56,15 +56,15 @@ def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> Cut 
     return cut if cut is None else Cut(cut.dim, (sum(cut.blocks),))
 
 
-def _at_the_start(original: Wrapper, ulysses: Ulysses, module: nn.Module, seq_len: int) -> None:
-    original(ulysses, module, seq_len)
+def _at_the_start(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
+    original(ulysses, module, *args)
     for part in module.modules():
         if isinstance(part, PositionEmbedding):
             part.first = 0
 
 
-def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, module: nn.Module, seq_len: int) -> None:
-    original(ulysses, module, seq_len)
+def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
+    original(ulysses, module, *args)
     for part in module.modules():
         if isinstance(part, Attention):
             del part.attend
