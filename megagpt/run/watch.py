@@ -30,9 +30,9 @@ _LONGER = 10  # times the limit, for phases that wait for disks, or happen once:
 class Watch:
     """Notes the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample or the
-    first updates ten times `seconds` at least; building has none. An evaluation enters its phase again with each batch.
-    `alarm` prints for people.
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample or
+    the first updates ten times `seconds` at least; building has none. An evaluation enters its phase again with each
+    batch. `alarm` prints for people.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, alarm: Callable[[str], None]) -> None:
