@@ -23,15 +23,16 @@ from megagpt.errors import EXIT_FAILURE
 
 DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
 EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
-_EXEMPT = 2  # updates: the first ones build, compile and warm up
+_EXEMPT = 2  # updates: the first ones compile and warm up, and have the longer limit
 _LONGER = 10  # times the limit, for phases that wait for disks, or happen once: between two batches nothing does
 
 
 class Watch:
     """Notes the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save or a sample
-    ten times `seconds` at least. An evaluation enters its phase again with each batch. `alarm` prints for people.
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample or
+    the first updates ten times `seconds` at least; building has none. An evaluation enters its phase again with each
+    batch. `alarm` prints for people.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, alarm: Callable[[str], None]) -> None:
@@ -67,14 +68,15 @@ class Watch:
             beat = {"update": self._update, "phase": self._phase, "lasted": lasted, "at": time.time()}
             with contextlib.suppress(OSError):
                 self._file(self._rank).write_text(json.dumps(beat))
-            if self._seen > _EXEMPT and lasted > self._limit():
+            if self._seen and lasted > self._limit():
                 self._give_up(lasted)
             if self._end.wait(min(1.0, self._seconds / 5)):
                 return
 
     def _limit(self) -> float:
         measured = list(self._lasted[self._phase])
-        least = self._seconds if self._phase in (DATA, PASSES, STEP, EVALUATE) else _LONGER * self._seconds
+        quick = self._seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
+        least = self._seconds if quick else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 
     def _give_up(self, lasted: float) -> None:

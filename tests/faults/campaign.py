@@ -88,7 +88,7 @@ class Campaign:
         return self._out
 
     def _start(self, stack: ExitStack, run: Path, faults: list[dict], *words: str) -> Launch:
-        config, world = LAYOUTS[self._out.launches % len(LAYOUTS)] if self._layouts and run == self._run else LAYOUTS[0]
+        config, world = self._layout() if run == self._run else LAYOUTS[0]
         words = (f"length.updates={self._total}", f"checkpoint.every={EVERY}", "evaluation.every=10",
                  "evaluation.samples=16", "log.every=100", *words)  # fmt: skip
         self._out.launches += run == self._run
@@ -96,6 +96,10 @@ class Campaign:
         return stack.enter_context(
             launch(self._recipes[run], *words, folder=self._folder, world=world, config=config, faults=faults)
         )
+
+    def _layout(self) -> tuple[str, int]:
+        """The config and the number of ranks of the next launch under faults."""
+        return LAYOUTS[self._out.launches % len(LAYOUTS)] if self._layouts else LAYOUTS[0]
 
     def _to_the_end(self, run: Path) -> None:
         with ExitStack() as stack:
@@ -111,8 +115,11 @@ class Campaign:
             was = self._saved()
             left = (self._total - 3 * EVERY - was) / self._ends
             update = min(was + 2 + int(left * self._chance.uniform(0.3, 1.7)), self._total - EVERY)
-            made = drawn.plan(kind, update, LAYOUTS[0][1], self._chance)
-            faults = [drawn.inside(name, update, 2, self._chance) for name in inside if name != "data that yields NaN"]
+            world = self._layout()[1]
+            made = drawn.plan(kind, update, world, self._chance)
+            faults = [
+                drawn.inside(name, update, world, self._chance) for name in inside if name != "data that yields NaN"
+            ]
             happened = self._under(made, faults)
             inside = [name for name in inside if name not in happened and name != self._poison["name"]]
             if kind in happened:

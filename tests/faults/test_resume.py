@@ -145,7 +145,7 @@ REFUSED = {
     "another number of ranks": (
         ["--expect-world-size", "2"],
         "megagpt: 2 ranks were expected, 1 came\n"
-        "  launcher: env, --expect-world-size 2\n"
+        "  launcher: environment, --expect-world-size 2\n"
         "  do: check the hostfile's path and slots, or the launcher's number of processes\n",
     ),
     "one change of two allowed": (
