@@ -81,16 +81,17 @@ def check(
 ) -> None:
     """Compare this start's recipe and data with the checkpoint's. Raises UserError listing all that differs.
 
-    `allowed` are keys of the recipe, or its sections, that may have changed; one that has not is a mistake, too.
+    `allowed` are keys of the recipe, or its sections, that may have changed. The same command must go on when it is
+    typed again after the change, so one that is as it was is no mistake; one that there is not, is.
     The schedule of a run that has `branched` off is its own.
     """
     free = (*_FREE, "schedule.") if branched else _FREE
     then = checkpoint.facts
-    recipe = _differences(_flat(then["recipe"]), _flat(facts["recipe"]))
+    old, new = _flat(then["recipe"]), _flat(facts["recipe"])
+    recipe = _differences(old, new)
     for key in allowed:
-        if not any(_within(line, key) for line in recipe):
-            do = "take it away, or change the value in the recipe or on the command line"
-            raise UserError("nothing of that name has changed since the checkpoint", f"--allow-change {key}", do)
+        if not any(_within(name, key) for name in (*old, *new)):
+            raise UserError("the recipe has no such key", f"--allow-change {key}", "write KEY, SECTION.KEY or SECTION")
     changed = [line for line in recipe if not line.startswith(free) and not any(_within(line, key) for key in allowed)]
     do = (
         f"train with {checkpoint.folder.parent.parent / 'recipe.yaml'}, choose another run_dir to start anew, "

@@ -111,8 +111,10 @@ def test_a_longer_length_goes_on(uninterrupted, recipe):
 def test_an_allowed_change_is_said_and_takes_effect_from_there_on(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     shutil.rmtree(run / "checkpoints/update_00000100")
-    printed = finish(recipe, "schedule.min_lr=0.001", "--allow-change", "schedule")
+    command = ("schedule.min_lr=0.001", "--allow-change", "schedule")
+    printed = finish(recipe, "--max-minutes", "0", *command, code=75)
     assert "note     changed: schedule.min_lr  0.0 then, 0.001 now\n" in printed
+    assert "changed: schedule" not in finish(recipe, *command)  # typed again by a job that is started anew
     rates = [update["lr"] for update in curve(run)]
     straight = [update["lr"] for update in curve(uninterrupted)]
     assert rates[:90] == straight[:90]
@@ -155,11 +157,11 @@ REFUSED = {
         "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
         "or allow each change by name: --allow-change KEY\n",
     ),
-    "a change allowed that is none": (
-        ["--allow-change", "schedule.min_lr"],
-        "megagpt: nothing of that name has changed since the checkpoint\n"
-        "  --allow-change schedule.min_lr\n"
-        "  do: take it away, or change the value in the recipe or on the command line\n",
+    "a change allowed of what there is not": (
+        ["--allow-change", "schedule.min_rate"],
+        "megagpt: the recipe has no such key\n"
+        "  --allow-change schedule.min_rate\n"
+        "  do: write KEY, SECTION.KEY or SECTION\n",
     ),
     "never": (
         ["--resume", "never"],
