@@ -12,7 +12,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--allow-missing", action="store_true", help="pass where this machine cannot prove all, and say what"
     )
-    parser.addoption("--full", action="store_true", help="also the long repeats: 100 updates of each layout")
+    parser.addoption(
+        "--full", action="store_true", help="also what takes long: 100 updates of each layout, several hosts"
+    )
     parser.addoption("--parity-table", type=Path, help="write each layout's largest differences to this file")
 
 

@@ -72,6 +72,8 @@ def lacking():
 
 @pytest.fixture(scope="session")
 def cluster(request, tmp_path_factory):
+    if not request.config.getoption("--full"):
+        pytest.skip("NOT PROVEN, several hosts: they take minutes, --full has them")
     if reason := lacking():
         message = f"NOT PROVEN, several hosts: {reason}"
         (pytest.skip if request.config.getoption("--allow-missing") else pytest.fail)(message)
