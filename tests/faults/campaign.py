@@ -117,11 +117,11 @@ class Campaign:
             update = min(was + 2 + int(left * self._chance.uniform(0.3, 1.7)), self._total - EVERY)
             world = self._layout()[1]
             made = drawn.plan(kind, update, world, self._chance)
-            faults = [
-                drawn.inside(name, update, world, self._chance) for name in inside if name != "data that yields NaN"
-            ]
-            happened = self._under(made, faults)
-            inside = [name for name in inside if name not in happened and name != self._poison["name"]]
+            inside = [name for name in inside if name != self._poison["name"]]
+            once = dict.fromkeys(inside)  # two of a kind in one launch could not be told apart
+            happened = self._under(made, [drawn.inside(name, update, world, self._chance) for name in once])
+            for name in happened & set(inside):
+                inside.remove(name)
             if kind in happened:
                 return inside
         self._out.wrong.append(f"{kind}: did not happen in 20 launches")
