@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,16 @@ class Fragment(NamedTuple):
     last: bool = True
     line: int = 0
     key: str = ""
+
+
+def whole(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+    """Each document as one fragment."""
+    begun: list[str] = []
+    for fragment in fragments:
+        begun.append(fragment.text)
+        if fragment.last:
+            yield fragment._replace(text="".join(begun))
+            begun = []
 
 
 def digest_of(text: str) -> bytes:

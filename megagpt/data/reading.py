@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import Document, Fragment
+from megagpt.data.documents import Document, Fragment, whole
 from megagpt.data.oddities import Oddities, Place
 from megagpt.data.opening import opened
 from megagpt.data.parquet import row_groups, rows
@@ -46,13 +46,9 @@ def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Frag
 def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
     """All documents of the sources, one after the other. Raises as `read` does."""
     for number, source in enumerate(sources):
-        begun: list[str] = []
-        for fragment in read(Stretch(number, source), key, odd):
-            begun.append(fragment.text)
-            if fragment.last:
-                name = f"{source.path}:{fragment.line}" if fragment.line else source.path
-                yield Document(name, "".join(begun), fragment.key)
-                begun = []
+        for fragment in whole(read(Stretch(number, source), key, odd)):
+            name = f"{source.path}:{fragment.line}" if fragment.line else source.path
+            yield Document(name, fragment.text, fragment.key)
 
 
 def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.data.documents import Fragment, digest_of, in_validation
+from megagpt.data.documents import Fragment, digest_of, in_validation, whole
 from megagpt.data.encoder import Encoder
 from megagpt.data.indexed_writer import MAX_SEQUENCE
 from megagpt.data.oddities import Oddities, Place
@@ -61,7 +61,7 @@ class PieceEncoder:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd)
-                    for batch in _batches(fragments if self._encoder.by_words else _joined(fragments)):
+                    for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
                         before = shard.documents, shard.tokens, shard.text_bytes
                         self._add(batch, stretch.number, sink, odd)
                         after = shard.documents, shard.tokens, shard.text_bytes
@@ -145,16 +145,6 @@ def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _joined(fragments: Iterator[Fragment]) -> Iterator[Fragment]:
-    """Whole documents, for tokenizers that do not go by words."""
-    begun: list[str] = []
-    for fragment in fragments:
-        begun.append(fragment.text)
-        if fragment.last:
-            yield fragment._replace(text="".join(begun))
-            begun = []
 
 
 def cannot_write(error: OSError, folder: Path) -> MachineError:
