@@ -256,10 +256,11 @@ def status(run: Run, as_json: Json = False) -> None:
 def report(run: Run) -> None:
     """Draw a run's loss curve here and as loss.svg in the run directory, and say where its time went."""
     from megagpt import report as verb
+    from megagpt.run import metrics
 
     print(verb.terminal(run, colour=sys.stdout.isatty()))
     print(f"picture: {verb.picture(run)}")
-    print(f"time: {verb.spent(run)}")
+    print(f"time: {metrics.spent(run)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

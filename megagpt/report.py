@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.errors import UserError
-from megagpt.run import metrics, times
+from megagpt.run import metrics
 
 PICTURE = "loss.svg"
 
@@ -69,11 +69,6 @@ def terminal(run: Path, colour: bool) -> str:
     plotext.xlabel("million tokens")
     text: str = plotext.build()
     return text if colour else plotext.uncolorize(text)
-
-
-def spent(run: Path) -> times.Times:
-    """Where the run's seconds went, all its restarts together."""
-    return times.of(metrics.read(run))
 
 
 def _millions(tokens: list[int]) -> list[float]:

@@ -19,7 +19,7 @@ from megagpt.data.loader import Batch
 from megagpt.distributed import Rank, from_environment, promise
 from megagpt.distributed.meeting import meeting
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, MachineError, UserError
-from megagpt.run import metrics, times
+from megagpt.run import metrics
 from megagpt.run.checkpoint import SaveFailed, read
 from megagpt.run.console import Console
 from megagpt.run.health import Finding, Remedy
@@ -222,7 +222,7 @@ def finish(run: Run, state: TrainState) -> int:
 def say_times(run: Run, state: TrainState) -> None:
     """Say and record where the run's seconds went, over all its restarts."""
     if run.rank.main:
-        spent = times.of(metrics.read(run.path))
+        spent = metrics.spent(run.path)
         run.metrics.write("time", update=state.update, spent=asdict(spent), shares=spent.shares)
         run.console.say(f"time     {spent}")
 

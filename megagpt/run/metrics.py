@@ -71,6 +71,11 @@ def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
                     yield record
 
 
+def spent(run: Path) -> times.Times:
+    """Where the run's seconds went, all its restarts together."""
+    return times.of(read(run))
+
+
 def decisive(run: Path, last: int) -> list[dict[str, Any]]:
     """The events that decisions about bad numbers depend on, without their other values: of updates the last ones."""
     if not (run / NAME).exists():

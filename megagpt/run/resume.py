@@ -110,9 +110,9 @@ def check(
         raise UserError.of(problems)
 
 
-def fingerprint(data: Mapping[str, Any]) -> str:
-    """A short name for the facts of some data and its order."""
-    return f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """A short name for plain facts, such as those of some data and its order."""
+    return f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
 
 
 def moved(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str:

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from megagpt import report
-from megagpt.run import times
+from megagpt.run import metrics, times
 from tests.faults.launches import launch
 from tests.training import events
 
@@ -26,7 +25,7 @@ def test_what_is_slow_is_where_the_time_went(recipe, part, tmp_path):
         assert ranks.wait(120) == [0]
         begun, end = ranks.fired()[0]["at"], time.monotonic()
         said = next(line for line in ranks.printed().splitlines() if line.startswith("time     "))
-    spent = report.spent(tmp_path / "run")
+    spent = metrics.spent(tmp_path / "run")
     assert sum(spent.shares.values()) == pytest.approx(1)
     assert max((share, name) for name, share in spent.shares.items() if name != "restart")[1] == part
     assert getattr(spent, part) > 6 * 1.0
@@ -40,7 +39,7 @@ def test_work_that_a_kill_has_lost_is_counted_though_its_record_is_gone(recipe, 
     for faults, code in (([slow, kill], -9), ([slow], 0)):
         with launch(recipe, *WORDS, folder=tmp_path, world=1, faults=faults) as ranks:
             assert ranks.wait(120) == [code]
-    spent = report.spent(tmp_path / "run")
+    spent = metrics.spent(tmp_path / "run")
     assert spent.lost > 3 * 0.2  # updates 6 to 8
     assert spent.lost + spent.compute > 23 * 0.2
     assert [event["update"] for event in events(tmp_path / "run") if event["event"] == "update"] == list(range(1, 21))
