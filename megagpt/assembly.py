@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import zlib
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -131,7 +130,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
-    _open(run, device, notes, state, branched)
+    _open(run, device, taken, notes, state, branched)
     return run, state
 
 
@@ -185,11 +184,11 @@ def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
 def _same(facts: dict[str, Any]) -> dict[str, str]:
     """What must be the same on every rank: of long things a checksum."""
     long = {"recipe": facts["recipe"], "DeepSpeed config": facts["deepspeed"], "data": facts["data"]}
-    sums = {name: f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}" for name, value in long.items()}
+    sums = {name: resume.fingerprint(value) for name, value in long.items()}
     return {**sums, "Python": platform.python_version(), **facts["versions"]}
 
 
-def _open(run: Run, device: str, notes: list[str], state: TrainState, branched: bool) -> None:
+def _open(run: Run, device: str, taken: list[blend.Taken], notes: list[str], state: TrainState, branched: bool) -> None:
     """Write down what is about to be trained, and say it in a few lines."""
     recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
     if run.rank.main:
@@ -210,8 +209,7 @@ def _open(run: Run, device: str, notes: list[str], state: TrainState, branched: 
         f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
         f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
     )
-    if len(recipe.data.train) > 1:
-        taken = blend.taken(order, recipe.data.train, run.total * recipe.batch.global_size)
+    if len(taken) > 1:
         for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
             say(f"{head:<8} {line}")
     ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
