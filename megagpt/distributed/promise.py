@@ -108,21 +108,24 @@ def _slurm_hosts(env: Mapping[str, str]) -> int | None:
 
 def _difference(name: str, told: Sequence[dict[str, Any]]) -> Problem | None:
     """How what must be the same differs from rank 0's."""
-    mine = told[0]["same"][name]
-    for number, fact in enumerate(told):
-        if (other := fact["same"].get(name)) != mine:
-            return Problem(
-                f"rank 0 and rank {number} do not have the same {name}: {mine} and {other}",
-                f"hosts {told[0]['host']} and {fact['host']}",
-                "install and copy the same to every host",
-            )
-    return None
+    values = [fact["same"].get(name) for fact in told]
+    if (other := _another(values)) is None:
+        return None
+    return Problem(
+        f"rank 0 and rank {other} do not have the same {name}: {values[0]} and {values[other]}",
+        f"hosts {told[0]['host']} and {told[other]['host']}",
+        "install and copy the same to every host",
+    )
 
 
 def _unlike(name: str, told: Sequence[dict[str, Any]]) -> str | None:
     """A variable that is not alike on all ranks."""
-    first = told[0]["environment"].get(name, "not set")
-    for number, fact in enumerate(told):
-        if (other := fact["environment"].get(name, "not set")) != first:
-            return f"{name} is {first} on rank 0, {other} on rank {number} ({fact['host']})"
-    return None
+    values = [fact["environment"].get(name, "not set") for fact in told]
+    if (other := _another(values)) is None:
+        return None
+    return f"{name} is {values[0]} on rank 0, {values[other]} on rank {other} ({told[other]['host']})"
+
+
+def _another(values: Sequence[str | None]) -> int | None:
+    """The first rank whose value is not rank 0's."""
+    return next((rank for rank, value in enumerate(values) if value != values[0]), None)
