@@ -83,18 +83,19 @@ class ZeroEngine:
         # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19 still divides.)
         parts = self._layout.data_parallel * self._layout.sequence_parallel * self._layout.accumulation
         before = SideState(self._engine.optimizer)
-        total, loss = torch.zeros((), device=self._engine.device), 0.0
+        total, loss, accepted = torch.zeros((), device=self._engine.device), 0.0, True
         for number, batch in enumerate(batches, start=1):
             part = self._forward(batch, max(tokens, 1.0) / parts)
             total += part.detach()
             if number == len(batches):
                 loss = self._sum(total) / parts
-                part = part if accept(loss) else part * math.nan  # DeepSpeed steps on no gradient that is not finite
+                accepted = accept(loss)
+                part = part if accepted else part * math.nan  # DeepSpeed steps on no gradient that is not finite
             self._engine.backward(part)
             self._engine.step()
         made = self._engine.was_step_applied()
         if not made:
-            native.take_back(self._engine, before, with_scale=not accept(loss))
+            native.take_back(self._engine, before, with_scale=not accepted)
         norm = float(self._clip.norm if self._clip else self._engine.get_global_grad_norm())
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
