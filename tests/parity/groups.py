@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from layouts import Case
 
 from megagpt.distributed import free_port
@@ -38,6 +41,25 @@ def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str
     """One process group over all cases; the end of the ranks' logs."""
     job = {"folder": str(folder), "updates": updates, "total": total, "cases": [case.id for case in cases]}
     return launch("worker.py", cases[0].world, job, folder, SECONDS * len(cases) + 60)
+
+
+def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case], dict[str, Any]]:
+    """What a program of this folder answers of each case; each world size runs in one process group."""
+    worlds = defaultdict(list)
+    for case in cases:
+        worlds[case.world].append(case.id)
+    logs = {
+        world: launch(program, world, {"folder": str(folder), "cases": ids}, folder, SECONDS)
+        for world, ids in worlds.items()
+    }
+
+    def answer(case: Case) -> dict[str, Any]:
+        path = folder / f"{case.id}.json"
+        if not path.exists():
+            pytest.fail(logs[case.world], pytrace=False)
+        return json.loads(path.read_text())
+
+    return answer
 
 
 def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float) -> str:

@@ -1,11 +1,8 @@
 """Layouts that cut the model: saved and loaded they go on bit for bit, and an evaluation in between changes nothing."""
 
-import json
-from collections import defaultdict
-
 import layouts
 import pytest
-from groups import SECONDS, launch
+from groups import answers_of
 
 IDS = (
     "pipeline2",
@@ -26,23 +23,8 @@ TIED = [case for case in CASES if "pipeline" in case.config and "model.tie_embed
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """By case id what held; each world size runs in one process group."""
-    folder = tmp_path_factory.mktemp("state")
-    worlds = defaultdict(list)
-    for case in CASES:
-        worlds[case.world].append(case.id)
-    logs = {
-        world: launch("state_worker.py", world, {"folder": str(folder), "cases": ids}, folder, SECONDS)
-        for world, ids in worlds.items()
-    }
-
-    def answer(case):
-        path = folder / f"{case.id}.json"
-        if not path.exists():
-            pytest.fail(logs[case.world], pytrace=False)
-        return json.loads(path.read_text())
-
-    return answer
+    """By case what held."""
+    return answers_of("state_worker.py", CASES, tmp_path_factory.mktemp("state"))
 
 
 def test_every_named_case_is_there():

@@ -1,11 +1,8 @@
 """An update with bad numbers is not made, on any layout: afterwards all is as if its data had never been seen."""
 
-import json
-from collections import defaultdict
-
 import layouts
 import pytest
-from groups import SECONDS, launch
+from groups import answers_of
 from skip_worker import BAD
 
 from megagpt.parity.curve import TOLERANCES
@@ -44,23 +41,8 @@ FP16 = [case for case in CASES if "precision=fp16" in case.recipe]
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """By case id what held; each world size runs in one process group."""
-    folder = tmp_path_factory.mktemp("skips")
-    worlds = defaultdict(list)
-    for case in CASES:
-        worlds[case.world].append(case.id)
-    logs = {
-        world: launch("skip_worker.py", world, {"folder": str(folder), "cases": ids}, folder, SECONDS)
-        for world, ids in worlds.items()
-    }
-
-    def answer(case):
-        path = folder / f"{case.id}.json"
-        if not path.exists():
-            pytest.fail(logs[case.world], pytrace=False)
-        return json.loads(path.read_text())
-
-    return answer
+    """By case what held."""
+    return answers_of("skip_worker.py", CASES, tmp_path_factory.mktemp("skips"))
 
 
 def test_every_named_case_is_there():
