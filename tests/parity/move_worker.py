@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import needs
 import torch
 from safetensors.torch import save_file
 from state_worker import data
@@ -42,6 +43,7 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
+    needs.provide()
     agreement, folder = Agreement(rank.world_size), Path(job["folder"])
     for source, kind in job["save"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)

@@ -16,6 +16,7 @@ from typing import Any
 import curve as curves
 import layouts
 import mutants
+import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -29,6 +30,7 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
+    needs.provide()
     agreement = Agreement(rank.world_size)
     cases = {case.id: case for case in (*layouts.CASES, *mutants.SEEDS)}
     for id in job["cases"]:
