@@ -43,7 +43,6 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    needs.provide()
     agreement, folder = Agreement(rank.world_size), Path(job["folder"])
     for source, kind in job["save"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
@@ -63,6 +62,7 @@ def case(name: str, kind: str) -> layouts.Case:
 
 def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> None:
     """Train a few updates, and save into a folder."""
+    needs.provide(source)
     resolved = layouts.resolve(source, folder.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
@@ -78,6 +78,7 @@ def load(saved: Path, target: layouts.Case, rank: Rank, agreement: Agreement, af
 
     Where nothing was saved the layout makes the first updates itself.
     """
+    needs.provide(target)
     resolved = layouts.resolve(target, saved.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
     if saved.exists():

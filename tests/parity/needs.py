@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -17,17 +16,17 @@ _PARTS = ("aio", "pin_memory")  # folders of DeepSpeed's sources
 _TWICE = ("c_library_name", "c_block_size", "c_io_queue_depth")  # defined in several files, for each alone
 
 
-def provide() -> None:
-    """Let this process run every case: to be called before anything is built.
+def provide(case: Case) -> None:
+    """Let this process build the case.
 
     fp16 is computed in software where the processor has none: slower, by the same rules. DeepSpeed's asynchronous
     reads and writes are compiled as one file instead of fifteen, each of which includes all of torch: a minute, not
     seven.
     """
-    if not get_accelerator().is_fp16_supported():
-        get_accelerator().is_fp16_supported = lambda: True
-    for builder in (AsyncIOBuilder, PinMemoryBuilder):
-        _as_one_file(builder)
+    accelerator, asked = get_accelerator(), "precision=fp16" in case.recipe
+    native = type(accelerator).is_fp16_supported
+    accelerator.is_fp16_supported = lambda: asked or bool(native(accelerator))
+    _compile_as_one_file()
 
 
 def missing(case: Case) -> str | None:
@@ -39,27 +38,28 @@ def missing(case: Case) -> str | None:
 def _without_async_io() -> str | None:
     if not AsyncIOBuilder().is_compatible():
         return "layouts with NVMe: DeepSpeed's async_io needs a C++ compiler and libaio's headers (tests/install.sh)"
-    provide()
+    _compile_as_one_file()
     AsyncIOBuilder().load(verbose=False)
     return None
 
 
-def _as_one_file(builder: Any) -> None:
+@lru_cache
+def _compile_as_one_file() -> None:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "as_one_file"
-    names, includes = builder.sources(builder()), builder.include_paths(builder())
-    if Path(names[0]).is_absolute():
-        return  # provided before
-    source = Path(builder().deepspeed_src_path("csrc"))
-    for header in (path for part in _PARTS for path in (source / part).rglob("*.*")):
-        once = "#pragma once\n" if header.suffix == ".h" else ""
-        _write(folder / "csrc" / header.relative_to(source), once + header.read_text())
-    text = ""
-    for number, name in enumerate(names):
-        text += "".join(f"#define {twice} {twice}_{number}\n" for twice in _TWICE)
-        text += f'#include "{name}"\n' + "".join(f"#undef {twice}\n" for twice in _TWICE)
-    _write(folder / f"{builder.NAME}.cpp", text)
-    builder.sources = lambda _: [str(folder / f"{builder.NAME}.cpp")]
-    builder.include_paths = lambda _: [str(folder / path) for path in includes]
+    source = Path(AsyncIOBuilder().deepspeed_src_path("csrc"))
+    for path in (path for part in _PARTS for path in (source / part).rglob("*.*")):
+        once = "#pragma once\n" if path.suffix == ".h" else ""
+        _write(folder / "csrc" / path.relative_to(source), once + path.read_text())
+    for builder in (AsyncIOBuilder, PinMemoryBuilder):
+        names, includes = builder().sources(), builder().include_paths()
+        text = ""
+        for number, name in enumerate(names):
+            text += "".join(f"#define {twice} {twice}_{number}\n" for twice in _TWICE)
+            text += f'#include "{name}"\n' + "".join(f"#undef {twice}\n" for twice in _TWICE)
+        whole = folder / f"{builder.NAME}.cpp"
+        _write(whole, text)
+        builder.sources = lambda _, whole=whole: [str(whole)]
+        builder.include_paths = lambda _, includes=includes: [str(folder / path) for path in includes]
 
 
 def _write(path: Path, text: str) -> None:

@@ -30,7 +30,6 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    needs.provide()
     agreement = Agreement(rank.world_size)
     cases = {case.id: case for case in (*layouts.CASES, *mutants.SEEDS)}
     for id in job["cases"]:
@@ -48,6 +47,7 @@ def main(job: dict[str, Any]) -> None:
 def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreement) -> None:
     """Train one layout and write what it did."""
     folder = Path(job["folder"])
+    needs.provide(case)
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, agreement)
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones

@@ -25,7 +25,6 @@ SAID = "NOT PROVEN (2 tests): a full disk: only root can mount one"
     [
         ([], 1, [SAID, "Nothing may be left unproven, unless --allow-missing is given.", "1 passed, 2 skipped"]),
         (["--allow-missing"], 0, [SAID, "1 passed, 2 skipped"]),
-        (["-k", "good"], 0, ["1 passed, 2 deselected"]),
     ],
 )
 def test_what_cannot_be_proven_is_said_and_fails(tmp_path, options, code, said):
