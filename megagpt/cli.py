@@ -42,6 +42,7 @@ Overrides = Annotated[
 Prefix = Annotated[str, typer.Argument(help="a corpus: its path without .bin or .idx")]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
 TextKey = Annotated[str, typer.Option(help="where the text stands in a JSON line; `a.b` is b within a")]
+Workers = Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -51,12 +52,13 @@ def train_tokenizer(
     output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
     vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
     text_key: TextKey = "text",
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Train a lossless sentencepiece tokenizer on text."""
     from megagpt import prepare
 
-    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
+    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key, workers=workers), as_json)
 
 
 @tokenizer_app.command("inspect")
@@ -85,7 +87,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
-    workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
+    workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,

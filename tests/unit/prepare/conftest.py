@@ -42,7 +42,7 @@ def model(source, tmp_path_factory):
 
 
 # The command with pieces of so many bytes, so that a small input has many, and a pause before each is done. The file
-# PLACES is told where in a .bin each rank has written, and how many bytes.
+# PLACES is told where in a .bin each rank has written, and how many bytes; a tokenizer is trained on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
@@ -64,6 +64,9 @@ class Told(id_file.IdFile):
         return stretches
 
 
+if "SAMPLE" in os.environ:
+    from megagpt.prepare import sampling
+    sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
 if "PLACES" in os.environ:
     id_file.IdFile = Told
 if __name__ == "__main__":
