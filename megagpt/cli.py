@@ -242,6 +242,25 @@ def hosts(
     _answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
 
 
+@app.command(context_settings={"allow_interspersed_args": True})
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="its hosts, over ssh, as `deepspeed` reaches them")] = None,
+    as_rank: Annotated[bool, typer.Option("--as-rank", help="started as ranks, by srun: no ssh")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="also its data, run directory and room")] = None,
+    deepspeed_config: Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config")] = None,
+    overrides: Overrides = None,
+    limit: Annotated[float, typer.Option(help="seconds that a step may take; ten times that to compile")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """What would stop training on this machine, or on a cluster: each thing with its remedy; exit 1 if there is any."""
+    from megagpt import doctor as verb
+
+    options = verb.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
+    if found := verb.doctor(options, os.environ):  # else rank 0 has the answer
+        _answer(found, as_json)
+        raise typer.Exit(found.code)
+
+
 @app.command()
 def status(run: Run, as_json: Json = False) -> None:
     """Is a run done (0), running (3), stopped to be started again (75), or failed (1, 2)? For job scripts."""
