@@ -50,11 +50,12 @@ class Agent:
         """Whose tokens are seen here."""
         return {"seen": self._token.seen() if self._token else []}
 
-    def tidy(self) -> dict[str, Any]:
-        """Take the token away."""
-        if self._token:
+    def tidy(self, folders: bool) -> dict[str, Any]:
+        """Take the token away, or the folders that were made for it."""
+        if self._token and folders:
+            self._token.remove_folders()
+        elif self._token:
             self._token.remove()
-            self._token = None
         return {}
 
     def probe(self, limit: float, **words: Any) -> dict[str, Any]:
@@ -93,7 +94,8 @@ def serve(source: TextIO, sink: TextIO, **who: Any) -> None:
     except (BrokenPipeError, ConnectionError):
         pass  # nobody is there to be told
     finally:
-        agent.tidy()
+        agent.tidy(folders=False)
+        agent.tidy(folders=True)
 
 
 def main() -> None:

@@ -90,13 +90,11 @@ def examine(visit: Visit) -> None:
     def look(host: Host, link: Link) -> None:
         host.seen = link.ask("look", visit.limit)["seen"]
 
-    def tidy(host: Host, link: Link) -> None:
-        link.ask("tidy", visit.limit)
-
     each(visit, meet)
     if visit.needs.run_dir:
         each(visit, look)
-    each(visit, tidy)
+    for folders in (False, True):
+        each(visit, lambda _, link, folders=folders: link.ask("tidy", visit.limit, folders=folders))  # type: ignore[misc]
     locked = locked_operators(visit)
     each(visit, lambda host, link: _probe(visit, host, link, locked))
 
@@ -106,7 +104,7 @@ def life(limit: float) -> float:
     return limit * (5 + 2 * BUILD)
 
 
-def each(visit: Visit, ask: Callable[[Host, Link], None]) -> None:
+def each(visit: Visit, ask: Callable[[Host, Link], object]) -> None:
     """Ask all hosts that are still there, at the same time."""
 
     def one(host: Host) -> None:

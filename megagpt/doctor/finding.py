@@ -18,7 +18,10 @@ _STYLES = {GOOD: "green", ODD: "yellow", BAD: "bold red", UNASKED: "dim"}
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `mark` (good, odd, bad or unasked), on which `hosts` (none: no host in particular), what to do."""
+    """What a check found, and what to do.
+
+    `mark` is good, odd, bad or unasked; `hosts` are those that it was found on, none if it is of no host in particular.
+    """
 
     check: str
     mark: str

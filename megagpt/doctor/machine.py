@@ -82,8 +82,8 @@ def open_files(visit: Visit) -> Iterator[Finding]:
         if soft is None or soft >= need:
             continue
         do = f"`ulimit -n {need}` before the start"
-        if hard is not None and hard < need:
-            do = f"raise nofile in /etc/security/limits.conf (hard limit: {hard:,}), or LimitNOFILE of sshd or slurmd"
+        if visit.launch or (hard is not None and hard < need):
+            do = f"`* - nofile {need}` into /etc/security/limits.conf there, or LimitNOFILE={need} for sshd or slurmd"
         found.append(
             bad("open files", f"{soft:,} may be open, and {number(visit.world, 'rank')} take about {need:,}", do, host)
         )

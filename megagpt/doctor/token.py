@@ -35,9 +35,12 @@ class Token:
         return sorted(int(file.name[len(start) :].split("-")[0]) for file in self._run.glob(f"{start}*"))
 
     def remove(self) -> None:
-        """Leave everything as it was."""
+        """Take the token away."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
+
+    def remove_folders(self) -> None:
+        """Take away the folders that were made for it, once all hosts have taken their tokens away."""
         for folder in self._made:
-            with contextlib.suppress(OSError):  # another host's token is in it still
+            with contextlib.suppress(OSError):  # another host is first, or somebody else is in it
                 folder.rmdir()
