@@ -132,7 +132,8 @@ def _launch(hosts: list[str], env: Mapping[str, str]) -> Launch:
     for host in hosts:
         words = ["ssh", *links.ssh_words(env), "-G", host]
         said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-        alive[host] = next((int(line.split()[1]) for line in said.splitlines() if line.startswith("serveralivei")), 0)
+        settings = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
+        alive[host] = int(settings.get("serveraliveinterval", 0)) * int(settings.get("serveralivecountmax", 0))
     exported = links.exports(env)
     kept = tuple(name for name, value in passing.passed_on(env).items() if exported.get(name) != value)
     return Launch(shutil.which("pdsh") is not None, alive, kept)

@@ -46,7 +46,7 @@ class Launch:
 
     pdsh: bool
     keep_alive: Mapping[str, int]
-    """seconds after which ssh asks whether a host is still there; 0 is never"""
+    """seconds after which ssh gives a silent host up; 0 is never"""
     kept_back: tuple[str, ...]
     """variables of this host that training depends on, and that would not reach the others, or another value would"""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from megagpt.doctor.examination import Host
 from megagpt.doctor.finding import BAD, GOOD, ODD, UNASKED, Finding
@@ -45,6 +45,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def stopped(answer: Mapping[str, Any]) -> str:
+    """How a process of the doctor's ended before its answer was whole; "" where it did not."""
+    return f"no end in {answer['hung']:.0f} s" if "hung" in answer else str(answer.get("died", ""))
 
 
 def number(count: int, name: str) -> str:

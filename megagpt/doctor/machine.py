@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
-from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, size, unasked
+from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, size, stopped, unasked
 from megagpt.doctor.needs import STATE_BYTES
+from megagpt.doctor.probe import PINNING
 
 _SKEW, _SMALL_SKEW = 2.0, 0.5  # seconds
 _FILES, _FILES_PER_RANK = 256, 16  # of a rank: its own, and a connection to each other rank in about so many groups
@@ -115,10 +116,10 @@ def locked_memory(visit: Visit) -> Iterator[Finding]:
 
 def pinned_memory(visit: Visit) -> Iterator[Finding]:
     """Host memory can be pinned for transfers to a GPU."""
-    asked = [host for host in visit.there if "pinned" in host.probe or host.probe.get("at", "").startswith("pinning")]
+    asked = [host for host in visit.there if "pinned" in host.probe or host.probe.get("at", "").startswith(PINNING)]
     wrong = False
     for host in asked:
-        pinned = host.probe.get("pinned", {"bytes": 0, "error": "no end, or the process died"})
+        pinned = host.probe.get("pinned", {"bytes": 0, "error": stopped(host.probe)})
         if pinned["error"]:
             wrong = True
             report = bad if visit.needs.host_bytes else odd

@@ -9,6 +9,9 @@ from typing import Any
 
 from megagpt.doctor.children import begin
 
+PINNING, BUILDING = "pinning ", "building or loading "
+"""what it says that it is at, before how much or which operator"""
+
 _PINNED = 1 << 30  # bytes
 
 Say = Callable[[dict[str, Any]], None]
@@ -20,7 +23,7 @@ def main() -> None:
     say({"doing": "import torch"})
     cuda = _torch(say)
     if cuda:
-        say({"doing": f"pinning {_PINNED >> 30} GiB of host memory"})
+        say({"doing": f"{PINNING}{_PINNED >> 30} GiB of host memory"})
         say({"pinned": _pinned()})
     say({"doing": "import deepspeed"})
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -32,7 +35,7 @@ def main() -> None:
         say({"mistakes": _mistakes(words["resolve"])})
     tried: dict[str, Any] = {}
     for name in [*words["operators"], *(words["gpu_operators"] if cuda else [])]:
-        say({"doing": f"building or loading {name}"})
+        say({"doing": f"{BUILDING}{name}"})
         tried[name] = _operator(name)
         say({"operators": tried})
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
 from megagpt.doctor import examination
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import BAD, Finding
-from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, unasked, unlike
+from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, stopped, unasked, unlike
+from megagpt.doctor.probe import BUILDING, PINNING
 
-BUILDING = "building or loading "
-"""what a probe says that it is at, before the operator's name"""
 _SAME = "install the same environment on every host"
 
 
@@ -101,17 +99,16 @@ def environment(visit: Visit) -> Iterator[Finding]:
 
 def imports(visit: Visit) -> Iterator[Finding]:
     """Torch and DeepSpeed load."""
-    well = []
+    wrong = False
     for host in visit.there:
-        at, python = host.probe.get("at", ""), host.facts["python"]["executable"]
-        if not at.startswith("import") and at != "the start":
-            well.append(host)
+        if not (stopped(host.probe)) or host.probe["at"].startswith((BUILDING, PINNING)):
             continue
-        module = at.removeprefix("import ") if at.startswith("import") else "torch"
-        do = f"run `{python} -c 'import {module}'` there, and mend or install anew what it complains about"
-        hung = f"no end in {host.probe['hung']:.0f} s" if "hung" in host.probe else host.probe["died"]
-        yield bad("imports", f"{module} does not load: {hung}", do, host)
-    if well and len(well) == len(visit.there):
+        wrong, at, python = True, host.probe["at"], host.facts["python"]["executable"]
+        do = "run the same there by hand, and mend or install anew what it complains about"
+        if at.startswith("import "):
+            do = f"run `{python} -c '{at}'` there, and mend or install anew what it complains about"
+        yield bad("imports", f"{at}: {stopped(host.probe)}", do, host)
+    if not wrong and visit.there and all("accelerator" in host.probe for host in visit.there):
         yield good("imports", "torch and deepspeed load")
 
 
@@ -154,13 +151,12 @@ def _tried(host: Host, visit: Visit) -> Iterator[Finding]:
         else:
             do = "install nvcc of torch's version of CUDA, and export CUDA_HOME"
             yield odd("operators", f"{what}; torch's own takes its place", do, host)
-    at = host.probe.get("at", "")
-    if at.startswith(BUILDING):
+    at, python = host.probe.get("at", ""), host.facts["python"]["executable"]
+    if at.startswith(BUILDING) and (why := stopped(host.probe)):
         name = at.removeprefix(BUILDING)
-        how = f"had not ended in {host.probe['hung']:.0f} s" if "hung" in host.probe else host.probe["died"]
-        do = f"give it longer (--limit), or build it once before: `{sys.executable} -c 'from megagpt.engine import " \
-             f'operators; operators.load("{name}")\'`'  # fmt: skip
-        yield bad("operators", f"{name} cannot be built: it {how}", do, host)
+        by_hand = f"{python} -c 'from megagpt.engine import operators; operators.load(\"{name}\")'"
+        do = f"give it longer (--limit), or build it once before: `{by_hand}`"
+        yield bad("operators", f"{name} cannot be built: {why}", do, host)
 
 
 def _fits(version: str, wanted: str) -> bool:

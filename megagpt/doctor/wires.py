@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from megagpt.doctor import network
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
-from megagpt.doctor.judging import bad, good, number, odd, unasked
+from megagpt.doctor.judging import bad, good, number, odd, stopped, unasked
+
+_PATIENCE = 120  # seconds that a silent host is waited for, without a word
 
 
 def reach(visit: Visit) -> Iterator[Finding]:
@@ -31,14 +33,16 @@ def launcher(visit: Visit) -> Iterator[Finding]:
     if not visit.launch.pdsh:
         do = "install pdsh (Debian: pdsh), or start with `deepspeed --launcher openmpi`"
         yield bad("launcher", "there is no pdsh on this host", do)
-    silent = tuple(host for host in visit.hosts if not visit.launch.keep_alive.get(host.name))
-    if silent:
-        what = "ssh has no ServerAliveInterval: if the host falls silent, `deepspeed` waits for ever"
-        do = 'export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"'
-        yield odd("launcher", what, do, *silent)
-    elif visit.launch.pdsh:
-        longest = max(visit.launch.keep_alive.values())
-        yield good("launcher", f"pdsh; ssh asks every {longest} s whether a host is still there")
+    do = 'export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"'
+    waits: dict[int, list[Host]] = {}
+    for host in visit.hosts:
+        waits.setdefault(visit.launch.keep_alive.get(host.name, 0), []).append(host)
+    for seconds, hosts in waits.items():
+        if not 0 < seconds <= _PATIENCE:
+            how_long = f"{seconds:,} s" if seconds else "for ever (no ServerAliveInterval)"
+            yield odd("launcher", f"if the host falls silent, `deepspeed`'s ssh waits {how_long}", do, *hosts)
+    if visit.launch.pdsh and max(waits) <= _PATIENCE and min(waits) > 0:
+        yield good("launcher", f"pdsh; ssh gives up a silent host after {max(waits)} s")
 
 
 def interface(visit: Visit) -> Iterator[Finding]:
@@ -102,12 +106,11 @@ def all_reduce(visit: Visit) -> Iterator[Finding]:
     if not said:
         yield unasked("all-reduce", "not made: it would wait for what is wrong above")
         return
-    failed = [(host, rank) for host, rank in said if "hung" in rank or "died" in rank]
+    failed = [(host, rank) for host, rank in said if stopped(rank)]
     for host, rank in failed:
-        how = f"no end in {rank['hung']:.0f} s" if "hung" in rank else rank["died"]
         do = "let the hosts reach each other on all ports (firewalls), and name the interface that does: " \
              "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"  # fmt: skip
-        yield bad("all-reduce", f"rank {rank['rank']}, {rank['at']}: {how}", do, host)
+        yield bad("all-reduce", f"rank {rank['rank']}, {rank['at']}: {stopped(rank)}", do, host)
     if not failed:
         speeds = said[0][1]["speeds"]
         named = ", ".join(f"{backend} {speed / 1e9:.2f} GB/s" for backend, speed in speeds.items())

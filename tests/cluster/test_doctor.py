@@ -117,7 +117,7 @@ def test_two_sound_hosts(examine, place):
     ]  # fmt: skip
     said = {check: what for check, what, _ in rows["good"]}
     assert said["reach"] == "2 hosts with 2 ranks answer over ssh"
-    assert said["launcher"] == "pdsh; ssh asks every 5 s whether a host is still there"
+    assert said["launcher"] == "pdsh; ssh gives up a silent host after 15 s"
     assert said["recipe"] == (
         f"HERE/recipe.yaml (SUM), {training.ROOT}/ds_configs/zero1.json (SUM), HERE/text.model (SUM); they fit 2 ranks"
     )
@@ -140,7 +140,9 @@ def test_whatever_is_wrong_on_a_host_is_told_with_its_remedy(cluster, examine, p
     lock.parent.mkdir(parents=True)
     lock.touch()
     silent = other(
-        Path(cluster.env["CLUSTER_DIR"], "ssh_config"), tmp_path, lambda text: text.replace(b"ServerAlive", b"#")
+        Path(cluster.env["CLUSTER_DIR"], "ssh_config"),
+        tmp_path,
+        lambda text: text.replace(b"AliveInterval 5", b"AliveInterval 0"),
     )
     on_node2 = {
         "code": (other(megagpt / "report.py", tmp_path, lambda text: text + b"# another\n"), megagpt / "report.py"),
@@ -194,7 +196,7 @@ def test_whatever_is_wrong_on_a_host_is_told_with_its_remedy(cluster, examine, p
     ]  # fmt: skip
     assert rows["odd"] == [
         ("launcher", "node1", "node2",
-         "ssh has no ServerAliveInterval: if the host falls silent, `deepspeed` waits for ever",
+         "if the host falls silent, `deepspeed`'s ssh waits for ever (no ServerAliveInterval)",
          'export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"'),
     ]  # fmt: skip
     assert ("all-reduce", "not made: it would wait for what is wrong above", "") in rows["unasked"]
@@ -271,7 +273,7 @@ def test_ranks_of_slurm_need_no_ssh_and_no_torch_that_works(cluster, place, tmp_
         cluster.run(1, "scontrol", "shutdown")
     rows = found(printed.split("srun: error")[0].strip(), place)
     assert rows["bad"] == [
-        ("imports", "node2", "torch does not load: ImportError: libcudart.so.12: cannot open shared object file",
+        ("imports", "node2", "import torch: ImportError: libcudart.so.12: cannot open shared object file",
          f"run `{sys.executable} -c 'import torch'` there, and mend or install anew what it complains about"),
     ]  # fmt: skip
     assert ("reach", "2 hosts with 2 ranks answer", "") in rows["good"]
