@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import corpus_file
+from megagpt.data.indexed import corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.oddities import OddInput
 from megagpt.data.pieces import Piece, cut
@@ -24,8 +25,8 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import odd_places, workplace
 from megagpt.prepare.duplicates import first_copies
-from megagpt.prepare.encoding import Job, PieceError, cannot_write
-from megagpt.prepare.joining import join
+from megagpt.prepare.encoding import Job, PieceError
+from megagpt.prepare.joining import Choice, joined, writing
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
 from megagpt.prepare.ranks import Ranks
@@ -60,8 +61,9 @@ class Work:
 
 
 def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
-    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share, the first one joins the shards.
+    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share to shards, and then joins its share.
 
+    Where the ranks do not see one folder, the first one is sent all shards, and joins them alone.
     Progress is shown on `out`. Raises UserError for input that cannot be read and when a part would be empty,
     MachineError for a full disk.
     """
@@ -69,26 +71,36 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     options = work.options
     key = tuple(options.text_key.split("."))
     job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict)
-    missing, pieces = ranks.first(lambda: _begun(work, out))
-    work.folder.mkdir(parents=True, exist_ok=True)  # where the disk is not shared
-    records, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
-    ranks.gather_files(work.folder, [f"{one.number}.{suffix}" for one in records for suffix in ("bin", "rows", "json")])
-    failures = [failure for failure in ranks.all(failure) if failure]
-    return ranks.first(lambda: _finished(work, pieces, failures, begin))
+    one_folder = ranks.see_one(work.folder.parent)
+    pieces = ranks.first(lambda: _begun(work))
+    held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
+    done = set().union(*held)
+    if done and out and ranks.rank == 0:
+        out.write(f"prepare: going on, {len(done):,} of {len(pieces):,} pieces are done\n")
+    missing = [piece for piece in pieces if piece.number not in done]
+    new, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
+    failures = [one for one in ranks.each(lambda: failure) if one]
+    if one_folder:
+        return _finished(work, ranks, len(pieces), failures, begin)
+    numbers = [*held[ranks.rank], *(record.number for record in new)]
+    ranks.gather_files(work.folder, [f"{number}.{suffix}" for number in numbers for suffix in ("bin", "rows", "json")])
+    return ranks.first(lambda: _finished(work, Ranks(), len(pieces), failures, begin))
 
 
-def _begun(work: Work, out: TextIO | None) -> tuple[list[Piece], int]:
-    """The pieces that have no shard yet, and how many there are in all."""
+def _begun(work: Work) -> list[Piece]:
+    """All pieces of the input, once the folder of their shards is there."""
     check_fraction(work.options.validation_fraction, f"{work.output}.validation")
-    try:
+    with writing(work.folder):
         workplace.follow(work.folder, _plan(work))
-    except OSError as error:
-        raise cannot_write(error, work.folder) from None
-    pieces = cut(work.sources)
-    there = workplace.records(work.folder, len(pieces))
-    if there and out:
-        out.write(f"prepare: going on, {len(there):,} of {len(pieces):,} pieces are done\n")
-    return [piece for piece in pieces if piece.number not in there], len(pieces)
+    return cut(work.sources)
+
+
+def _held(work: Work, pieces: Sequence[Piece], follow: bool) -> list[int]:
+    """The numbers of the pieces whose shards this rank has."""
+    if follow:
+        work.folder.parent.mkdir(parents=True, exist_ok=True)
+        workplace.follow(work.folder, _plan(work))
+    return list(workplace.records(work.folder, len(pieces)))
 
 
 def _encoded(
@@ -105,9 +117,9 @@ def _encoded(
         return [], failure
 
 
-def _finished(work: Work, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
+def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
     """Publish the corpora from the shards. Raises what the first piece that failed, if any, failed by."""
-    records = workplace.records(work.folder, pieces)
+    records = ranks.first(lambda: workplace.records(work.folder, pieces))
     if failures:
         failure = min(failures, key=lambda failure: failure.number)
         if not isinstance(failure.cause, OddInput):
@@ -115,34 +127,44 @@ def _finished(work: Work, pieces: int, failures: Sequence[PieceError], begin: fl
         earlier = [record.oddities for number, record in records.items() if number < failure.number]
         raise odd_places.strict_error(failure.cause, earlier, work.sources)
     odd = odd_places.told([record.oddities for record in records.values()], work.sources)
-    try:
-        parts, copies, unknown = _joined(work, list(records.values()), odd)
-    except OSError as error:
-        raise cannot_write(error, work.folder) from None
-    summaries = [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts]
-    validation = summaries[1] if len(summaries) > 1 else None
+    parts, copies, unknown = _joined(work, ranks, list(records.values()), odd)
+    validation = parts[1] if len(parts) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), summaries[0], validation, odd, copies, unknown, seconds)
+    return PrepareSummary(description(work.sources), parts[0], validation, odd, copies, unknown, seconds)
 
 
-def _joined(work: Work, records: Sequence[Record], odd: Sequence[Oddity]) -> tuple[list[Writer], int, int]:
+def _joined(
+    work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]
+) -> tuple[list[PartSummary], int, int]:
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
     options, model = work.options, work.model
-    keep = first_copies(work.folder, records) if options.deduplicate else None
+    with writing(work.folder):
+        keep = ranks.first(lambda: first_copies(work.folder, records)) if options.deduplicate else None
+        kept = np.memmap(keep, np.bool_, "r") if keep else None
     names = ["train", "validation"] if options.validation_fraction else ["train"]
-    with ExitStack() as stack:
-        parts = [stack.enter_context(Writer(f"{work.output}.{name}", model.vocab_size)) for name in names]
-        by_validation = dict(zip((False, True), parts, strict=False))
-        unknown = join(work.folder, records, by_validation, keep, options.shuffle, model.unknown)
-        copies = sum(record.documents for record in records) - sum(part.documents for part in parts)
-        try:
-            _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
-        except UserError:
-            workplace.remove(work.folder)
-            raise
+    prefixes = dict(zip((False, True), (f"{work.output}.{name}" for name in names), strict=False))
+    choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
+    with joined(prefixes, model, choice, ranks) as (writers, unknown):
+        return ranks.first(
+            lambda: _published(work, list(writers.values()), sum(r.documents for r in records), unknown, odd)
+        )
+
+
+def _published(
+    work: Work, parts: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]
+) -> tuple[list[PartSummary], int, int]:
+    """Give the files their names, if training and validation can use them; see `_joined`."""
+    try:
+        _check_parts(parts, work.options.validation_fraction, [str(kind) for kind in odd])
+    except UserError:
+        workplace.remove(work.folder)
+        raise
+    copies = documents - sum(part.documents for part in parts)
+    made = _made(work.options, odd) | {"copies_left_out": copies, "unknown": unknown}
+    with writing(work.folder):
         for part in parts:
-            part.finish(model.sha256, model.eod, _made(options, odd) | {"copies_left_out": copies, "unknown": unknown})
-    return parts, copies, unknown
+            part.finish(work.model.sha256, work.model.eod, made)
+    return [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts], copies, unknown
 
 
 def description(sources: Sequence[Source]) -> str:
