@@ -117,8 +117,15 @@ class Writer:
         self.documents += len(document_ends)
         self.text_bytes += text_bytes
 
-    def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
-        """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
+    def finish(
+        self,
+        tokenizer_sha256: str,
+        eod: int,
+        made: Mapping[str, Any] | None = None,
+        packed: int | None = None,
+        padding: int = 0,
+    ) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names. The facts: see `Sidecar`."""
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -130,6 +137,8 @@ class Writer:
             bin_crc32=self._crc32,
             stretches=tuple(self._stretches),
             made=made or {},
+            packed=packed,
+            padding=padding,
         )
         with ChecksummedFile(self._partial(".json")) as file:
             file.write(sidecar.to_json().encode())

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import corpus_file
+from megagpt.data.indexed import Reader, corpus_file
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.oddities import OddInput
 from megagpt.data.pieces import Piece, cut
@@ -26,10 +26,11 @@ from megagpt.prepare import odd_places, workplace
 from megagpt.prepare.duplicates import first_copies
 from megagpt.prepare.encoding import Job, PieceError, cannot_write
 from megagpt.prepare.joining import join
+from megagpt.prepare.packing import pack
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
 from megagpt.prepare.ranks import Ranks
-from megagpt.prepare.summary import Oddity, PartSummary, PrepareSummary
+from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Options:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
     `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
+    `pack` is the seq_len of the samples that the training part is packed into; None: it is written as it comes.
     None of `workers` is as many as there are cores; their number does not change what is written.
     """
 
@@ -46,6 +48,7 @@ class Options:
     strict: bool = False
     deduplicate: bool = False
     shuffle: bool = False
+    pack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,33 +119,71 @@ def _finished(work: Work, pieces: int, failures: Sequence[PieceError], begin: fl
         raise odd_places.strict_error(failure.cause, earlier, work.sources)
     odd = odd_places.told([record.oddities for record in records.values()], work.sources)
     try:
-        parts, copies, unknown = _joined(work, list(records.values()), odd)
+        joined = _joined(work, list(records.values()), odd)
     except OSError as error:
         raise cannot_write(error, work.folder) from None
-    summaries = [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts]
-    validation = summaries[1] if len(summaries) > 1 else None
+    validation = joined.parts[1] if len(joined.parts) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), summaries[0], validation, odd, copies, unknown, seconds)
+    return PrepareSummary(
+        description(work.sources),
+        joined.parts[0],
+        validation,
+        joined.packing,
+        odd,
+        joined.copies,
+        joined.unknown,
+        seconds,
+    )
 
 
-def _joined(work: Work, records: Sequence[Record], odd: Sequence[Oddity]) -> tuple[list[Writer], int, int]:
+class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
+
+    parts: list[PartSummary]
+    packing: Packing | None
+    copies: int
+    unknown: int
+
+
+def _joined(work: Work, records: Sequence[Record], odd: Sequence[Oddity]) -> _Joined:
     options, model = work.options, work.model
     keep = first_copies(work.folder, records) if options.deduplicate else None
-    names = ["train", "validation"] if options.validation_fraction else ["train"]
+    names = [
+        f"{work.output}.{name}" for name in (["train", "validation"] if options.validation_fraction else ["train"])
+    ]
+    prefixes = [str(work.folder / "unpacked") if options.pack else names[0], *names[1:]]
     with ExitStack() as stack:
-        parts = [stack.enter_context(Writer(f"{work.output}.{name}", model.vocab_size)) for name in names]
-        by_validation = dict(zip((False, True), parts, strict=False))
+        writers = [stack.enter_context(Writer(prefix, model.vocab_size)) for prefix in prefixes]
+        by_validation = dict(zip((False, True), writers, strict=False))
         unknown = join(work.folder, records, by_validation, keep, options.shuffle, model.unknown)
+        parts = [
+            PartSummary(name, writer.documents, writer.tokens, writer.text_bytes)
+            for name, writer in zip(names, writers, strict=True)
+        ]
         copies = sum(record.documents for record in records) - sum(part.documents for part in parts)
         try:
             _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
         except UserError:
             workplace.remove(work.folder)
             raise
-        for part in parts:
-            part.finish(model.sha256, model.eod, _made(options, odd) | {"copies_left_out": copies, "unknown": unknown})
-    return parts, copies, unknown
+        made = _made(options, odd) | {"copies_left_out": copies, "unknown": unknown}
+        packing = _packed(work, writers.pop(0), parts[0], made) if options.pack else None
+        for writer in writers:
+            writer.finish(model.sha256, model.eod, made)
+    return _Joined(parts, packing, copies, unknown)
+
+
+def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
+    """Publish the training part packed, from what was written of it as it came."""
+    model, seq_len = work.model, work.options.pack
+    assert seq_len is not None
+    unpacked.finish_unverified()
+    with Writer(part.prefix, model.vocab_size) as writer:
+        packing = pack(Reader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
+        writer.text_bytes = part.text_bytes
+        cut = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
+        writer.finish(model.sha256, model.eod, made | {"packing": cut}, seq_len, packing.padding)
+    return packing
 
 
 def description(sources: Sequence[Source]) -> str:
@@ -185,7 +226,7 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: Sequence[Writer], fraction: float, odd: Sequence[str]) -> None:
+def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[str]) -> None:
     """Raise UserError for a part without tokens: training would only stumble over it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:

@@ -40,14 +40,17 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done.
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or packed.
 PROGRAM = """\
 import resource, sys, time
 from megagpt.data import pieces, shards
+from megagpt.prepare import packing
 
 piece, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
+filled = packing._filled
+packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
 if __name__ == "__main__":
     pieces._SMALLEST = int(piece)
     if limit != "0":
