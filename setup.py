@@ -13,12 +13,13 @@ parquet = ["pyarrow>=17"]
 remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
 tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies: GPT-2's, Llama's
 mpi = ["mpi4py>=4,<5"]
+export = ["transformers>=5,<6"]  # which brings tokenizers
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
 
 setup(
     name="megagpt",
     version=VERSION,
-    description="Raw text to a pre-trained, evaluated GPT, on DeepSpeed, from a laptop to many nodes",
+    description="Raw text to a pre-trained, evaluated, exported GPT, on DeepSpeed, from a laptop to many nodes",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -47,6 +48,7 @@ setup(
         "remote": remote,
         "mpi": mpi,
         "tokenizers": tokenizers,
+        "export": export,
         "test": [
             *corpus,
             *report,
@@ -55,10 +57,10 @@ setup(
             *remote,
             *mpi,
             *tokenizers,
+            *export,
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "hypothesis>=6.150,<7",
-            "transformers>=5,<6",
             "megatron-core==0.16.1",  # the reader and writer that our .bin/.idx are held against
             "ruff==0.17.6",  # exact: another version formats otherwise
             "mypy==2.4.1",

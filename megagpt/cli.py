@@ -198,6 +198,22 @@ def generate(
     _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
 
 
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="a folder that is not there yet, or is empty")],
+    to: Annotated[str, typer.Option(help="hf: what transformers' from_pretrained reads")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights: float32, bfloat16, float16; as trained unless given")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's newest checkpoint, and its tokenizer, for other libraries."""
+    from megagpt import export as verb
+
+    _answer(verb.export(run, output, to, dtype), as_json)
+
+
 @app.command(context_settings={"allow_interspersed_args": True})
 def parity(
     recipe: Annotated[Path, typer.Option(help="what is trained; it is shrunk to seconds, all switches kept")],

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megagpt.data.checksums import joined
-from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens, corpus_file, dtype_of
+from megagpt.data.id_file import IdFile
+from megagpt.data.index_file import IndexFile
+from megagpt.data.indexed import Tokens, corpus_file, dtype_of
 from megagpt.data.sidecar import Sidecar
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
 
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
-_BLOCK = 1 << 20  # index entries worked on at a time
-_STRETCH = 1 << 26  # bytes of .bin that have a checksum of their own
 
 
 class Writer:
@@ -35,17 +34,12 @@ class Writer:
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, dtype: np.dtype[Any] | None = None) -> None:
         self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or dtype_of(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
-        self._stretches: list[tuple[int, int]] = []
-        self._begun = self._crc32 = 0  # bytes of the stretch that is written, and the checksum of those before
-        self._sequences = 0
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
-                # Without names: they vanish even if this process is killed.
-                self._lengths: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-                self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-                self._bin = stack.enter_context(ChecksummedFile(self._partial(".bin")))
+                self.ids = stack.enter_context(IdFile(self._partial(".bin")))
+                self._index = stack.enter_context(IndexFile(self._partial(".idx"), self.dtype))
                 self._files = stack.pop_all()
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
@@ -79,40 +73,22 @@ class Writer:
 
     def write_ids(self, ids: bytes | memoryview) -> None:
         """Append ids in the type of .bin, which the caller has checked, of documents that `end_documents` ends."""
-        view = memoryview(ids)
-        while len(view) >= (room := _STRETCH - self._begun):
-            self._append(view[:room])
-            self._end_stretch()
-            view = view[room:]
-        self._append(view)
-
-    def _append(self, ids: memoryview) -> None:
-        self._bin.write(ids)
-        self._begun += len(ids)
-
-    def _end_stretch(self) -> None:
-        """Note the checksum of what was written since the last call, so that damage can be found by the stretch."""
-        if self._begun:
-            self._stretches.append((self._begun, self._bin.crc32))
-            self._crc32 = joined(self._crc32, self._bin.crc32, self._begun)
-            self._begun = self._bin.crc32 = 0
+        self.ids.write(ids)
 
     def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
         """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
+        if len(tokens) and 0 < tokens.min() <= tokens.max() <= MAX_SEQUENCE:  # as nearly always
+            self.end_sequences(tokens, np.arange(1, len(tokens) + 1), text_bytes)
+            return
         counts = -(-tokens.astype(np.int64) // MAX_SEQUENCE)  # sequences of each
-        if counts.max(initial=0) > 1:
-            lengths = np.full(counts.sum(), MAX_SEQUENCE, "<i4")
-            full = counts > 0
-            lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
-        else:
-            lengths = tokens[counts > 0].astype("<i4")
+        lengths = np.full(counts.sum(), MAX_SEQUENCE, "<i4")
+        full = counts > 0
+        lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
         self.end_sequences(lengths, np.cumsum(counts), text_bytes)
 
     def end_sequences(self, lengths: Tokens, document_ends: Tokens, text_bytes: int) -> None:
         """End sequences of so many tokens each. `document_ends` counts those up to the end of each document."""
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self._ends.write((document_ends + self._sequences).astype("<i8").tobytes())
-        self._sequences += len(lengths)
+        self._index.add(lengths, document_ends)
         self.tokens += int(lengths.sum(dtype=np.int64))
         self.documents += len(document_ends)
         self.text_bytes += text_bytes
@@ -126,6 +102,7 @@ class Writer:
         padding: int = 0,
     ) -> Sidecar:
         """Write the index and the sidecar, and give all three files their names. The facts: see `Sidecar`."""
+        stretches = self.ids.finish()
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -133,9 +110,9 @@ class Writer:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
-            idx_crc32=self._finish_files(),
-            bin_crc32=self._crc32,
-            stretches=tuple(self._stretches),
+            idx_crc32=self._index.finish(),
+            bin_crc32=reduce(lambda crc32, one: joined(crc32, one[1], one[0]), stretches, 0),
+            stretches=tuple(stretches),
             made=made or {},
             packed=packed,
             padding=padding,
@@ -148,42 +125,16 @@ class Writer:
 
     def finish_unverified(self) -> None:
         """Write the index, and give it and .bin their names: a corpus without a sidecar."""
-        self._finish_files()
+        self.ids.finish()
+        self._index.finish()
         corpus_file(self.prefix, ".json").unlink(missing_ok=True)
         self._publish(".bin", ".idx")
-
-    def _finish_files(self) -> int:
-        """Have .bin and .idx on the disk; the checksum of .idx."""
-        self._end_stretch()
-        self._bin.sync()
-        with ChecksummedFile(self._partial(".idx")) as index:
-            self._write_index(index)
-            index.sync()
-        return index.crc32
 
     def _publish(self, *suffixes: str) -> None:
         # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in suffixes:
             self._partial(suffix).replace(corpus_file(self.prefix, suffix))
-
-    def _write_index(self, index: ChecksummedFile) -> None:
-        code = next(code for code, kind in CODES.items() if kind == self.dtype)
-        index.write(HEADER.pack(MAGIC, 1, code, self._sequences, self.documents + 1))
-        self._lengths.seek(0)
-        while block := self._lengths.read(4 * _BLOCK):
-            index.write(block)
-        self._lengths.seek(0)
-        offset = 0
-        while block := self._lengths.read(4 * _BLOCK):
-            sizes = np.frombuffer(block, "<i4").astype("<i8") * self.dtype.itemsize
-            ends = np.cumsum(sizes) + offset
-            index.write((ends - sizes).tobytes())
-            offset = int(ends[-1])
-        self._ends.seek(0)
-        index.write(struct.pack("<q", 0))
-        while block := self._ends.read(8 * _BLOCK):
-            index.write(block)
 
     def _partial(self, suffix: str) -> Path:
         return corpus_file(self.prefix, suffix + ".partial")

@@ -36,9 +36,9 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> G
 
     Masters in fp32 are made from these weights later, so that in low precision they start at rounded values.
     """
-    dtype = _DTYPES[recipe.precision or "fp32"]
     if zero_stage == 3:
-        return _sharded(recipe, config, dtype)
+        return _sharded(recipe, config)
+    dtype = _DTYPES[recipe.precision or "fp32"]
     with torch.device("meta"):  # no memory and no time for the values that the layers would draw
         model = GPT(recipe.model, recipe.document_end)
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
@@ -61,9 +61,12 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 @torch.no_grad()
-def _sharded(recipe: Recipe, config: Mapping[str, Any], dtype: torch.dtype) -> GPT:
-    """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value."""
-    with deepspeed.zero.Init(config_dict_or_path=dict(config), dtype=dtype):
+def _sharded(recipe: Recipe, config: Mapping[str, Any]) -> GPT:
+    """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value.
+
+    Precision comes from the config: a dtype that is given, DeepSpeed takes for bf16 on devices without fp16.
+    """
+    with deepspeed.zero.Init(config_dict_or_path=dict(config)):
         model = GPT(recipe.model, recipe.document_end)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):

@@ -10,7 +10,7 @@ import torch
 from megagpt import corpora
 from megagpt.cli import main
 from megagpt.corpora import merging, verifying
-from megagpt.data import indexed_writer
+from megagpt.data import id_file, indexed_writer
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -123,7 +123,7 @@ DAMAGE = [
 @pytest.mark.parametrize(("suffix", "at", "value", "message"), DAMAGE)
 @pytest.mark.parametrize("entries", [2, 1000])
 def test_every_damage_is_found_and_named(tmp_path, monkeypatch, suffix, at, value, message, entries):
-    monkeypatch.setattr(indexed_writer, "_STRETCH", 8)
+    monkeypatch.setattr(id_file, "_STRETCH", 8)
     monkeypatch.setattr(verifying, "_ENTRIES", entries)
     prefix = write(tmp_path / "c")
     flip(tmp_path / f"c{suffix}", at, value)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data import indexed_writer
+from megagpt.data import id_file, index_file, indexed_writer
 from megagpt.data.indexed import Reader, dtype_of
 from megagpt.data.indexed_writer import Writer
 from megagpt.errors import UserError
@@ -103,7 +103,7 @@ def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
 def test_checksums_of_stretches_cover_all_of_the_ids_and_do_not_depend_on_the_writes(tmp_path_factory, sizes, stretch):
     prefix = tmp_path_factory.mktemp("c") / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed_writer, "_STRETCH", stretch)
+        patch.setattr(id_file, "_STRETCH", stretch)
         sidecar = write(prefix, [range(size) for size in sizes])
     binary, _ = content(prefix)
     cut = [binary[start : start + stretch] for start in range(0, len(binary), stretch)]
@@ -125,7 +125,7 @@ def test_ids_take_two_bytes_below_a_vocabulary_of_65500():
 
 def test_index_blocks_join_without_a_seam(tmp_path, megatron, monkeypatch):
     documents = [[n] * (n % 7) for n in range(100)]
-    monkeypatch.setattr(indexed_writer, "_BLOCK", 8)
+    monkeypatch.setattr(index_file, "_BLOCK", 8)
     write(tmp_path / "ours", documents)
     write_with_megatron(megatron, tmp_path / "theirs", documents, np.uint16)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")

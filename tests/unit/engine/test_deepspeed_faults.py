@@ -3,6 +3,7 @@
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -148,3 +149,11 @@ def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(stage):
     doubled, constant = first_moment(window=1), first_moment(window=1000)
     assert constant.abs().max() > 0
     torch.testing.assert_close(doubled / constant, torch.full_like(constant, (0.9 + 0.5) / (0.9 + 1.0)))
+
+
+def test_a_dtype_given_to_zero_init_is_taken_for_bf16_where_there_is_no_fp16(monkeypatch):
+    """Why stage 3 lets zero.Init read precision from the config: fp32 would train in bf16 on most CPUs."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with deepspeed.zero.Init(dtype=torch.float32):
+        layer = torch.nn.Linear(4, 4)
+    assert layer.weight.ds_tensor.dtype == torch.bfloat16

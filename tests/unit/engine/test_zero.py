@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from megagpt import ds_config, recipe
 from megagpt.data.loader import Batch
@@ -131,3 +132,11 @@ def test_an_update_without_a_single_valid_label_has_no_loss_and_no_nan(make):
     inputs, labels = global_batch(0)
     result = engine.train_update(cut(Batch(inputs, torch.full_like(labels, -100)), 2))
     assert (result.loss, result.tokens, result.grad_norm) == (0.0, 0, 0.0)
+
+
+def test_at_stage_3_fp32_is_fp32_also_where_the_device_knows_no_fp16(make, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    engine, _ = make(3)
+    kept = {parameter.ds_tensor.dtype for parameter in engine._engine.module.parameters()}
+    engine.release()
+    assert kept == {torch.float32}

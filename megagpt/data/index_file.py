@@ -1,0 +1,85 @@
+"""Writes .idx (see indexed.py for its layout) in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megagpt.data.checksums import joined
+from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens
+
+_BLOCK = 1 << 16  # entries worked on at a time
+
+
+class IndexFile:
+    """An .idx that grows: `sequences` and `documents` are counted.
+
+    Lengths are written where they belong. The ends of documents come after all offsets, whose number is known last:
+    until then they are in a file without a name, which vanishes even if this process is killed.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._path, self._dtype = path, dtype
+        self.sequences = self.documents = self._crc32 = 0
+        with ExitStack() as stack:
+            self._file: IO[bytes] = stack.enter_context(path.open("wb"))
+            self._file.seek(HEADER.size)
+            self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            self._files = stack.pop_all()
+
+    def __enter__(self) -> IndexFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def add(self, lengths: Tokens, document_ends: Tokens) -> None:
+        """Append sequences of so many tokens each, and documents that end with so many of these sequences."""
+        self._write(lengths.astype("<i4", copy=False))
+        self._ends.write((document_ends + np.int64(self.sequences)).astype("<i8", copy=False).data)
+        self.sequences += len(lengths)
+        self.documents += len(document_ends)
+
+    def finish(self) -> int:
+        """Write what is missing and have it all on the disk; its CRC-32."""
+        self._write_offsets()
+        self._write(np.zeros(1, "<i8"))
+        self._ends.seek(0)
+        ends = np.empty(_BLOCK, "<i8")
+        while size := self._ends.readinto(ends.data):  # type: ignore[attr-defined]
+            self._write(ends[: size // 8])
+        size = self._file.tell() - HEADER.size
+        code = next(code for code, kind in CODES.items() if kind == self._dtype)
+        header = HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1)
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return joined(zlib.crc32(header), self._crc32, size)
+
+    def _write_offsets(self) -> None:
+        self._file.flush()
+        lengths, sizes, offset = np.empty(_BLOCK, "<i4"), np.empty(_BLOCK, "<i8"), 0
+        with self._path.open("rb") as file:
+            file.seek(HEADER.size)
+            for at in range(0, self.sequences, _BLOCK):
+                count = min(_BLOCK, self.sequences - at)
+                file.readinto(lengths[:count].data)
+                np.multiply(lengths[:count], np.int64(self._dtype.itemsize), out=sizes[:count])
+                ends = np.cumsum(sizes[:count])
+                ends += offset
+                offset = int(ends[-1])
+                ends -= sizes[:count]
+                self._write(ends)
+
+    def _write(self, numbers: Tokens) -> None:
+        """Append numbers of the right type."""
+        content = np.ascontiguousarray(numbers).data
+        self._file.write(content)
+        self._crc32 = zlib.crc32(content, self._crc32)

@@ -1,0 +1,194 @@
+"""Exported models: transformers, given the folder alone, computes what we do, and cuts text as we do."""
+
+import json
+from types import SimpleNamespace as Space
+
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt import export
+from megagpt.cli import main
+from megagpt.data.default_corpus import default_corpus
+from megagpt.data.tokenizer import Tokenizer, train_tokenizer
+from megagpt.errors import MachineError, UserError
+from megagpt.generate import sample
+from megagpt.model.gpt import GPT
+from megagpt.recipe import ModelSection
+from megagpt.run import trained
+from tests.training import finish, write_recipe
+
+ROPE = {"position": "rope", "norm": "rmsnorm", "rope_theta": 500.0}
+GPT2 = {"position": "learned", "norm": "layernorm"}
+SHAPES = {
+    "gpt2": ("GPT2LMHeadModel", {**GPT2, "activation": "gelu"}),
+    "gpt2-untied-relu2": ("GPT2LMHeadModel", {**GPT2, "activation": "relu2", "tie_embeddings": False}),
+    "llama": ("LlamaForCausalLM", {**ROPE, "activation": "swiglu", "n_kv_head": 2, "tie_embeddings": False}),
+    "llama-tied-relu2": ("LlamaForCausalLM", {**ROPE, "activation": "relu2", "n_kv_head": 1}),
+    "qwen3": ("Qwen3ForCausalLM", {**ROPE, "activation": "swiglu", "qk_norm": True, "n_kv_head": 2}),
+    "quickstart": ("Qwen3ForCausalLM", {**ROPE, "activation": "relu2", "qk_norm": True, "tie_embeddings": False}),
+}
+
+
+def model_of(**changes):
+    section = ModelSection(**{"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 61, "seq_len": 24, **changes})
+    model, generator = GPT(section).eval(), torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(float(parameter.ndim == 1 and "weight" in name), 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """What `trained.load` would find, without a run directory: a model of these keys, and no tokenizer."""
+
+    def put(precision="fp32", **changes):
+        model = model_of(**changes)
+        recipe = Space(precision=precision, model=model.section, data=Space(tokenizer=None))
+        found = trained.Trained(recipe, Space(state=Space(update=7)), model)
+        monkeypatch.setattr(trained, "load", lambda _: found)
+        return model
+
+    return put
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_computes_the_same(run, tmp_path, shape):
+    architecture, changes = SHAPES[shape]
+    ours = run(**changes)
+    made = export.export(tmp_path, tmp_path / "out")
+    assert made.architecture == architecture
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(theirs).__name__ == architecture
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}
+    ids = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        expected, actual = ours(ids).logits, theirs(input_ids=ids).logits
+        greedy = theirs.generate(ids[:1, :5], max_new_tokens=12, do_sample=False)[0, 5:].tolist()
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert greedy == sample(ours, ids[0, :5].tolist(), 12, temperature=0)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(("precision", "asked", "kept"), [("bf16", None, "bfloat16"), ("fp32", "float16", "float16")])
+def test_weights_are_written_as_they_were_trained_or_as_asked(run, tmp_path, precision, asked, kept):
+    ours = run(precision, **SHAPES["qwen3"][1])
+    before = ours.layers[0].weight.clone()
+    assert export.export(tmp_path, tmp_path / "out", dtype=asked).dtype == kept
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == getattr(torch, kept)
+    assert torch.equal(theirs.model.embed_tokens.weight, before.to(getattr(torch, kept)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({**ROPE, "activation": "gelu"}, "rmsnorm with gelu"),
+        ({**GPT2, "activation": "swiglu"}, "layernorm with swiglu"),
+        ({**GPT2, "position": "rope"}, "layernorm with rope"),
+        ({**ROPE, "position": "learned"}, "rmsnorm with learned positions"),
+        ({**GPT2, "qk_norm": True}, "layernorm with qk_norm"),
+        ({**GPT2, "n_kv_head": 2}, "layernorm with shared key and value heads"),
+        ({**ROPE, "activation": "swiglu", "logit_softcap": 15.0}, "logit_softcap: 15"),
+    ],
+)
+def test_what_no_architecture_computes_is_refused(run, tmp_path, changes, problem):
+    run(**changes)
+    with pytest.raises(UserError) as caught:
+        export.export(tmp_path, tmp_path / "out")
+    assert str(caught.value) == (
+        f"megagpt: no architecture of transformers is this model: {problem}\n  model\n"
+        "  do: layernorm with learned positions (GPT-2) and rmsnorm with rope (Llama, Qwen3) can be exported"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_went_wrong_never_get_the_name(run, tmp_path, monkeypatch):
+    run(**SHAPES["llama"][1])
+    real = export.architectures._LLAMA
+    monkeypatch.setattr(export.architectures, "_LLAMA", {**real, "mlp.gate": "mlp.up_proj", "mlp.up": "mlp.gate_proj"})
+    with pytest.raises(MachineError, match="the written model is not the trained one"):
+        export.export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_told(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    run(**SHAPES["llama"][1])
+    messages = []
+    for words in ({"to": "onnx"}, {"dtype": "int8"}, {"output": tmp_path / "full"}):
+        with pytest.raises(UserError) as caught:
+            export.export(tmp_path, **{"output": tmp_path / "out", **words})
+        messages.append(str(caught.value))
+    assert messages == [
+        "megagpt: there is no format onnx\n  --to\n  do: give hf: many libraries read Hugging Face's format",
+        "megagpt: int8 is no type of weights\n  --dtype\n  do: give float32, bfloat16, float16",
+        f"megagpt: the output folder is not empty\n  {tmp_path / 'full'}\n  do: name another one, or remove it",
+    ]
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory):
+    """Our tokenizer, and transformers' of what was exported."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [document.text for document in default_corpus().documents[:40]]
+    path = train_tokenizer(texts, 2000, folder / "t")
+    assert export.vocabularies.save(transformers, str(path), folder / "out", 128) == str(path)
+    return Tokenizer(path), transformers.AutoTokenizer.from_pretrained(folder / "out")
+
+
+def test_text_is_cut_alike(cuts):
+    ours, theirs = cuts
+    for document in default_corpus().documents[40:60]:
+        ids = ours.encode(document.text)
+        assert theirs.encode(document.text) == ids
+        assert theirs.decode(ids) == document.text
+    assert (theirs.eos_token_id, theirs.model_max_length) == (ours.eod, 128)
+
+
+ODD = st.text(st.sampled_from("aAeion  \n\t\r▁½ﬁ語é\u0301🙂0123.,<>=-"), max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(ODD, st.text(max_size=40)))
+def test_any_text_is_cut_alike(cuts, text):
+    ours, theirs = cuts
+    if "<eod>" in text or "<unk>" in text or "\ud800" <= max(text, default="") <= "\udfff":
+        return
+    text = text.encode("utf-8", "replace").decode()
+    assert theirs.encode(text) == ours.encode(text)
+
+
+def test_a_tokenizer_json_goes_along_and_others_stay(cuts, tmp_path):
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3}, "<unk>"))
+    fast.add_special_tokens(["</s>", "<unk>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    export.vocabularies.save(transformers, str(tmp_path / "tokenizer.json"), tmp_path / "out", 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.encode("b"), theirs.eos_token) == ([1], "</s>")
+    lines = iter([document.text[:2000] for document in default_corpus().documents[:20]])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(tmp_path / "theirs"), vocab_size=300, minloglevel=2
+    )
+    assert export.vocabularies.save(transformers, str(tmp_path / "theirs.model"), tmp_path / "none", 64) is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_trained_run_is_exported_whole(data, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "run", data)
+    finish(recipe, "length.updates=10", "model.activation=swiglu")
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["update"], made["architecture"], made["dtype"]) == (10, "LlamaForCausalLM", "float32")
+    assert made["difference"] < 1e-5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = trained.load(tmp_path / "run").model
+    ids = torch.tensor([tokenizer.encode("the of and to in that is")])
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids).logits).abs().max() < 1e-4
