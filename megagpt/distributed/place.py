@@ -93,13 +93,13 @@ def from_environment(env: Mapping[str, str]) -> Rank:
     )  # fmt: skip
 
 
-def mpi_size(env: Mapping[str, str]) -> int:
-    """How many processes mpirun or srun started together, this one included; 1 where neither did."""
+def mpi_place(env: Mapping[str, str]) -> tuple[int, int]:
+    """Which process this is, of how many that mpirun or srun started together; 0 of 1 where neither did."""
     for launcher in ("openmpi", "mpich", "slurm"):
-        world = _LAUNCHERS[launcher].world
-        if world in env and (launcher != "slurm" or in_step(env)):
-            return _number(env, world)
-    return 1
+        names = _LAUNCHERS[launcher]
+        if names.world in env and (launcher != "slurm" or in_step(env)):
+            return _number(env, names.rank), _number(env, names.world)
+    return 0, 1
 
 
 def job_port(job: str) -> int:

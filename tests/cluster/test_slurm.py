@@ -9,12 +9,6 @@ from tests import training
 from tests.cluster.conftest import LENGTH
 
 
-@pytest.fixture(scope="module")
-def slurm(cluster):
-    cluster.make("slurm", "2")
-    return cluster
-
-
 def wait(slurm, job, seconds=240):
     """Until SLURM says that the job has completed; between two starts it is in other states, or in none."""
     end = time.monotonic() + seconds

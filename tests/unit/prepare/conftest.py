@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,10 +41,11 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or packed.
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or samples
+# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes.
 PROGRAM = """\
-import resource, sys, time
-from megagpt.data import pieces, shards
+import os, resource, sys, time
+from megagpt.data import id_file, pieces, shards
 from megagpt.prepare import packing
 
 piece, pause, limit, *arguments = sys.argv[1:]
@@ -51,6 +53,22 @@ finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
 filled = packing._filled
 packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
+
+
+class Told(id_file.IdFile):
+    def __init__(self, path, start=None):
+        super().__init__(path, start)
+        self._start = start or 0
+
+    def finish(self):
+        stretches = super().finish()
+        with open(os.environ["PLACES"], "a") as file:
+            print(self._start, sum(size for size, _ in stretches), file=file)
+        return stretches
+
+
+if "PLACES" in os.environ:
+    id_file.IdFile = Told
 if __name__ == "__main__":
     pieces._SMALLEST = int(piece)
     if limit != "0":
@@ -86,6 +104,16 @@ def finish(process, code=0):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     return output, errors
+
+
+def wait_for(folder, pattern, process):
+    """The files of this pattern, once there are some."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if found := sorted(folder.glob(pattern)):
+            return found
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
 
 
 def alive(pid):
