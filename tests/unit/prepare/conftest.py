@@ -46,13 +46,10 @@ def model(source, tmp_path_factory):
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
-from megagpt.prepare import packing
 
 piece, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
-filled = packing._filled
-packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
 
 
 class Told(id_file.IdFile):
@@ -69,6 +66,10 @@ class Told(id_file.IdFile):
 
 if "PLACES" in os.environ:
     id_file.IdFile = Told
+from megagpt.prepare import packing  # now that what it imports has been changed
+
+filled = packing._filled
+packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
 if __name__ == "__main__":
     pieces._SMALLEST = int(piece)
     if limit != "0":
