@@ -90,16 +90,16 @@ def prepare(
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="mix the documents, the same way each time")] = False,
-    pack: Annotated[
-        int | None,
-        typer.Option(help="SEQ_LEN: fit documents into samples of this length, cutting none that fits", min=1),
-    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="sentencepiece; or gigatoken, which gives the same ids in a fraction of the time")
+    ] = "sentencepiece",
+    pack: Annotated[int | None, typer.Option(help="SEQ_LEN of samples to fit documents into whole", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, pack)
+    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if made:  # else another rank has the answer
         _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
