@@ -41,12 +41,13 @@ def prepare(
     engine: Annotated[
         str, typer.Option(help="sentencepiece; or gigatoken, which gives the same ids in a fraction of the time")
     ] = "sentencepiece",
+    pack: Annotated[int | None, typer.Option(help="SEQ_LEN of samples to fit documents into whole", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine)
+    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if made:  # else another rank has the answer
         answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
