@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, answer
+from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
 from megagpt.errors import EXIT_DONE, UserError
@@ -33,7 +33,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
-    workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
+    workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,

@@ -42,7 +42,8 @@ def model(source, tmp_path_factory):
 
 
 # The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or samples
-# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes.
+# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes. A tokenizer is trained
+# on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
@@ -64,6 +65,9 @@ class Told(id_file.IdFile):
         return stretches
 
 
+if "SAMPLE" in os.environ:
+    from megagpt.prepare import sampling
+    sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
 if "PLACES" in os.environ:
     id_file.IdFile = Told
 from megagpt.prepare import packing  # now that what it imports has been changed
