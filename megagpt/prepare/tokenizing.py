@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from megagpt.data.documents import DEFAULT_FRACTION, Document, digest_of, in_validation
 from megagpt.data.oddities import Oddities
@@ -18,6 +17,9 @@ from megagpt.data.sources import find_sources
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
 from megagpt.prepare.corpus import description
 from megagpt.prepare.summary import Quality, TokenizerSummary
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _MEASURED = 1_000_000  # bytes of text that quality is measured on
 _COLOURS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
@@ -59,6 +61,8 @@ class Tokens:
 
     def coloured(self) -> Text:
         """The text with a colour for each token."""
+        from rich.text import Text
+
         shown = Text()
         for number, (_, text) in enumerate(self.tokens):
             shown.append(text.replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])
