@@ -80,7 +80,7 @@ def test_choosing_does_not_depend_on_the_workers_and_is_told(command, texts, mod
     made = json.loads((tmp_path / "c1.train.json").read_text())["made"]
     assert made["options"] == {
         "validation_fraction": 0.2, "text_key": "text", "strict": False, "deduplicate": True, "shuffle": True,
-        "engine": "sentencepiece",
+        "engine": "sentencepiece", "pack": None,
     }  # fmt: skip
     assert made["by"].startswith("megagpt ")
     assert made["odd"] == {"empty": 6}
