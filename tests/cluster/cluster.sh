@@ -8,7 +8,7 @@ up() {
   ssh-keygen -q -t ed25519 -N '' -f $D/id; : > $D/known_hosts
   { echo "127.0.0.1 localhost"; for i in $(seq $1); do echo "$NET.$i node$i"; done; } > $D/hosts
   printf '%s\n' "Host node*" "Port 2222" "IdentityFile $D/id" "IdentitiesOnly yes" "UserKnownHostsFile $D/known_hosts" \
-    "StrictHostKeyChecking yes" "BatchMode yes" "ServerAliveInterval 5" "ServerAliveCountMax 3" "LogLevel ERROR" > $D/ssh_config
+    "StrictHostKeyChecking yes" "BatchMode yes" "LogLevel ERROR" > $D/ssh_config
   for i in $(seq $1); do n=$P$i e=/etc/netns/$P$i
     mkdir -p $e/ssh $D/node$i/tmp; cp $D/hosts $e/hosts; echo "hosts: files" > $e/nsswitch.conf; cp $D/ssh_config $e/ssh/
     echo "$P $CLUSTER_OWNER $(born $CLUSTER_OWNER)" > $e/owner
