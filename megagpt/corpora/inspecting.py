@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.indexed import Reader
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -67,9 +68,8 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
     reader = Reader(prefix)
     model = Tokenizer(tokenizer) if tokenizer else None
     sidecar = reader.sidecar
-    if model and sidecar and sidecar.tokenizer_sha256 != model.sha256:
-        what = f"the corpus was made with another tokenizer ({sidecar.tokenizer_sha256[:12]}, not {model.sha256[:12]})"
-        raise UserError(what, f"{prefix}\n{tokenizer}", "give the tokenizer that it was made with")
+    if model:
+        check_one_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
     count = len(reader.documents) - 1
     wrong = [number for number in documents if not 0 <= number < count]
     if wrong:

@@ -10,7 +10,7 @@ import numpy as np
 from megagpt import __version__
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
-from megagpt.data.sidecar import Sidecar
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.errors import MachineError, UserError
 
 _TOKENS, _ENTRIES = 1 << 20, 1 << 20  # copied at a time
@@ -59,14 +59,8 @@ def _check_alike(one: Reader, other: Reader) -> None:
     if one.dtype != other.dtype:
         what = f"the ids are of different types ({one.dtype.name} and {other.dtype.name})"
         raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
-    if one.sidecar and other.sidecar and _tokenizer(one.sidecar) != _tokenizer(other.sidecar):
-        hashes = [reader.tokenizer_sha256[:12] for reader in (one.sidecar, other.sidecar)]
-        what = f"the corpora were made with different tokenizers ({' and '.join(hashes)})"
-        raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
-
-
-def _tokenizer(facts: Sidecar) -> tuple[str, int, int]:
-    return facts.tokenizer_sha256, facts.vocab_size, facts.eod
+    if other.sidecar:
+        check_one_tokenizer(one.prefix, one.sidecar, other.prefix, other.sidecar.tokenizer_sha256)
 
 
 def _copy(reader: Reader, writer: Writer) -> None:

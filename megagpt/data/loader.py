@@ -16,6 +16,7 @@ import torch
 
 from megagpt.data.indexed import Reader, corpus_file
 from megagpt.data.order import Order, rank_positions
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.skips import Skips
 from megagpt.errors import UserError
 
@@ -172,10 +173,7 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
     """
     if reader.sidecar and tokenizer and Path(tokenizer).is_file():
         sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-        if sha256 != reader.sidecar.tokenizer_sha256:
-            what = f"the corpus was made by the tokenizer {reader.sidecar.tokenizer_sha256[:12]}…, not by {tokenizer}"
-            do = "set data.tokenizer to the one that made the corpus, or prepare the corpus anew"
-            raise UserError(f"{what} ({sha256[:12]}…)", reader.prefix, do)
+        check_one_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
     do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
     if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
         what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"

@@ -66,3 +66,11 @@ def read_sidecar(path: Path) -> Sidecar | None:
     values = {name: content.get(name, _LATER.get(name)) for name in _TYPES}
     values["stretches"] = tuple((size, crc32) for size, crc32 in values["stretches"])
     return Sidecar(**values)
+
+
+def check_one_tokenizer(prefix: str, facts: Sidecar | None, other: str, sha256: str) -> None:
+    """Raise UserError if the sidecar of a corpus names another tokenizer than `sha256`, which is that of `other`."""
+    if facts and facts.tokenizer_sha256 != sha256:
+        where = f"{facts.tokenizer_sha256[:12]}…  {prefix}\n{sha256[:12]}…  {other}"
+        do = "use the tokenizer that the corpus was made with, or prepare it anew"
+        raise UserError("these two are of different tokenizers", where, do)

@@ -93,13 +93,9 @@ def from_environment(env: Mapping[str, str]) -> Rank:
     )  # fmt: skip
 
 
-def mpi_place(env: Mapping[str, str]) -> tuple[int, int]:
-    """Which process this is, of how many that mpirun or srun started together; 0 of 1 where neither did."""
-    for launcher in ("openmpi", "mpich", "slurm"):
-        names = _LAUNCHERS[launcher]
-        if names.world in env and (launcher != "slurm" or in_step(env)):
-            return _number(env, names.rank), _number(env, names.world)
-    return 0, 1
+def from_mpi_or_slurm(env: Mapping[str, str]) -> Rank:
+    """The place among processes that mpirun or srun started together; alone where neither did. See above."""
+    return from_environment({name: value for name, value in env.items() if name not in ("RANK", "WORLD_SIZE")})
 
 
 def job_port(job: str) -> int:

@@ -16,7 +16,7 @@ from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.indexed import corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
-from megagpt.data.oddities import OddInput
+from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece, cut
 from megagpt.data.shards import Record
 from megagpt.data.sniffing import Kind
@@ -26,6 +26,7 @@ from megagpt.errors import UserError
 from megagpt.prepare import odd_places, workplace
 from megagpt.prepare.duplicates import first_copies
 from megagpt.prepare.encoding import Job, PieceError
+from megagpt.prepare.engines import check_engine
 from megagpt.prepare.joining import Choice, joined, writing
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
@@ -38,7 +39,7 @@ class Options:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
     `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
-    None of `workers` is as many as there are cores; their number does not change what is written.
+    None of `workers` is as many as there are cores; neither their number nor the `engine` changes what is written.
     """
 
     validation_fraction: float = DEFAULT_FRACTION
@@ -47,6 +48,7 @@ class Options:
     strict: bool = False
     deduplicate: bool = False
     shuffle: bool = False
+    engine: str = "sentencepiece"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     begin = time.perf_counter()
     options = work.options
     key = tuple(options.text_key.split("."))
-    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict)
+    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict, options.engine)
     one_folder = ranks.see_one(work.folder.parent)
     pieces = ranks.first(lambda: _begun(work))
     held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
@@ -90,6 +92,7 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
 def _begun(work: Work) -> list[Piece]:
     """All pieces of the input, once the folder of their shards is there."""
     check_fraction(work.options.validation_fraction, f"{work.output}.validation")
+    check_engine(work.options.engine, work.model)
     with writing(work.folder):
         workplace.follow(work.folder, _plan(work))
     return cut(work.sources)
@@ -112,7 +115,7 @@ def _encoded(
         with shown(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
             return encode_all(job, pieces, count, progress.add), None
     except PieceError as failure:
-        if not isinstance(failure.cause, UserError | OddInput):
+        if not isinstance(failure.cause, UserError | AtPlace):
             raise
         return [], failure
 
@@ -122,10 +125,10 @@ def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceErr
     records = ranks.first(lambda: workplace.records(work.folder, pieces))
     if failures:
         failure = min(failures, key=lambda failure: failure.number)
-        if not isinstance(failure.cause, OddInput):
+        if not isinstance(failure.cause, AtPlace):
             raise failure.cause
         earlier = [record.oddities for number, record in records.items() if number < failure.number]
-        raise odd_places.strict_error(failure.cause, earlier, work.sources)
+        raise odd_places.located(failure.cause, earlier, work.sources)
     odd = odd_places.told([record.oddities for record in records.values()], work.sources)
     parts, copies, unknown = _joined(work, ranks, list(records.values()), odd)
     validation = parts[1] if len(parts) > 1 else None
@@ -194,6 +197,7 @@ def _plan(work: Work) -> dict[str, object]:
         "sources": [[source.path, source.kind.value, source.size, source.state] for source in work.sources],
         "tokenizer": work.model.sha256,
         "text_key": work.options.text_key,
+        "engine": work.options.engine,
         "validation_fraction": work.options.validation_fraction,
     }
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, cast
 
-from megagpt.data.oddities import OddInput
+from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece
 from megagpt.data.shards import Record
 from megagpt.errors import MachineError, UserError
@@ -107,7 +107,7 @@ def _work(connection: Pipe, job: Job) -> None:
         try:
             connection.send(encoder.encode(piece, lambda *counts: connection.send(counts)))
         except PieceError as error:
-            known = isinstance(error.cause, UserError | OddInput)
+            known = isinstance(error.cause, UserError | AtPlace)
             connection.send(error if known else PieceError(piece.number, RuntimeError(traceback.format_exc())))
 
 

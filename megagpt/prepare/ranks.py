@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megagpt.distributed import mpi_place
+from megagpt.distributed import from_mpi_or_slurm
 from megagpt.errors import MachineError, UserError
+from megagpt.prepare.sockets import connected
 
 _T = TypeVar("_T")
 _BLOCK = 1 << 24  # bytes sent at a time
@@ -48,7 +49,9 @@ class Ranks:
         """Have the first rank hold the files in `folder` that each rank names."""
 
 
-class _MpiRanks(Ranks):
+class _Joined(Ranks):
+    """Several ranks, which talk through a `world`: mpi4py's communicator, or what has some of its words."""
+
     def __init__(self, world: Any) -> None:
         self._world, self.rank, self.size = world, world.rank, world.size
 
@@ -111,29 +114,44 @@ def _outcome(work: Callable[[], _T]) -> _T | UserError:
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """All ranks of this command. One that fails by surprise ends them all; a user's mistake is told by the first."""
-    rank, size = mpi_place(os.environ)
-    if size == 1:
+    place = from_mpi_or_slurm(os.environ)
+    if place.world_size == 1:
         yield Ranks()
-        return
+    elif place.launcher == "slurm":
+        with _told_once(place.rank), connected(place) as tasks:
+            yield _Joined(tasks)
+    else:
+        with _told_once(place.rank):
+            world = _mpi(place.world_size)
+            try:
+                yield _Joined(world)
+            except UserError:
+                raise
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                world.Abort(1)
+
+
+def _mpi(size: int) -> Any:
+    """The communicator of all ranks."""
     try:
         from mpi4py import MPI
     except ImportError:
         what = "several processes were started, which need mpi4py to work together"
-        raise UserError(what, "mpirun or srun", 'pip install "megagpt[mpi]", or start one process') from None
-    world = MPI.COMM_WORLD
-    if world.size != size:
-        what = f"{size} processes were started, and MPI knows of {world.size}"
-        do = "start them by `srun --mpi=pmix` (`srun --mpi=list` says what there is), or by the mpirun of this MPI"
-        error = UserError(what, MPI.Get_library_version().splitlines()[0], do)
-        raise error if rank == 0 else SystemExit(error.exit_code)
+        raise UserError(what, "mpirun", 'pip install "megagpt[mpi]", or start one process') from None
+    if MPI.COMM_WORLD.size != size:
+        what = f"{size} processes were started, and MPI knows of {MPI.COMM_WORLD.size}"
+        raise UserError(what, MPI.Get_library_version().splitlines()[0], "start them by the mpirun of this MPI")
+    return MPI.COMM_WORLD
+
+
+@contextmanager
+def _told_once(rank: int) -> Iterator[None]:
+    """Within it, the first rank alone says what the user's mistake is."""
     try:
-        yield _MpiRanks(world)
+        yield
     except UserError as error:
-        if world.rank == 0:
+        if rank == 0:
             raise
         raise SystemExit(error.exit_code) from None
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        world.Abort(1)
-        raise

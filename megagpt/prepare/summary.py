@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
 
 from megagpt.data.oddities import KINDS
 
@@ -98,9 +102,28 @@ class PrepareSummary:
 
 @dataclass(frozen=True)
 class Corpora:
-    """What `prepare` did, corpus by corpus."""
+    """What `prepare` did, corpus by corpus; `data`: of several ones, what a recipe's section of that name says."""
 
     corpora: tuple[PrepareSummary, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, made: Sequence[PrepareSummary], weights: Sequence[float | None]) -> Corpora:
+        """The corpora, blended by their weights; without weights, each is read as often as the others."""
+        validation = [one.validation.prefix for one in made if one.validation]
+        data: dict[str, Any] = {"train": [{"path": one.train.prefix} for one in made]}
+        if None in weights:
+            data["weight_counts"] = "epochs"
+        else:
+            for source, weight in zip(data["train"], weights, strict=True):
+                source["weight"] = weight
+        if validation:
+            data["validation"] = validation
+        return cls(tuple(made), data if len(made) > 1 else {})
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.corpora))
+        lines = list(map(str, self.corpora))
+        if self.data:
+            text = yaml.safe_dump({"data": self.data}, default_flow_style=None, sort_keys=False, width=10_000)
+            lines += ["for a recipe:", text.rstrip()]
+        return "\n".join(lines)

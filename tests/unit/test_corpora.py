@@ -77,8 +77,9 @@ def test_inspecting_with_a_tokenizer_shows_text(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["shown"][0]["text"] == text
     other = train_tokenizer(["five six seven"] * 5, 280, tmp_path / "other")
     assert refused(corpora.inspect, prefix, [], 0, other) == (
-        f"the corpus was made with another tokenizer ({model.sha256[:12]}, not {Tokenizer(other).sha256[:12]})\n"
-        f"  {prefix}\n  {other}\n  do: give the tokenizer that it was made with"
+        f"these two are of different tokenizers\n  {model.sha256[:12]}…  {prefix}\n"
+        f"  {Tokenizer(other).sha256[:12]}…  {other}\n"
+        "  do: use the tokenizer that the corpus was made with, or prepare it anew"
     )
 
 
@@ -182,12 +183,12 @@ def test_corpora_that_do_not_go_together_are_refused(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", sha="e" * 64)
     wide = write(tmp_path / "wide", vocab_size=70_000)
     output = str(tmp_path / "c")
-    both = "do: prepare both with one tokenizer"
     assert refused(corpora.merge, [a, b], output) == (
-        f"the corpora were made with different tokenizers (ffffffffffff and eeeeeeeeeeee)\n  {a}\n  {b}\n  {both}"
+        f"these two are of different tokenizers\n  ffffffffffff…  {a}\n  eeeeeeeeeeee…  {b}\n"
+        "  do: use the tokenizer that the corpus was made with, or prepare it anew"
     )
     assert refused(corpora.merge, [a, wide], output) == (
-        f"the ids are of different types (uint16 and int32)\n  {a}\n  {wide}\n  {both}"
+        f"the ids are of different types (uint16 and int32)\n  {a}\n  {wide}\n  do: prepare both with one tokenizer"
     )
     assert refused(corpora.merge, [a, b], a) == (
         f"a corpus cannot be merged into itself\n  {a}\n  do: choose another --output"

@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from megagpt.data import pieces
-from megagpt.distributed import mpi_place
+from megagpt.distributed import free_port, from_mpi_or_slurm
 from megagpt.prepare import Options, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
-pytestmark = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
 
 
@@ -32,6 +33,7 @@ def expected(lines, model, tmp_path):
 CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
 
 
+@mpi
 @pytest.mark.parametrize(("ranks", "chosen"), CHOSEN, ids=["2", "3", "3 that choose"])
 def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
     command, lines, model, tmp_path, monkeypatch, ranks, chosen
@@ -53,6 +55,7 @@ def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
     assert max(size for _, size in written) < 0.75 * sizes[0]
 
 
+@mpi
 def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, expected, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     process = command("prepare", lines, *options, piece=5000, pause=0.1, launcher=(*MPIRUN, "-n", 2))
@@ -70,6 +73,7 @@ def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, 
     assert content(tmp_path / "c") == expected
 
 
+@mpi
 def test_a_full_disk_of_one_rank_leaves_no_corpus_and_they_go_on_later(command, lines, model, expected, tmp_path):
     """The files can grow to less than the joined ones have: what the last rank writes does not fit."""
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
@@ -81,6 +85,7 @@ def test_a_full_disk_of_one_rank_leaves_no_corpus_and_they_go_on_later(command, 
     assert content(tmp_path / "c") == expected
 
 
+@mpi
 def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lines, model, expected, tmp_path):
     """Two ranks in two folders, with an output that is relative to them."""
     (tmp_path / "one").mkdir()
@@ -94,6 +99,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
     assert list((tmp_path / "two").iterdir()) == []
 
 
+@mpi
 def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--strict")
     _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 2)), 2)
@@ -104,13 +110,56 @@ def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, (0, 1)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, (1, 3)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, (0, 2)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # in an allocation, but not started by srun
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, (3, 4)),
-        ({"RANK": "1", "WORLD_SIZE": "8"}, (0, 1)),  # of torchrun's, which is no launcher of prepare
+        ({}, ("python", 0, 1)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            ("openmpi", 1, 3),
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, ("mpich", 0, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("python", 0, 1)),  # in an allocation, but not started by srun
+        (STEP | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, ("slurm", 3, 4)),
+        (STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, ("slurm", 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun's, which is no launcher of prepare
     ],
 )
 def test_the_launcher_says_which_rank_it_is_of_how_many(environment, place):
-    assert mpi_place(environment) == place
+    found = from_mpi_or_slurm(environment)
+    assert (found.launcher, found.rank, found.world_size) == place
+
+
+@pytest.fixture
+def tasks(command, lines, model, tmp_path, monkeypatch):
+    """Start tasks as srun does: each is told its number, the hosts of the step, and nothing of MPI."""
+
+    def start(count, **limits):
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
+        started = []
+        for number in range(count):
+            for name, value in (STEP | {"SLURM_PROCID": str(number), "SLURM_NTASKS": str(count)}).items():
+                monkeypatch.setenv(name, value)
+            started.append(command("prepare", lines, *options, piece=5000, **limits))
+        return started
+
+    return start
+
+
+def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
+    outputs = [finish(task)[0] for task in tasks(3)]
+    assert content(tmp_path / "c") == expected
+    assert ["prepared in" in output for output in outputs] == [True, False, False]
+
+
+def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):
+    started = tasks(2, pause=0.1)
+    wait_for(tmp_path / "c.prepare" / "shards", "3.json", started[0])
+    started[1].kill()
+    _, errors = finish(started[0], 1)
+    assert errors == (
+        "megagpt: task 1 has ended before its work was done\n  srun\n"
+        "  do: see what it said, then type the command again: it goes on where it stopped\n"
+    )
+    assert not list(tmp_path.glob("c.*.idx"))
+    (_, errors), _ = [finish(task) for task in tasks(2)]
+    assert "going on, " in errors
+    assert content(tmp_path / "c") == expected
