@@ -94,7 +94,7 @@ def said(printed):
     """
     streams = defaultdict(list)
     for line in printed.splitlines():
-        prefix, text = re.fullmatch(r"(node\d: |\[1,\d\]<\w+>:|\[\d\] )?(.*?)(?:\[\d\] )?", line).groups()
+        prefix, text = re.fullmatch(r"(node\d: |\[1,\d\]<\w+>:|\[\d\] )?(.*)", line).groups()
         if text.startswith("megagpt: "):
             streams[prefix].append(text)
         elif text.startswith("  ") and streams[prefix]:
