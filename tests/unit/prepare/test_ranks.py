@@ -30,6 +30,13 @@ def expected(lines, model, tmp_path):
     return content(tmp_path / "alone")
 
 
+def test_ranks_pack_the_same_bytes(command, lines, model, tmp_path):
+    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, pack=64))
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--pack", 64)
+    finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
+    assert content(tmp_path / "c") == content(tmp_path / "alone")
+
+
 CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
 
 
