@@ -24,6 +24,7 @@ from megagpt.doctor import network
 
 _END = 1 << 20  # bytes of a corpus that are read at its beginning, and at its end
 _LOCK_MEMORY = 14  # CAP_IPC_LOCK, linux/capability.h: the limit does not hold
+_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DS_ACCELERATOR")
 _NO_LIMIT = 1 << 60  # a cgroup that has no limit says a number about so large
 
 
@@ -42,7 +43,7 @@ def gather(needs: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         "nvidia": nvidia,
         "infiniband": lambda: _names(Path("/sys/class/infiniband")),
         "network": network.facts,
-        "environment": lambda: {n: v for n, v in os.environ.items() if n.endswith("_SOCKET_IFNAME")},
+        "environment": lambda: {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "locks": locks,
         "port": free_port,
     }

@@ -110,7 +110,7 @@ def all_reduce(visit: Visit) -> Iterator[Finding]:
     for host, rank in failed:
         do = "let the hosts reach each other on all ports (firewalls), and name the interface that does: " \
              "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"  # fmt: skip
-        yield bad("all-reduce", f"rank {rank['rank']}, {rank['at']}: {stopped(rank)}", do, host)
+        yield bad("all-reduce", f"{rank['at']}: {stopped(rank)}", do, host)
     if not failed:
         speeds = said[0][1]["speeds"]
         named = ", ".join(f"{backend} {speed / 1e9:.2f} GB/s" for backend, speed in speeds.items())

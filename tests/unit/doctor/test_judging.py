@@ -42,7 +42,7 @@ def test_sound_hosts(visit):
         ("operators", "fused_adam loads (0.3 s)", ""),
         ("interface", "eth0 will carry the traffic", ""),
         ("all-reduce", "2 ranks: gloo 1.50 GB/s, nccl 98.76 GB/s", ""),
-        ("open files", "65,536 may be open, about 288 are needed", ""),
+        ("open files", "65,536 may be open, up to 288 are needed", ""),
         ("locked memory", "no limit", ""),
         ("pinned memory", "1.1 GB can be pinned", ""),
         ("host memory", "200.0 GB available, where weights, moments and gradients on a host take 8.0 GB", ""),
@@ -149,7 +149,7 @@ BAD = {
     ),
     "torch for CPUs beside a GPU": (
         probe(torch={"version": "2.13.0+cpu", "cuda": None, "devices": [], "error": "no CUDA"}),
-        ("devices", "1 NVIDIA devices (driver 550.54), but torch 2.13.0+cpu, a build for CPUs, sees none: no CUDA",
+        ("devices", "1 × NVIDIA (driver 550.54), but torch 2.13.0+cpu, a build for CPUs, sees none: no CUDA",
          "install torch's build for CUDA, and a driver as new as it asks for"),
     ),
     "fewer devices than ranks": (
@@ -182,13 +182,13 @@ BAD = {
     "a firewall": (
         second(lambda host: setattr(host, "reduce", [
             {"rank": 1, "hung": 60.0, "at": "joining the other ranks at 10.0.0.1:20001"}])),
-        ("all-reduce", "rank 1, joining the other ranks at 10.0.0.1:20001: no end in 60 s",
+        ("all-reduce", "joining the other ranks at 10.0.0.1:20001: no end in 60 s",
          "let the hosts reach each other on all ports (firewalls), and name the interface that does: "
          "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"),
     ),
     "few open files": (
-        facts("limits", open_files=[128, 65536]),
-        ("open files", "128 may be open, and 2 ranks take about 288",
+        facts("limits", open_files=[70, 65536]),
+        ("open files", "70 may be open, and with 2 ranks each takes at least 74",
          "`* - nofile 288` into /etc/security/limits.conf there, or LimitNOFILE=288 for sshd or slurmd"),
     ),
     "InfiniBand without locked memory": (
@@ -298,9 +298,14 @@ ODD = {
         second(lambda host: setattr(host, "clock", (0.9, 0.1))),
         ("clock", "its clock is 0.9 s ahead", "let chrony or systemd-timesyncd set it: `timedatectl set-ntp true`"),
     ),
+    "hardly enough open files": (
+        facts("limits", open_files=[200, 65536]),
+        ("open files", "200 may be open, and with 2 ranks each takes up to 288",
+         "`* - nofile 288` into /etc/security/limits.conf there, or LimitNOFILE=288 for sshd or slurmd"),
+    ),
     "a GPU that is not used": (
-        probe(accelerator="cpu"),
-        ("devices", "DeepSpeed runs on the CPU, beside 1 × H100", "unset DS_ACCELERATOR"),
+        facts("environment", DS_ACCELERATOR="cpu"),
+        ("devices", "DeepSpeed is told to run on the CPU, beside 1 × H100", "unset DS_ACCELERATOR"),
     ),
     "hardly enough memory": (
         facts("memory", available=9 * 10**9),
@@ -315,8 +320,6 @@ def test_what_is_only_odd_stops_nothing(visit, fault):
     spoil, (check, what, do) = ODD[fault]
     spoil(visit)
     found = judged(visit, "odd")
-    if fault == "a GPU that is not used":  # then all of the state is in host memory, as it was offloaded to it before
-        assert judged(visit, "bad") == []
     assert found == [(check, "node2", what, do)]
     assert Report.of(list(doctor.judge(visit))).code == 0
 
