@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, answer
+from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
 from megagpt.errors import EXIT_DONE, UserError
@@ -33,7 +33,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
-    workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
+    workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,
@@ -41,12 +41,13 @@ def prepare(
     engine: Annotated[
         str, typer.Option(help="sentencepiece; or gigatoken, which gives the same ids in a fraction of the time")
     ] = "sentencepiece",
+    pack: Annotated[int | None, typer.Option(help="SEQ_LEN of samples to fit documents into whole", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine)
+    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if made:  # else another rank has the answer
         answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
@@ -213,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments)
     except UserError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")  # in one piece: other ranks write there too
         return error.exit_code
     except SystemExit as end:  # typer ends so, with 2 for a wrong option
         return end.code if isinstance(end.code, int) else EXIT_DONE

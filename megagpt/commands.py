@@ -25,6 +25,7 @@ Overrides = Annotated[
 Prefix = Annotated[str, typer.Argument(help="a corpus: its path without .bin or .idx")]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
 TextKey = Annotated[str, typer.Option(help="where the text stands in a JSON line; `a.b` is b within a")]
+Workers = Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 

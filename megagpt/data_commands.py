@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.commands import Inputs, Json, Prefix, TextKey, answer
+from megagpt.commands import Inputs, Json, Prefix, TextKey, Workers, answer
 from megagpt.errors import EXIT_FAILURE
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or look at one.", rich_markup_mode=None)
@@ -21,12 +21,13 @@ def train_tokenizer(
     output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
     vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
     text_key: TextKey = "text",
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Train a lossless sentencepiece tokenizer on text."""
     from megagpt import prepare
 
-    answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
+    answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key, workers=workers), as_json)
 
 
 @tokenizer_app.command("inspect")

@@ -95,8 +95,15 @@ class Writer:
         self.documents += len(document_ends)
         self.text_bytes += text_bytes
 
-    def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
-        """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
+    def finish(
+        self,
+        tokenizer_sha256: str,
+        eod: int,
+        made: Mapping[str, Any] | None = None,
+        packed: int | None = None,
+        padding: int = 0,
+    ) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names. The facts: see `Sidecar`."""
         stretches = whole_stretches([*self.ids.finish(), *self.others])
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
@@ -109,6 +116,8 @@ class Writer:
             bin_crc32=reduce(lambda crc32, one: joined(crc32, one[1], one[0]), stretches, 0),
             stretches=tuple(stretches),
             made=made or {},
+            packed=packed,
+            padding=padding,
         )
         with ChecksummedFile(_partial(self.prefix, ".json")) as file:
             file.write(sidecar.to_json().encode())

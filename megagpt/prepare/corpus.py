@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import corpus_file, dtype_of
+from megagpt.data.indexed import Reader, corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece, cut
@@ -28,10 +28,11 @@ from megagpt.prepare.duplicates import first_copies
 from megagpt.prepare.encoding import Job, PieceError
 from megagpt.prepare.engines import check_engine
 from megagpt.prepare.joining import Choice, joined, writing
+from megagpt.prepare.packing import pack
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
 from megagpt.prepare.ranks import Ranks
-from megagpt.prepare.summary import Oddity, PartSummary, PrepareSummary
+from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Options:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
     `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
+    `pack` is the seq_len of the samples that the training part is packed into; None: it is written as it comes.
     None of `workers` is as many as there are cores; neither their number nor the `engine` changes what is written.
     """
 
@@ -49,6 +51,7 @@ class Options:
     deduplicate: bool = False
     shuffle: bool = False
     engine: str = "sentencepiece"
+    pack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     begin = time.perf_counter()
     options = work.options
     key = tuple(options.text_key.split("."))
-    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict, options.engine)
+    job = Job(work.folder, work.model, options.validation_fraction, key, options.strict, options.engine)
     one_folder = ranks.see_one(work.folder.parent)
     pieces = ranks.first(lambda: _begun(work))
     held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
@@ -130,22 +133,29 @@ def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceErr
         earlier = [record.oddities for number, record in records.items() if number < failure.number]
         raise odd_places.located(failure.cause, earlier, work.sources)
     odd = odd_places.told([record.oddities for record in records.values()], work.sources)
-    parts, copies, unknown = _joined(work, ranks, list(records.values()), odd)
+    parts, packing, copies, unknown = _joined(work, ranks, list(records.values()), odd)
     validation = parts[1] if len(parts) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), parts[0], validation, odd, copies, unknown, seconds)
+    return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
 
 
-def _joined(
-    work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]
-) -> tuple[list[PartSummary], int, int]:
+class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
+
+    parts: list[PartSummary]
+    packing: Packing | None
+    copies: int
+    unknown: int
+
+
+def _joined(work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]) -> _Joined:
     options, model = work.options, work.model
     with writing(work.folder):
         keep = ranks.first(lambda: first_copies(work.folder, records)) if options.deduplicate else None
         kept = np.memmap(keep, np.bool_, "r") if keep else None
-    names = ["train", "validation"] if options.validation_fraction else ["train"]
-    prefixes = dict(zip((False, True), (f"{work.output}.{name}" for name in names), strict=False))
+    prefixes = {False: str(work.folder / "unpacked") if options.pack else f"{work.output}.train"}
+    if options.validation_fraction:
+        prefixes[True] = f"{work.output}.validation"
     choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
     with joined(prefixes, model, choice, ranks) as (writers, unknown):
         return ranks.first(
@@ -153,21 +163,38 @@ def _joined(
         )
 
 
-def _published(
-    work: Work, parts: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]
-) -> tuple[list[PartSummary], int, int]:
-    """Give the files their names, if training and validation can use them; see `_joined`."""
+def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]) -> _Joined:
+    """Give the files their names, if training and validation can use them."""
+    model, options = work.model, work.options
+    parts = [
+        PartSummary(f"{work.output}.{name}", writer.documents, writer.tokens, writer.text_bytes)
+        for name, writer in zip(("train", "validation"), writers, strict=False)
+    ]
     try:
-        _check_parts(parts, work.options.validation_fraction, [str(kind) for kind in odd])
+        _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
     except UserError:
         workplace.remove(work.folder)
         raise
     copies = documents - sum(part.documents for part in parts)
-    made = _made(work.options, odd) | {"copies_left_out": copies, "unknown": unknown}
+    made = _made(options, odd) | {"copies_left_out": copies, "unknown": unknown}
     with writing(work.folder):
-        for part in parts:
-            part.finish(work.model.sha256, work.model.eod, made)
-    return [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts], copies, unknown
+        packing = _packed(work, writers[0], parts[0], made) if options.pack else None
+        for writer in writers[1:] if packing else writers:
+            writer.finish(model.sha256, model.eod, made)
+    return _Joined(parts, packing, copies, unknown)
+
+
+def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
+    """Publish the training part packed, from what was written of it as it came."""
+    model, seq_len = work.model, work.options.pack
+    assert seq_len is not None
+    unpacked.finish_unverified()
+    with Writer(part.prefix, model.vocab_size) as writer:
+        packing = pack(Reader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
+        writer.text_bytes = part.text_bytes
+        cut = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
+        writer.finish(model.sha256, model.eod, made | {"packing": cut}, seq_len, packing.padding)
+    return packing
 
 
 def description(sources: Sequence[Source]) -> str:
@@ -211,7 +238,7 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: Sequence[Writer], fraction: float, odd: Sequence[str]) -> None:
+def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[str]) -> None:
     """Raise UserError for a part without tokens: training would only stumble over it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Job:
     """What every worker needs to know."""
 
     folder: Path
-    tokenizer: Path
+    tokenizer: Tokenizer
     validation_fraction: float
     text_key: tuple[str, ...]
     strict: bool
@@ -50,11 +51,12 @@ class PieceEncoder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        tokenizer = Tokenizer(job.tokenizer)
+        tokenizer = job.tokenizer
         self._encoder = encoder_of(job.engine, tokenizer)
         self._check = EngineCheck(job.engine, tokenizer)
         self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
         self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
+        gc.freeze()  # what is here stays; looking through it again and again takes a tenth of the time
 
     def encode(self, piece: Piece, report: Report) -> Record:
         """Write the piece's shard. Raises PieceError."""
@@ -68,6 +70,7 @@ class PieceEncoder:
                     for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
                         before = shard.documents, shard.tokens, shard.text_bytes
                         self._add(batch, stretch.number, sink, odd)
+                        shard.flush()
                         after = shard.documents, shard.tokens, shard.text_bytes
                         documents, tokens, text = (new - old for new, old in zip(after, before, strict=True))
                         report(documents, tokens, text, 0)

@@ -78,26 +78,51 @@ class PartSummary:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What packing made of the training part: samples of `seq_len + 1` tokens, of which `padding` hold no text.
+
+    `cut_before` of its documents are broken where samples are cut at a fixed length, on the average of where the first
+    one begins; `cut_after` are those longer than a sample, which nothing can keep whole.
+    """
+
+    seq_len: int
+    samples: int
+    padding: int
+    documents: int
+    cut_before: float
+    cut_after: int
+
+    def __str__(self) -> str:
+        padding = self.padding / (self.samples * (self.seq_len + 1))
+        before, after = self.cut_before / self.documents, self.cut_after / self.documents
+        return (
+            f"packed for seq_len {self.seq_len:,}: {self.samples:,} samples, {padding:.2%} padding; "
+            f"documents cut: {before:.1%} unpacked, {after:.1%} packed (longer than a sample)"
+        )
+
+
+@dataclass(frozen=True)
 class PrepareSummary:
     """What `prepare` did. `validation` is None where no documents were put aside."""
 
     source: str
     train: PartSummary
     validation: PartSummary | None
+    packing: Packing | None
     oddities: tuple[Oddity, ...]
     copies: int  # of earlier documents, left out
     unknown: int  # ids that stand for what the tokenizer has no piece for
     seconds: float
 
     def __str__(self) -> str:
+        packing = [str(self.packing)] if self.packing else []
         copies = [f"{self.copies:,} exact copies of earlier documents, left out"] if self.copies else []
         both = [part for part in (self.train, self.validation) if part]
         size = sum(part.text_bytes for part in both) / 1e6
         unknown = self.unknown / sum(part.tokens for part in both)
         end = f"prepared in {self.seconds:.1f} s ({size / self.seconds:.1f} MB/s)"
-        return "\n".join(
-            [self.source, *map(str, both), *copies, f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
-        )
+        told = [f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
+        return "\n".join([self.source, *map(str, both), *packing, *copies, *told])
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done. The file
-# PLACES is told where in a .bin each rank has written, and how many bytes.
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or samples
+# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes. A tokenizer is trained
+# on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
@@ -64,8 +65,15 @@ class Told(id_file.IdFile):
         return stretches
 
 
+if "SAMPLE" in os.environ:
+    from megagpt.prepare import sampling
+    sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
 if "PLACES" in os.environ:
     id_file.IdFile = Told
+from megagpt.prepare import packing  # now that what it imports has been changed
+
+filled = packing._filled
+packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
 if __name__ == "__main__":
     pieces._SMALLEST = int(piece)
     if limit != "0":

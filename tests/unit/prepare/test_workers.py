@@ -78,7 +78,7 @@ def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large,
     assert what == "megagpt: a worker died (SIGKILL) at this input"
     assert where.startswith(f"  {large}/")
     assert "bytes" in where or "files after it" in where
-    assert do.startswith("  do: type the command again, it goes on where it stopped; if memory was short, with fewer")
+    assert do.startswith("  do: type the command again (`prepare` goes on where it stopped); if memory was short")
     assert not list(tmp_path.glob("c.*.idx"))
     assert not (folder / f"{number}.json").exists()
     finish(start(command, large, model, tmp_path / "c"))
