@@ -19,12 +19,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import free_port
+from megagpt.distributed import free_port, passing
 from megagpt.doctor import network
 
 _END = 1 << 20  # bytes of a corpus that are read at its beginning, and at its end
 _LOCK_MEMORY = 14  # CAP_IPC_LOCK, linux/capability.h: the limit does not hold
-_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DS_ACCELERATOR")
 _NO_LIMIT = 1 << 60  # a cgroup that has no limit says a number about so large
 
 
@@ -43,7 +42,7 @@ def gather(needs: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         "nvidia": nvidia,
         "infiniband": lambda: _names(Path("/sys/class/infiniband")),
         "network": network.facts,
-        "environment": lambda: {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "environment": lambda: passing.passed_on(os.environ),
         "locks": locks,
         "port": free_port,
     }

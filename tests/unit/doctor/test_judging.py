@@ -33,7 +33,7 @@ def test_sound_hosts(visit):
         ("imports", "torch and deepspeed load", ""),
         ("code", "aaaa in /src/megagpt", ""),
         ("recipe", "r.yaml (1111), d.json (2222); they fit 2 ranks", ""),
-        ("variables", "what training depends on reaches every host", ""),
+        ("variables", "what training depends on is alike on every host", ""),
         ("data", "1 corpus, by size, first and last MiB, and sidecar", ""),
         ("run directory", "runs/r, shared: each host sees what the others wrote", ""),
         ("disk", "900.0 GB free for runs/r, where 4 checkpoints take 57.6 GB", ""),
@@ -97,6 +97,11 @@ BAD = {
     "no config": (
         second(lambda host: host.facts["files"].update({"d.json": ""})),
         ("recipe", "d.json cannot be read", "copy it to the same path on every host"),
+    ),
+    "another value of a variable": (
+        facts("environment", OMP_NUM_THREADS="64"),
+        ("variables", "OMP_NUM_THREADS: 64, on node1 not set",
+         "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"),
     ),
     "torch does not load": (
         probe_ends(died="ImportError: libcudnn.so.9: no such file", at="import torch"),
@@ -303,10 +308,6 @@ ODD = {
         ("open files", "200 may be open, and with 2 ranks each takes up to 288",
          "`* - nofile 288` into /etc/security/limits.conf there, or LimitNOFILE=288 for sshd or slurmd"),
     ),
-    "a GPU that is not used": (
-        facts("environment", DS_ACCELERATOR="cpu"),
-        ("devices", "DeepSpeed is told to run on the CPU, beside 1 × H100", "unset DS_ACCELERATOR"),
-    ),
     "hardly enough memory": (
         facts("memory", available=9 * 10**9),
         ("host memory", "9.0 GB available, where weights, moments and gradients here take 8.0 GB",
@@ -333,12 +334,21 @@ def test_ssh_that_waits_too_long(visit):
          do),
         ("launcher", "node2", "if the host falls silent, `deepspeed`'s ssh waits 900 s", do),
         ("variables", "DeepSpeed would not hand these on to the other hosts: OMP_NUM_THREADS",
-         "megagpt hosts HOSTFILE --write-environment FILE, and export DS_ENV_FILE=$PWD/FILE before `deepspeed`"),
+         "megagpt hosts HOSTFILE --write-environment FILE, and type what it says"),
     ]  # fmt: skip
     assert judged(visit, "bad") == [
         ("launcher", "there is no pdsh on this host",
          "install pdsh (Debian: pdsh), or start with `deepspeed --launcher openmpi`"),
     ]  # fmt: skip
+
+
+def test_gpus_that_are_not_used(visit):
+    for host in visit.hosts:
+        host.facts["environment"]["DS_ACCELERATOR"] = "cpu"
+    assert judged(visit, "bad") == []
+    assert judged(visit, "odd") == [
+        ("devices", "node1", "node2", "DeepSpeed is told to run on the CPU, beside 1 × H100", "unset DS_ACCELERATOR")
+    ]
 
 
 def test_other_devices_on_the_second_host(visit):
