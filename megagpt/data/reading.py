@@ -127,10 +127,12 @@ def _rows(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fra
     """The documents of row groups of a table. A place's line is the row's number in the whole file."""
     path = stretch.source.path
     end = row_groups(path) if stretch.end is None else stretch.end
-    for number, there, value in rows(path, stretch.start, end, key):
-        text = _string(there, value, key, Place(stretch.number, number), odd)
+    for row in rows(path, stretch.start, end, key):
+        place = Place(stretch.number, row.number)
+        odd.note("invalid_utf8", place, row.broken)
+        text = _string(row.there, row.value, key, place, odd)
         if text is not None:
-            yield Fragment(text, line=number)
+            yield Fragment(text, line=row.number)
 
 
 def _string(there: bool, value: Any, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
