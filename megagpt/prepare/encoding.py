@@ -68,11 +68,10 @@ class PieceEncoder:
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd)
                     for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
-                        before = shard.documents, shard.tokens, shard.text_bytes
+                        before = sink.done()
                         self._add(batch, stretch.number, sink, odd)
                         shard.flush()
-                        after = shard.documents, shard.tokens, shard.text_bytes
-                        documents, tokens, text = (new - old for new, old in zip(after, before, strict=True))
+                        documents, tokens, text = (new - old for new, old in zip(sink.done(), before, strict=True))
                         report(documents, tokens, text, 0)
                 record = shard.finish(odd)
                 report(0, 0, 0, piece.size)
@@ -123,6 +122,11 @@ class _Documents:
         self._blank = self._blank and (not raw or fragment.text.isspace())
         if fragment.last:
             self._end(fragment.key, place)
+
+    def done(self) -> tuple[int, int, int]:
+        """Documents, tokens and bytes of text so far; of a document that has not ended, too."""
+        tokens = self._shard.tokens + self._id_bytes // self._encoder.width
+        return self._shard.documents, tokens, self._shard.text_bytes + self._text_bytes
 
     def _begin(self) -> None:
         self._hash = hashlib.md5(usedforsecurity=False)
