@@ -12,7 +12,9 @@ from megagpt.distributed import free_port, from_mpi_or_slurm
 from megagpt.prepare import Options, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
-mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+mpi = pytest.mark.skipif(
+    not shutil.which("mpirun"), reason="preparing by MPI ranks: not installed: mpirun (tests/install.sh)"
+)
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
 
