@@ -131,6 +131,19 @@ def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
     assert not list(tmp_path.glob("c.*.idx"))
 
 
+@mpi
+def test_an_mpirun_of_another_mpi_is_told(command, lines, model, tmp_path, monkeypatch):
+    """As mpich's starts a rank, which Open MPI takes for a program that was started alone."""
+    for name, value in {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    _, errors = finish(command("prepare", lines, "--tokenizer", model, "--output", tmp_path / "c"), 2)
+    what, where, do = errors.splitlines()[-3:]  # mpi4py warns before
+    assert what == "megagpt: 2 processes were started, and MPI knows of 1"
+    assert where.startswith("  Open MPI")
+    assert do == "  do: start them by the mpirun of this MPI"
+    assert not list(tmp_path.glob("c*"))
+
+
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
