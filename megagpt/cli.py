@@ -143,6 +143,29 @@ def merge_data(
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
+def plan(
+    recipe: Annotated[Path, typer.Option(help="what is trained")],
+    deepspeed_config: Config,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option(help="ranks in all", min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(help="machines", min=1)] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="ranks on each", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="H100, A100-80, … or its memory: 24GiB")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="of each node: 512GiB")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say beforehand what a run takes and whether it fits: memory by part, time, disk, network; else what would fit."""
+    from megagpt import plan as verb
+
+    words = tuple(overrides or ())
+    options = verb.Options(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
+    found = verb.plan(options)
+    _answer(found, as_json)
+    if "does not fit" in (found.fit.device, found.fit.host):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
 def train(
     recipe: Annotated[Path, typer.Option(help="what is trained: a YAML file of launch/recipes/ or your own")],
     deepspeed_config: Config,
