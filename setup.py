@@ -12,6 +12,7 @@ zst = ["zstandard>=0.23,<1"]
 parquet = ["pyarrow>=17"]
 remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
 tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies: GPT-2's, Llama's
+gigatoken = ["gigatoken>=0.10,<0.11"]  # young: another engine for `prepare`, held against sentencepiece
 mpi = ["mpi4py>=4,<5"]
 export = ["transformers>=5,<6"]  # which brings tokenizers
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
@@ -48,6 +49,7 @@ setup(
         "remote": remote,
         "mpi": mpi,
         "tokenizers": tokenizers,
+        "gigatoken": gigatoken,
         "export": export,
         "test": [
             *corpus,
@@ -57,6 +59,7 @@ setup(
             *remote,
             *mpi,
             *tokenizers,
+            *gigatoken,
             *export,
             "coverage>=7.10,<8",
             "pytest>=9,<10",

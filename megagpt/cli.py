@@ -5,76 +5,24 @@ Every command returns its exit code: 0 done, 2 a user's mistake, 75 stopped and 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 # before torch is imported anywhere: threads that wait must not spin, or two ranks on one machine starve each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from megagpt.data_commands import data_app, tokenizer_app
+from megagpt.errors import EXIT_DONE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or look at one.", rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
-data_app = typer.Typer(no_args_is_help=True, help="Look into, verify and merge corpora.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        help="files, folders, patterns (txt, md, jsonl, parquet; also gz, zst, xz, bz2), `-`, @MANIFEST, addresses; "
-        "`default`: the default corpus"
-    ),
-]
-Config = Annotated[
-    Path, typer.Option("--deepspeed_config", "--deepspeed-config", help="how it is spread: a DeepSpeed JSON")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON")
-]
-Prefix = Annotated[str, typer.Argument(help="a corpus: its path without .bin or .idx")]
-Run = Annotated[Path, typer.Argument(help="a run directory")]
-TextKey = Annotated[str, typer.Option(help="where the text stands in a JSON line; `a.b` is b within a")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
-
-
-@tokenizer_app.command("train")
-def train_tokenizer(
-    inputs: Inputs,
-    output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
-    vocab_size: Annotated[int, typer.Option(help="pieces, all special ones included")] = 32_000,
-    text_key: TextKey = "text",
-    as_json: Json = False,
-) -> None:
-    """Train a lossless sentencepiece tokenizer on text."""
-    from megagpt import prepare
-
-    _answer(prepare.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key), as_json)
-
-
-@tokenizer_app.command("inspect")
-def inspect_tokenizer(
-    tokenizer: Annotated[Path, typer.Argument(help="as `prepare` takes it")],
-    text: Annotated[str, typer.Argument(help="what is cut into tokens; `-`: standard input")],
-    as_json: Json = False,
-) -> None:
-    """Show a text cut into tokens."""
-    from megagpt import prepare
-
-    tokens = prepare.inspect_tokenizer(tokenizer, sys.stdin.read() if text == "-" else text)
-    if sys.stdout.isatty() and not as_json:
-        from rich.console import Console
-
-        Console().print(tokens.coloured())
-    else:
-        _answer(tokens, as_json)
 
 
 @app.command()
@@ -85,61 +33,24 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
-    workers: Annotated[int | None, typer.Option(help="processes; as many as there are cores", min=1)] = None,
+    workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="leave out exact copies of documents")] = False,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="mix the documents, the same way each time")] = False,
+    engine: Annotated[
+        str, typer.Option(help="sentencepiece; or gigatoken, which gives the same ids in a fraction of the time")
+    ] = "sentencepiece",
+    pack: Annotated[int | None, typer.Option(help="SEQ_LEN of samples to fit documents into whole", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle)
+    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if made:  # else another rank has the answer
-        _answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
-
-
-@data_app.command("inspect")
-def inspect_data(
-    prefix: Prefix,
-    document: Annotated[list[int] | None, typer.Option(help="show this document; repeat it")] = None,
-    sample: Annotated[int, typer.Option(help="show so many documents, evenly spread", min=0)] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="to show documents as text, not as ids")] = None,
-    as_json: Json = False,
-) -> None:
-    """Figures of a corpus, how it was made, and some of its documents."""
-    from megagpt import corpora
-
-    _answer(corpora.inspect(prefix, document or (), sample, tokenizer), as_json)
-
-
-@data_app.command("verify")
-def verify_data(
-    prefix: Prefix,
-    workers: Annotated[int | None, typer.Option(help="threads; as many as there are cores", min=1)] = None,
-    as_json: Json = False,
-) -> None:
-    """Read and check all of a corpus: index, ids, checksums. Exit code 1 if something is wrong."""
-    from megagpt import corpora
-
-    verification = corpora.verify(prefix, workers)
-    _answer(verification, as_json)
-    if verification.wrong:
-        raise typer.Exit(EXIT_FAILURE)
-
-
-@data_app.command("merge")
-def merge_data(
-    prefixes: Annotated[list[str], typer.Argument(help="corpora, in this order")],
-    output: Annotated[str, typer.Option(help="PREFIX of the corpus that is written")],
-    as_json: Json = False,
-) -> None:
-    """Several corpora of one tokenizer to one."""
-    from megagpt import corpora
-
-    _answer(corpora.merge(prefixes, output), as_json)
+        answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -197,7 +108,7 @@ def evaluate(
     """Loss, perplexity and bits per byte of a run's newest checkpoint over a whole corpus."""
     from megagpt import evaluate as verb
 
-    _answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
+    answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
 
 
 @app.command()
@@ -214,7 +125,7 @@ def generate(
     """Continue a text with a run's newest checkpoint."""
     from megagpt import generate as verb
 
-    _answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
+    answer(verb.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
 
 
 @app.command()
@@ -230,7 +141,7 @@ def export(
     """Write a run's newest checkpoint, and its tokenizer, for other libraries."""
     from megagpt import export as verb
 
-    _answer(verb.export(run, output, to, dtype), as_json)
+    answer(verb.export(run, output, to, dtype), as_json)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -256,7 +167,7 @@ def checkpoints(
     """List a run's checkpoints: update, tokens, size, layout, and what is wrong with a damaged one."""
     from megagpt import checkpoints as verb
 
-    _answer(verb.checkpoints(run, verify), as_json)
+    answer(verb.checkpoints(run, verify), as_json)
 
 
 @app.command()
@@ -278,7 +189,26 @@ def hosts(
     """Check a hostfile: every mistake with its line, else its hosts and ranks."""
     from megagpt import hosts as verb
 
-    _answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
+    answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="its hosts, over ssh, as `deepspeed` reaches them")] = None,
+    as_rank: Annotated[bool, typer.Option("--as-rank", help="started as ranks, by srun: no ssh")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="also its data, run directory and room")] = None,
+    deepspeed_config: Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config")] = None,
+    overrides: Overrides = None,
+    limit: Annotated[float, typer.Option(help="seconds that a step may take; ten times that to compile")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """What would stop training on this machine, or on a cluster: each thing with its remedy; exit 1 if there is any."""
+    from megagpt import doctor as verb
+
+    options = verb.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
+    if found := verb.doctor(options, os.environ):  # else rank 0 has the answer
+        answer(found, as_json)
+        raise typer.Exit(found.code)
 
 
 @app.command()
@@ -287,7 +217,7 @@ def status(run: Run, as_json: Json = False) -> None:
     from megagpt.run import status as standing
 
     found = standing.read(run)
-    _answer(found, as_json)
+    answer(found, as_json)
     raise typer.Exit(found.code)
 
 
@@ -312,8 +242,3 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:  # typer ends so, with 2 for a wrong option
         return end.code if isinstance(end.code, int) else EXIT_DONE
     return EXIT_DONE
-
-
-def _answer(summary: Any, as_json: bool) -> None:
-    """Print a verb's figures, for people or as JSON."""
-    print(json.dumps(asdict(summary)) if as_json else str(summary))

@@ -39,6 +39,8 @@ def _unigram(train: Reader, validation: Reader, text_bytes: int) -> float:
     """Cross-entropy of the validation tokens under the training tokens' shares, each counted once more."""
     size = max(int(train.tokens.max()), int(validation.tokens.max())) + 1
     counts = np.bincount(train.tokens, minlength=size) + 1.0
+    if train.sidecar:
+        counts[train.sidecar.eod] -= train.sidecar.padding
     nats = -np.log(counts / counts.sum())[validation.tokens].sum()
     return float(nats) / math.log(2) / text_bytes
 

@@ -1,5 +1,6 @@
-"""Options of the whole test suite, and the tiny corpus that real training processes use."""
+"""Options of the whole test suite, what a skipped test means, and the tiny corpus that training processes use."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,27 @@ def pytest_addoption(parser):
     parser.addoption(
         "--allow-missing", action="store_true", help="pass where this machine cannot prove all, and say what"
     )
-    parser.addoption(
-        "--full", action="store_true", help="also what takes long: 100 updates of each layout, several hosts"
-    )
+    parser.addoption("--full", action="store_true", help="also what takes long: 100 updates of each layout")
     parser.addoption("--parity-table", type=Path, help="write each layout's largest differences to this file")
 
 
-def pytest_terminal_summary(terminalreporter):
+def not_proven(config):
+    """Why tests were skipped, by reason: each is a promise that this machine could not prove."""
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+
+
+def pytest_sessionfinish(session):
+    if session.exitstatus == 0 and not_proven(session.config) and not session.config.getoption("--allow-missing"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """Say aloud what this machine could not prove."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    reasons = [report.longrepr[2] for report in skipped if "NOT PROVEN" in str(report.longrepr)]
-    for reason in sorted(set(reasons)):
-        terminalreporter.line(f"{reason} ({reasons.count(reason)} tests)", red=True)
+    for reason, count in sorted(not_proven(config).items()):
+        terminalreporter.line(f"NOT PROVEN ({count} tests): {reason}", red=True)
+    if not_proven(config) and not config.getoption("--allow-missing"):
+        terminalreporter.line("Nothing may be left unproven, unless --allow-missing is given.", red=True)
 
 
 @pytest.fixture(scope="session")

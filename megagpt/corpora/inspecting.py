@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.indexed import Reader
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -19,22 +20,23 @@ _MOST_IDS = 1_000  # of a document that are shown
 
 @dataclass(frozen=True)
 class Shown:
-    """One document: its length in tokens, its first ids, and their text if a tokenizer was given."""
+    """One document, or packed sample: its length in tokens, its first ids, and their text if a tokenizer was given."""
 
     number: int
     tokens: int
     ids: tuple[int, ...]
     text: str | None
+    kind: str = "document"
 
     def __str__(self) -> str:
-        head = f"document {self.number:,}: {self.tokens:,} tokens"
+        head = f"{self.kind} {self.number:,}: {self.tokens:,} tokens"
         more = " …" if self.tokens > len(self.ids) else ""
         return f"{head}\n{self.text if self.text is not None else ' '.join(map(str, self.ids))}{more}"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a corpus is. `lengths` are quantiles of its documents' tokens, by name; `made` is the sidecar's."""
+    """What a corpus is. `lengths` are quantiles of its documents' tokens, by name; the last facts are the sidecar's."""
 
     prefix: str
     id_type: str
@@ -43,16 +45,20 @@ class Inspection:
     tokens: int
     lengths: Mapping[str, int]
     verified_by: str | None
+    packed: int | None = None
+    padding: int = 0
     made: Mapping[str, Any] = field(default_factory=dict)
     shown: tuple[Shown, ...] = ()
 
     def __str__(self) -> str:
         lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in self.lengths.items())
         sidecar = f"tokenizer {self.verified_by}" if self.verified_by else "no sidecar: unverified"
+        kinds = f"{self.documents:,} documents, {self.sequences:,} sequences"
+        if self.packed:
+            kinds = f"{self.sequences:,} samples, packed for seq_len {self.packed:,}"
         lines = [
-            f"{self.prefix}: {self.documents:,} documents, {self.sequences:,} sequences, {self.tokens:,} tokens "
-            f"({self.id_type}), {sidecar}",
-            f"tokens of a document: {lengths}",
+            f"{self.prefix}: {kinds}, {self.tokens:,} tokens ({self.id_type}), {sidecar}",
+            f"padding: {self.padding / self.tokens:.2%}" if self.packed else f"tokens of a document: {lengths}",
             *(f"{name}: {value}" for name, value in self.made.items()),
             *map(str, self.shown),
         ]
@@ -67,9 +73,8 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
     reader = Reader(prefix)
     model = Tokenizer(tokenizer) if tokenizer else None
     sidecar = reader.sidecar
-    if model and sidecar and sidecar.tokenizer_sha256 != model.sha256:
-        what = f"the corpus was made with another tokenizer ({sidecar.tokenizer_sha256[:12]}, not {model.sha256[:12]})"
-        raise UserError(what, f"{prefix}\n{tokenizer}", "give the tokenizer that it was made with")
+    if model:
+        check_one_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
     count = len(reader.documents) - 1
     wrong = [number for number in documents if not 0 <= number < count]
     if wrong:
@@ -83,20 +88,19 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
         len(reader.tokens),
         _quantiles(reader),
         sidecar.tokenizer_sha256[:12] if sidecar else None,
+        reader.packed,
+        sidecar.padding if sidecar else 0,
         sidecar.made if sidecar else {},
         tuple(_shown(reader, number, model) for number in [*documents, *spread]),
     )
 
 
 def _quantiles(reader: Reader) -> dict[str, int]:
-    count, sequences = len(reader.documents) - 1, len(reader)
-    if not sequences:
+    count = len(reader.documents) - 1
+    if not len(reader):
         return {}
     numbers = np.linspace(0, count - 1, min(count, _MOST_LENGTHS)).astype(np.int64)
-    first, after = reader.documents[numbers], reader.documents[numbers + 1]
-    end = len(reader.tokens) * reader.dtype.itemsize
-    bytes_to = [np.where(at < sequences, reader.offsets[np.minimum(at, sequences - 1)], end) for at in (first, after)]
-    lengths = (bytes_to[1] - bytes_to[0]) // reader.dtype.itemsize
+    lengths = reader.begins(numbers + 1) - reader.begins(numbers)
     names = {"least": 0, "quarter": 25, "median": 50, "three quarters": 75, "most": 100}
     return {name: int(np.percentile(lengths, share, method="lower")) for name, share in names.items()}
 
@@ -104,4 +108,5 @@ def _quantiles(reader: Reader) -> dict[str, int]:
 def _shown(reader: Reader, number: int, model: Tokenizer | None) -> Shown:
     document = reader.document(number)
     ids = tuple(document[:_MOST_IDS].tolist())
-    return Shown(number, len(document), ids, model.decode(ids) if model else None)
+    kind = "sample" if reader.packed else "document"
+    return Shown(number, len(document), ids, model.decode(ids) if model else None, kind)

@@ -10,7 +10,7 @@ import numpy as np
 from megagpt import __version__
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
-from megagpt.data.sidecar import Sidecar
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.errors import MachineError, UserError
 
 _TOKENS, _ENTRIES = 1 << 20, 1 << 20  # copied at a time
@@ -24,9 +24,11 @@ class Merged:
     documents: int
     tokens: int
     verified: bool
+    packed: int | None = None
 
     def __str__(self) -> str:
-        line = f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens"
+        kind = "samples" if self.packed else "documents"
+        line = f"{self.prefix}: {self.documents:,} {kind}, {self.tokens:,} tokens"
         return line if self.verified else line + "\nno sidecar: not all of the corpora have one"
 
 
@@ -45,13 +47,14 @@ def merge(prefixes: Sequence[str], output: str) -> Merged:
                 _copy(reader, writer)
             if facts:
                 made = {"by": f"megagpt {__version__}", "merged": list(prefixes)}
-                writer.finish(facts.tokenizer_sha256, facts.eod, made)
+                padding = sum(one.padding for one in sidecars)
+                writer.finish(facts.tokenizer_sha256, facts.eod, made, facts.packed, padding)
             else:
                 writer.finish_unverified()
     except OSError as error:
         do = "make room, or choose another --output"
         raise MachineError(f"cannot write: {error.strerror}", str(error.filename or output), do) from None
-    return Merged(output, writer.documents, writer.tokens, facts is not None)
+    return Merged(output, writer.documents, writer.tokens, facts is not None, readers[0].packed)
 
 
 def _check_alike(one: Reader, other: Reader) -> None:
@@ -59,14 +62,12 @@ def _check_alike(one: Reader, other: Reader) -> None:
     if one.dtype != other.dtype:
         what = f"the ids are of different types ({one.dtype.name} and {other.dtype.name})"
         raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
-    if one.sidecar and other.sidecar and _tokenizer(one.sidecar) != _tokenizer(other.sidecar):
-        hashes = [reader.tokenizer_sha256[:12] for reader in (one.sidecar, other.sidecar)]
-        what = f"the corpora were made with different tokenizers ({' and '.join(hashes)})"
-        raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
-
-
-def _tokenizer(facts: Sidecar) -> tuple[str, int, int]:
-    return facts.tokenizer_sha256, facts.vocab_size, facts.eod
+    if other.sidecar:
+        check_one_tokenizer(one.prefix, one.sidecar, other.prefix, other.sidecar.tokenizer_sha256)
+    if one.packed != other.packed:
+        cuts = [f"packed for seq_len {reader.packed}" if reader.packed else "not packed" for reader in (one, other)]
+        what = f"one corpus is {cuts[0]}, the other {cuts[1]}"
+        raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both alike, or list both under data.train")
 
 
 def _copy(reader: Reader, writer: Writer) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from megagpt.data.checksums import joined
 from megagpt.data.indexed import Reader, corpus_file
+from megagpt.data.sidecar import Sidecar
 from megagpt.files import crc32
 
 _STRETCH, _BLOCK = 1 << 26, 1 << 22  # bytes that one thread takes, and reads at a time
@@ -27,9 +28,11 @@ class Verification:
     tokens: int
     checked: tuple[str, ...]
     wrong: tuple[str, ...]
+    packed: int | None = None
 
     def __str__(self) -> str:
-        head = f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens"
+        kind = "samples" if self.packed else "documents"
+        head = f"{self.prefix}: {self.documents:,} {kind}, {self.tokens:,} tokens"
         checked = "checked: " + ", ".join(self.checked)
         return "\n".join([head, checked, *(f"WRONG: {one}" for one in self.wrong)] + ([] if self.wrong else ["whole"]))
 
@@ -61,12 +64,14 @@ def verify(prefix: str, workers: int | None = None) -> Verification:
     if least < 0:
         wrong.append(f"there is an id below 0: {least}")
     if facts:
-        checked += ["checksums", f"vocabulary of {facts.vocab_size:,}", "ends of documents"]
+        checked += ["checksums", f"vocabulary of {facts.vocab_size:,}"]
+        checked += [f"samples of {facts.packed + 1:,} tokens" if facts.packed else "ends of documents"]
         if most >= facts.vocab_size:
             wrong.append(f"there is an id beyond the vocabulary of {facts.vocab_size:,}: {most:,}")
         wrong += _checksums(reader, stretches)
-        wrong += _ends(reader, facts.eod)
-    return Verification(prefix, len(reader.documents) - 1, len(reader.tokens), tuple(checked), tuple(wrong))
+        wrong += _samples(reader, facts) if facts.packed else _ends(reader, facts.eod)
+    documents, tokens = len(reader.documents) - 1, len(reader.tokens)
+    return Verification(prefix, documents, tokens, tuple(checked), tuple(wrong), reader.packed)
 
 
 def _cuts(reader: Reader) -> list[tuple[int, int]]:
@@ -125,6 +130,26 @@ def _checksums(reader: Reader, stretches: list[_Read]) -> Iterator[str]:
         yield f"{reader.prefix}.bin is not what was written" + (f": {where}" if where else "")
     if crc32(corpus_file(reader.prefix, ".idx")) != facts.idx_crc32:
         yield f"{reader.prefix}.idx is not what was written"
+
+
+def _samples(reader: Reader, facts: Sidecar) -> Iterator[str]:
+    """What is wrong with packed samples: their lengths, how they end, and how much of them is padding."""
+    size, padding = (facts.packed or 0) + 1, 0
+    step = max(1, _ENTRIES // size)
+    for at in range(0, len(reader), step):
+        other = np.flatnonzero(reader.lengths[at : at + step] != size)
+        if other.size:
+            yield f"sample {at + int(other[0]):,} has not {size:,} tokens"
+            return
+        count = min(step, len(reader) - at)
+        ends = np.frombuffer(reader.stretch(at * size, count * size), reader.dtype).reshape(count, size) == facts.eod
+        torn = np.flatnonzero(~ends[:, -1] & ends.any(axis=1))
+        if torn.size:
+            yield f"sample {at + int(torn[0]):,} holds the end of a document, and ends within another"
+            return
+        padding += int((ends[:, 1:] & ends[:, :-1]).sum())
+    if padding < facts.padding:
+        yield f"at most {padding:,} tokens are padding, the sidecar speaks of {facts.padding:,}"
 
 
 def _ends(reader: Reader, eod: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ class Evaluation:
     Every token is a label exactly once: the first one follows the end-of-document symbol (where none is known it
     is left out), and the last window, where it is ragged, is filled with labels of -100. With `samples`, that many
     windows spread evenly over the corpus stand for all. `tokens` counts the labels of all ranks together.
-    Raises UserError for a corpus without tokens or with ids that the model does not know.
+    Raises UserError for a corpus without tokens, a packed one, or ids that the model does not know.
     """
 
     def __init__(
@@ -37,6 +37,9 @@ class Evaluation:
     ) -> None:
         if len(corpus.tokens) == 0:
             raise UserError("the corpus holds no tokens to validate on", corpus.prefix, "prepare more text")
+        if corpus.packed:
+            do = "validate on a validation part, which is never packed, or prepare the text without --pack"
+            raise UserError("the corpus is packed, and not all of its tokens can be predicted", corpus.prefix, do)
         check_ids(corpus, vocab_size, tokenizer)
         self.prefix, self._corpus = corpus.prefix, corpus
         self._facts = corpus.sidecar

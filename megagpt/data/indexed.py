@@ -50,8 +50,8 @@ class Reader:
     `tokens` is all of .bin `[tokens]`; `lengths` (tokens) and `offsets` (bytes) are `[sequences]`, `documents`
     is `[documents + 1]`. The arrays hold the map themselves: they stay valid when the reader is gone. A file that is
     cut short under a map kills the process that reads there: what runs for long reads by `stretch`.
-    `file` is the descriptor of .bin. `sidecar` is None for files that come without one. Raises UserError where the
-    files do not fit together.
+    `file` is the descriptor of .bin. `sidecar` is None for files that come without one; `packed` is the seq_len of
+    packed samples, None for other corpora. Raises UserError where the files do not fit together.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -70,6 +70,7 @@ class Reader:
         self._check_sizes()
         self.tokens: Tokens = np.frombuffer(self._bytes, self.dtype)
         self.sidecar = read_sidecar(corpus_file(prefix, ".json"))
+        self.packed = self.sidecar.packed if self.sidecar else None
         self._check_sidecar()
 
     def __len__(self) -> int:
@@ -87,6 +88,14 @@ class Reader:
             return self.tokens[:0]
         start = int(self.offsets[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
+
+    def begins(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where these documents begin, in tokens; one past the last begins where the corpus ends."""
+        first = self.documents[numbers]
+        there = first < len(self)
+        starts = np.full(len(first), len(self.tokens), np.int64)
+        starts[there] = self.offsets[first[there]] // self.dtype.itemsize
+        return starts
 
     def stretch(self, start: int, count: int) -> bytes:
         """The bytes of `count` tokens from token `start` on, read from the file as it is now.
@@ -177,6 +186,9 @@ class Reader:
             )
             do = "prepare the corpus again, or remove the sidecar to use the corpus unverified"
             raise UserError(what, str(corpus_file(self.prefix, ".json")), do)
+        if self.packed and len(self.tokens) != len(self) * (self.packed + 1):
+            what = f"the sidecar speaks of samples of {self.packed + 1:,} tokens, the corpus has others"
+            raise UserError(what, str(corpus_file(self.prefix, ".json")), "prepare the corpus again")
 
     def _error(self, what: str) -> UserError:
         return UserError(what, str(self._idx), "make the corpus with `megagpt prepare`, or copy it again")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.checksums import joined
-from megagpt.data.id_file import IdFile
+from megagpt.data.id_file import IdFile, Stretches, whole_stretches
 from megagpt.data.index_file import IndexFile
 from megagpt.data.indexed import Tokens, corpus_file, dtype_of
 from megagpt.data.sidecar import Sidecar
@@ -27,19 +27,21 @@ class Writer:
     """Writes documents one by one; memory does not grow with their number.
 
     Use it in a `with` block and call `finish` at the end: until then the files have temporary names, and leaving
-    the block without it removes them. `dtype` is of the ids in .bin, if not that of the vocabulary's size.
+    the block without it removes them. `dtype` is of the ids in .bin, if not that of the vocabulary's size. Others may
+    write ids too, from where `ids` ends on: what they wrote, in order, belongs into `others` before `finish`.
     Raises UserError when the place cannot be written to.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, dtype: np.dtype[Any] | None = None) -> None:
         self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or dtype_of(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
+        self.others: Stretches = []
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
-                self.ids = stack.enter_context(IdFile(self._partial(".bin")))
-                self._index = stack.enter_context(IndexFile(self._partial(".idx"), self.dtype))
+                self.ids = stack.enter_context(IdFile(_partial(self.prefix, ".bin")))
+                self._index = stack.enter_context(IndexFile(_partial(self.prefix, ".idx"), self.dtype))
                 self._files = stack.pop_all()
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
@@ -55,7 +57,7 @@ class Writer:
         with suppress(OSError):  # of a full disk, which the error on its way has said
             self._files.close()
         for suffix in (".bin", ".idx", ".json"):
-            self._partial(suffix).unlink(missing_ok=True)
+            _partial(self.prefix, suffix).unlink(missing_ok=True)
 
     def add_document(self, ids: Sequence[int] | Tokens, text_bytes: int) -> None:
         """Append one document of ids (its end-of-document symbol included) that stand for `text_bytes` bytes.
@@ -93,9 +95,16 @@ class Writer:
         self.documents += len(document_ends)
         self.text_bytes += text_bytes
 
-    def finish(self, tokenizer_sha256: str, eod: int, made: Mapping[str, Any] | None = None) -> Sidecar:
-        """Write the index and the sidecar, and give all three files their names. `made`: see `Sidecar`."""
-        stretches = self.ids.finish()
+    def finish(
+        self,
+        tokenizer_sha256: str,
+        eod: int,
+        made: Mapping[str, Any] | None = None,
+        packed: int | None = None,
+        padding: int = 0,
+    ) -> Sidecar:
+        """Write the index and the sidecar, and give all three files their names. The facts: see `Sidecar`."""
+        stretches = whole_stretches([*self.ids.finish(), *self.others])
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -107,8 +116,10 @@ class Writer:
             bin_crc32=reduce(lambda crc32, one: joined(crc32, one[1], one[0]), stretches, 0),
             stretches=tuple(stretches),
             made=made or {},
+            packed=packed,
+            padding=padding,
         )
-        with ChecksummedFile(self._partial(".json")) as file:
+        with ChecksummedFile(_partial(self.prefix, ".json")) as file:
             file.write(sidecar.to_json().encode())
             file.sync()
         self._publish(".bin", ".json", ".idx")
@@ -125,7 +136,13 @@ class Writer:
         # An older corpus goes first and the index comes last: at no time do parts of two corpora form one.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in suffixes:
-            self._partial(suffix).replace(corpus_file(self.prefix, suffix))
+            _partial(self.prefix, suffix).replace(corpus_file(self.prefix, suffix))
 
-    def _partial(self, suffix: str) -> Path:
-        return corpus_file(self.prefix, suffix + ".partial")
+
+def partial_ids(prefix: str) -> Path:
+    """Where .bin is until its corpus is whole."""
+    return _partial(prefix, ".bin")
+
+
+def _partial(prefix: str, suffix: str) -> Path:
+    return corpus_file(prefix, suffix + ".partial")

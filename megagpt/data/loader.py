@@ -16,6 +16,7 @@ import torch
 
 from megagpt.data.indexed import Reader, corpus_file
 from megagpt.data.order import Order, rank_positions
+from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.skips import Skips
 from megagpt.errors import UserError
 
@@ -39,8 +40,8 @@ class Loader:
     only in relation to the others. `skip` are the (first, last) data positions that are left out. `order` says which
     sample comes when; `notes` says which corpora are unverified; `fingerprint` (plain JSON values) names the data and
     its order, for comparison on resume. `pinned` batches can be copied to a GPU while it computes.
-    Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, or holds ids that the
-    model does not know.
+    Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, packed for another
+    seq_len, or holds ids that the model does not know.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Loader:
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
-        self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed)
+            _check_packed(reader, seq_len)
+        packed = [number for number, reader in enumerate(self._readers) if reader.packed]
+        self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
         self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
         self.fingerprint: dict[str, Any] = {
             "seq_len": seq_len,
@@ -78,6 +81,7 @@ class Loader:
         }
         self._in_turn = itertools.cycle(self._readers)
         self._by_file = {reader.file: reader for reader in self._readers}
+        self._fillers = {r.file: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
         self._kinds = list({reader.dtype for reader in self._readers})
         self._skips, self._pinned = Skips(skip), pinned
         self._share = (rank, data_parallel, micro_batch)
@@ -95,10 +99,12 @@ class Loader:
         """
         next(self._in_turn).check_unchanged()
         number = self._skips.number(position)
-        samples = self._read(self._of_update(number))
+        stretches = self._of_update(number)
+        samples = self._read(stretches)
         for file, size, offset in self._of_update(number + self._global_batch):
             os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
-        return [self._batch(micro) for micro in samples]
+        fillers = np.array([self._fillers.get(file, IGNORED) for file, *_ in stretches]).reshape(*self._shape, 1)
+        return [self._batch(*micro) for micro in zip(samples, fillers, strict=True)]
 
     def document_end(self, given: int | None) -> int:
         """The token id that ends each document: what the corpora say, or `given`.
@@ -116,7 +122,8 @@ class Loader:
             raise UserError(f"{what} which token ends a document", said or "data.document_mask", do)
         (end,) = ends
         for reader in self._readers:
-            _check_ends(reader, end)
+            if reader.file not in self._fillers:  # a document longer than a sample ends elsewhere
+                _check_ends(reader, end)
         return end
 
     def span(self, position: int) -> int:
@@ -158,9 +165,15 @@ class Loader:
             )
         return ids.astype(np.int64).reshape(*self._shape, length)
 
-    def _batch(self, samples: npt.NDArray[np.int64]) -> Batch:
-        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
-        batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(samples[:, 1:]))
+    def _batch(self, samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> Batch:
+        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of.
+
+        What fills up packed samples, an id of `fillers` `[micro, 1]` after itself, is no label.
+        """
+        inputs, labels = samples[:, :-1], samples[:, 1:]
+        if self._fillers:
+            labels = np.where((inputs == fillers) & (labels == fillers), IGNORED, labels)
+        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
         return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
 
 
@@ -172,10 +185,7 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
     """
     if reader.sidecar and tokenizer and Path(tokenizer).is_file():
         sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-        if sha256 != reader.sidecar.tokenizer_sha256:
-            what = f"the corpus was made by the tokenizer {reader.sidecar.tokenizer_sha256[:12]}…, not by {tokenizer}"
-            do = "set data.tokenizer to the one that made the corpus, or prepare the corpus anew"
-            raise UserError(f"{what} ({sha256[:12]}…)", reader.prefix, do)
+        check_one_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
     do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
     if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
         what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"
@@ -186,6 +196,14 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
         what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
         raise UserError(what, reader.prefix, do)
     return zlib.crc32(probe.tobytes())
+
+
+def _check_packed(reader: Reader, seq_len: int) -> None:
+    """Raise UserError if a corpus is packed for samples of another length."""
+    if reader.packed not in (None, seq_len):
+        what = f"the corpus is packed for a seq_len of {reader.packed}, the model has one of {seq_len}"
+        do = f"set model.seq_len to {reader.packed}, or prepare the corpus with --pack {seq_len}"
+        raise UserError(what, reader.prefix, do)
 
 
 def _check_ends(reader: Reader, end: int) -> None:
@@ -208,10 +226,11 @@ def unverified(reader: Reader) -> str:
 def _facts(reader: Reader, weight: float, probe: int) -> dict[str, Any]:
     """What tells one corpus from another, wherever it lies."""
     said = reader.sidecar
-    return {
+    facts = {
         "tokens": len(reader.tokens),
         "crc32": said.bin_crc32 if said else None,
         "probe_crc32": probe,
         "tokenizer_sha256": said.tokenizer_sha256 if said else None,
         "weight": weight,
     }
+    return facts | ({"packed": reader.packed} if reader.packed else {})

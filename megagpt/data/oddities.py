@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megagpt.errors import UserError
+
 KINDS: Mapping[str, str] = {
     "broken_json": "lines that are not JSON, passed over",
     "no_text": "documents without text under the key, passed over",
@@ -29,12 +31,29 @@ class Place:
     line: int
 
 
-class OddInput(Exception):
+class AtPlace(Exception):
+    """A failure at a place of the input, the name of which is known when all that was read before it is counted."""
+
+    def __init__(self, place: Place, *more: object) -> None:
+        super().__init__(place, *more)
+        self.place = place
+
+    def told(self, where: str) -> UserError:
+        """The error for people; `where` is the name of the place."""
+        raise NotImplementedError
+
+
+class OddInput(AtPlace):
     """The first oddity, when oddities are errors. `detail` says more than its kind, such as the JSON error."""
 
-    def __init__(self, kind: str, place: Place, detail: str = "") -> None:
-        super().__init__(kind, place, detail)
-        self.kind, self.place, self.detail = kind, place, detail
+    def __init__(self, place: Place, kind: str, detail: str = "") -> None:
+        super().__init__(place, kind, detail)
+        self.kind, self.detail = kind, detail
+
+    def told(self, where: str) -> UserError:
+        """The error for people."""
+        what = f"odd input: {KINDS[self.kind].split(', ')[0]}" + (f": {self.detail}" if self.detail else "")
+        return UserError(what, where, "mend it, or leave out --strict to have such counted")
 
 
 @dataclass
@@ -55,6 +74,6 @@ class Oddities:
         if not count:
             return
         if self.strict:
-            raise OddInput(kind, place, detail)
+            raise OddInput(place, kind, detail)
         self.counts[kind] = self.counts.get(kind, 0) + count
         self.first.setdefault(kind, place)

@@ -1,14 +1,15 @@
 """The order of training: data position → sample, as a function that needs no file, no memory and no history.
 
-Tokens are cut into samples of seq_len + 1 that overlap by one, with another offset in each epoch; a keyed
-permutation shuffles the samples of an epoch. Several sources are blended by a pattern of slots that is permuted
-anew for each block of positions. The whole state of a run's data is one integer, the data position.
+Tokens are cut into samples of seq_len + 1 that overlap by one, with another offset in each epoch (a packed source: at
+its own samples); a keyed permutation shuffles the samples of an epoch. Several sources are blended by a pattern of
+slots that is permuted anew for each block of positions. The whole state of a run's data is one integer, the data
+position.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,22 +33,39 @@ class Located(NamedTuple):
 class Order:
     """Maps data positions to samples of one or more sources.
 
-    `tokens` and `weights` are `[sources]`; a weight is the share of samples, in any unit. A prefix of the order
-    holds each source at its weight to within one block (`block` positions). Raises UserError for a source
-    shorter than one sample, or a weight that is not above 0.
+    `tokens` and `weights` are `[sources]`; a weight is the share of samples, in any unit. The sources numbered in
+    `packed` are nothing but samples, one after the other. A prefix of the order holds each source at its weight to
+    within one block (`block` positions). Raises UserError for a source shorter than one sample, or a weight that is
+    not above 0.
     """
 
-    def __init__(self, tokens: Sequence[int], weights: Sequence[float], seq_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        weights: Sequence[float],
+        seq_len: int,
+        seed: int,
+        packed: Collection[int] = (),
+    ) -> None:
         for number, (count, weight) in enumerate(zip(tokens, weights, strict=True)):
             _check_source(number, count, weight, seq_len)
         self.seed, self.seq_len, self.tokens = seed, seq_len, tuple(tokens)
-        # One sample less than fits, so that every epoch has room for its own offset.
-        self.samples = tuple(max(1, count // seq_len - 1) for count in tokens)
+        # One sample less than fits, so that every epoch has room for its own offset; a packed source has none.
+        self.samples = tuple(
+            count // (seq_len + 1) if number in packed else max(1, count // seq_len - 1)
+            for number, count in enumerate(tokens)
+        )
         slots = pattern(weights)
         self.block = sum(slots)
         self.shares = tuple(count / self.block for count in slots)
         self._samples = as_numbers(self.samples)
-        self._spans = as_numbers([min(seq_len, t - n * seq_len) for t, n in zip(tokens, self.samples, strict=True)])
+        self._steps = as_numbers([seq_len + (number in packed) for number in range(len(tokens))])
+        self._spans = as_numbers(
+            [
+                1 if number in packed else min(seq_len, count - samples * seq_len)
+                for number, (count, samples) in enumerate(zip(tokens, self.samples, strict=True))
+            ]
+        )
         self._sides = np.array([sides(n) for n in self.samples], dtype=np.uint64).T
         self._slots = as_numbers(slots)
         self._ends = np.cumsum(self._slots)
@@ -67,7 +85,7 @@ class Order:
         a, b = self._sides[:, source]
         sample = permute(index, n, a, b, keys(self.seed, _SAMPLE, place, epoch))
         offset = keys(self.seed, _OFFSET, place, epoch) % self._spans[source]
-        start = offset + sample * np.uint64(self.seq_len)
+        start = offset + sample * self._steps[source]
         return Located(source, epoch.astype(np.int64), start.astype(np.int64))
 
     def _draw(self, positions: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:

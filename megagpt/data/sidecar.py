@@ -22,6 +22,8 @@ class Sidecar:
     `tokens` the ids in .bin, `text_bytes` the UTF-8 bytes of the text they stand for (no end-of-document symbol
     counted), and the checksums are zlib's crc32 of the whole files. `stretches` of .bin, one after the other, each
     have their bytes and checksum; `made` tells people how the corpus was made: version, options, what was odd.
+    A corpus `packed` for a seq_len holds samples of `packed + 1` tokens, one sequence and entry of `documents` each;
+    `padding` of its tokens are no text: an end-of-document symbol after another.
     """
 
     tokenizer_sha256: str
@@ -35,17 +37,20 @@ class Sidecar:
     version: int = VERSION
     stretches: tuple[tuple[int, int], ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
+    packed: int | None = None
+    padding: int = 0
 
     def to_json(self) -> str:
         """One JSON object, keys in the order above."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-_LATER: dict[str, Any] = {"stretches": [], "made": {}}  # which the first sidecars did not have
-_TYPES: dict[str, type] = {
-    one.name: {"tokenizer_sha256": str, "stretches": list, "made": dict}.get(one.name, int)
-    for one in dataclasses.fields(Sidecar)
-}
+# which the first sidecars did not have
+_LATER: dict[str, Any] = {"stretches": [], "made": {}, "packed": None, "padding": 0}
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "tokenizer_sha256": (str,), "stretches": (list,), "made": (dict,), "packed": (int, type(None)),
+}  # fmt: skip
+_TYPES = {one.name: _OTHERS.get(one.name, (int,)) for one in dataclasses.fields(Sidecar)}
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
@@ -60,9 +65,17 @@ def read_sidecar(path: Path) -> Sidecar | None:
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise UserError(f"the sidecar is of version {version}, not {VERSION}", str(path), do)
-    wrong = [name for name, kind in _TYPES.items() if type(content.get(name, _LATER.get(name))) is not kind]
+    wrong = [name for name, kinds in _TYPES.items() if type(content.get(name, _LATER.get(name))) not in kinds]
     if wrong:
         raise UserError(f"the sidecar lacks or garbles {', '.join(wrong)}", str(path), do)
     values = {name: content.get(name, _LATER.get(name)) for name in _TYPES}
     values["stretches"] = tuple((size, crc32) for size, crc32 in values["stretches"])
     return Sidecar(**values)
+
+
+def check_one_tokenizer(prefix: str, facts: Sidecar | None, other: str, sha256: str) -> None:
+    """Raise UserError if the sidecar of a corpus names another tokenizer than `sha256`, which is that of `other`."""
+    if facts and facts.tokenizer_sha256 != sha256:
+        where = f"{facts.tokenizer_sha256[:12]}…  {prefix}\n{sha256[:12]}…  {other}"
+        do = "use the tokenizer that the corpus was made with, or prepare it anew"
+        raise UserError("these two are of different tokenizers", where, do)

@@ -6,9 +6,10 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megagpt.data.manifest import Lines
 from megagpt.data.opening import Compression, file_system, is_remote
 from megagpt.data.sniffing import KNOWN, Kind, known_name, looked_at
 from megagpt.errors import UserError
@@ -26,7 +27,7 @@ class Source:
     """One file of the input.
 
     `size` is in bytes, as it lies there; `state` changes when the file does. `corpus` names the corpus that its
-    documents go to, where a manifest asks for several.
+    documents go to, where a manifest asks for several, and `weight` is that corpus's in a blend, if it is given there.
     """
 
     path: str
@@ -35,13 +36,14 @@ class Source:
     state: str
     compression: Compression = Compression.NONE
     corpus: str = ""
+    weight: float | None = None
 
 
 def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
     """The files that the inputs stand for, in the order given; those of a folder or pattern in the order of names.
 
-    An input is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest: a path a line, after a tab the
-    name of a corpus), `-` for standard input, which is copied to the file `spool`, or any of these on a store such as
+    An input is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see manifest.py), `-` for
+    standard input, which is copied to the file `spool`, or any of these on a store such as
     `s3://`. No input, or the word `default`, is the default corpus. Raises UserError for what is missing or no text.
     """
     if not inputs or list(inputs) == [DEFAULT]:
@@ -49,14 +51,17 @@ def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
     if DEFAULT in inputs:
         do = f"leave out one of them, or write ./{DEFAULT} if it is a file"
         raise UserError(f"`{DEFAULT}` stands for the default corpus and cannot be mixed with files", "INPUT", do)
-    return [source for given in inputs for source in _sources(given, spool)]
+    lines = Lines()
+    sources = [source for given in inputs for source in _sources(given, spool, lines)]
+    weights = lines.weights({source.corpus for source in sources})
+    return [replace(source, weight=weights.get(source.corpus)) for source in sources]
 
 
-def _sources(given: str, spool: Path) -> Iterator[Source]:
+def _sources(given: str, spool: Path, lines: Lines) -> Iterator[Source]:
     if given == STANDARD_INPUT:
         yield _spooled(spool)
     elif given.startswith(_MANIFEST) and not os.path.exists(given):
-        yield from _manifest(Path(given[1:]))
+        yield from _manifest(Path(given[1:]), lines)
     elif is_remote(given):
         yield from _remote(given)
     else:
@@ -109,24 +114,16 @@ def _remote(given: str, corpus: str = "") -> Iterator[Source]:
         yield Source(path, kind, system.size(name), str(system.ukey(name)), compression, corpus)
 
 
-def _manifest(path: Path) -> Iterator[Source]:
-    """The files that a manifest lists. A relative path counts from the manifest's folder."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the manifest: {error}", str(path), "write a path a line, in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        name, _, corpus = line.strip().partition("\t")
-        if not name or name.startswith("#"):
-            continue
-        if corpus and not corpus.replace("-", "").replace("_", "").isalnum():
-            do = "name corpora by letters, digits, - and _, after one tab"
-            raise UserError(f"`{corpus}` cannot be the name of a corpus", f"{path}:{number}", do)
+def _manifest(path: Path, lines: Lines) -> Iterator[Source]:
+    for line in lines.read(path):
         try:
-            yield from _remote(name, corpus) if is_remote(name) else _local(str(path.parent / name), corpus)
+            if is_remote(line.name):
+                yield from _remote(line.name, line.corpus)
+            else:
+                yield from _local(str(path.parent / line.name), line.corpus)
         except UserError as error:
             problem = error.problems[0]
-            raise UserError(problem.what, f"{problem.where}\n{path}:{number}", problem.do) from None
+            raise UserError(problem.what, f"{problem.where}\n{line.where}", problem.do) from None
 
 
 def _spooled(spool: Path) -> Source:

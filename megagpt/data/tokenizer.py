@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import io
 import os
 import re
@@ -14,10 +12,11 @@ from typing import Any
 import sentencepiece
 
 from megagpt.data.other_tokenizers import HuggingFaceTokenizer, Vocabulary, tiktoken_encoding
+from megagpt.data.sample import Sample
 from megagpt.data.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 from megagpt.errors import UserError
 
-_SAMPLE_BYTES = 20_000_000  # more text no longer changes the merges that matter
+SAMPLE_BYTES = 20_000_000  # more text no longer changes the merges that matter
 _PIECE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or a stretch of it that ends at a blank
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -123,7 +122,7 @@ def train_tokenizer(
     documents: Iterable[str],
     vocab_size: int,
     output_prefix: str | os.PathLike[str],
-    sample_bytes: int = _SAMPLE_BYTES,
+    sample_bytes: int = SAMPLE_BYTES,
 ) -> Path:
     """Train a lossless BPE model of `vocab_size` ids on the texts and write `output_prefix`.model.
 
@@ -156,27 +155,18 @@ def train_tokenizer(
 
 
 def sample_pieces(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """Lines of the texts, at most 2,000 characters each and `sample_bytes` in all, in their order.
-
-    Each piece draws a number from the hash of its place; the smallest numbers stay. So the sample is spread
-    over the whole input, whose length need not be known, and depends on nothing else.
-    """
-    kept: list[tuple[int, int, str]] = []
-    size = 0
-    for place, piece in enumerate(_pieces(documents)):
-        digest = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8).digest()
-        heapq.heappush(kept, (-int.from_bytes(digest, "little"), place, piece))
-        size += len(piece.encode())
-        while size > sample_bytes:
-            size -= len(heapq.heappop(kept)[2].encode())
-    return [piece for _, _, piece in sorted(kept, key=lambda item: item[1])]
+    """Lines of the texts, drawn by the hashes of their places (see `Sample`), `sample_bytes` in all, in their order."""
+    sample = Sample(sample_bytes)
+    for place, line in enumerate(line for text in documents for line in lines_of(without_surrogates(text))):
+        sample.offer((0, place), line)
+    return sample.texts()
 
 
-def _pieces(documents: Iterable[str]) -> Iterator[str]:
-    for text in documents:
-        for match in _PIECE.finditer(without_surrogates(text)):
-            if not match[0].isspace():
-                yield match[0]
+def lines_of(text: str) -> Iterator[str]:
+    """What is learned from a text: lines that are not blank, at most 2,000 characters each."""
+    for match in _PIECE.finditer(text):
+        if not match[0].isspace():
+            yield match[0]
 
 
 def _training_error(message: str, vocab_size: int) -> UserError:

@@ -93,13 +93,9 @@ def from_environment(env: Mapping[str, str]) -> Rank:
     )  # fmt: skip
 
 
-def mpi_size(env: Mapping[str, str]) -> int:
-    """How many processes mpirun or srun started together, this one included; 1 where neither did."""
-    for launcher in ("openmpi", "mpich", "slurm"):
-        world = _LAUNCHERS[launcher].world
-        if world in env and (launcher != "slurm" or in_step(env)):
-            return _number(env, world)
-    return 1
+def from_mpi_or_slurm(env: Mapping[str, str]) -> Rank:
+    """The place among processes that mpirun or srun started together; alone where neither did. See above."""
+    return from_environment({name: value for name, value in env.items() if name not in ("RANK", "WORLD_SIZE")})
 
 
 def job_port(job: str) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from megagpt.engine import operators
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.recipe import Recipe
@@ -73,7 +73,7 @@ def clear(folders: Sequence[Path]) -> None:
 def _check_operator() -> None:
     """Build or load DeepSpeed's asynchronous I/O now, and say what is missing if that fails."""
     try:
-        AsyncIOBuilder().load(verbose=False)
+        operators.load("async_io")
     except Exception as error:
         raise UserError(
             "offload to NVMe needs DeepSpeed's operator async_io, which cannot be built here",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megagpt.engine import operators
 from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
 from megagpt.model.layers import MLP, Attention
@@ -70,10 +71,9 @@ def _block_matrices(model: nn.Module) -> dict[str, int]:
 def _deepspeed_fused_adam() -> Any:
     """DeepSpeed's FusedAdam if its operator can be built here, else None (said in the log)."""
     from deepspeed.ops.adam import FusedAdam
-    from deepspeed.ops.op_builder import FusedAdamBuilder
 
     try:
-        FusedAdamBuilder().load(verbose=False)
+        operators.load("fused_adam")
     except Exception as error:  # a missing nvcc, compiler or header: torch's own fused kernel needs none
         log.warning("DeepSpeed's fused Adam cannot be built (%s); torch's fused AdamW takes its place", error)
         return None

@@ -72,7 +72,7 @@ def _prepared(
             return find_sources(inputs, folder / "stdin")
 
         sources = ranks.first(begun)
-        names = dict.fromkeys(source.corpus for source in sources)
+        names = {source.corpus: source.weight for source in sources}
         if not names:
             raise UserError("no file is named", ", ".join(inputs), "give at least one file of text")
         corpora = []
@@ -81,4 +81,4 @@ def _prepared(
             prefix, shards = (f"{output}.{name}", f"shards.{name}") if name else (output, "shards")
             corpora.append(write_corpus(Work(its_own, model, prefix, options, folder / shards), ranks, out))
         remove(folder)
-    return Corpora(tuple(corpora))
+    return Corpora.of(corpora, list(names.values()))

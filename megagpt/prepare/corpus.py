@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
+
+import numpy as np
 
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import corpus_file
+from megagpt.data.indexed import Reader, corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
-from megagpt.data.oddities import OddInput
+from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece, cut
 from megagpt.data.shards import Record
 from megagpt.data.sniffing import Kind
@@ -24,12 +25,14 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import odd_places, workplace
 from megagpt.prepare.duplicates import first_copies
-from megagpt.prepare.encoding import Job, PieceError, cannot_write
-from megagpt.prepare.joining import join
+from megagpt.prepare.encoding import Job, PieceError
+from megagpt.prepare.engines import check_engine
+from megagpt.prepare.joining import Choice, joined, writing
+from megagpt.prepare.packing import pack
 from megagpt.prepare.pool import encode_all
 from megagpt.prepare.progress import shown
 from megagpt.prepare.ranks import Ranks
-from megagpt.prepare.summary import Oddity, PartSummary, PrepareSummary
+from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Options:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
     `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
-    None of `workers` is as many as there are cores; their number does not change what is written.
+    `pack` is the seq_len of the samples that the training part is packed into; None: it is written as it comes.
+    None of `workers` is as many as there are cores; neither their number nor the `engine` changes what is written.
     """
 
     validation_fraction: float = DEFAULT_FRACTION
@@ -46,6 +50,8 @@ class Options:
     strict: bool = False
     deduplicate: bool = False
     shuffle: bool = False
+    engine: str = "sentencepiece"
+    pack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,35 +66,47 @@ class Work:
 
 
 def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
-    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share, the first one joins the shards.
+    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share to shards, and then joins its share.
 
+    Where the ranks do not see one folder, the first one is sent all shards, and joins them alone.
     Progress is shown on `out`. Raises UserError for input that cannot be read and when a part would be empty,
     MachineError for a full disk.
     """
     begin = time.perf_counter()
     options = work.options
     key = tuple(options.text_key.split("."))
-    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict)
-    missing, pieces = ranks.first(lambda: _begun(work, out))
-    work.folder.mkdir(parents=True, exist_ok=True)  # where the disk is not shared
-    records, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
-    ranks.gather_files(work.folder, [f"{one.number}.{suffix}" for one in records for suffix in ("bin", "rows", "json")])
-    failures = [failure for failure in ranks.all(failure) if failure]
-    return ranks.first(lambda: _finished(work, pieces, failures, begin))
+    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict, options.engine)
+    one_folder = ranks.see_one(work.folder.parent)
+    pieces = ranks.first(lambda: _begun(work))
+    held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
+    done = set().union(*held)
+    if done and out and ranks.rank == 0:
+        out.write(f"prepare: going on, {len(done):,} of {len(pieces):,} pieces are done\n")
+    missing = [piece for piece in pieces if piece.number not in done]
+    new, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
+    failures = [one for one in ranks.each(lambda: failure) if one]
+    if one_folder:
+        return _finished(work, ranks, len(pieces), failures, begin)
+    numbers = [*held[ranks.rank], *(record.number for record in new)]
+    ranks.gather_files(work.folder, [f"{number}.{suffix}" for number in numbers for suffix in ("bin", "rows", "json")])
+    return ranks.first(lambda: _finished(work, Ranks(), len(pieces), failures, begin))
 
 
-def _begun(work: Work, out: TextIO | None) -> tuple[list[Piece], int]:
-    """The pieces that have no shard yet, and how many there are in all."""
+def _begun(work: Work) -> list[Piece]:
+    """All pieces of the input, once the folder of their shards is there."""
     check_fraction(work.options.validation_fraction, f"{work.output}.validation")
-    try:
+    check_engine(work.options.engine, work.model)
+    with writing(work.folder):
         workplace.follow(work.folder, _plan(work))
-    except OSError as error:
-        raise cannot_write(error, work.folder) from None
-    pieces = cut(work.sources)
-    there = workplace.records(work.folder, len(pieces))
-    if there and out:
-        out.write(f"prepare: going on, {len(there):,} of {len(pieces):,} pieces are done\n")
-    return [piece for piece in pieces if piece.number not in there], len(pieces)
+    return cut(work.sources)
+
+
+def _held(work: Work, pieces: Sequence[Piece], follow: bool) -> list[int]:
+    """The numbers of the pieces whose shards this rank has."""
+    if follow:
+        work.folder.parent.mkdir(parents=True, exist_ok=True)
+        workplace.follow(work.folder, _plan(work))
+    return list(workplace.records(work.folder, len(pieces)))
 
 
 def _encoded(
@@ -100,49 +118,83 @@ def _encoded(
         with shown(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
             return encode_all(job, pieces, count, progress.add), None
     except PieceError as failure:
-        if not isinstance(failure.cause, UserError | OddInput):
+        if not isinstance(failure.cause, UserError | AtPlace):
             raise
         return [], failure
 
 
-def _finished(work: Work, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
+def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
     """Publish the corpora from the shards. Raises what the first piece that failed, if any, failed by."""
-    records = workplace.records(work.folder, pieces)
+    records = ranks.first(lambda: workplace.records(work.folder, pieces))
     if failures:
         failure = min(failures, key=lambda failure: failure.number)
-        if not isinstance(failure.cause, OddInput):
+        if not isinstance(failure.cause, AtPlace):
             raise failure.cause
         earlier = [record.oddities for number, record in records.items() if number < failure.number]
-        raise odd_places.strict_error(failure.cause, earlier, work.sources)
+        raise odd_places.located(failure.cause, earlier, work.sources)
     odd = odd_places.told([record.oddities for record in records.values()], work.sources)
-    try:
-        parts, copies, unknown = _joined(work, list(records.values()), odd)
-    except OSError as error:
-        raise cannot_write(error, work.folder) from None
-    summaries = [PartSummary(part.prefix, part.documents, part.tokens, part.text_bytes) for part in parts]
-    validation = summaries[1] if len(summaries) > 1 else None
+    parts, packing, copies, unknown = _joined(work, ranks, list(records.values()), odd)
+    validation = parts[1] if len(parts) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), summaries[0], validation, odd, copies, unknown, seconds)
+    return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
 
 
-def _joined(work: Work, records: Sequence[Record], odd: Sequence[Oddity]) -> tuple[list[Writer], int, int]:
+class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
+
+    parts: list[PartSummary]
+    packing: Packing | None
+    copies: int
+    unknown: int
+
+
+def _joined(work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]) -> _Joined:
     options, model = work.options, work.model
-    keep = first_copies(work.folder, records) if options.deduplicate else None
-    names = ["train", "validation"] if options.validation_fraction else ["train"]
-    with ExitStack() as stack:
-        parts = [stack.enter_context(Writer(f"{work.output}.{name}", model.vocab_size)) for name in names]
-        by_validation = dict(zip((False, True), parts, strict=False))
-        unknown = join(work.folder, records, by_validation, keep, options.shuffle, model.unknown)
-        copies = sum(record.documents for record in records) - sum(part.documents for part in parts)
-        try:
-            _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
-        except UserError:
-            workplace.remove(work.folder)
-            raise
-        for part in parts:
-            part.finish(model.sha256, model.eod, _made(options, odd) | {"copies_left_out": copies, "unknown": unknown})
-    return parts, copies, unknown
+    with writing(work.folder):
+        keep = ranks.first(lambda: first_copies(work.folder, records)) if options.deduplicate else None
+        kept = np.memmap(keep, np.bool_, "r") if keep else None
+    prefixes = {False: str(work.folder / "unpacked") if options.pack else f"{work.output}.train"}
+    if options.validation_fraction:
+        prefixes[True] = f"{work.output}.validation"
+    choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
+    with joined(prefixes, model, choice, ranks) as (writers, unknown):
+        return ranks.first(
+            lambda: _published(work, list(writers.values()), sum(r.documents for r in records), unknown, odd)
+        )
+
+
+def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]) -> _Joined:
+    """Give the files their names, if training and validation can use them."""
+    model, options = work.model, work.options
+    parts = [
+        PartSummary(f"{work.output}.{name}", writer.documents, writer.tokens, writer.text_bytes)
+        for name, writer in zip(("train", "validation"), writers, strict=False)
+    ]
+    try:
+        _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
+    except UserError:
+        workplace.remove(work.folder)
+        raise
+    copies = documents - sum(part.documents for part in parts)
+    made = _made(options, odd) | {"copies_left_out": copies, "unknown": unknown}
+    with writing(work.folder):
+        packing = _packed(work, writers[0], parts[0], made) if options.pack else None
+        for writer in writers[1:] if packing else writers:
+            writer.finish(model.sha256, model.eod, made)
+    return _Joined(parts, packing, copies, unknown)
+
+
+def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
+    """Publish the training part packed, from what was written of it as it came."""
+    model, seq_len = work.model, work.options.pack
+    assert seq_len is not None
+    unpacked.finish_unverified()
+    with Writer(part.prefix, model.vocab_size) as writer:
+        packing = pack(Reader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
+        writer.text_bytes = part.text_bytes
+        cut = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
+        writer.finish(model.sha256, model.eod, made | {"packing": cut}, seq_len, packing.padding)
+    return packing
 
 
 def description(sources: Sequence[Source]) -> str:
@@ -172,6 +224,7 @@ def _plan(work: Work) -> dict[str, object]:
         "sources": [[source.path, source.kind.value, source.size, source.state] for source in work.sources],
         "tokenizer": work.model.sha256,
         "text_key": work.options.text_key,
+        "engine": work.options.engine,
         "validation_fraction": work.options.validation_fraction,
     }
 
@@ -185,7 +238,7 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: Sequence[Writer], fraction: float, odd: Sequence[str]) -> None:
+def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[str]) -> None:
     """Raise UserError for a part without tokens: training would only stumble over it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megagpt.data.shards import Record
 from megagpt.prepare.joining import digests
@@ -17,18 +16,19 @@ _TOGETHER = 1 << 20  # entries sorted at a time: some 60 MB
 _MOST_FILES = 256
 
 
-def first_copies(folder: Path, records: Sequence[Record]) -> npt.NDArray[np.bool_]:
-    """Which of all documents, in the order of the input, are the first of their text: a map of a file in `folder`.
+def first_copies(folder: Path, records: Sequence[Record]) -> Path:
+    """Which of all documents, in the order of the input, are the first of their text: a file of bools in `folder`.
 
     The hashes are dealt to files by their leading bits, so that copies meet in one file, which is sorted by itself.
     """
     count = sum(record.documents for record in records)
-    keep: npt.NDArray[np.bool_] = np.memmap(folder / "keep", np.bool_, "w+", shape=(max(count, 1),))
+    path = folder / "keep"
+    keep = np.memmap(path, np.bool_, "w+", shape=(max(count, 1),))
     keep[:] = True
     files = min(_MOST_FILES, -(-count // _TOGETHER))
     paths = [folder / f"hashes.{number}" for number in range(files)]
     with ExitStack() as stack:
-        opened = [stack.enter_context(path.open("wb")) for path in paths]
+        opened = [stack.enter_context(hashes.open("wb")) for hashes in paths]
         for first, digest in digests(folder, records):
             entries = np.empty(len(digest), _ENTRY)
             entries["high"], entries["low"] = digest.T
@@ -36,10 +36,11 @@ def first_copies(folder: Path, records: Sequence[Record]) -> npt.NDArray[np.bool
             file = (entries["high"] >> np.uint64(48)) * np.uint64(files) >> np.uint64(16)
             for number in np.unique(file).tolist():
                 opened[number].write(entries[file == number].tobytes())
-    for path in paths:
-        entries = np.fromfile(path, _ENTRY)
+    for hashes in paths:
+        entries = np.fromfile(hashes, _ENTRY)
         entries = entries[np.lexsort((entries["document"], entries["low"], entries["high"]))]
         copies = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
         keep[entries["document"][1:][copies]] = False
-        path.unlink()
-    return keep
+        hashes.unlink()
+    keep.flush()
+    return path

@@ -16,6 +16,7 @@ from megagpt.data.reading import read
 from megagpt.data.shards import Record, ShardWriter
 from megagpt.data.tokenizer import Tokenizer, replace_surrogates
 from megagpt.errors import MachineError
+from megagpt.prepare.engines import EngineCheck, encoder_of
 
 _BATCH, _BATCH_DOCUMENTS = 1 << 19, 4096  # characters, and documents, encoded at a time at most
 
@@ -33,6 +34,7 @@ class Job:
     validation_fraction: float
     text_key: tuple[str, ...]
     strict: bool
+    engine: str
 
 
 class PieceError(Exception):
@@ -49,13 +51,15 @@ class PieceEncoder:
     def __init__(self, job: Job) -> None:
         self._job = job
         tokenizer = Tokenizer(job.tokenizer)
-        self._encoder = Encoder(tokenizer)
+        self._encoder = encoder_of(job.engine, tokenizer)
+        self._check = EngineCheck(job.engine, tokenizer)
         self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
         self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
 
     def encode(self, piece: Piece, report: Report) -> Record:
         """Write the piece's shard. Raises PieceError."""
         odd = Oddities(self._job.strict)
+        self._check.begin()
         try:
             with ShardWriter(self._job.folder, piece.number) as shard:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
@@ -93,7 +97,9 @@ class PieceEncoder:
             if mark in together:  # so seldom that the common case must not look at each text
                 for text, place in zip(texts, places, strict=True):
                     odd.note(self._marks[mark], place, text.count(mark))
-        for fragment, place, raw, ids in zip(batch, places, raws, self._encoder.encode(texts), strict=True):
+        encoded = self._encoder.encode(texts)
+        self._check.look(texts, places, encoded)
+        for fragment, place, raw, ids in zip(batch, places, raws, encoded, strict=True):
             documents.add(fragment, place, raw, ids)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from megagpt.data.oddities import KINDS, OddInput, Oddities, Place
+from megagpt.data.oddities import KINDS, AtPlace, Oddities, Place
 from megagpt.data.sources import Source
 from megagpt.errors import UserError
 from megagpt.prepare.summary import Oddity
@@ -24,13 +24,12 @@ def told(shards: Iterable[Oddities], sources: Sequence[Source]) -> tuple[Oddity,
     return tuple(Oddity(kind, counts[kind], first[kind]) for kind in KINDS if counts[kind])
 
 
-def strict_error(odd: OddInput, earlier: Iterable[Oddities], sources: Sequence[Source]) -> UserError:
-    """The error that an oddity is when strict; `earlier` are of the shards before its own."""
+def located(error: AtPlace, earlier: Iterable[Oddities], sources: Sequence[Source]) -> UserError:
+    """An error at a place for people; `earlier` are of the shards before its own."""
     lines: Counter[int] = Counter()
     for shard in earlier:
         lines.update(shard.lines)
-    what = f"odd input: {KINDS[odd.kind].split(', ')[0]}" + (f": {odd.detail}" if odd.detail else "")
-    return UserError(what, _named(odd.place, lines, sources), "mend it, or leave out --strict to have such counted")
+    return error.told(_named(error.place, lines, sources))
 
 
 def _named(place: Place, earlier: Mapping[int, int], sources: Sequence[Source]) -> str:

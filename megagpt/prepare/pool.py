@@ -7,23 +7,34 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from megagpt.data.oddities import OddInput
+from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece
 from megagpt.data.shards import Record
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare.encoding import Counts, Job, PieceEncoder, PieceError, Report
+from megagpt.prepare.encoding import Job, PieceEncoder, PieceError, Report
 
 # A new interpreter each: this process may have threads, which a fork does not survive.
 _SPAWN = multiprocessing.get_context("spawn")
 
+_R = TypeVar("_R")
+Make = Callable[[], Callable[[Any, Report], Any]]
+
 if TYPE_CHECKING:
     Pipe = Connection[Any, Any]  # a plain class when it runs
+
+
+class Task(NamedTuple):
+    """A piece, and what else whoever works on it is given."""
+
+    piece: Piece
+    given: Any = None
 
 
 def encode_all(job: Job, pieces: Sequence[Piece], workers: int, report: Report) -> list[Record]:
@@ -31,58 +42,71 @@ def encode_all(job: Job, pieces: Sequence[Piece], workers: int, report: Report) 
 
     After a failure no new piece is begun. Raises PieceError for the first piece, in their order, that failed.
     """
-    if min(workers, len(pieces)) <= 1:
-        encoder = PieceEncoder(job) if pieces else None
-        return [encoder.encode(piece, report) for piece in pieces if encoder]
-    records: list[Record] = []
+    return list(results(partial(_encoding, job), map(Task, pieces), min(workers, len(pieces)), report))
+
+
+def _encoding(job: Job) -> Callable[[Task, Report], Record]:
+    encoder = PieceEncoder(job)
+    return lambda task, report: encoder.encode(task.piece, report)
+
+
+def results(
+    make: Callable[[], Callable[[Task, Report], _R]], tasks: Iterable[Task], workers: int, report: Report
+) -> Iterator[_R]:
+    """What comes of each task, as it comes; a task is asked for when somebody is there to do it.
+
+    Each worker calls `make` once, and what that gives for every task. Fails as `encode_all` does.
+    """
+    if workers <= 1:
+        work = make() if workers else None
+        yield from (work(task, report) for task in tasks if work)
+        return
     failures: list[PieceError] = []
-    waiting = iter(pieces)
-    with _started(job, min(workers, len(pieces))) as pool:
+    waiting = iter(tasks)
+    with _started(make, workers) as pool:
         busy: dict[Pipe, Piece] = {}
         idle = list(pool)
         while True:
-            while idle and not failures and (piece := next(waiting, None)):
-                busy[idle[-1]] = piece
-                idle.pop().send(piece)
+            while idle and not failures and (task := next(waiting, None)):
+                busy[idle[-1]] = task.piece
+                idle.pop().send(task)
             if not busy:
                 break
             for connection in cast("list[Pipe]", wait(list(busy))):
                 message = _received(connection, busy[connection], pool[connection])
                 if isinstance(message, tuple):
                     report(*message)
-                elif isinstance(message, PieceError):
+                    continue
+                del busy[connection]
+                if isinstance(message, PieceError):
                     failures.append(message)
-                    del busy[connection]
                 else:
-                    records.append(message)
-                    del busy[connection]
                     idle.append(connection)
+                    yield message
     if failures:
         raise min(failures, key=lambda failure: failure.number)
-    return records
 
 
-def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Record | PieceError | Counts:
+def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Any:
     """What the worker says; that it died is a PieceError."""
     try:
-        message: Record | PieceError | Counts = connection.recv()
-        return message
+        return connection.recv()
     except (EOFError, OSError):
         process.join()
         code = process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        do = "type the command again, it goes on where it stopped; if memory was short, with fewer --workers"
+        do = "type the command again (`prepare` goes on where it stopped); if memory was short, with fewer --workers"
         return PieceError(piece.number, MachineError(f"a worker died ({how}) at this input", str(piece), do))
 
 
 @contextmanager
-def _started(job: Job, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
+def _started(make: Make, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
     """Worker processes by the connection to each, ended with the block."""
     pool: dict[Pipe, SpawnProcess] = {}
     try:
         for _ in range(count):
             ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_work, args=(theirs, job), daemon=True)
+            process = _SPAWN.Process(target=_work, args=(theirs, make), daemon=True)
             process.start()
             theirs.close()
             pool[ours] = process
@@ -94,21 +118,21 @@ def _started(job: Job, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
             process.join()
 
 
-def _work(connection: Pipe, job: Job) -> None:
-    """The life of a worker: a piece comes, its record goes."""
+def _work(connection: Pipe, make: Make) -> None:
+    """The life of a worker: a task comes, what it gives goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command ends its workers
     threading.Thread(target=_end_with_the_command, daemon=True).start()
-    encoder = PieceEncoder(job)
+    work = make()
     while True:
         try:
-            piece: Piece = connection.recv()
+            task: Task = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(encoder.encode(piece, lambda *counts: connection.send(counts)))
+            connection.send(work(task, lambda *counts: connection.send(counts)))
         except PieceError as error:
-            known = isinstance(error.cause, UserError | OddInput)
-            connection.send(error if known else PieceError(piece.number, RuntimeError(traceback.format_exc())))
+            known = isinstance(error.cause, UserError | AtPlace)
+            connection.send(error if known else PieceError(task.piece.number, RuntimeError(traceback.format_exc())))
 
 
 def _end_with_the_command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megagpt.distributed import mpi_size
-from megagpt.errors import UserError
+from megagpt.distributed import from_mpi_or_slurm
+from megagpt.errors import MachineError, UserError
+from megagpt.prepare.sockets import connected
 
 _T = TypeVar("_T")
 _BLOCK = 1 << 24  # bytes sent at a time
@@ -26,36 +28,58 @@ class Ranks:
         """What `work` gives on the first rank, for all; its error is every rank's."""
         return work()
 
-    def all(self, value: _T) -> list[_T]:
-        """Each rank's value, in their order, for all."""
-        return [value]
+    def each(self, work: Callable[[], _T]) -> list[_T]:
+        """What `work` gives on each rank, in their order, for all; the first error of any is every rank's."""
+        return [work()]
+
+    def share(self, things: Sequence[_T]) -> Sequence[_T]:
+        """This rank's part of things in a row: the first rank has the first of them."""
+        count = len(things)
+        return things[count * self.rank // self.size : count * (self.rank + 1) // self.size]
+
+    def sum_before(self, count: Callable[[], int]) -> int:
+        """The sum of what `count` gives on the ranks before this one (MPI's Exscan)."""
+        return 0
+
+    def see_one(self, folder: Path) -> bool:
+        """Whether the `folder` of each rank is the first one's."""
+        return True
 
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
-        """Have the first rank hold the files in `folder` that each rank names, where the disk is not shared."""
+        """Have the first rank hold the files in `folder` that each rank names."""
 
 
-class _MpiRanks(Ranks):
+class _Joined(Ranks):
+    """Several ranks, which talk through a `world`: mpi4py's communicator, or what has some of its words."""
+
     def __init__(self, world: Any) -> None:
         self._world, self.rank, self.size = world, world.rank, world.size
 
     def first(self, work: Callable[[], _T]) -> _T:
-        outcome: _T | UserError | None = None
-        if self.rank == 0:
-            try:
-                outcome = work()
-            except UserError as error:
-                outcome = error
-        answer: _T | UserError = self._world.bcast(outcome)
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
+        outcome: _T | UserError = self._world.bcast(_outcome(work) if self.rank == 0 else None)
+        return self._agreed(outcome)
 
-    def all(self, value: _T) -> list[_T]:
-        values: list[_T] = self._world.allgather(value)
-        return values
+    def each(self, work: Callable[[], _T]) -> list[_T]:
+        return [self._agreed(outcome) for outcome in self._world.allgather(_outcome(work))]
+
+    def sum_before(self, count: Callable[[], int]) -> int:
+        return sum(self.each(count)[: self.rank])
+
+    def see_one(self, folder: Path) -> bool:
+        token = folder / f"token.{self.first(lambda: secrets.token_hex(8))}"
+        self.first(token.touch)
+        one = all(self.each(token.exists))
+        self.first(token.unlink)
+        return one
+
+    @staticmethod
+    def _agreed(outcome: _T | UserError) -> _T:
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
-        for owner, theirs in enumerate(self.all(list(names))):
+        for owner, theirs in enumerate(self.each(lambda: list(names))):
             lacking = self.first(lambda theirs=theirs: [name for name in theirs if not (folder / name).exists()])  # type: ignore[misc]
             for name in lacking if owner else ():
                 if self.rank == owner:
@@ -77,26 +101,57 @@ class _MpiRanks(Ranks):
         partial.replace(path)
 
 
+def _outcome(work: Callable[[], _T]) -> _T | UserError:
+    try:
+        return work()
+    except UserError as error:
+        return error
+    except OSError as error:
+        do = "see that all hosts can read and write there, then type the command again: it goes on where it stopped"
+        return MachineError(f"a file cannot be used: {error.strerror}", str(error.filename or ""), do)
+
+
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """All ranks of this command. One that fails by surprise ends them all; a user's mistake is told by the first."""
-    if mpi_size(os.environ) == 1:
+    place = from_mpi_or_slurm(os.environ)
+    if place.world_size == 1:
         yield Ranks()
-        return
+    elif place.launcher == "slurm":
+        with _told_once(place.rank), connected(place) as tasks:
+            yield _Joined(tasks)
+    else:
+        with _told_once(place.rank):
+            world = _mpi(place.world_size)
+            try:
+                yield _Joined(world)
+            except UserError:
+                raise
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                world.Abort(1)
+
+
+def _mpi(size: int) -> Any:
+    """The communicator of all ranks."""
     try:
         from mpi4py import MPI
     except ImportError:
         what = "several processes were started, which need mpi4py to work together"
-        raise UserError(what, "mpirun or srun", 'pip install "megagpt[mpi]", or start one process') from None
-    world = MPI.COMM_WORLD
+        raise UserError(what, "mpirun", 'pip install "megagpt[mpi]", or start one process') from None
+    if MPI.COMM_WORLD.size != size:
+        what = f"{size} processes were started, and MPI knows of {MPI.COMM_WORLD.size}"
+        raise UserError(what, MPI.Get_library_version().splitlines()[0], "start them by the mpirun of this MPI")
+    return MPI.COMM_WORLD
+
+
+@contextmanager
+def _told_once(rank: int) -> Iterator[None]:
+    """Within it, the first rank alone says what the user's mistake is."""
     try:
-        yield _MpiRanks(world)
+        yield
     except UserError as error:
-        if world.rank == 0:
+        if rank == 0:
             raise
         raise SystemExit(error.exit_code) from None
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        world.Abort(1)
-        raise

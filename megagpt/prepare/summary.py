@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
 
 from megagpt.data.oddities import KINDS
 
@@ -74,33 +78,77 @@ class PartSummary:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What packing made of the training part: samples of `seq_len + 1` tokens, of which `padding` hold no text.
+
+    `cut_before` of its documents are broken where samples are cut at a fixed length, on the average of where the first
+    one begins; `cut_after` are those longer than a sample, which nothing can keep whole.
+    """
+
+    seq_len: int
+    samples: int
+    padding: int
+    documents: int
+    cut_before: float
+    cut_after: int
+
+    def __str__(self) -> str:
+        padding = self.padding / (self.samples * (self.seq_len + 1))
+        before, after = self.cut_before / self.documents, self.cut_after / self.documents
+        return (
+            f"packed for seq_len {self.seq_len:,}: {self.samples:,} samples, {padding:.2%} padding; "
+            f"documents cut: {before:.1%} unpacked, {after:.1%} packed (longer than a sample)"
+        )
+
+
+@dataclass(frozen=True)
 class PrepareSummary:
     """What `prepare` did. `validation` is None where no documents were put aside."""
 
     source: str
     train: PartSummary
     validation: PartSummary | None
+    packing: Packing | None
     oddities: tuple[Oddity, ...]
     copies: int  # of earlier documents, left out
     unknown: int  # ids that stand for what the tokenizer has no piece for
     seconds: float
 
     def __str__(self) -> str:
+        packing = [str(self.packing)] if self.packing else []
         copies = [f"{self.copies:,} exact copies of earlier documents, left out"] if self.copies else []
         both = [part for part in (self.train, self.validation) if part]
         size = sum(part.text_bytes for part in both) / 1e6
         unknown = self.unknown / sum(part.tokens for part in both)
         end = f"prepared in {self.seconds:.1f} s ({size / self.seconds:.1f} MB/s)"
-        return "\n".join(
-            [self.source, *map(str, both), *copies, f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
-        )
+        told = [f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
+        return "\n".join([self.source, *map(str, both), *packing, *copies, *told])
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """What `prepare` did, corpus by corpus."""
+    """What `prepare` did, corpus by corpus; `data`: of several ones, what a recipe's section of that name says."""
 
     corpora: tuple[PrepareSummary, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, made: Sequence[PrepareSummary], weights: Sequence[float | None]) -> Corpora:
+        """The corpora, blended by their weights; without weights, each is read as often as the others."""
+        validation = [one.validation.prefix for one in made if one.validation]
+        data: dict[str, Any] = {"train": [{"path": one.train.prefix} for one in made]}
+        if None in weights:
+            data["weight_counts"] = "epochs"
+        else:
+            for source, weight in zip(data["train"], weights, strict=True):
+                source["weight"] = weight
+        if validation:
+            data["validation"] = validation
+        return cls(tuple(made), data if len(made) > 1 else {})
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.corpora))
+        lines = list(map(str, self.corpora))
+        if self.data:
+            text = yaml.safe_dump({"data": self.data}, default_flow_style=None, sort_keys=False, width=10_000)
+            lines += ["for a recipe:", text.rstrip()]
+        return "\n".join(lines)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.text import Text
 
-from megagpt.data.documents import DEFAULT_FRACTION, Document, digest_of, in_validation
-from megagpt.data.oddities import Oddities
-from megagpt.data.reading import whole_documents
+from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.sources import find_sources
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
 from megagpt.prepare.corpus import description
+from megagpt.prepare.sampling import drawn_from
 from megagpt.prepare.summary import Quality, TokenizerSummary
 
-_MEASURED = 1_000_000  # bytes of text that quality is measured on
 _COLOURS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
 
 
@@ -29,22 +27,25 @@ def train_tokenizer_command(
     output: str | os.PathLike[str],
     validation_fraction: float = DEFAULT_FRACTION,
     text_key: str = "text",
+    workers: int | None = None,
 ) -> TokenizerSummary:
     """Train a tokenizer on the documents of the inputs and write OUTPUT.model.
 
     The documents that `prepare` would put aside at this fraction are left out: nothing that is measured on them
-    has seen them. Raises UserError for inputs that cannot be read or a vocabulary that does not fit the text.
+    has seen them. `workers` read (None: as many as there are cores), and their number changes nothing.
+    Raises UserError for inputs that cannot be read or a vocabulary that does not fit the text.
     """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         sources = find_sources(inputs, Path(scratch) / "stdin")
-        documents = whole_documents(sources, tuple(text_key.split(".")), Oddities())
-        texts = _Texts(documents, validation_fraction)
-        path = train_tokenizer(texts, vocab_size, output)
-    quality = _quality(Tokenizer(path), texts.unseen or texts.seen, seen=not texts.unseen)
+        count = workers or len(os.sched_getaffinity(0))
+        drawn = drawn_from(sources, tuple(text_key.split(".")), validation_fraction, count)
+    path = train_tokenizer(drawn.lines, vocab_size, output)
+    unseen = drawn.unseen.texts()
+    quality = _quality(Tokenizer(path), unseen or drawn.seen.texts(), seen=not unseen)
     seconds = time.perf_counter() - begin
     source = description(sources)
-    return TokenizerSummary(str(path), source, vocab_size, texts.documents, texts.text_bytes, quality, seconds)
+    return TokenizerSummary(str(path), source, vocab_size, drawn.documents, drawn.text_bytes, quality, seconds)
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,9 @@ def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> Tokens:
     return Tokens(tuple((number, model.decode([number])) for number in ids), len(without_surrogates(text).encode()))
 
 
-class _Texts:
-    """The texts to train on, counted. Keeps some of them, and some of those that are left out."""
-
-    def __init__(self, documents: Iterator[Document], fraction: float) -> None:
-        self._all, self._fraction = documents, fraction
-        self.documents = self.text_bytes = 0
-        self.seen: list[str] = []
-        self.unseen: list[str] = []
-        self._room = {True: _MEASURED, False: _MEASURED}
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self._all:
-            size = len(document.text.encode("utf-8", "surrogatepass"))
-            held_out = in_validation(digest_of(document.key or document.text), self._fraction)
-            if self._room[held_out] > 0:
-                self._room[held_out] -= size
-                (self.unseen if held_out else self.seen).append(document.text)
-            if not held_out:
-                self.documents += 1
-                self.text_bytes += size
-                yield document.text
-
-
 def _quality(model: Tokenizer, texts: Sequence[str], seen: bool) -> Quality:
     tokens = text_bytes = unknown = lost = 0
-    for text in map(without_surrogates, texts):
+    for text in texts:
         ids = model.encode(text)
         tokens += len(ids)
         text_bytes += len(text.encode())

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# cluster.sh up N | slurm N | on I CMD… | cut I | heal I | off I | boot I | down        (hosts are node1…nodeN)
+# cluster.sh up N | slurm N | on I CMD… | cut I | heal I | off I | boot I | down | sweep        (hosts are node1…nodeN)
+# A cluster belongs to the process CLUSTER_OWNER. What an owner that is dead has left, and nothing else, goes by `sweep`.
 set -eu
-D=$(realpath -m ${CLUSTER_DIR:?}) P=${CLUSTER_PREFIX:-mg} NET=10.77.0        # P: unique per concurrent cluster, ≤ 8 letters
+D=$(realpath -m ${CLUSTER_DIR:?}) P=m${CLUSTER_OWNER:?}x NET=10.77.0        # P: of all that the cluster makes, ≤ 9 letters
 up() {
   mkdir -p $D /run/sshd; ip link add ${P}br type bridge; ip link set ${P}br up   # no address: nothing but the hosts is on it
   ssh-keygen -q -t ed25519 -N '' -f $D/id; : > $D/known_hosts
@@ -10,6 +11,7 @@ up() {
     "StrictHostKeyChecking yes" "BatchMode yes" "ServerAliveInterval 5" "ServerAliveCountMax 3" "LogLevel ERROR" > $D/ssh_config
   for i in $(seq $1); do n=$P$i e=/etc/netns/$P$i
     mkdir -p $e/ssh $D/node$i/tmp; cp $D/hosts $e/hosts; echo "hosts: files" > $e/nsswitch.conf; cp $D/ssh_config $e/ssh/
+    echo "$P $CLUSTER_OWNER $(born $CLUSTER_OWNER)" > $e/owner
     ssh-keygen -q -t ed25519 -N '' -f $D/node$i/hostkey
     echo "[node$i]:2222,[$NET.$i]:2222 $(cut -d' ' -f1,2 $D/node$i/hostkey.pub)" >> $D/known_hosts
     ip netns add $n; ip link add ${P}v$i type veth peer name eth0 netns $n; ip link set ${P}v$i master ${P}br up
@@ -22,7 +24,7 @@ up() {
 boot() { heal $1; ip netns exec $P$1 unshare --uts --ipc --pid --fork --kill-child --mount-proc sh -c "hostname node$1
   mount -t tmpfs tmpfs /dev/shm; [ -z '${PRIVATE_TMP-}' ] || mount --bind $D/node$1/tmp /tmp
   exec /usr/sbin/sshd -D -e -f $D/node$1/sshd_config" >>$D/node$1/log 2>&1 </dev/null & echo $! > $D/node$1/pid; }
-on() { i=$1; shift; nsenter -t $(pgrep -P $(cat $D/node$i/pid)) -n -u -m -p -i sh -c 'cd "$1"; shift; exec "$@"' sh "$PWD" "$@"; }
+on() { i=$1; shift; ${E-} nsenter -t $(pgrep -P $(cat $D/node$i/pid)) -n -u -m -p -i sh -c 'cd "$1"; shift; exec "$@"' sh "$PWD" "$@"; }
 cut_() { ip link set ${P}v$1 down; }
 heal() { ip link set ${P}v$1 up; }
 off() { cut_ $1; kill -9 $(cat $D/node$1/pid); rm $D/node$1/pid; }   # power cut: link first, so no FIN or RST leaves
@@ -64,6 +66,10 @@ X
   echo "Name=gpu File=$S/gpu[0-1]" > $S/gres.conf; echo CgroupPlugin=cgroup/v1 > $S/cgroup.conf
   on 1 slurmctld -f $S/slurm.conf; for i in $(seq $1); do on $i slurmd -f $S/slurm.conf -N node$i; done
   for t in $(seq 100); do [ "$(on 1 env SLURM_CONF=$S/slurm.conf sinfo -h -t idle -o %D 2>/dev/null)" = $1 ] && return; sleep .1; done; return 1; }
-down() { for f in $D/node*/pid; do kill -9 $(cat $f) 2>/dev/null || :; done
-  for n in $(ip netns list | awk '{print $1}' | grep "^$P[0-9]*$"); do ip netns del $n; rm -rf /etc/netns/$n; done; ip link del ${P}br 2>/dev/null || :; rm -rf $D; }
-c=$1; shift; [ $c = cut ] && c=cut_; $c "$@"
+down() { for n in $(ip netns list | awk '{print $1}' | grep "^$P[0-9]*$"); do
+    ip netns pids $n | xargs -r kill -9 2>/dev/null || :; ip netns del $n; rm -rf /etc/netns/$n; done
+  ip link del ${P}br 2>/dev/null || :; }
+born() { sed 's/.*) //' /proc/$1/stat 2>/dev/null | cut -d' ' -f20; }   # when a process started, in ticks: ids are used again
+sweep() { for o in /etc/netns/m*x*/owner; do read -r P owner at 2>/dev/null < $o || continue
+  [ "$(born $owner)" = "$at" ] || down; done; }
+c=$1; shift; [ $c = cut ] && c=cut_; [ $c = on ] && E=exec; $c "$@"

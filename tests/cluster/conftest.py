@@ -1,10 +1,11 @@
 """Two hosts on this machine: network namespaces with own names, processes, ssh servers, SLURM daemons (cluster.sh)."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -12,77 +13,131 @@ import pytest
 from tests import training
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
-TOOLS = ("ip", "nsenter", "unshare", "ssh", "/usr/sbin/sshd", "pdsh", "slurmctld", "slurmd", "sbatch", "mpirun")
+TOOLS = ("ip", "nsenter", "unshare", "pgrep", "ssh", "/usr/sbin/sshd", "pdsh", "slurmctld", "slurmd", "sbatch",
+         "mpirun", "mpirun.mpich")  # fmt: skip
+KEPT = ("unshare", "sshd", "slurmctld", "slurmd")  # of a host: they live as long as it does
 UPDATES = 100
 LENGTH = (f"length.updates={UPDATES}", "evaluation.every=1000", "checkpoint.every=50", "log.every=100")
+SECONDS = 240  # of one command: no test waits for ever
+REPORT = pytest.StashKey()
 
 
 class Cluster:
-    """Hosts node1 and node2; every command runs on one of them."""
+    """Hosts node1 and node2; every command runs on one of them. They belong to the process `owner`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, owner):
         bin_ = Path(sys.executable).parent
+        self.folder = folder / "c"
+        self._prefix = f"m{owner}x"
         self.env = {
             **os.environ,
-            "CLUSTER_DIR": str(folder / "c"),
-            "CLUSTER_PREFIX": f"m{uuid.uuid4().hex[:4]}",
-            "SLURM_CONF": str(folder / "c/slurm/slurm.conf"),
+            "CLUSTER_DIR": str(self.folder),
+            "CLUSTER_OWNER": str(owner),
+            "SLURM_CONF": str(self.folder / "slurm/slurm.conf"),
             "PATH": f"{bin_}:{os.environ['PATH']}",
             "PYTHONPATH": str(training.ROOT),
         }
 
     def make(self, *words):
-        """Change the cluster itself: up, slurm, cut, heal, off, boot, down."""
+        """Change the cluster itself: up, slurm, cut, heal, off, boot, down; or sweep away those of dead owners."""
         subprocess.run(["bash", SCRIPT, *words], env=self.env, check=True, timeout=60, cwd=training.ROOT)
 
-    def start(self, host, *words, **env):
-        """Start a command on a host."""
+    def start(self, host, *words, seconds=SECONDS, **env):
+        """Start a command on a host. It has so many seconds; all that it has started ends with its test."""
         return subprocess.Popen(
-            ["bash", SCRIPT, "on", str(host), *map(str, words)], env={**self.env, **env}, cwd=training.ROOT,
+            ["bash", SCRIPT, "on", str(host), "timeout", "-k", "5", str(seconds), *map(str, words)],
+            env={**self.env, **env}, cwd=training.ROOT,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def run(self, host, *words, code=0, seconds=240, **env):
+    def run(self, host, *words, code=0, **more):
         """Run a command on a host to its end, and insist on its exit code; what it printed."""
-        process = self.start(host, *words, **env)
-        try:
-            printed, _ = process.communicate(timeout=seconds)
-        finally:
-            process.kill()
+        with self.start(host, *words, **more) as process:
+            printed, _ = process.communicate()
         assert process.returncode == code, printed
         return printed
 
     def ranks(self, host):
         """The ids of the ranks that live on a host, as the host counts them."""
-        return self.start(host, "pgrep", "-f", "launch/[p]retrain.py").communicate(timeout=30)[0].split()
+        return self.start(host, "pgrep", "-f", "launch/[p]retrain.py", seconds=30).communicate()[0].split()
+
+    def processes(self):
+        """The ids of all processes on both hosts but the hosts' own, as this process counts them."""
+        ids = []
+        for host in (1, 2):
+            listed = subprocess.run(["ip", "netns", "pids", f"{self._prefix}{host}"], capture_output=True, text=True)
+            ids += [int(word) for word in listed.stdout.split() if _name(word) not in KEPT]
+        return ids
+
+    def logs(self, run):
+        """The ends of what the hosts, SLURM and the ranks of a run have written, by file."""
+        files = sorted([*self.folder.glob("*/*log"), *run.glob("logs/*.log"), *run.parent.glob("*.log")])
+        return {file.name: "\n".join(file.read_text(errors="replace").splitlines()[-40:]) for file in files}
+
+
+def _name(pid):
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return KEPT[0]  # it has ended
 
 
 def lacking():
     """Why this machine cannot be two hosts; "" where it can."""
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (tests/cluster/install.sh)"
+        return f"not installed: {', '.join(absent)} (tests/install.sh)"
     if os.geteuid():
         return "only root makes network namespaces"
-    name = f"m{uuid.uuid4().hex[:6]}"
+    name = f"m{os.getpid()}y"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return f"no network namespaces: {made.stderr.strip()}" if made.returncode else ""
 
 
 @pytest.fixture(scope="session")
-def cluster(request, tmp_path_factory):
-    if not request.config.getoption("--full"):
-        pytest.skip("NOT PROVEN, several hosts: they take minutes, --full has them")
+def hosts(tmp_path_factory):
+    """Two hosts for all tests; what test runs that were killed have left goes first."""
     if reason := lacking():
-        message = f"NOT PROVEN, several hosts: {reason}"
-        (pytest.skip if request.config.getoption("--allow-missing") else pytest.fail)(message)
-    hosts = Cluster(tmp_path_factory.mktemp("cluster"))
+        pytest.skip(f"several hosts: {reason}")
+    hosts = Cluster(tmp_path_factory.mktemp("cluster"), os.getpid())
+    hosts.make("sweep")
     try:
         hosts.make("up", "2")
         yield hosts
     finally:
         hosts.make("down")
+
+
+@pytest.fixture
+def cluster(hosts, tmp_path, request):
+    """The hosts, without what this test has started when it is over; its logs are shown where it fails."""
+    yield hosts
+    for pid in hosts.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    report = request.node.stash.get(REPORT, None)
+    if report and report.failed:
+        report.sections += hosts.logs(tmp_path / "run").items()
+
+
+@pytest.fixture(scope="session")
+def _slurm(hosts):
+    hosts.make("slurm", "2")
+
+
+@pytest.fixture
+def slurm(_slurm, cluster):
+    """The hosts, with SLURM."""
+    return cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.stash[REPORT] = report
+    return report
 
 
 @pytest.fixture(scope="session")

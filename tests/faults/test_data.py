@@ -1,5 +1,7 @@
 """What may happen to the data of a run: named, and no crash; and what is left out of it by hand."""
 
+import itertools
+import json
 import os
 import re
 import shutil
@@ -7,7 +9,10 @@ import shutil
 import pytest
 
 from megagpt import recipe as recipes
+from megagpt.data.indexed import Reader
+from megagpt.data.order import Order
 from megagpt.evaluate import evaluate
+from megagpt.prepare import Options, prepare_command
 from tests import training
 
 
@@ -93,3 +98,23 @@ def test_a_run_with_document_mask_asks_the_corpus_for_its_end_and_is_evaluated_a
     assert recipes.load(run / "recipe.yaml").document_end == 1
     (event,) = (event for event in training.events(run) if event["event"] == "validation")
     assert evaluate(run).loss == pytest.approx(event["loss"], rel=1e-5)
+
+
+def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_rank(own, tmp_path):
+    (tmp_path / "text").mkdir()
+    lines = [
+        line for path in training.write_text(tmp_path / "text").iterdir() for line in path.read_text().splitlines()
+    ]
+    text, packed = tmp_path / "short.jsonl", tmp_path / "short"
+    documents = [{"text": line[: 5 + number % 60]} for number, line in enumerate(sorted(lines))]
+    text.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    prepare_command([str(text)], tmp_path / "data/text.model", packed, Options(0.05, pack=32))
+    changes = (f"data.train={packed}.train", "data.document_mask=true", "length.updates=6", "evaluation.every=null")
+    training.finish(own, *changes, world=2)
+    corpus = Reader(f"{packed}.train")
+    starts = Order([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
+    samples = [corpus.sequence(start // 33).tolist() for start in starts]
+    labels = [sum((a, b) != (1, 1) for a, b in itertools.pairwise(sample)) for sample in samples]
+    assert len(set(labels)) > 1
+    total = list(itertools.accumulate(labels))
+    assert [row["tokens"] for row in training.curve(tmp_path / "run")] == total[3::4]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import needs
 import torch
 from safetensors.torch import save_file
 from state_worker import data
@@ -61,6 +62,7 @@ def case(name: str, kind: str) -> layouts.Case:
 
 def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> None:
     """Train a few updates, and save into a folder."""
+    needs.provide(source)
     resolved = layouts.resolve(source, folder.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
@@ -76,6 +78,7 @@ def load(saved: Path, target: layouts.Case, rank: Rank, agreement: Agreement, af
 
     Where nothing was saved the layout makes the first updates itself.
     """
+    needs.provide(target)
     resolved = layouts.resolve(target, saved.parent)
     engine: Any = build(resolved, TOTAL, rank, agreement)
     if saved.exists():

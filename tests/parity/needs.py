@@ -1,29 +1,69 @@
-"""What some layouts need of the machine. A case that cannot run here is skipped with the reason."""
+"""What some layouts need of the machine beside Python, and how a worker comes by it."""
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 from layouts import Case
 from torch.utils.cpp_extension import get_default_build_root
 
+_PARTS = ("aio", "pin_memory")  # folders of DeepSpeed's sources
+_TWICE = ("c_library_name", "c_block_size", "c_io_queue_depth")  # defined in several files, for each alone
 
-def missing(case: Case, build: bool) -> str | None:
-    """Why the case cannot run, or None. With `build`, DeepSpeed's operators are compiled for it: minutes."""
-    if "precision=fp16" in case.recipe and not get_accelerator().is_fp16_supported():
-        return f"this {get_accelerator().device_name()} has no fp16"
-    if '"nvme"' in str(case.config).replace("'", '"') and not _built("async_io"):
-        if not build:
-            return "DeepSpeed's async_io is not built here; --full builds it"
-        if not AsyncIOBuilder().is_compatible():
-            return "DeepSpeed's async_io cannot be built here: it needs libaio's headers"
-        AsyncIOBuilder().load(verbose=False)
+
+def provide(case: Case) -> None:
+    """Let this process build the case.
+
+    fp16 is computed in software where the processor has none: slower, by the same rules. DeepSpeed's asynchronous
+    reads and writes are compiled as one file instead of fifteen, each of which includes all of torch: a minute, not
+    seven.
+    """
+    accelerator, asked = get_accelerator(), "precision=fp16" in case.recipe
+    native = type(accelerator).is_fp16_supported
+    accelerator.is_fp16_supported = lambda: asked or bool(native(accelerator))
+    _compile_as_one_file()
+
+
+def missing(case: Case) -> str | None:
+    """Why the case cannot run here, or None. What it needs is compiled now, before ranks would wait for it."""
+    return _without_async_io() if "nvme" in str(case.config) else None
+
+
+@lru_cache
+def _without_async_io() -> str | None:
+    if not AsyncIOBuilder().is_compatible():
+        return "layouts with NVMe: DeepSpeed's async_io needs a C++ compiler and libaio's headers (tests/install.sh)"
+    _compile_as_one_file()
+    AsyncIOBuilder().load(verbose=False)
     return None
 
 
-def _built(operator: str) -> bool:
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return any(root.glob(f"**/{operator}/{operator}.so"))
+@lru_cache
+def _compile_as_one_file() -> None:
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "as_one_file"
+    source = Path(AsyncIOBuilder().deepspeed_src_path("csrc"))
+    for path in (path for part in _PARTS for path in (source / part).rglob("*.*")):
+        once = "#pragma once\n" if path.suffix == ".h" else ""
+        _write(folder / "csrc" / path.relative_to(source), once + path.read_text())
+    for builder in (AsyncIOBuilder, PinMemoryBuilder):
+        names, includes = builder().sources(), builder().include_paths()
+        text = ""
+        for number, name in enumerate(names):
+            text += "".join(f"#define {twice} {twice}_{number}\n" for twice in _TWICE)
+            text += f'#include "{name}"\n' + "".join(f"#undef {twice}\n" for twice in _TWICE)
+        whole = folder / f"{builder.NAME}.cpp"
+        _write(whole, text)
+        builder.sources = lambda _, whole=whole: [str(whole)]
+        builder.include_paths = lambda _, includes=includes: [str(folder / path) for path in includes]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, unless it is there already: a new date would have it compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -55,12 +55,11 @@ def after(request):
 
 
 @pytest.fixture(scope="module")
-def possible(request):
+def possible():
     """The moves that this machine can make, and why it cannot make the others."""
-    build = request.config.getoption("--full")
     reasons = {
         (source, target, kind): next(
-            (reason for name in (source, target) if (reason := missing(move_worker.case(name, kind), build))), None
+            (reason for name in (source, target) if (reason := missing(move_worker.case(name, kind)))), None
         )
         for source, target, kind in MOVES
     }

@@ -25,16 +25,15 @@ def updates(request):
 @pytest.fixture(scope="session")
 def results(request, tmp_path_factory, updates):
     """By case id what its ranks did; a world size runs when its first case is asked for."""
-    build = request.config.getoption("--full")
     asked = {item.callspec.params["case"].id: item.callspec.params["case"] for item in _selected(request)}
     failed, done = {}, {}
     folder = tmp_path_factory.mktemp("parity")
 
     def result(case):
-        if reason := missing(case, build):
+        if reason := missing(case):
             pytest.skip(reason)
         if case.world not in done:
-            cases = [other for other in asked.values() if other.world == case.world and not missing(other, build)]
+            cases = [other for other in asked.values() if other.world == case.world and not missing(other)]
             failed.update(run_cases(cases, folder, updates, TOTAL))
             done[case.world] = True
         if case.id in failed:

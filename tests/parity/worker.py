@@ -16,6 +16,7 @@ from typing import Any
 import curve as curves
 import layouts
 import mutants
+import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -46,6 +47,7 @@ def main(job: dict[str, Any]) -> None:
 def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreement) -> None:
     """Train one layout and write what it did."""
     folder = Path(job["folder"])
+    needs.provide(case)
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, agreement)
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones

@@ -77,8 +77,9 @@ def test_inspecting_with_a_tokenizer_shows_text(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["shown"][0]["text"] == text
     other = train_tokenizer(["five six seven"] * 5, 280, tmp_path / "other")
     assert refused(corpora.inspect, prefix, [], 0, other) == (
-        f"the corpus was made with another tokenizer ({model.sha256[:12]}, not {Tokenizer(other).sha256[:12]})\n"
-        f"  {prefix}\n  {other}\n  do: give the tokenizer that it was made with"
+        f"these two are of different tokenizers\n  {model.sha256[:12]}…  {prefix}\n"
+        f"  {Tokenizer(other).sha256[:12]}…  {other}\n"
+        "  do: use the tokenizer that the corpus was made with, or prepare it anew"
     )
 
 
@@ -182,14 +183,81 @@ def test_corpora_that_do_not_go_together_are_refused(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", sha="e" * 64)
     wide = write(tmp_path / "wide", vocab_size=70_000)
     output = str(tmp_path / "c")
-    both = "do: prepare both with one tokenizer"
     assert refused(corpora.merge, [a, b], output) == (
-        f"the corpora were made with different tokenizers (ffffffffffff and eeeeeeeeeeee)\n  {a}\n  {b}\n  {both}"
+        f"these two are of different tokenizers\n  ffffffffffff…  {a}\n  eeeeeeeeeeee…  {b}\n"
+        "  do: use the tokenizer that the corpus was made with, or prepare it anew"
     )
     assert refused(corpora.merge, [a, wide], output) == (
-        f"the ids are of different types (uint16 and int32)\n  {a}\n  {wide}\n  {both}"
+        f"the ids are of different types (uint16 and int32)\n  {a}\n  {wide}\n  do: prepare both with one tokenizer"
     )
     assert refused(corpora.merge, [a, b], a) == (
         f"a corpus cannot be merged into itself\n  {a}\n  do: choose another --output"
     )
+    assert not list(tmp_path.glob("c.*"))
+
+
+def write_packed(prefix, samples, seq_len=3, padding=1):
+    with Writer(prefix, 50) as writer:
+        for ids in samples:
+            writer.add_document(ids, 3 * len(ids))
+        writer.finish("f" * 64, EOD, {"by": "a test"}, seq_len, padding)
+    return str(prefix)
+
+
+PACKED = [[7, 8, 9, 10], [11, EOD, 5, EOD], [6, 6, EOD, EOD]]
+
+
+def test_packed_corpora_are_inspected_and_verified_as_samples(tmp_path, capsys):
+    prefix = write_packed(tmp_path / "c", PACKED)
+    assert str(corpora.inspect(prefix, [1])).splitlines() == [
+        f"{prefix}: 3 samples, packed for seq_len 3, 12 tokens (uint16), tokenizer ffffffffffff",
+        "padding: 8.33%",
+        "by: a test",
+        "sample 1: 4 tokens",
+        "11 1 5 1",
+    ]
+    assert main(["data", "verify", prefix]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{prefix}: 3 samples, 12 tokens",
+        "checked: index, ids 0 to 11, checksums, vocabulary of 50, samples of 4 tokens",
+        "whole",
+    ]
+
+
+@pytest.mark.parametrize("entries", [2, 5, 1000])
+@pytest.mark.parametrize(
+    ("samples", "padding", "message"),
+    [
+        ([[7, 8, 9], [5, EOD, EOD, 5, EOD]], 1, "sample 0 has not 4 tokens"),
+        ([*PACKED, [5, EOD, 6, 7]], 1, "sample 3 holds the end of a document, and ends within another"),
+        (PACKED, 2, "at most 1 tokens are padding, the sidecar speaks of 2"),
+    ],
+)
+def test_samples_that_are_not_as_packed_are_found(tmp_path, monkeypatch, entries, samples, padding, message):
+    monkeypatch.setattr(verifying, "_ENTRIES", entries)
+    assert corpora.verify(write_packed(tmp_path / "c", samples, padding=padding)).wrong == (message,)
+
+
+def test_packed_corpora_of_one_length_are_merged_to_one(tmp_path, megatron):
+    prefixes = [write_packed(tmp_path / "a", PACKED), write_packed(tmp_path / "b", PACKED[1:])]
+    assert str(corpora.merge(prefixes, str(tmp_path / "ours"))) == f"{tmp_path}/ours: 5 samples, 20 tokens"
+    merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
+    assert content(tmp_path / "ours") == content(tmp_path / "theirs")
+    facts = Reader(tmp_path / "ours").sidecar
+    assert (facts.packed, facts.padding, facts.documents) == (3, 2, 5)
+    assert corpora.verify(str(tmp_path / "ours")).wrong == ()
+
+
+def test_packed_corpora_are_not_merged_with_others(tmp_path):
+    packed, plain = write_packed(tmp_path / "a", PACKED), write(tmp_path / "b")
+    longer = write_packed(tmp_path / "longer", [[5] * 7 + [EOD]], 7, 0)
+    both = "do: prepare both alike, or list both under data.train"
+    assert refused(corpora.merge, [packed, plain], str(tmp_path / "c")) == (
+        f"one corpus is packed for seq_len 3, the other not packed\n  {packed}\n  {plain}\n  {both}"
+    )
+    assert refused(corpora.merge, [packed, longer], str(tmp_path / "c")) == (
+        f"one corpus is packed for seq_len 3, the other packed for seq_len 7\n  {packed}\n  {longer}\n  {both}"
+    )
+    (tmp_path / "b.json").unlink()
+    assert "packed for seq_len 3, the other not packed" in refused(corpora.merge, [packed, plain], str(tmp_path / "c"))
     assert not list(tmp_path.glob("c.*"))

@@ -93,6 +93,8 @@ def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
         "version": 1,
         "stretches": [[6, zlib.crc32(binary)]],
         "made": {},
+        "packed": None,
+        "padding": 0,
     }
     assert Reader(tmp_path / "c").sidecar == sidecar
 

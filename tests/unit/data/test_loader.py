@@ -255,9 +255,8 @@ def test_a_corpus_of_another_tokenizer_is_named(corpora, tmp_path):
     with pytest.raises(UserError) as error:
         loader(corpora, tokenizer=str(file))
     assert str(error.value) == (
-        f"megagpt: the corpus was made by the tokenizer 000000000000…, not by {file} (ae448ac86c4e…)\n"
-        f"  {corpora[0].prefix}\n"
-        "  do: set data.tokenizer to the one that made the corpus, or prepare the corpus anew"
+        f"megagpt: these two are of different tokenizers\n  000000000000…  {corpora[0].prefix}\n"
+        f"  ae448ac86c4e…  {file}\n  do: use the tokenizer that the corpus was made with, or prepare it anew"
     )
 
 

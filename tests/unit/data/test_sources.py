@@ -136,12 +136,55 @@ def test_a_manifest_lists_files_and_names_corpora(tmp_path):
     manifest.write_text("a.txt\t../up\n")
     assert refused(f"@{manifest}") == (
         f"`../up` cannot be the name of a corpus\n  {manifest}:1\n"
-        "  do: name corpora by letters, digits, - and _, after one tab"
+        "  do: name corpora by letters, digits, - and _, after one tab; a weight comes after the name and another tab"
     )
     assert refused(f"@{tmp_path}/none") == (
         f"cannot read the manifest: [Errno 2] No such file or directory: '{tmp_path}/none'\n  {tmp_path}/none\n"
         "  do: write a path a line, in UTF-8"
     )
+
+
+COLUMNS = "write PATH, or PATH <tab> NAME, or PATH <tab> NAME <tab> WEIGHT"
+NUMBER = "write PATH <tab> NAME <tab> WEIGHT, the weight a number above 0"
+ALL = "give every corpus a name and a weight, or none a weight"
+
+
+@pytest.mark.parametrize(
+    ("lines", "what", "places", "do"),
+    [
+        ("a.txt\tone\t2\tmore", "this line has 4 columns", ["{m}:1"], COLUMNS),
+        ("\n\tone", "this line names no file", ["{m}:2"], COLUMNS),
+        ("a.txt\t7", "`7` cannot be the name of a corpus", ["{m}:1"], "name corpora by letters, digits, - and _, after "
+            "one tab; a weight comes after the name and another tab"),
+        ("a.txt\tone\tmuch", "`much` is no weight", ["{m}:1"], NUMBER),
+        ("# a\na.txt\tone\t0", "`0` is no weight", ["{m}:2"], NUMBER),
+        ("a.txt\tone\tnan", "`nan` is no weight", ["{m}:1"], NUMBER),
+        ("a.txt\t\t3", "the weight 3 stands behind no name", ["{m}:1"], NUMBER),
+        ("a.txt\tone\t3\n\nb.txt\tone\t2.5", "`one` has the weights 3 and 2.5", ["{m}:1", "{m}:3"],
+            "a weight is of the whole corpus: give it once, or the same one"),
+        ("b.txt\ttwo\na.txt\tone\t3", "`two` has no weight", ["{m}:1", "{m}:2: a weight"], ALL),
+        ("a.txt\tone\t3\nb.txt", "files that go to no named corpus have no weight", ["{m}:2", "{m}:1: a weight"], ALL),
+    ],
+)  # fmt: skip
+def test_mistakes_of_a_manifest_are_told_with_their_lines(tmp_path, lines, what, places, do):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    manifest = tmp_path / "list"
+    manifest.write_text(lines + "\n")
+    where = "".join(f"  {place.format(m=manifest)}\n" for place in places)
+    assert refused(f"@{manifest}") == f"{what}\n{where}  do: {do}"
+
+
+def test_weights_of_a_manifest_are_of_corpora(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    manifest = tmp_path / "list"
+    manifest.write_text("a.txt\tone\t3\r\nb.txt\tone\r\nc.txt \t two\t0.5\r\nb.txt\tone\t3.0\r\n")
+    found = find_sources([f"@{manifest}"], None)
+    assert [(source.corpus, source.weight) for source in found] == [("one", 3), ("one", 3), ("two", 0.5), ("one", 3)]
+    with pytest.raises(UserError) as error:
+        find_sources([f"@{manifest}", str(tmp_path / "a.txt")], None)
+    assert error.value.problems[0].where == f"INPUT\n{manifest}:1: a weight"
 
 
 def rows(tmp_path, column, kind=None, **options):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,14 +41,39 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done.
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or samples
+# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes. A tokenizer is trained
+# on SAMPLE bytes.
 PROGRAM = """\
-import resource, sys, time
-from megagpt.data import pieces, shards
+import os, resource, sys, time
+from megagpt.data import id_file, pieces, shards
 
 piece, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
+
+
+class Told(id_file.IdFile):
+    def __init__(self, path, start=None):
+        super().__init__(path, start)
+        self._start = start or 0
+
+    def finish(self):
+        stretches = super().finish()
+        with open(os.environ["PLACES"], "a") as file:
+            print(self._start, sum(size for size, _ in stretches), file=file)
+        return stretches
+
+
+if "SAMPLE" in os.environ:
+    from megagpt.prepare import sampling
+    sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
+if "PLACES" in os.environ:
+    id_file.IdFile = Told
+from megagpt.prepare import packing  # now that what it imports has been changed
+
+filled = packing._filled
+packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
 if __name__ == "__main__":
     pieces._SMALLEST = int(piece)
     if limit != "0":
@@ -83,6 +109,16 @@ def finish(process, code=0):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     return output, errors
+
+
+def wait_for(folder, pattern, process):
+    """The files of this pattern, once there are some."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if found := sorted(folder.glob(pattern)):
+            return found
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
 
 
 def alive(pid):

@@ -79,7 +79,8 @@ def test_choosing_does_not_depend_on_the_workers_and_is_told(command, texts, mod
     assert json.loads(printed)["copies"] == len(texts) + 2  # two of three empty documents are copies too
     made = json.loads((tmp_path / "c1.train.json").read_text())["made"]
     assert made["options"] == {
-        "validation_fraction": 0.2, "text_key": "text", "strict": False, "deduplicate": True, "shuffle": True
+        "validation_fraction": 0.2, "text_key": "text", "strict": False, "deduplicate": True, "shuffle": True,
+        "engine": "sentencepiece", "pack": None,
     }  # fmt: skip
     assert made["by"].startswith("megagpt ")
     assert made["odd"] == {"empty": 6}

@@ -2,15 +2,18 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megagpt.data.documents import digest_of, in_validation
 from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import Options, PrepareSummary, prepare_command, train_tokenizer_command
+from megagpt.prepare import Options, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
+from megagpt.recipe.sections import DataSection
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 
@@ -160,7 +163,12 @@ def test_a_manifest_that_names_corpora_gives_one_each(command, texts, model, tmp
     (tmp_path / "list").write_text("a.jsonl\tfirst\nb.jsonl\tsecond\na.jsonl\tsecond\n")
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--json")
     printed, _ = finish(command("prepare", f"@{tmp_path}/list", *options))
-    summaries = json.loads(printed)["corpora"]
+    summaries, data = json.loads(printed)["corpora"], json.loads(printed)["data"]
+    assert data == {
+        "train": [{"path": f"{tmp_path}/c.{name}.train"} for name in ("first", "second")],
+        "weight_counts": "epochs",
+        "validation": [f"{tmp_path}/c.{name}.validation" for name in ("first", "second")],
+    }
     assert [summary["train"]["prefix"] for summary in summaries] == [
         f"{tmp_path}/c.{n}.train" for n in ("first", "second")
     ]
@@ -168,3 +176,24 @@ def test_a_manifest_that_names_corpora_gives_one_each(command, texts, model, tmp
         alone = tmp_path / f"alone-{name}"
         prepare_command([str(tmp_path / f"{file}.jsonl") for file in files], model, alone, Options(0.2))
         assert content(tmp_path / f"c.{name}") == content(alone)
+
+
+def test_the_weights_of_a_manifest_become_a_blend_that_a_recipe_takes(texts, model, tmp_path):
+    for name, some in (("a", texts[:30]), ("b", texts[30:])):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(some))
+    (tmp_path / "list").write_text("a.jsonl\tweb\t0.75\nb.jsonl\tbooks\t3\n")
+    made = prepare_corpora([f"@{tmp_path}/list"], model, tmp_path / "c", Options(0, workers=1))
+    shown = str(made)
+    assert shown[shown.index("for a recipe:") :].splitlines() == [
+        "for a recipe:",
+        "data:",
+        "  train:",
+        f"  - {{path: {tmp_path}/c.web.train, weight: 0.75}}",
+        f"  - {{path: {tmp_path}/c.books.train, weight: 3.0}}",
+    ]
+    section = DataSection(**yaml.safe_load(shown[shown.index("data:\n") :])["data"])
+    assert [(Path(source.path).name, source.weight) for source in section.train] == [
+        ("c.web.train", 0.75),
+        ("c.books.train", 3.0),
+    ]
+    assert all(len(Reader(source.path).tokens) for source in section.train)

@@ -1,15 +1,19 @@
 """Real MPI ranks: the same bytes, on one disk or on two, and one that fails ends all."""
 
+import os
 import shutil
+import signal
 import sys
 
 import pytest
 
-from megagpt.distributed import mpi_size
+from megagpt.data import pieces
+from megagpt.distributed import free_port, from_mpi_or_slurm
 from megagpt.prepare import Options, prepare_command
-from tests.unit.prepare.conftest import content, finish, jsonl
+from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
-pytestmark = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
 
 
@@ -26,14 +30,69 @@ def expected(lines, model, tmp_path):
     return content(tmp_path / "alone")
 
 
-def test_ranks_write_the_same_bytes(command, lines, model, expected, tmp_path):
+def test_ranks_pack_the_same_bytes(command, lines, model, tmp_path):
+    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, pack=64))
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--pack", 64)
+    finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
+    assert content(tmp_path / "c") == content(tmp_path / "alone")
+
+
+CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
+
+
+@mpi
+@pytest.mark.parametrize(("ranks", "chosen"), CHOSEN, ids=["2", "3", "3 that choose"])
+def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
+    command, lines, model, tmp_path, monkeypatch, ranks, chosen
+):
+    monkeypatch.setattr(pieces, "_SMALLEST", 5000 if chosen else 1 << 30)
+    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, **chosen))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
-    output, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
-    assert content(tmp_path / "c") == expected
+    options += tuple(f"--{name}" for name in chosen)
+    places = tmp_path / "places"
+    monkeypatch.setenv("PLACES", str(places))
+    output, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", ranks)))
+    assert content(tmp_path / "c") == content(tmp_path / "alone")
     assert not (tmp_path / "c.prepare").exists()
     assert output.count("prepared in") == 1, errors
+    written = sorted(tuple(map(int, line.split())) for line in places.read_text().splitlines())
+    sizes = [(tmp_path / f"c.{part}.bin").stat().st_size for part in ("train", "validation")]
+    assert len({start for start, _ in written}) == 2 * ranks - 1  # both parts begin at 0
+    assert sum(size for _, size in written) == sum(sizes)
+    assert max(size for _, size in written) < 0.75 * sizes[0]
 
 
+@mpi
+def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, expected, tmp_path):
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
+    process = command("prepare", lines, *options, piece=5000, pause=0.1, launcher=(*MPIRUN, "-n", 2))
+    folder = tmp_path / "c.prepare" / "shards"
+    wait_for(folder, "3.json", process)
+    partial = wait_for(folder, "*.bin.*.partial", process)[0]
+    os.kill(int(partial.name.split(".")[2]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not list(tmp_path.glob("c.*.idx"))
+    kept = len(list(folder.glob("*.json")))
+    assert kept >= 3
+    _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
+    assert f"going on, {kept} of " in errors
+    assert content(tmp_path / "c") == expected
+
+
+@mpi
+def test_a_full_disk_of_one_rank_leaves_no_corpus_and_they_go_on_later(command, lines, model, expected, tmp_path):
+    """The files can grow to less than the joined ones have: what the last rank writes does not fit."""
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
+    launcher, limit = (*MPIRUN, "-n", 2), len(expected[".train.bin"]) - 1000
+    _, errors = finish(command("prepare", lines, *options, piece=5000, file_limit=limit, launcher=launcher), 1)
+    assert errors.count("megagpt: cannot write: File too large") == 1
+    assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
+    finish(command("prepare", lines, *options, piece=5000, launcher=launcher))
+    assert content(tmp_path / "c") == expected
+
+
+@mpi
 def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lines, model, expected, tmp_path):
     """Two ranks in two folders, with an output that is relative to them."""
     (tmp_path / "one").mkdir()
@@ -47,6 +106,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
     assert list((tmp_path / "two").iterdir()) == []
 
 
+@mpi
 def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--strict")
     _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 2)), 2)
@@ -55,15 +115,58 @@ def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("environment", "size"),
+    ("environment", "place"),
     [
-        ({}, 1),
-        ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
-        ({"PMI_SIZE": "2"}, 2),
-        ({"SLURM_NTASKS": "4"}, 1),  # in an allocation, but not started by srun
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, 4),
-        ({"WORLD_SIZE": "8"}, 1),  # of torchrun's, which is no launcher of prepare
+        ({}, ("python", 0, 1)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            ("openmpi", 1, 3),
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, ("mpich", 0, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("python", 0, 1)),  # in an allocation, but not started by srun
+        (STEP | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, ("slurm", 3, 4)),
+        (STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, ("slurm", 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun's, which is no launcher of prepare
     ],
 )
-def test_the_launcher_says_how_many_ranks_there_are(environment, size):
-    assert mpi_size(environment) == size
+def test_the_launcher_says_which_rank_it_is_of_how_many(environment, place):
+    found = from_mpi_or_slurm(environment)
+    assert (found.launcher, found.rank, found.world_size) == place
+
+
+@pytest.fixture
+def tasks(command, lines, model, tmp_path, monkeypatch):
+    """Start tasks as srun does: each is told its number, the hosts of the step, and nothing of MPI."""
+
+    def start(count, **limits):
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
+        started = []
+        for number in range(count):
+            for name, value in (STEP | {"SLURM_PROCID": str(number), "SLURM_NTASKS": str(count)}).items():
+                monkeypatch.setenv(name, value)
+            started.append(command("prepare", lines, *options, piece=5000, **limits))
+        return started
+
+    return start
+
+
+def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
+    outputs = [finish(task)[0] for task in tasks(3)]
+    assert content(tmp_path / "c") == expected
+    assert ["prepared in" in output for output in outputs] == [True, False, False]
+
+
+def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):
+    started = tasks(2, pause=0.1)
+    wait_for(tmp_path / "c.prepare" / "shards", "3.json", started[0])
+    started[1].kill()
+    _, errors = finish(started[0], 1)
+    assert errors == (
+        "megagpt: task 1 has ended before its work was done\n  srun\n"
+        "  do: see what it said, then type the command again: it goes on where it stopped\n"
+    )
+    assert not list(tmp_path.glob("c.*.idx"))
+    (_, errors), _ = [finish(task) for task in tasks(2)]
+    assert "going on, " in errors
+    assert content(tmp_path / "c") == expected

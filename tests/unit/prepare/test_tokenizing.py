@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import inspect_tokenizer, train_tokenizer_command
-from tests.unit.prepare.conftest import jsonl
+from tests.unit.prepare.conftest import finish, jsonl
 
 
 def test_quality_is_measured_on_unseen_text_where_there_is_some(texts, tmp_path):
@@ -20,6 +21,39 @@ def test_quality_is_measured_on_unseen_text_where_there_is_some(texts, tmp_path)
     model = Tokenizer(tmp_path / "b.model")
     assert seen.bytes_per_token == pytest.approx(seen.text_bytes / sum(len(model.encode(text)) for text in texts))
     assert (seen.unknown, seen.lost) == (0.0, 0)
+
+
+def test_the_tokenizer_does_not_depend_on_who_reads_and_is_trained_on_a_sample(command, texts, tmp_path, monkeypatch):
+    """Files of lines, compressed and not, and one of text; the sample is a fifth of them."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_text(jsonl([f"word{number} {text}" for text in texts]))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "1.jsonl").read_bytes()))
+    (folder / "b.txt").write_text("\n".join(texts))
+    size = sum(len(text.encode()) for text in texts)
+    monkeypatch.setenv("SAMPLE", str(size))
+    made = []
+    for workers in (1, 3):
+        options = ("--vocab-size", 400, "--output", tmp_path / f"t{workers}", "--workers", workers, "--json")
+        summary = json.loads(finish(command("tokenizer", "train", folder, *options, piece=2000))[0])
+        made.append((summary | {"path": "", "seconds": 0}, (tmp_path / f"t{workers}.model").read_bytes()))
+    assert made[0] == made[1]
+    monkeypatch.setenv("SAMPLE", str(10 * size))
+    finish(command("tokenizer", "train", folder, "--vocab-size", 400, "--output", tmp_path / "all", piece=2000))
+    assert (tmp_path / "all.model").read_bytes() != made[0][1]
+
+
+def test_what_cannot_be_read_is_named_by_whoever_reads(command, texts, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text(jsonl(texts))
+    (tmp_path / "3.jsonl.gz").write_bytes(gzip.compress(jsonl(texts).encode())[:-9])
+    options = ("--vocab-size", 400, "--output", tmp_path / "t", "--workers", 2)
+    _, errors = finish(command("tokenizer", "train", tmp_path, *options, piece=2000), 2)
+    what, where, _ = errors.splitlines()
+    assert what.startswith("megagpt: the compressed file is damaged or cut short: ")
+    assert where == f"  {tmp_path}/3.jsonl.gz"
+    assert not (tmp_path / "t.model").exists()
 
 
 def test_a_text_that_does_not_come_back_is_told(tmp_path):

@@ -12,7 +12,7 @@ from megagpt.data.indexed import Reader
 from megagpt.errors import UserError
 from megagpt.prepare import Options, prepare_command
 from megagpt.prepare.workplace import Workplace, workplace_of
-from tests.unit.prepare.conftest import alive, content, finish, jsonl
+from tests.unit.prepare.conftest import alive, content, finish, jsonl, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,6 @@ def expected(large, model, tmp_path_factory):
 def start(command, large, model, prefix, workers=2, **limits):
     options = ("--tokenizer", model, "--output", prefix, "--validation-fraction", 0.1, "--workers", workers)
     return command("prepare", large, *options, **limits)
-
-
-def wait_for(folder, pattern, process):
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        if found := sorted(folder.glob(pattern)):
-            return found
-        time.sleep(0.002)
-    raise AssertionError(process.communicate())
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
@@ -87,7 +78,7 @@ def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large,
     assert what == "megagpt: a worker died (SIGKILL) at this input"
     assert where.startswith(f"  {large}/")
     assert "bytes" in where or "files after it" in where
-    assert do.startswith("  do: type the command again, it goes on where it stopped; if memory was short, with fewer")
+    assert do.startswith("  do: type the command again (`prepare` goes on where it stopped); if memory was short")
     assert not list(tmp_path.glob("c.*.idx"))
     assert not (folder / f"{number}.json").exists()
     finish(start(command, large, model, tmp_path / "c"))

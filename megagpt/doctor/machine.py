@@ -1,0 +1,156 @@
+"""Checks of devices, memory, limits and clocks: pure functions of what the hosts have said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megagpt.doctor.examination import Host, Visit
+from megagpt.doctor.finding import Finding
+from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, size, stopped, unasked
+from megagpt.doctor.needs import STATE_BYTES
+from megagpt.doctor.probe import PINNING
+
+_SKEW, _SMALL_SKEW = 2.0, 0.5  # seconds
+_FILES, _FILES_PER_RANK = 256, 16  # of a rank: its own, and a connection to each other rank in about so many groups
+_UNLIMITED = "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity for slurmd, " \
+             "`docker run --ulimit memlock=-1`"  # fmt: skip
+
+
+def clock(visit: Visit) -> Iterator[Finding]:
+    """The clocks agree: whether a run lives is read from the times of its files."""
+    hosts, found = visit.there, []
+    if visit.alone:
+        return
+    for host in hosts:
+        ahead, error = host.clock
+        beyond = abs(ahead) - error
+        what = f"its clock is {abs(ahead):.1f} s {'ahead' if ahead > 0 else 'behind'}"
+        do = "let chrony or systemd-timesyncd set it: `timedatectl set-ntp true`"
+        if beyond > _SMALL_SKEW:
+            found.append((bad if beyond > _SKEW else odd)("clock", what, do, host))
+    yield from found
+    if hosts and not found:
+        most = max(abs(ahead) + error for ahead, error in (host.clock for host in hosts))
+        yield good("clock", f"within {max(1, round(1000 * most))} ms of this host's")
+
+
+def devices(visit: Visit) -> Iterator[Finding]:
+    """As many devices as ranks, which torch can use, and the same ones everywhere."""
+    hosts = [host for host in visit.there if "torch" in host.probe]
+    found: list[Finding] = []
+    for host in hosts:
+        found += _devices(host)
+    kinds = {tuple(sorted(set(host.probe["torch"]["devices"]))) for host in hosts}
+    if len(kinds) > 1:
+        what = f"not the same devices: {'; '.join(sorted(', '.join(kind) or 'none' for kind in kinds))}"
+        found.append(odd("devices", what, "take hosts of one kind: all wait for the slowest", *hosts))
+    yield from found
+    if hosts and not found:
+        names = hosts[0].probe["torch"]["devices"]
+        driver = hosts[0].facts["nvidia"]["driver"]
+        gpus = f"{len(names)} × {names[0]}, driver {driver}" if names else ""
+        cpus = f"CPU, {number(hosts[0].facts['cores'], 'core')} for {number(len(hosts[0].ranks), 'rank')}"
+        where = f" on {hosts[0].name}" if len(hosts) > 1 else ""
+        yield good("devices", (gpus or cpus) + where)
+
+
+def _devices(host: Host) -> Iterator[Finding]:
+    torch, driver, ranks = host.probe["torch"], host.facts["nvidia"], len(host.ranks)
+    cpu = host.probe.get("accelerator", "cpu") == "cpu"
+    if driver["devices"] and not torch["devices"]:
+        build = "a build for CPUs" if torch["cuda"] is None else f"built for CUDA {torch['cuda']}"
+        what = (
+            f"{driver['devices']} NVIDIA devices (driver {driver['driver']}), but torch {torch['version']}, {build}, "
+        )
+        do = "install torch's build for CUDA, and a driver as new as it asks for"
+        yield bad("devices", f"{what}sees none: {torch['error']}", do, host)
+    elif torch["devices"] and cpu and "accelerator" in host.probe:
+        yield odd("devices", f"DeepSpeed runs on the CPU, beside {len(torch['devices'])} × {torch['devices'][0]}",
+                  "unset DS_ACCELERATOR", host)  # fmt: skip
+    elif torch["devices"] and len(torch["devices"]) < ranks:
+        what = f"{number(len(torch['devices']), 'device')} for {number(ranks, 'rank')}"
+        yield bad("devices", what, "give the host as many slots as it has devices (CUDA_VISIBLE_DEVICES?)", host)
+    elif not torch["devices"] and host.facts["cores"] < ranks:
+        what = f"{number(host.facts['cores'], 'core')} for {number(ranks, 'rank')}"
+        yield odd("devices", what, "start fewer ranks: they take turns on the cores", host)
+
+
+def open_files(visit: Visit) -> Iterator[Finding]:
+    """As many files may be open as connections to all ranks take."""
+    hosts, found, need = visit.there, [], _FILES + _FILES_PER_RANK * visit.world
+    for host in hosts:
+        soft, hard = host.facts["limits"]["open_files"]
+        if soft is None or soft >= need:
+            continue
+        do = f"`ulimit -n {need}` before the start"
+        if visit.launch or (hard is not None and hard < need):
+            do = f"`* - nofile {need}` into /etc/security/limits.conf there, or LimitNOFILE={need} for sshd or slurmd"
+        found.append(
+            bad("open files", f"{soft:,} may be open, and {number(visit.world, 'rank')} take about {need:,}", do, host)
+        )
+    yield from found
+    if hosts and not found:
+        least = min((soft for host in hosts if (soft := host.facts["limits"]["open_files"][0]) is not None), default=0)
+        yield good("open files", f"{least:,} may be open, about {need:,} are needed" if least else "no limit")
+
+
+def locked_memory(visit: Visit) -> Iterator[Finding]:
+    """What InfiniBand and NVMe transfer from must be locked into memory."""
+    hosts, found = visit.there, []
+    for host in hosts:
+        limit = host.facts["limits"]["locked_memory"]
+        if limit is None:
+            continue
+        if host.facts["infiniband"]:
+            what = f"only {size(limit)} may be locked, and InfiniBand ({', '.join(host.facts['infiniband'])}) locks all"
+            found.append(bad("locked memory", f"{what} that it transfers", _UNLIMITED, host))
+        elif visit.needs.nvme:
+            what = f"only {size(limit)} may be locked, and NVMe's buffers are"
+            found.append(odd("locked memory", what, _UNLIMITED, host))
+    yield from found
+    if hosts and not found:
+        limits = [host.facts["limits"]["locked_memory"] for host in hosts]
+        least = min((limit for limit in limits if limit is not None), default=None)
+        yield good("locked memory", "no limit" if least is None else f"{size(least)}; nothing here locks more")
+
+
+def pinned_memory(visit: Visit) -> Iterator[Finding]:
+    """Host memory can be pinned for transfers to a GPU."""
+    asked = [host for host in visit.there if "pinned" in host.probe or host.probe.get("at", "").startswith(PINNING)]
+    wrong = False
+    for host in asked:
+        pinned = host.probe.get("pinned", {"bytes": 0, "error": stopped(host.probe)})
+        if pinned["error"]:
+            wrong = True
+            report = bad if visit.needs.host_bytes else odd
+            do = f'{_UNLIMITED}; or "pin_memory": false in the config'
+            yield report("pinned memory", f"host memory cannot be pinned: {pinned['error']}", do, host)
+    if not asked:
+        yield unasked("pinned memory", "not asked: no GPU to transfer to")
+    elif not wrong:
+        yield good("pinned memory", f"{size(asked[0].probe['pinned']['bytes'])} can be pinned")
+
+
+def host_memory(visit: Visit) -> Iterator[Finding]:
+    """Memory for what is offloaded to the host; without a GPU, for everything."""
+    needs, found, needed = visit.needs, [], 0.0
+    if not needs.whole:
+        yield unasked("host memory", NO_CONFIG)
+        return
+    for host in visit.there:
+        on_cpu = host.probe.get("accelerator") == "cpu"
+        each = max(needs.host_bytes, 0 if needs.nvme_bytes else STATE_BYTES) if on_cpu else needs.host_bytes
+        share = each * needs.parameters * len(host.ranks) / visit.world
+        available, needed = host.facts["memory"]["available"], max(needed, share)
+        what = f"{size(available)} available, where weights, moments and gradients here take {size(share)}"
+        if share > available:
+            do = "take more hosts or a smaller model, or offload to nvme"
+            found.append(bad("host memory", what, do, host))
+        elif share > 0.8 * available:
+            do = "see what else runs there; activations and libraries come on top"
+            found.append(odd("host memory", what, do, host))
+    yield from found
+    if visit.there and not found:
+        least = min(host.facts["memory"]["available"] for host in visit.there)
+        rest = f"where weights, moments and gradients on a host take {size(needed)}"
+        yield good("host memory", f"{size(least)} available, {rest if needed else 'and nothing is offloaded to it'}")

@@ -1,0 +1,79 @@
+"""`megagpt doctor --as-rank`: the ranks have been started already, by srun or another, and come to rank 0 by a socket.
+
+Not torch's store: the table of a host whose torch is broken must come, too.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+from megagpt.distributed import Rank
+from megagpt.doctor import agent
+from megagpt.doctor.examination import Host, life
+from megagpt.doctor.finding import BAD, Finding
+from megagpt.doctor.links import Link, Lost, local, over_socket
+from megagpt.errors import MachineError
+
+_RETRY = 0.2  # seconds
+
+
+def serve(rank: Rank, limit: float) -> None:
+    """Come to rank 0, and do what it asks. Raises MachineError where it is not found within `limit` seconds."""
+    end = time.monotonic() + limit
+    while True:
+        try:
+            connection = socket.create_connection((rank.address, rank.port), timeout=limit)
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                raise MachineError(
+                    f"rank {rank.rank} on {socket.gethostname()} could not reach rank 0 at {rank.address}:{rank.port} "
+                    f"in {limit:.0f} s",
+                    str(error),
+                    "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
+                ) from None
+            time.sleep(_RETRY)
+    connection.settimeout(None)
+    with connection, connection.makefile("rw", encoding="utf-8") as stream:
+        agent.serve(stream, stream, rank=rank.rank, local_rank=rank.local_rank, job=rank.job)
+
+
+def receive(rank: Rank, limit: float) -> list[Host]:
+    """On rank 0: the hosts of all ranks, itself included; a rank that does not come in time stands for a host."""
+    came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
+    end = time.monotonic() + limit
+    with socket.create_server(("", rank.port), backlog=rank.world_size) as server:
+        while len(came) < rank.world_size and (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                connection, address = server.accept()
+            except TimeoutError:
+                break
+            link = over_socket(connection, str(address[0]))
+            if who := _hello(link, rank, left):
+                link.host = who["host"]
+                came[who["rank"]] = (who["host"], who["local_rank"], link)
+            else:
+                link.close()
+    hosts: dict[str, list[tuple[Link | None, list[list[int]]]]] = {}
+    for number, (name, place, link) in sorted(came.items()):
+        hosts.setdefault(name, []).append((link, [[number, place]]))
+    absent = [number for number in range(rank.world_size) if number not in came]
+    return [*(Host(name, workers) for name, workers in hosts.items()), *(_absent(number, limit) for number in absent)]
+
+
+def _hello(link: Link, rank: Rank, limit: float) -> dict[str, Any] | None:
+    """What a rank says of itself; None where it is no rank of this job."""
+    try:
+        who = link.ask("hello", limit, limit=life(limit))
+    except Lost:
+        return None
+    return who if who.get("job") == rank.job and "rank" in who else None
+
+
+def _absent(number: int, limit: float) -> Host:
+    do = "see what the launcher or that rank's log says: it has not been started, or does not find rank 0"
+    return Host(f"rank {number}", [(None, [[number, 0]])],
+                lost=Finding("reach", BAD, f"has not come in {limit:.0f} s", do, (f"rank {number}",)))  # fmt: skip

@@ -1,0 +1,84 @@
+"""gigatoken's ids are sentencepiece's, or there is no gigatoken."""
+
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data import gigatoken_encoder
+from megagpt.data.gigatoken_encoder import GigatokenEncoder
+from megagpt.errors import UserError
+from tests.unit.data.test_encoder import TEXT, trained
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return GigatokenEncoder(tokenizer)
+
+
+def ids(encoded):
+    return [np.frombuffer(one, "<u2").tolist() for one in encoded]
+
+
+def whole(tokenizer, texts):
+    """Ids by sentencepiece alone, each text in one piece."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(texts)
+
+
+@given(batch=st.lists(st.one_of(TEXT, st.text("<eod> \n", max_size=20)), max_size=5))
+@settings(max_examples=300)
+def test_it_gives_the_ids_of_sentencepiece(tokenizer, encoder, batch):
+    assert ids(encoder.encode(batch)) == whole(tokenizer, batch)
+
+
+def test_it_gives_the_ids_of_sentencepiece_on_documents(tokenizer, encoder, texts):
+    spelled = [text.replace(" the ", "<eod>", 3) for text in texts[:2]]  # which gigatoken by itself makes an end of
+    for batch in ([*texts, *spelled], texts):
+        assert ids(encoder.encode(batch)) == whole(tokenizer, batch)
+
+
+def test_its_memory_is_bounded(tokenizer, monkeypatch):
+    """Words that never come again fill its cache: some 9 bytes a byte of text, if it were not emptied."""
+    monkeypatch.setattr(gigatoken_encoder, "_GROWTH", 8 << 20)
+    encoder, draw = GigatokenEncoder(tokenizer), np.random.default_rng(1)
+    held = []
+    for _ in range(12):
+        text = " ".join(f"{number:x}" for number in draw.integers(0, 1 << 40, 50_000).tolist())
+        assert ids(encoder.encode([text[:2000]])) == whole(tokenizer, [text[:2000]])
+        encoder.encode([text])
+        held.append(gigatoken_encoder._resident())
+    assert max(held[3:]) - held[0] < 30 << 20  # one batch and the doubling of a table may come on top
+
+
+def test_a_tokenizer_that_it_is_not_exact_for_is_refused(tmp_path):
+    model = trained(tmp_path / "blank-before.model", add_dummy_prefix=True)
+    with pytest.raises(UserError) as error:
+        GigatokenEncoder(model)
+    assert str(error.value) == (
+        "megagpt: the engine gigatoken gives sentencepiece's ids only for tokenizers of `megagpt tokenizer train`\n"
+        f"  {model.path}\n  do: leave out --engine: sentencepiece encodes with any tokenizer"
+    )
+
+
+def test_the_missing_package_is_named(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UserError) as error:
+        GigatokenEncoder(tokenizer)
+    assert str(error.value) == (
+        "megagpt: the engine gigatoken needs the package gigatoken\n  --engine\n"
+        '  do: pip install "megagpt[gigatoken]", or leave out --engine'
+    )
+
+
+def test_a_model_that_it_cannot_read_is_told(tokenizer, monkeypatch):
+    import gigatoken
+
+    def refuse(model):
+        raise ValueError("only byte_fallback sentencepiece models are supported")
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_sentencepiece", refuse)
+    with pytest.raises(UserError, match="cannot read the tokenizer: only byte_fallback"):
+        GigatokenEncoder(tokenizer)

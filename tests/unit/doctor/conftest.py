@@ -1,0 +1,56 @@
+"""Two sound hosts with a GPU each, as plain values: each test spoils what it is about."""
+
+import copy
+
+import pytest
+
+from megagpt.doctor.examination import Host, Launch, Visit
+from megagpt.doctor.needs import Needs
+
+GB = 10**9
+FACTS = {
+    "host": "",
+    "python": {"version": "3.11.7", "executable": "/env/bin/python"},
+    "packages": {"megagpt": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "numpy": "2.2.0"},
+    "code": {"folder": "/src/megagpt", "checksum": "aaaa"},
+    "files": {"r.yaml": "1111", "d.json": "2222"},
+    "data": {"web": {"missing": [], "sizes": {".bin": 10, ".idx": 20}, "sidecar": [1, 2], "ends": 3}},
+    "run": {"error": "", "full": False},
+    "disks": {"runs/r": {"free": 900 * GB, "total": 999 * GB}, "nvme": {"free": 900 * GB, "total": 999 * GB}},
+    "limits": {"open_files": [65536, 65536], "locked_memory": None},
+    "memory": {"total": 256 * GB, "available": 200 * GB},
+    "cores": 16,
+    "nvidia": {"devices": 1, "driver": "550.54"},
+    "infiniband": ["mlx5_0"],
+    "network": {"interfaces": {"lo": "127.0.0.1", "eth0": ""}, "resolved": []},
+    "environment": {},
+    "locks": [],
+    "port": 20001,
+}
+PROBE = {
+    "torch": {"version": "2.13.0", "cuda": "12.6", "devices": ["H100"], "error": ""},
+    "pinned": {"bytes": 1 << 30, "error": ""},
+    "accelerator": "cuda",
+    "mistakes": [],
+    "operators": {"fused_adam": {"seconds": 0.31, "error": ""}},
+    "at": "building or loading fused_adam",
+}
+
+
+def host(number):
+    """A host of one rank, with the address 10.0.0.NUMBER."""
+    facts, probe = copy.deepcopy(FACTS), copy.deepcopy(PROBE)
+    del probe["at"]
+    facts["host"] = f"node{number}"
+    facts["network"]["interfaces"]["eth0"] = f"10.0.0.{number}"
+    facts["network"]["resolved"] = [f"10.0.0.{number}"]
+    reduce = [{"speeds": {"gloo": 1.5e9, "nccl": 98.76e9}, "rank": number - 1, "at": "all-reduce over nccl"}]
+    return Host(f"node{number}", [(None, [[number - 1, 0]])], None, facts, (0.0001, 0.0002), [0, 1], probe, reduce)
+
+
+@pytest.fixture
+def visit():
+    needs = Needs("r.yaml", "d.json", (), ("r.yaml", "d.json"), ("web",), "runs/r", 3, 10**9, (), ("fused_adam",), 16)
+    launch = Launch(True, {"node1": 15, "node2": 15}, ())
+    requirements = ("torch<2.14,>=2.13", "deepspeed<0.20,>=0.19.8", "numpy<3,>=2")
+    return Visit([host(1), host(2)], needs, 60.0, False, launch, requirements)

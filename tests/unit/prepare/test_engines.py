@@ -1,0 +1,94 @@
+"""An engine changes how long it takes, not what is written; one that would is found out."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megagpt.data import gigatoken_encoder, pieces
+from megagpt.data.oddities import Place
+from megagpt.errors import UserError
+from megagpt.prepare import Options, prepare_command
+from megagpt.prepare.engines import EngineDiffers
+from tests.unit.prepare.conftest import content, finish, jsonl
+
+GIGATOKEN = Options(0.1, workers=1, engine="gigatoken")
+
+
+@pytest.fixture(scope="module")
+def mixed(texts, tmp_path_factory):
+    """Prose, and what an engine may take for something else."""
+    path = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
+    odd = [
+        "a <eod> b",
+        "<eod>",
+        "",
+        " ",
+        "\n\n",
+        "ｗｉｄｅ ½ ﬁ e\u0301 👩‍👩‍👧 中文\u2028\x85",
+        "\u2581 \u2581",
+        "\0",
+        "\ud800",
+    ]
+    path.write_text(jsonl([*texts, *odd, *reversed(texts)]))
+    return path
+
+
+def test_the_bytes_are_those_of_sentencepiece(mixed, model, tmp_path, command):
+    for engine, workers in (("sentencepiece", 1), ("gigatoken", 2)):
+        line = (mixed, "--tokenizer", model, "--output", tmp_path / engine, "--engine", engine, "--workers", workers)
+        finish(command("prepare", *line))
+    contents = [content(tmp_path / engine) for engine in ("sentencepiece", "gigatoken")]
+    made = [{ending: json.loads(one.pop(ending)) for ending in list(one) if "json" in ending} for one in contents]
+    assert contents[0] == contents[1]
+    for sidecars, engine in zip(made, ("sentencepiece", "gigatoken"), strict=True):
+        for sidecar in sidecars.values():
+            assert sidecar["made"]["options"].pop("engine") == engine
+    assert made[0] == made[1]
+    assert made[0][".train.json"]["made"]["odd"]["control_symbols"] == 2
+
+
+class Broken:
+    """gigatoken, but that it drops the last id of a document which holds a word."""
+
+    def __init__(self, path, word):
+        self._engine, self._word = gigatoken_encoder_opened(path), word
+
+    def encode(self, text):
+        ids = self._engine.encode(text)
+        return ids[:-1] if self._word in text else ids
+
+
+gigatoken_encoder_opened = gigatoken_encoder._opened
+
+
+def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda path: Broken(path, "Zebra"))
+    monkeypatch.setattr(pieces, "_SMALLEST", 60)  # five lines a shard, or fewer
+    source = tmp_path / "text.jsonl"
+    source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
+    with pytest.raises(UserError) as error:
+        prepare_command([str(source)], model, tmp_path / "c", GIGATOKEN)
+    what, where, ours, theirs, do = str(error.value).splitlines()
+    assert what == "megagpt: gigatoken cuts a document otherwise than sentencepiece does"
+    assert where == f"  {source}:31"
+    name, cut = ours.split(": ")
+    assert name == "  sentencepiece"
+    assert cut.replace("|", "").strip() == "of the⏎Zebra"
+    assert theirs == f"  gigatoken:     {cut[: cut.rindex('|')]}"
+    assert do == "  do: leave out --engine, and tell the makers of gigatoken; nothing was written"
+    assert not list(tmp_path.glob("c.*.idx"))
+
+
+def test_what_differs_can_come_from_a_worker():
+    error = pickle.loads(pickle.dumps(EngineDiffers(Place(1, 5), "e", "a|b", "ab")))
+    assert error.place == Place(1, 5)
+    assert str(error.told("here")).splitlines()[1:4] == ["  here", "  sentencepiece: ab", "  e:             a|b"]
+
+
+def test_an_unknown_engine_is_refused(mixed, model, tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare_command([str(mixed)], model, tmp_path / "c", Options(engine="warp"))
+    assert str(error.value) == ("megagpt: there is no engine warp\n  --engine\n  do: choose sentencepiece or gigatoken")
+    assert not list(Path(tmp_path).iterdir())

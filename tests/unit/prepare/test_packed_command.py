@@ -1,0 +1,126 @@
+"""`megagpt prepare --pack`: whoever works, and whatever stops it, the same packed training part."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from megagpt import corpora
+from megagpt.data.indexed import Reader
+from megagpt.prepare import Options, prepare_command
+from tests.unit.prepare.conftest import content, finish, jsonl
+
+SEQ_LEN = 100
+
+
+@pytest.fixture(scope="module")
+def lines(texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lines") / "text.jsonl"
+    path.write_text(jsonl([text[:size] for size in (40, 90, 200, 400, 900) for text in texts]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(lines, model, tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("unpacked") / "c"
+    return prepare_command([str(lines)], model, prefix, Options(0.2))
+
+
+@pytest.fixture(scope="module")
+def packed(lines, model, tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("packed") / "c"
+    return prepare_command([str(lines)], model, prefix, Options(0.2, workers=1, pack=SEQ_LEN)), content(prefix)
+
+
+def start(command, lines, model, prefix, workers=1, **limits):
+    options = ("--tokenizer", model, "--output", prefix, "--validation-fraction", 0.2, "--workers", workers)
+    return command("prepare", lines, *options, "--pack", SEQ_LEN, **limits)
+
+
+def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, packed):
+    summary, _ = packed
+    plain, train = Reader(unpacked.train.prefix), Reader(summary.train.prefix)
+    assert train.packed == train.sidecar.packed == SEQ_LEN
+    assert set(train.lengths.tolist()) == {SEQ_LEN + 1}
+    more = np.bincount(train.tokens, minlength=400) - np.bincount(plain.tokens, minlength=400)
+    assert more[train.sidecar.eod] == more.sum() == train.sidecar.padding == summary.packing.padding > 0
+    assert train.sidecar.text_bytes == plain.sidecar.text_bytes
+    for ending in (".bin", ".idx"):
+        one, other = (f"{part.validation.prefix}{ending}" for part in (summary, unpacked))
+        with open(one, "rb") as ours, open(other, "rb") as theirs:
+            assert ours.read() == theirs.read()
+    assert Reader(summary.validation.prefix).packed is None
+    assert (summary.train.documents, summary.train.tokens) == (unpacked.train.documents, len(plain.tokens))
+    assert corpora.verify(summary.train.prefix).wrong == ()
+
+
+def test_the_documents_cut_are_those_of_a_count_over_all_places(unpacked, packed):
+    """Before: with samples that overlap by one token, from each of the seq_len tokens where the first may begin."""
+    plain = Reader(unpacked.train.prefix)
+    begins = plain.begins(np.arange(len(plain.documents)))
+    lengths, cut = np.diff(begins), 0
+    for first in range(SEQ_LEN):
+        into = (begins[:-1] - first) % SEQ_LEN  # the sample that has the document's first token as an input
+        cut += int((into + lengths > SEQ_LEN + 1).sum())
+    facts = packed[0].packing
+    assert facts.cut_before == pytest.approx(cut / SEQ_LEN)
+    assert facts.cut_after == int((lengths > SEQ_LEN + 1).sum())
+    assert 0 < facts.cut_after < 0.8 * facts.cut_before
+
+
+def test_what_packing_did_is_told(packed, tmp_path, model, command, lines):
+    summary, _ = packed
+    facts, padding = summary.packing, summary.packing.padding
+    samples = len(Reader(summary.train.prefix))
+    line = (
+        f"packed for seq_len 100: {samples:,} samples, {padding / samples / 101:.2%} padding; documents cut: "
+        f"{facts.cut_before / facts.documents:.1%} unpacked, {facts.cut_after / facts.documents:.1%} packed (longer "
+        "than a sample)"
+    )
+    assert line in str(summary).splitlines()
+    made = Reader(summary.train.prefix).sidecar.made
+    assert made["options"]["pack"] == 100
+    assert made["packing"] == {
+        "documents": facts.documents,
+        "cut_before": facts.cut_before,
+        "cut_after": facts.cut_after,
+    }
+    options = ("--tokenizer", model, "--output", tmp_path / "c", "--pack", 100, "--validation-fraction", 0.2, "--json")
+    printed, _ = finish(command("prepare", lines, *options))
+    assert json.loads(printed)["packing"]["samples"] == samples
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_bytes_do_not_depend_on_who_works(command, lines, model, packed, tmp_path, workers):
+    finish(start(command, lines, model, tmp_path / "c", workers, piece=20_000 + workers))
+    assert content(tmp_path / "c") == packed[1]
+    assert not (tmp_path / "c.prepare").exists()
+
+
+def test_a_command_killed_while_it_packs_goes_on(command, lines, model, packed, tmp_path):
+    process = start(command, lines, model, tmp_path / "c", pause=2, piece=10_000_000)
+    end = time.monotonic() + 60
+    while not (tmp_path / "c.prepare/shards/places").exists():
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "c.train.bin.partial").exists()
+    assert not list(tmp_path.glob("c.*.idx"))
+    finish(start(command, lines, model, tmp_path / "c", piece=10_000_000))
+    assert content(tmp_path / "c") == packed[1]
+    assert len(list(tmp_path.glob("c.*"))) == 6
+
+
+@pytest.mark.parametrize("where", ["unpacked", "packed"])
+def test_a_disk_that_is_full_while_packing_leaves_no_corpus(command, lines, model, unpacked, packed, tmp_path, where):
+    """A limit to the size of files that the packed corpus goes past, or that before it."""
+    limit = 2 * unpacked.train.tokens + (100 if where == "packed" else -100)
+    assert limit < len(packed[1][".train.bin"])
+    _, errors = finish(start(command, lines, model, tmp_path / "c", piece=20_000, file_limit=limit), 1)
+    assert errors.splitlines()[0] == "megagpt: cannot write: File too large"
+    assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
+    finish(start(command, lines, model, tmp_path / "c", piece=20_000))
+    assert content(tmp_path / "c") == packed[1]

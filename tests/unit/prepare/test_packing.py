@@ -1,0 +1,131 @@
+"""Packing against a best fit that places chunk by chunk, and every token of every document found again."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from megagpt.data.indexed import Reader
+from megagpt.data.indexed_writer import Writer
+from megagpt.prepare import packing
+from megagpt.prepare.packing import best_fit, pack
+
+EOD = 1
+LENGTHS = st.integers(1, 24).flatmap(
+    lambda longest: st.tuples(st.just(longest), st.lists(st.integers(1, longest), max_size=80))
+)
+
+
+def counted(longest, lengths):
+    return np.bincount(lengths, minlength=longest + 1).tolist() if lengths else [0] * (longest + 1)
+
+
+def one_by_one(longest, lengths):
+    """The room left in each sample when chunks, the longest first, go into the sample with the least room for them."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else longest) - length)
+    return rooms
+
+
+def fewest(longest, lengths):
+    """How few samples can hold all chunks, by trying everything."""
+
+    def least(rest, rooms):
+        if not rest:
+            return len(rooms)
+        best = least(rest[1:], (*rooms, longest - rest[0]))
+        for place in {room: n for n, room in enumerate(rooms) if room >= rest[0]}.values():
+            best = min(best, least(rest[1:], (*rooms[:place], rooms[place] - rest[0], *rooms[place + 1 :])))
+        return best
+
+    return least(sorted(lengths, reverse=True), ())
+
+
+@given(given_=LENGTHS)
+@example(given_=(7, [1] * 20))
+@example(given_=(5, []))
+@settings(max_examples=300, deadline=None)
+def test_samples_are_those_of_a_best_fit_one_by_one(given_):
+    longest, lengths = given_
+    mixes = best_fit(counted(longest, lengths))
+    placed = Counter()
+    for samples, held in mixes:
+        for length in held.tolist():
+            placed[length] += samples
+    assert placed == Counter(lengths)
+    rooms = [longest - int(held.sum()) for samples, held in mixes for _ in range(samples)]
+    assert Counter(rooms) == Counter(one_by_one(longest, lengths))
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=7))
+@settings(max_examples=100, deadline=None)
+def test_samples_are_as_few_as_best_fit_promises(lengths):
+    """At most 11/9 of the fewest, and 6/9 (Dósa 2007)."""
+    samples = sum(mix.samples for mix in best_fit(counted(12, lengths)))
+    assert samples <= (11 * fewest(12, lengths) + 6) / 9
+
+
+def test_a_plan_does_not_grow_with_the_number_of_chunks():
+    counts = [0, *np.random.default_rng(3).integers(0, 1000, 300).tolist()]
+    few, many = best_fit(counts), best_fit([10**9 * count for count in counts])
+    assert sum(mix.samples * len(mix.lengths) for mix in many) == 10**9 * sum(counts)
+    assert len(many) <= 1.2 * len(few) + 10
+
+
+def write(prefix, documents, vocab_size=60_000):
+    with Writer(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add_document(ids, 3 * len(ids))
+        writer.finish("0" * 64, EOD)
+    return Reader(prefix)
+
+
+def packed(reader, seq_len, folder):
+    with Writer(folder / "packed", 60_000, reader.dtype) as writer:
+        summary = pack(reader, writer, seq_len, EOD, folder)
+        writer.finish("0" * 64, EOD, None, seq_len, summary.padding)
+    return Reader(folder / "packed"), summary
+
+
+def chunks_of(ids):
+    """The chunks of more than one token in these ids, cut behind each end of a document; what is left are ends."""
+    cuts = [0, *(place + 1 for place, token in enumerate(ids) if token == EOD), len(ids)]
+    return [ids[a:b] for a, b in itertools.pairwise(cuts) if b - a > 1]
+
+
+def documents_of(lengths):
+    """Documents of so many tokens, none of which occurs twice but the end of each."""
+    numbers = itertools.count(2)
+    return [[*itertools.islice(numbers, length - 1), EOD] if length else [] for length in lengths]
+
+
+@pytest.mark.parametrize("blocks", [(3, 64), (1 << 16, 1 << 20)])
+@given(seq_len=st.integers(1, 20), lengths=st.lists(st.integers(0, 70), max_size=60))
+@example(seq_len=8, lengths=[9] * 4 + [10, 18, 19, 27, 1, 0, 2])
+@example(seq_len=8, lengths=[0, 0])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_token_is_there_once_and_no_document_is_cut_that_fits(
+    tmp_path_factory, monkeypatch, blocks, seq_len, lengths
+):
+    for name, size in zip(("_ENTRIES", "_TOKENS"), blocks, strict=True):
+        monkeypatch.setattr(packing, name, size)
+    folder, size = tmp_path_factory.mktemp("p"), seq_len + 1
+    documents = documents_of(lengths)
+    corpus, summary = packed(write(folder / "c", documents), seq_len, folder)
+    samples = [corpus.sequence(number) for number in range(len(corpus))]
+    assert all(len(sample) == size for sample in samples)
+    assert corpus.documents.tolist() == list(range(len(samples) + 1))
+    chunks = [document[at : at + size] for document in documents for at in range(0, len(document), size)]
+    found = [chunk for sample in samples for chunk in chunks_of(sample.tolist())]
+    assert sorted(found) == sorted(chunk for chunk in chunks if len(chunk) > 1)
+    assert corpus.tokens.tolist().count(EOD) == sum(chunk[-1] == EOD for chunk in chunks) + summary.padding
+    assert summary.padding == len(samples) * size - sum(lengths)
+    assert (summary.documents, summary.cut_after) == (len(lengths), sum(length > size for length in lengths))
+    assert len(samples) == len(one_by_one(size, [len(chunk) for chunk in chunks]))

@@ -1,0 +1,36 @@
+"""What a machine cannot prove is said and is a failure, unless that is allowed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.training import ROOT
+
+TESTS = """
+import pytest
+
+def test_good():
+    pass
+
+@pytest.mark.parametrize("_", "ab")
+def test_disk(_):
+    pytest.skip("a full disk: only root can mount one")
+"""
+SAID = "NOT PROVEN (2 tests): a full disk: only root can mount one"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ([], 1, [SAID, "Nothing may be left unproven, unless --allow-missing is given.", "1 passed, 2 skipped"]),
+        (["--allow-missing"], 0, [SAID, "1 passed, 2 skipped"]),
+    ],
+)
+def test_what_cannot_be_proven_is_said_and_fails(tmp_path, options, code, said):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", *options, tmp_path]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stdout
+    lines = [line.partition(" in ")[0] for line in ended.stdout.splitlines()[1:] if line]
+    assert lines == said
