@@ -18,7 +18,7 @@ import typer
 from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
-from megagpt.errors import EXIT_DONE, UserError
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -71,7 +71,7 @@ def plan(
     words = tuple(overrides or ())
     options = verb.Options(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
     found = verb.plan(options)
-    _answer(found, as_json)
+    answer(found, as_json)
     if "does not fit" in (found.fit.device, found.fit.host):
         raise typer.Exit(EXIT_FAILURE)
 

@@ -24,10 +24,10 @@ _MOST_TENSOR = 8  # parts: more than a machine's GPUs are not joined by a fast l
 def nearest(
     resolved: Resolved, resolve: Callable[[_Words], Resolved], fits: Callable[[Resolved], bool]
 ) -> tuple[str, ...]:
-    """Up to three sets of words, the cheapest first, none of which holds another."""
+    """Up to three sets of words, the fewest and cheapest first; none changes all keys that another does."""
     found: list[_Words] = []
     for words in _candidates(resolved):
-        if any(set(one) <= set(words) for one in found):
+        if any(_keys(one) <= _keys(words) for one in found):
             continue
         try:
             if fits(resolve(words)):
@@ -40,7 +40,7 @@ def nearest(
 
 
 def _candidates(resolved: Resolved) -> Iterator[_Words]:
-    """All combinations, by what they cost: a smaller micro-batch least, then traffic, arithmetic, the bus."""
+    """All combinations; of equally many, by what they cost: micro-batch, traffic, arithmetic, the bus to the host."""
     layout, zero = resolved.layout, Zero(resolved)
     share = layout.micro_batch * layout.accumulation
     smaller = [size for size in reversed(divisors(share)) if size < layout.micro_batch]
@@ -62,5 +62,9 @@ def _candidates(resolved: Resolved) -> Iterator[_Words]:
         (sum(cost for cost, _ in parts), tuple(word for _, words in parts for word in words))
         for parts in product(*single, [(0, ()), *offload])
     )
-    ordered = sorted(combined, key=lambda one: (one[0], len(one[1])))
+    ordered = sorted(combined, key=lambda one: (len(one[1]), one[0]))
     yield from (words for _, words in ordered if words)
+
+
+def _keys(words: _Words) -> set[str]:
+    return {word.partition("=")[0] for word in words}

@@ -23,13 +23,17 @@ def _layout(plan: Plan) -> list[str]:
     batch = f"{plan.data_parallel} × {plan.micro_batch} × {plan.accumulation}"
     lines = [
         f"model    {plan.parameters:,} parameters",
-        f"layout   {plan.world_size} ranks on {plan.nodes} nodes, ZeRO stage {plan.zero_stage}, "
+        f"layout   {_count(plan.world_size, 'rank')} on {_count(plan.nodes, 'node')}, ZeRO stage {plan.zero_stage}, "
         f"{batch} = {plan.global_batch} samples an update",
     ]
     if length.updates is None or length.tokens is None or length.flops is None:
         return [*lines, "length   in epochs of a corpus that is not there: give length.tokens to plan its time"]
     per_update = f"{length.updates:,} updates of {length.tokens_per_update:,} tokens"
     return [*lines, f"length   {per_update}: {length.tokens:,} tokens, {length.flops:.2e} FLOPs"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _memory(plan: Plan) -> list[str]:
