@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -73,8 +74,10 @@ class Run:
     peak_flops: float | None  # of all devices together; None where it is not known
 
 
-def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Console) -> tuple[Run, TrainState] | None:
-    """Put the parts together and load the checkpoint to go on from; None where the run is done already."""
+def assemble(
+    options: Options, rank: Rank, recipe: recipes.Recipe, console: Console, alarm: Callable[[str], None]
+) -> tuple[Run, TrainState] | None:
+    """Put the parts together and load the checkpoint; None where the run is done. `alarm` is told of a hang's end."""
     from megagpt.engine import build, keys, start
 
     resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
@@ -90,8 +93,7 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
-    told = agreement.gather(promise.facts_here(_same(facts), passing.passed_on(os.environ)))
-    unlike = promise.check_hosts(rank, told, os.environ, options.expect_world_size)
+    hosts, unlike = _compare(options, rank, facts, agreement)
     store = checkpoint.Store(
         path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
         needed=12 * cost.parameters(recipe.model),  # a weight and two moments in fp32
@@ -125,13 +127,21 @@ def assemble(options: Options, rank: Rank, recipe: recipes.Recipe, console: Cons
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), health,
-        Watch(path / "logs", rank.rank, recipe.log.hang_after, console.alarm),
+        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
     )  # fmt: skip
     _open(run, device, taken, notes, state, branched)
     return run, state
+
+
+def _compare(
+    options: Options, rank: Rank, facts: dict[str, Any], agreement: Agreement
+) -> tuple[list[promise.Host], list[str]]:
+    """Where each rank is, and what is worth a note of how they differ; collective."""
+    told = agreement.gather(promise.facts_here(_same(facts), passing.passed_on(os.environ), promise.ancestors()))
+    return promise.hosts_of(told), promise.check_hosts(rank, told, os.environ, options.expect_world_size)
 
 
 def done(run: Path) -> int:

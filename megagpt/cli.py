@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments)
     except UserError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")  # in one piece: other ranks write there too
         return error.exit_code
     except SystemExit as end:  # typer ends so, with 2 for a wrong option
         return end.code if isinstance(end.code, int) else EXIT_DONE

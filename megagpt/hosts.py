@@ -20,8 +20,11 @@ class Hosts:
     def __str__(self) -> str:
         width = max(map(len, self.hosts))
         lines = [f"{host:<{width}}  {slots} ranks" for host, slots in self.hosts.items()]
-        wrote = [f"wrote {self.environment}"] if self.environment else []
-        return "\n".join([*lines, f"{len(self.hosts)} hosts, {self.world_size} ranks", *wrote])
+        lines.append(f"{len(self.hosts)} hosts, {self.world_size} ranks")
+        if self.environment:
+            lines += [f"wrote {self.environment}; before `deepspeed --hostfile`, type:",
+                      f'export DS_ENV_FILE={self.environment} PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"']  # fmt: skip
+        return "\n".join(lines)
 
 
 def hosts(file: Path, write: Path | None, env: dict[str, str]) -> Hosts:
@@ -29,4 +32,4 @@ def hosts(file: Path, write: Path | None, env: dict[str, str]) -> Hosts:
     slots = hostfile.read(file)
     if write is not None:
         files.replace_text(write, passing.deepspeed_env(env))
-    return Hosts(slots, sum(slots.values()), str(write) if write else None)
+    return Hosts(slots, sum(slots.values()), str(write.absolute()) if write else None)

@@ -245,8 +245,13 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
     console = Console(Path(recipe.run_dir), rank.rank)
     note = Note(Path(recipe.run_dir), rank)
     assembled = None
+
+    def alarm(text: str) -> None:
+        note.end(EXIT_FAILURE, text.removeprefix("megagpt: "))
+        console.alarm(text)
+
     try:
-        assembled = assemble(options, rank, recipe, console)
+        assembled = assemble(options, rank, recipe, console, alarm)
         code = _loop_and_close(*assembled) if assembled else EXIT_DONE
         note.end(code)
         return code
@@ -254,15 +259,24 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
         note.end(error.exit_code, str(error))
         raise
     except Exception as error:
-        doing = assembled[0].watch.doing if assembled else "the start"
-        cause = f"in {doing}: {type(error).__name__}: {error}"
-        note.end(EXIT_FAILURE, cause)
         traceback.print_exc()
-        console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
-        sys.stdout.flush()
+        _say_failure(error, assembled[0] if assembled else None, rank, console, note)
         os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
     finally:
         console.close()
+
+
+def _say_failure(error: Exception, run: Run | None, rank: Rank, console: Console, note: Note) -> None:
+    """Say where training failed, and who was gone by then: a rank that is killed says nothing, its peers fail."""
+    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}"
+    note.end(EXIT_FAILURE, cause)
+    console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
+    sys.stdout.flush()
+    if run is None or rank.world_size == 1 or not isinstance(error, RuntimeError):  # as gloo's and NCCL's are
+        return
+    if gone := run.watch.gone():
+        console.alarm("\n".join([f"megagpt: rank {rank.rank} failed without", *gone]))
+        note.end(EXIT_FAILURE, "\n".join([cause, *gone]))
 
 
 def _loop_and_close(run: Run, state: TrainState) -> int:

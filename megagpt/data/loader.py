@@ -103,8 +103,10 @@ class Loader:
         samples = self._read(stretches)
         for file, size, offset in self._of_update(number + self._global_batch):
             os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+        if not self._fillers:
+            return [self._batch(micro, micro[:, 1:]) for micro in samples]
         fillers = np.array([self._fillers.get(file, IGNORED) for file, *_ in stretches]).reshape(*self._shape, 1)
-        return [self._batch(*micro) for micro in zip(samples, fillers, strict=True)]
+        return [self._batch(micro, _labels(micro, f)) for micro, f in zip(samples, fillers, strict=True)]
 
     def document_end(self, given: int | None) -> int:
         """The token id that ends each document: what the corpora say, or `given`.
@@ -155,26 +157,28 @@ class Loader:
             rows = [os.pread(*stretch) for stretch in stretches]
         except OSError:
             rows = []
-        if list(map(len, rows)) != [size for _, size, _ in stretches]:  # once more, by what says what is wrong
+        content = b"".join(rows)
+        if len(content) != sum([size for _, size, _ in stretches]):  # once more, by what says what is wrong
             rows = [readers[file].stretch(offset * length // size, length) for file, size, offset in stretches]
+            content = b"".join(rows)
         if len(self._kinds) == 1:  # cast together: twice as fast
-            ids = np.frombuffer(b"".join(rows), self._kinds[0])
+            ids = np.frombuffer(content, self._kinds[0])
         else:
             ids = np.concatenate(
                 [np.frombuffer(r, readers[file].dtype) for r, (file, *_) in zip(rows, stretches, strict=True)]
             )
         return ids.astype(np.int64).reshape(*self._shape, length)
 
-    def _batch(self, samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> Batch:
-        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of.
-
-        What fills up packed samples, an id of `fillers` `[micro, 1]` after itself, is no label.
-        """
-        inputs, labels = samples[:, :-1], samples[:, 1:]
-        if self._fillers:
-            labels = np.where((inputs == fillers) & (labels == fillers), IGNORED, labels)
-        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+    def _batch(self, samples: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Batch:
+        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
+        batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(labels))
         return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
+
+
+def _labels(samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Labels of packed samples: what fills them up, an id of `fillers` `[micro, 1]` after itself, is none."""
+    inputs, labels = samples[:, :-1], samples[:, 1:]
+    return np.where((inputs == fillers) & (labels == fillers), IGNORED, labels)
 
 
 def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> int:

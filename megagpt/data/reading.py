@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from megagpt.data.default_corpus import default_corpus
@@ -19,7 +19,7 @@ from megagpt.data.sources import Source
 
 _BOM = b"\xef\xbb\xbf"
 _REPLACEMENT = "\ufffd"
-_BLOCK = 1 << 20  # bytes of a text file read at a time
+_BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that are left in one
 _CUT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # up to the last place where a document may be fragmented
 
 
@@ -53,8 +53,12 @@ def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Odditi
 
 def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
     """A file that is one document."""
+    yield from _fragments(_decoded(file, place, odd), Fragment(""))
+
+
+def _decoded(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[str]:
+    """The text of a file, a block at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    begun = ""  # what came after the last cut
     half = b""  # of a character that the last block ended in
     block = file.read(_BLOCK)
     if block.startswith(_BOM):
@@ -65,14 +69,31 @@ def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
         raw, half = half + block, decoder.getstate()[0]
         meant = raw[: len(raw) - len(half)].count(_REPLACEMENT.encode())
         odd.note("invalid_utf8", place, text.count(_REPLACEMENT) - meant)
-        begun += text
-        if cut := _CUT.match(begun):
-            yield Fragment(begun[: cut.end()], last=False)
-            begun = begun[cut.end() :]
+        yield text
         block = file.read(_BLOCK)
     tail = decoder.decode(b"", final=True)
     odd.note("invalid_utf8", place, len(tail))
-    yield Fragment(begun + tail)
+    yield tail
+
+
+def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
+    """A document's text, which comes in blocks, in fragments that are the `document`'s."""
+    begun = ""  # what came after the last cut
+    for block in blocks:
+        begun += block
+        if cut := _CUT.match(begun):
+            yield document._replace(text=begun[: cut.end()], last=False)
+            begun = begun[cut.end() :]
+    yield document._replace(text=begun)
+
+
+def _of_line(text: str, number: int) -> Iterator[Fragment]:
+    """The document of a line or row; a long one in fragments, as what is worked on takes many times its size."""
+    document = Fragment("", line=number)
+    if len(text) <= _BLOCK:
+        yield document._replace(text=text)
+    else:
+        yield from _fragments((text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)), document)
 
 
 def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
@@ -92,7 +113,8 @@ def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Odditie
         at += len(line)
         text = _text_of(line, key, place, odd)
         if text is not None:
-            yield Fragment(text, line=number)
+            del line  # which may be long
+            yield from _of_line(text, number)
     odd.lines[stretch.number] = number
 
 
@@ -127,10 +149,12 @@ def _rows(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fra
     """The documents of row groups of a table. A place's line is the row's number in the whole file."""
     path = stretch.source.path
     end = row_groups(path) if stretch.end is None else stretch.end
-    for number, there, value in rows(path, stretch.start, end, key):
-        text = _string(there, value, key, Place(stretch.number, number), odd)
+    for row in rows(path, stretch.start, end, key):
+        place = Place(stretch.number, row.number)
+        odd.note("invalid_utf8", place, row.broken)
+        text = _string(row.there, row.value, key, place, odd)
         if text is not None:
-            yield Fragment(text, line=number)
+            yield from _of_line(text, row.number)
 
 
 def _string(there: bool, value: Any, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:

@@ -52,16 +52,17 @@ class SentencepieceModel:
         So it is with our settings, which the head of the vocabulary shows: no piece goes on past a word or over
         a line's end, and BPE (whose scores count down from 0) merges only what makes a piece.
         """
-        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
-        plain = [i for i in range(self.vocab_size) if not any(kind(i) for kind in kinds)]
-        merges = [i for i in plain if pieces[i] != "\n"]
+        model = self._processor
+        every = range(self.vocab_size)
+        others = {*filter(model.is_control, every), *filter(model.is_unknown, every), *filter(model.is_byte, every)}
+        merges = [i for i in every if i not in others and pieces[i] != "\n"]
         return (
             pieces[:3] == ["<unk>", EOD_PIECE, "\n"]
-            and not any(_PAST_A_WORD.search(pieces[i]) for i in merges)
-            and not any(self._processor.is_unused(i) for i in merges)
-            and [self._processor.get_score(i) for i in merges] == [-float(n) for n in range(len(merges))]
-            and self._processor.encode("\n") == [NEWLINE_ID]  # no blank is put before a text
-            and self._processor.decode(self._processor.encode(_UNCHANGED)) == _UNCHANGED
+            and not any(map(_PAST_A_WORD.search, [pieces[i] for i in merges]))
+            and not any(map(model.is_unused, merges))
+            and list(map(model.get_score, merges)) == [-float(n) for n in range(len(merges))]
+            and model.encode("\n") == [NEWLINE_ID]  # no blank is put before a text
+            and model.decode(model.encode(_UNCHANGED)) == _UNCHANGED
         )
 
 

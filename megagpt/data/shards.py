@@ -41,13 +41,15 @@ class Record:
 
 
 class ShardWriter:
-    """Writes one shard. Leaving the `with` block without `finish` removes it."""
+    """Writes one shard; what is given is kept until `flush`. Leaving the `with` block without `finish` removes it."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
         self.documents = self.tokens = self.text_bytes = self._bin_bytes = 0
         self._bin = ChecksummedFile(self._partial("bin"))
         self._rows = ChecksummedFile(self._partial("rows"))
+        self._new_ids: list[bytes] = []
+        self._new_rows: list[bytes] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -63,18 +65,25 @@ class ShardWriter:
 
     def write(self, ids: bytes) -> None:
         """Append ids of the document that has not ended yet."""
-        self._bin.write(ids)
+        self._new_ids.append(ids)
         self._bin_bytes += len(ids)
 
     def end_document(self, tokens: int, text_bytes: int, validation: bool, digest: bytes) -> None:
         """End a document of so many tokens and bytes of text; `digest` is the hash of the text."""
-        self._rows.write(_ROW.pack(tokens, text_bytes, validation, digest))
+        self._new_rows.append(_ROW.pack(tokens, text_bytes, validation, digest))
         self.documents += 1
         self.tokens += tokens
         self.text_bytes += text_bytes
 
+    def flush(self) -> None:
+        """Write what has been given."""
+        for file, new in ((self._bin, self._new_ids), (self._rows, self._new_rows)):
+            file.write(b"".join(new))
+            new.clear()
+
     def finish(self, oddities: Oddities) -> Record:
         """Name the files, and write the record when they are on the disk."""
+        self.flush()
         for file, suffix in ((self._bin, "bin"), (self._rows, "rows")):
             file.sync()
             self._partial(suffix).replace(self._folder / f"{self._number}.{suffix}")

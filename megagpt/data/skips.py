@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,9 +23,10 @@ class Skips:
                 merged[-1][1] = max(merged[-1][1], last + 1)
             else:
                 merged.append([first, last + 1])
-        self._firsts, self._ends = np.array(merged, np.int64).reshape(-1, 2).T
-        self._left_out = np.concatenate([[0], np.cumsum(self._ends - self._firsts)])  # by the first so many stretches
-        self._numbers = self._firsts - self._left_out[:-1]  # of the positions kept behind each stretch
+        self._merged = merged
+        firsts, ends = np.array(merged, np.int64).reshape(-1, 2).T
+        self._left_out = np.concatenate([[0], np.cumsum(ends - firsts)])  # by the first so many stretches
+        self._numbers = firsts - self._left_out[:-1]  # of the positions kept behind each stretch
 
     def positions(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The data positions of the kept ones with these numbers, in the same shape."""
@@ -33,6 +35,6 @@ class Skips:
 
     def number(self, position: int) -> int:
         """How many positions before this one are kept."""
-        begun = int(self._firsts.searchsorted(position, "left"))
-        inside = max(0, int(self._ends[begun - 1]) - position) if begun else 0
+        begun = bisect_left(self._merged, [position])  # of a list: in a tenth of the time that numpy takes for one
+        inside = max(0, self._merged[begun - 1][1] - position) if begun else 0
         return position - int(self._left_out[begun]) + inside

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from enum import Enum
 from pathlib import PurePath
 
@@ -29,6 +31,7 @@ _SUFFIXES = {
 }
 KNOWN = ".txt, .md, .jsonl, .parquet (also .gz, .zst, .xz, .bz2)"
 _HEAD = 1 << 16  # bytes that are looked at
+_ONE_VALUE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*\n)")  # a list of objects, or one over several lines
 
 
 def known_name(name: str) -> bool:
@@ -44,11 +47,17 @@ def looked_at(path: str) -> tuple[Kind, Compression]:
     if compression is not Compression.NONE:
         with opened(path, compression) as file:
             head = file.read(_HEAD)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        do = "convert it: iconv --from-code UTF-16 --to-code UTF-8 FILE (or UTF-32)"
+        raise UserError("this text is UTF-16 or UTF-32, not UTF-8", path, do)
     if head.startswith(b"PAR1"):
         if compression is not Compression.NONE:
             raise UserError("a parquet file within a compressed one is not read", path, "decompress it")
         return Kind.PARQUET, compression
     named = _by_name(path)
+    if named is Kind.LINES and _ONE_VALUE.match(head):
+        do = "write each document as a line: jq --compact-output '.[]' FILE (or '.', if it is no list)"
+        raise UserError("this is one JSON value, not one a line", path, do)
     if named in (Kind.TEXT, None) and _begins_with_an_object(head):
         return Kind.LINES, compression
     if named is Kind.PARQUET or (named is None and _is_binary(head)):

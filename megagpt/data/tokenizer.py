@@ -72,6 +72,9 @@ class Tokenizer:
         self.eod, self.unknown = vocabulary.eod, vocabulary.unknown
         self.control_symbols, self.by_words = vocabulary.control_symbols, vocabulary.by_words
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        return Tokenizer, (self.path,)  # another process opens the file for itself
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never `eod`; lone surrogates count as U+FFFD.
 

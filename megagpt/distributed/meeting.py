@@ -6,7 +6,6 @@ Without this, rank 1 of a second job on the same port becomes a rank of the firs
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from megagpt.distributed.place import Rank, free_port
+from megagpt.distributed.reach import own_address
 from megagpt.errors import MachineError, UserError
 
 JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts read their Python from a slow disk
@@ -125,19 +125,5 @@ def _ask_mpi(rank: Rank) -> Rank:
             f"mpi4py has loaded {MPI.Get_library_version().splitlines()[0]}",
             help_,
         )
-    address, port = world.bcast((_own_address(), free_port()) if rank.main else None, root=0)
+    address, port = world.bcast((own_address(), free_port()) if rank.main else None, root=0)
     return replace(rank, address=address, port=port)
-
-
-def _own_address() -> str:
-    """The address of this host by which others reach it: that of the way out, which sends nothing to find."""
-    name = socket.gethostname()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            address = socket.gethostbyname(name)
-            if not address.startswith("127."):
-                return address
-            probe.connect(("192.0.2.1", 9))  # an address of documentation (RFC 5737): nobody is there
-            return str(probe.getsockname()[0])
-        except OSError:
-            return name

@@ -13,11 +13,19 @@ from megagpt.errors import Problem, UserError
 _WHOLE = {"DS_ACCELERATOR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "MEGAGPT_JOB"}
 _PREFIXES = ("OMP_", "MKL_", "NCCL_", "TORCH_", "TORCHDYNAMO_", "PYTORCH_", "GLOO_", "MALLOC_", "HF_", "TOKENIZERS_",
              "FI_", "UCX_")  # fmt: skip
+_PLACES = re.compile(r"IFNAME|_HCA|_(DIR|HOME|PATH|CACHE|FILE)$")
+# the pdsh of `deepspeed` waits for ever for a host that falls silent, unless its ssh asks for a sign of life
+SSH_ALIVE = "-oServerAliveInterval=5 -oServerAliveCountMax=3"
 
 
 def passed_on(env: Mapping[str, str]) -> dict[str, str]:
     """The variables of `env` that training depends on, and that hold on every host alike, by name."""
     return {name: env[name] for name in sorted(env) if name in _WHOLE or name.startswith(_PREFIXES)}
+
+
+def of_a_host(name: str) -> bool:
+    """Whether a variable names a place or device, which each host may call otherwise."""
+    return bool(_PLACES.search(name))
 
 
 def deepspeed_env(env: Mapping[str, str]) -> str:

@@ -5,14 +5,18 @@ A mistyped hostfile starts DeepSpeed on one host, a wrong MPI makes N worlds of 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagpt.distributed import nodelist, passing
 from megagpt.distributed.place import Rank, in_step
+from megagpt.distributed.reach import own_address
 from megagpt.errors import Problem, UserError
 
 
@@ -40,32 +44,82 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
             )
 
 
+_HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a rank is: the name of its host, and the address by which other hosts reach it."""
+
+    name: str
+    address: str
+
+
 def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expected: int | None) -> list[str]:
     """Compare what all ranks said of themselves (`facts_here`); what is worth a note.
 
-    Raises UserError, the same on every rank, where SLURM promised more hosts, or where what must be the same differs.
+    Raises UserError, the same on every rank, where SLURM or DeepSpeed's launcher promised other hosts, or where what
+    must be the same differs.
     """
     told = [json.loads(fact) for fact in facts]
-    hosts = sorted({fact["host"] for fact in told})
-    promised = _slurm_hosts(env)
-    if expected is None and promised is not None and promised != len(hosts):
-        here = f"{len(hosts)}: {', '.join(hosts)}"
+    _check_where(rank, told, env, expected)
+    problems = [problem for name in told[0]["same"] if (problem := _difference(name, told))]
+    names = sorted({name for fact in told for name in fact["environment"]})
+    unlike = {name: line for name in names if (line := _unlike(name, told))}
+    if wrong := [line for name, line in unlike.items() if not passing.of_a_host(name)]:
+        what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
+        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), _HAND_ON))
+    if problems:
+        raise UserError.of(problems)
+    return list(unlike.values())
+
+
+def _check_where(rank: Rank, told: Sequence[dict[str, Any]], env: Mapping[str, str], expected: int | None) -> None:
+    """Refuse to run on fewer hosts than the launcher was given, or on others than SLURM gave."""
+    hosts = sorted({(fact["host"], fact["boot"]) for fact in told})
+    here = f"but the job's {rank.world_size} ranks run on {len(hosts)}: {', '.join(name for name, _ in hosts)}"
+    named = max((fact["promised"] for fact in told), key=len)
+    if len(named) > len(hosts):
         raise UserError(
-            f"SLURM gave {promised} hosts, but the job's {rank.world_size} ranks run on {here}",
-            "SLURM_STEP_NUM_NODES" if in_step(env) else "SLURM_JOB_NUM_NODES",
+            f"deepspeed was given {len(named)} hosts, {', '.join(named)}, {here}",
+            "the hostfile",
+            "see what each name of the hostfile means (`ssh NAME hostname`); with --no_ssh start one launcher a host",
+        )
+    given = _slurm_hosts(env)
+    if expected is None and given and len(given) != len(hosts):
+        raise UserError(
+            f"SLURM gave {len(given)} hosts, {', '.join(given)}, {here}",
+            "the nodes of the step" if in_step(env) else "the nodes of the job",
             "start one task per device with srun, or say --expect-world-size "
             f"{rank.world_size} if these are all that you want",
         )
-    problems = [problem for name in told[0]["same"] if (problem := _difference(name, told))]
-    if problems:
-        raise UserError.of(problems)
-    names = sorted({name for fact in told for name in fact["environment"]})
-    return [note for name in names if (note := _unlike(name, told))]
 
 
-def facts_here(same: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """What this rank says of itself: its host, what must be the same everywhere, and variables that should be alike."""
-    return json.dumps({"host": socket.gethostname(), "same": dict(same), "environment": dict(environment)})
+def hosts_of(facts: Sequence[str]) -> list[Host]:
+    """Where each rank is, by what it said of itself."""
+    return [Host(told["host"], told["address"]) for told in map(json.loads, facts)]
+
+
+def facts_here(same: Mapping[str, str], environment: Mapping[str, str], ancestors: Sequence[Sequence[str]] = ()) -> str:
+    """What this rank says of itself: its host, the hosts that its launcher was given (`ancestors`: the command lines
+    above this process), what must be the same everywhere, and variables that should be alike.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # two hosts may have one name
+    except OSError:
+        boot = ""
+    return json.dumps({
+        "host": socket.gethostname(), "boot": boot, "address": own_address(), "promised": hosts_given(ancestors),
+        "same": dict(same), "environment": dict(environment),
+    })  # fmt: skip
+
+
+def hosts_given(ancestors: Sequence[Sequence[str]]) -> list[str]:
+    """The hosts of the whole job, as DeepSpeed's launcher on each host is told; none under other launchers."""
+    for word in (word for words in ancestors for word in words):
+        if word.startswith("--world_info="):
+            return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
+    return []
 
 
 def ancestors(pid: int | None = None) -> list[list[str]]:
@@ -98,12 +152,12 @@ def hostfile_of(words: Sequence[str]) -> str | None:
     return None
 
 
-def _slurm_hosts(env: Mapping[str, str]) -> int | None:
-    """How many hosts SLURM gave this step or allocation; None where torchrun goes on with fewer."""
+def _slurm_hosts(env: Mapping[str, str]) -> list[str]:
+    """The hosts that SLURM gave this step or allocation; none where torchrun goes on with fewer."""
     if int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        return None
-    names = ("SLURM_STEP_NUM_NODES",) if in_step(env) else ("SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-    return next((int(env[name]) for name in names if name in env), None)
+        return []
+    names = ("SLURM_STEP_NODELIST",) if in_step(env) else ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    return next((nodelist.hosts(env[name]) for name in names if name in env), [])
 
 
 def _difference(name: str, told: Sequence[dict[str, Any]]) -> Problem | None:
@@ -123,7 +177,7 @@ def _unlike(name: str, told: Sequence[dict[str, Any]]) -> str | None:
     values = [fact["environment"].get(name, "not set") for fact in told]
     if (other := _another(values)) is None:
         return None
-    return f"{name} is {values[0]} on rank 0, {values[other]} on rank {other} ({told[other]['host']})"
+    return f"{name}: {values[0]} on rank 0 ({told[0]['host']}), {values[other]} on rank {other} ({told[other]['host']})"
 
 
 def _another(values: Sequence[str | None]) -> int | None:

@@ -75,7 +75,7 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     begin = time.perf_counter()
     options = work.options
     key = tuple(options.text_key.split("."))
-    job = Job(work.folder, work.model.path, options.validation_fraction, key, options.strict, options.engine)
+    job = Job(work.folder, work.model, options.validation_fraction, key, options.strict, options.engine)
     one_folder = ranks.see_one(work.folder.parent)
     pieces = ranks.first(lambda: _begun(work))
     held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Job:
     """What every worker needs to know."""
 
     folder: Path
-    tokenizer: Path
+    tokenizer: Tokenizer
     validation_fraction: float
     text_key: tuple[str, ...]
     strict: bool
@@ -50,11 +51,12 @@ class PieceEncoder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        tokenizer = Tokenizer(job.tokenizer)
+        tokenizer = job.tokenizer
         self._encoder = encoder_of(job.engine, tokenizer)
         self._check = EngineCheck(job.engine, tokenizer)
         self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
         self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
+        gc.freeze()  # what is here stays; looking through it again and again takes a tenth of the time
 
     def encode(self, piece: Piece, report: Report) -> Record:
         """Write the piece's shard. Raises PieceError."""
@@ -66,10 +68,10 @@ class PieceEncoder:
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd)
                     for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
-                        before = shard.documents, shard.tokens, shard.text_bytes
+                        before = sink.done()
                         self._add(batch, stretch.number, sink, odd)
-                        after = shard.documents, shard.tokens, shard.text_bytes
-                        documents, tokens, text = (new - old for new, old in zip(after, before, strict=True))
+                        shard.flush()
+                        documents, tokens, text = (new - old for new, old in zip(sink.done(), before, strict=True))
                         report(documents, tokens, text, 0)
                 record = shard.finish(odd)
                 report(0, 0, 0, piece.size)
@@ -120,6 +122,11 @@ class _Documents:
         self._blank = self._blank and (not raw or fragment.text.isspace())
         if fragment.last:
             self._end(fragment.key, place)
+
+    def done(self) -> tuple[int, int, int]:
+        """Documents, tokens and bytes of text so far; of a document that has not ended, too."""
+        tokens = self._shard.tokens + self._id_bytes // self._encoder.width
+        return self._shard.documents, tokens, self._shard.text_bytes + self._text_bytes
 
     def _begin(self) -> None:
         self._hash = hashlib.md5(usedforsecurity=False)

@@ -15,7 +15,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
 ENGINES = ("sentencepiece", "gigatoken")
-_CHECKED = 1 << 15  # characters at the head of each shard, and at least its first text
+_CHECKED = 1 << 14  # characters at the head of each shard, and at least its first text
 _SHOWN = 8  # tokens shown around a difference
 
 

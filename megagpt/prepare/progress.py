@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SECONDS = 10.0  # between plain lines
 
@@ -70,6 +68,9 @@ def shown(total: int, out: TextIO | None) -> Iterator[Progress]:
     elif not out.isatty():
         yield _Lines(total, out)
     else:
+        from rich.console import Console  # here, as it takes longer to load than a small corpus to prepare
+        from rich.live import Live
+
         progress = Progress(total)
         console = Console(file=out)
         with Live(console=console, get_renderable=lambda: _bar(progress), refresh_per_second=5, transient=True):
@@ -77,6 +78,9 @@ def shown(total: int, out: TextIO | None) -> Iterator[Progress]:
 
 
 def _bar(progress: Progress) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Column, Table
+
     row = Table.grid("", Column(no_wrap=True), padding=(0, 1))
     row.add_row(ProgressBar(total=1.0, completed=progress.share(), width=8), str(progress))
     return row

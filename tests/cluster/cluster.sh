@@ -4,14 +4,13 @@
 set -eu
 D=$(realpath -m ${CLUSTER_DIR:?}) P=m${CLUSTER_OWNER:?}x NET=10.77.0        # P: of all that the cluster makes, ≤ 9 letters
 up() {
-  mkdir -p $D /run/sshd; ip link add ${P}br type bridge; ip link set ${P}br up   # no address: nothing but the hosts is on it
+  mkdir -p $D /run/sshd; echo "$P $CLUSTER_OWNER $(born $CLUSTER_OWNER)" > /run/$P.owner; ip link add ${P}br type bridge; ip link set ${P}br up   # no address: nothing but the hosts is on it
   ssh-keygen -q -t ed25519 -N '' -f $D/id; : > $D/known_hosts
   { echo "127.0.0.1 localhost"; for i in $(seq $1); do echo "$NET.$i node$i"; done; } > $D/hosts
   printf '%s\n' "Host node*" "Port 2222" "IdentityFile $D/id" "IdentitiesOnly yes" "UserKnownHostsFile $D/known_hosts" \
-    "StrictHostKeyChecking yes" "BatchMode yes" "ServerAliveInterval 5" "ServerAliveCountMax 3" "LogLevel ERROR" > $D/ssh_config
+    "StrictHostKeyChecking yes" "BatchMode yes" "LogLevel ERROR" > $D/ssh_config
   for i in $(seq $1); do n=$P$i e=/etc/netns/$P$i
     mkdir -p $e/ssh $D/node$i/tmp; cp $D/hosts $e/hosts; echo "hosts: files" > $e/nsswitch.conf; cp $D/ssh_config $e/ssh/
-    echo "$P $CLUSTER_OWNER $(born $CLUSTER_OWNER)" > $e/owner
     ssh-keygen -q -t ed25519 -N '' -f $D/node$i/hostkey
     echo "[node$i]:2222,[$NET.$i]:2222 $(cut -d' ' -f1,2 $D/node$i/hostkey.pub)" >> $D/known_hosts
     ip netns add $n; ip link add ${P}v$i type veth peer name eth0 netns $n; ip link set ${P}v$i master ${P}br up
@@ -68,8 +67,8 @@ X
   for t in $(seq 100); do [ "$(on 1 env SLURM_CONF=$S/slurm.conf sinfo -h -t idle -o %D 2>/dev/null)" = $1 ] && return; sleep .1; done; return 1; }
 down() { for n in $(ip netns list | awk '{print $1}' | grep "^$P[0-9]*$"); do
     ip netns pids $n | xargs -r kill -9 2>/dev/null || :; ip netns del $n; rm -rf /etc/netns/$n; done
-  ip link del ${P}br 2>/dev/null || :; }
+  ip link del ${P}br 2>/dev/null || :; rm -f /run/$P.owner; }
 born() { sed 's/.*) //' /proc/$1/stat 2>/dev/null | cut -d' ' -f20; }   # when a process started, in ticks: ids are used again
-sweep() { for o in /etc/netns/m*x*/owner; do read -r P owner at 2>/dev/null < $o || continue
+sweep() { for o in /run/m*x.owner; do read -r P owner at 2>/dev/null < $o || continue
   [ "$(born $owner)" = "$at" ] || down; done; }
 c=$1; shift; [ $c = cut ] && c=cut_; [ $c = on ] && E=exec; $c "$@"

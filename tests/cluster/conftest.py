@@ -2,19 +2,25 @@
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from megagpt.run import status
 from tests import training
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 TOOLS = ("ip", "nsenter", "unshare", "pgrep", "ssh", "/usr/sbin/sshd", "pdsh", "slurmctld", "slurmd", "sbatch",
          "mpirun", "mpirun.mpich")  # fmt: skip
+OPENMPI = ("mpirun", "--allow-run-as-root", "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include",
+           "eth0", "-host", "node1,node2", "-n", "2")  # fmt: skip
 KEPT = ("unshare", "sshd", "slurmctld", "slurmd")  # of a host: they live as long as it does
 UPDATES = 100
 LENGTH = (f"length.updates={UPDATES}", "evaluation.every=1000", "checkpoint.every=50", "log.every=100")
@@ -82,6 +88,20 @@ def _name(pid):
         return KEPT[0]  # it has ended
 
 
+def said(printed):
+    """Our messages in what a launcher printed, each once. Those of several ranks are told apart by what stands in
+    front: pdsh's name of the host, or mpirun's number of the rank.
+    """
+    streams = defaultdict(list)
+    for line in printed.splitlines():
+        prefix, text = re.fullmatch(r"(node\d: |\[1,\d\]<\w+>:|\[\d\] )?(.*)", line).groups()
+        if text.startswith("megagpt: "):
+            streams[prefix].append(text)
+        elif text.startswith("  ") and streams[prefix]:
+            streams[prefix][-1] += f"\n{text}"
+    return sorted({message for messages in streams.values() for message in messages})
+
+
 def lacking():
     """Why this machine cannot be two hosts; "" where it can."""
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -140,6 +160,25 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture
+def deepspeed(cluster, tmp_path):
+    """Of how many ranks a host, the start of a command line of DeepSpeed's launcher, and its environment.
+
+    The environment is what `megagpt hosts` says to type.
+    """
+
+    def words(slots=1):
+        hosts, environment = tmp_path / "hosts", tmp_path / "environment"
+        hosts.write_text(f"node1 slots={slots}\nnode2 slots={slots}\n")
+        said = cluster.run(1, "megagpt", "hosts", hosts, "--write-environment", environment)
+        name, *exports = shlex.split(said.splitlines()[-1])
+        assert name == "export"
+        line = ("deepspeed", "--hostfile", hosts, "--no_local_rank")
+        return line, dict(export.split("=", 1) for export in exports)
+
+    return words
+
+
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory):
     """The curve of one process on this machine, never stopped."""
@@ -155,7 +194,7 @@ def same(straight, recipe):
     def check():
         run = recipe.with_suffix("")
         curve = training.curve(run)
-        assert (run / "DONE").exists()
+        assert status.read(run).code == 0
         assert [row["update"] for row in curve] == list(range(1, UPDATES + 1))
         assert [row["position"] for row in curve] == [row["position"] for row in straight]
         # fp32, summed in another order: after 300 updates, not 100, they would have drifted apart

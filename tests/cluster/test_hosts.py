@@ -1,24 +1,15 @@
-"""Training over two real hosts, by each launcher, gives the curve of one process; faults end it, and it resumes."""
+"""What goes wrong over two real hosts is refused or ends the job everywhere, with the rank and host named."""
 
+import re
 import sys
+import time
+from pathlib import Path
 
-import pytest
-
+from megagpt.distributed import passing
 from megagpt.run import status
-from tests.cluster.conftest import LENGTH
+from tests import training
+from tests.cluster.conftest import LENGTH, OPENMPI, said
 from tests.training import command, events, wait_for_update
-
-MPI = ("mpirun", "--allow-run-as-root", "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0",
-       "-host", "node1,node2", "-n", "2")  # fmt: skip
-
-
-@pytest.fixture
-def deepspeed(cluster, tmp_path):
-    """The start of a command line of DeepSpeed's launcher for two hosts of one rank, and its environment."""
-    hosts, environment = tmp_path / "hosts", tmp_path / "environment"
-    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
-    cluster.run(1, "megagpt", "hosts", hosts, "--write-environment", environment)
-    return ("deepspeed", "--hostfile", hosts, "--no_local_rank"), {"DS_ENV_FILE": str(environment)}
 
 
 def ranks(recipe, *words):
@@ -26,45 +17,98 @@ def ranks(recipe, *words):
     return command(recipe, *words)[1:]
 
 
-def test_deepspeed_with_a_hostfile(cluster, deepspeed, recipe, same):
-    launcher, env = deepspeed
-    printed = cluster.run(1, *launcher, *ranks(recipe, *LENGTH, "--expect-world-size", "2"), **env)
-    assert "2 × CPU" in printed
-    same()
-
-
 def test_a_mistyped_hostfile_trains_nothing(cluster, deepspeed, recipe):
-    (name, option, hosts, *more), env = deepspeed
+    (name, option, hosts, *more), env = deepspeed()
     printed = cluster.run(1, name, option, f"{hosts}x", *more, *ranks(recipe, *LENGTH), code=2, **env)
-    assert "the hostfile is not there, so that DeepSpeed took this host alone: 1 ranks on 1 host" in printed
+    assert said(printed) == [
+        "megagpt: the hostfile is not there, so that DeepSpeed took this host alone: 1 ranks on 1 host\n"
+        f"  deepspeed --hostfile {hosts}x\n"
+        "  do: give the path of the hostfile; to train on this host alone, leave --hostfile out"
+    ]
     assert not recipe.with_suffix("").exists()
 
 
+def test_two_launchers_on_one_host_are_refused_with_both_names(cluster, deepspeed, recipe):
+    launcher, _ = deepspeed()
+    launcher = (*launcher, "--no_ssh", "--master_addr", "node1", "--node_rank")
+    second = cluster.start(1, *launcher, "1", *ranks(recipe))
+    printed = cluster.run(1, *launcher, "0", *ranks(recipe), code=2)
+    second.communicate()
+    assert second.returncode == 2
+    assert said(printed) == [
+        "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
+        "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
+        "with --no_ssh start one launcher a host"
+    ]
+
+
+def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
+    """mpirun hands on what it is told to, and no more."""
+    unset = [word for name in passing.passed_on(cluster.env) for word in ("-u", name)]
+    environment = ("env", *unset, "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
+    printed = cluster.run(
+        1, *environment, *OPENMPI, "--tag-output", "-x", "PYTHONPATH", sys.executable, *ranks(recipe), code=2
+    )
+    assert said(printed) == [
+        "megagpt: 2 variables are not alike on all ranks\n"
+        "  DS_ACCELERATOR: cpu on rank 0 (node1), not set on rank 1 (node2)\n"
+        "  OMP_NUM_THREADS: 1 on rank 0 (node1), not set on rank 1 (node2)\n"
+        "  do: hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+    ]
+
+
+def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, deepspeed, recipe, tmp_path):
+    (launcher, env), run = deepspeed(), recipe.with_suffix("")
+    first = cluster.start(1, *launcher, "--master_port", "29700", *ranks(recipe, "length.updates=1000000"), **env)
+    wait_for_update(run, 10)
+    other = training.write_recipe(tmp_path / "other", recipe_data(recipe))
+    printed = cluster.run(1, *launcher, "--master_port", "29700", *ranks(other, *LENGTH), code=1, **env)
+    do = "  do: give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
+    assert said(printed) == [
+        "megagpt: port 29700 is in use on this host: by another job, or by what is left of an earlier one\n"
+        f"  rank 0, launcher: deepspeed, MASTER_PORT\n{do}; `ss -ltnp` shows who listens",
+        f"megagpt: two jobs share the port 29700 of 10.77.0.1: {run} listens there, this is {tmp_path}/other\n"
+        f"  rank 1, launcher: deepspeed\n{do}",
+    ]
+    assert first.poll() is None
+    cluster.run(2, "kill", "-9", *cluster.ranks(2))
+    printed, _ = first.communicate()
+    assert first.returncode != 0
+    assert re.search(r"megagpt: rank 0 failed in .+ of update \d+: ", printed), printed
+    gone = r"megagpt: rank 0 failed without\n(?:node1: )?  rank 1 on node2: .+ of update \d+  silent for \d+ s: stopped"
+    assert re.search(gone, printed), printed
+    assert "rank 1 on node2" in status.read(run).why
+    assert [cluster.ranks(1), cluster.ranks(2)] == [[], []]
+
+
+def recipe_data(recipe):
+    """The folder of the corpus of a recipe."""
+    return Path(re.search(r"tokenizer: (\S+)/text.model", recipe.read_text())[1])
+
+
 def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoint(cluster, deepspeed, recipe):
-    (launcher, env), run = deepspeed, recipe.with_suffix("")
-    words = ("length.updates=1000000", "checkpoint.every=20", "log.hang_after=5")
+    (launcher, env), run = deepspeed(), recipe.with_suffix("")
+    limit = 5
+    words = ("length.updates=1000000", "checkpoint.every=20", f"log.hang_after={limit}")
     training = cluster.start(1, *launcher, *ranks(recipe, *words), **env)
     try:
         wait_for_update(run, 50)
         assert status.read(run).state == "running"
         cluster.make("cut", "2")
-        printed, _ = training.communicate(timeout=120)
+        begun = time.monotonic()
+        printed, _ = training.communicate()
+        while cluster.processes():
+            time.sleep(0.1)
+        assert time.monotonic() - begun < limit + 30  # the promise, and no measure of speed: 20 s are seen
     finally:
-        training.kill()
         cluster.make("heal", "2")
     assert training.returncode != 0, printed
-    assert "has made no progress for" in printed
-    assert [cluster.ranks(1), cluster.ranks(2)] == [[], []]
-    cluster.run(1, "megagpt", "status", run, code=1)
+    assert re.search(r"megagpt: rank 0 on node1 has made no progress for \d+ s, in phase .+ of update \d+\n", printed)
+    assert "  host node2 (10.77.0.2) does not answer: its network is cut, or it is down\n" in printed
+    assert "host node2 (10.77.0.2) does not answer" in cluster.run(1, "megagpt", "status", run, code=1)
     cluster.run(1, *launcher, *ranks(recipe, *words, "--max-minutes", "0.01", "--resume", "must"), code=75, **env)
     assert [event["event"] for event in events(run)].count("resume") == 1
     assert status.read(run).code == 75
-
-
-def test_mpirun_finds_rank_0_by_mpi(cluster, recipe, same):
-    variables = ("-x", "PYTHONPATH", "-x", "DS_ACCELERATOR", "-x", "OMP_NUM_THREADS")
-    cluster.run(1, *MPI, *variables, sys.executable, *ranks(recipe, *LENGTH))
-    same()
 
 
 def test_torchrun_goes_on_with_the_host_that_is_left(cluster, recipe, same):
@@ -80,7 +124,7 @@ def test_torchrun_goes_on_with_the_host_that_is_left(cluster, recipe, same):
     try:
         wait_for_update(recipe.with_suffix(""), 11)
         cluster.make("off", "2")
-        printed, _ = first.communicate(timeout=240)
+        printed, _ = first.communicate()
     finally:
         for process in (first, second):
             process.kill()

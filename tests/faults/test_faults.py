@@ -1,11 +1,14 @@
 """Hangs and a full disk, each really made to happen."""
 
+import re
 import shutil
 import signal
+import socket
 import subprocess
 
 import pytest
 
+from megagpt.run import status
 from tests.training import curve, final_weights, finish, ranks, wait_for_update
 
 
@@ -16,11 +19,26 @@ def test_a_stopped_rank_is_named_with_its_phase(recipe):
         started[1].send_signal(signal.SIGSTOP)
         error = started[0].communicate(timeout=60)[1]
         assert started[0].returncode == 1
-    assert "megagpt: rank 0 has made no progress for " in error
+    host = socket.gethostname()
+    assert f"megagpt: rank 0 on {host} has made no progress for " in error
     lines = error.splitlines()
-    assert lines[1].startswith("  rank 1: ")
+    assert lines[1].startswith(f"  rank 1 on {host}: ")
     assert "stopped or dead" in lines[1]
     assert "most recent call first" in (run / "logs/rank-0.log").read_text()
+
+
+def test_a_killed_rank_is_named_by_those_that_it_leaves(recipe):
+    run, host = recipe.with_suffix(""), socket.gethostname()
+    with ranks(recipe, "length.updates=100000", world=2) as started:
+        wait_for_update(run, 6)
+        started[1].kill()
+        error = started[0].communicate(timeout=60)[1]
+        assert started[0].returncode == 1
+    assert "megagpt: rank 0 failed in " in error
+    assert re.search(
+        rf"\nmegagpt: rank 0 failed without\n  rank 1 on {host}: .+  silent for \d+ s: stopped or dead\n", error
+    )
+    assert f"  rank 1 on {host}: " in status.read(run).why
 
 
 def test_a_full_disk_stops_no_run_and_harms_no_checkpoint(recipe, uninterrupted, tmp_path):

@@ -77,4 +77,4 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(recipe, phase, limit, 
     with launch(recipe, *WORDS, f"log.hang_after={limit}", folder=tmp_path, faults=[fault]) as ranks:
         assert ranks.wait(120, all_but=[1]) == [1, None], ranks.printed()
         said = ranks.printed()
-    assert re.search(rf"\n  rank 1: {phase} of update 10  silent for \d+ s: stopped or dead\n", said), said
+    assert re.search(rf"\n  rank 1 on \S+: {phase} of update 10  silent for \d+ s: stopped or dead\n", said), said

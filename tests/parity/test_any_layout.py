@@ -44,7 +44,7 @@ MOVES = (
     ("zero0-1rank", "zero0-4ranks", "muon"),
     ("zero0-4ranks", "zero0-2ranks", "muon"),
 )
-UNMOVED = "zero1-1rank"
+HALF = ("bf16", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def moved(tmp_path_factory, after, possible):
     for source, target, kind in possible[0]:
         save[move_worker.case(source, kind).world].add((source, kind))
         load[move_worker.case(target, kind).world].append((source, target, kind))
-    load[1] += [("nowhere", UNMOVED, kind) for kind in ("bf16", "fp16")]
+    for source, kind in sorted({(source, kind) for source, _, kind in possible[0] if kind in HALF}):
+        load[move_worker.case(source, kind).world].append(("nowhere", source, kind))
     for world, sources in save.items():
         job = {"folder": str(folder), "after": after, "save": sorted(sources), "load": []}
         logs["save", world] = launch("move_worker.py", world, job, folder, SECONDS)
@@ -89,8 +90,9 @@ def moved(tmp_path_factory, after, possible):
         if not path.exists():
             worlds = (("save", move_worker.case(source, kind).world), ("load", move_worker.case(target, kind).world))
             pytest.fail("\n".join(logs[world] for world in worlds), pytrace=False)
-        # a tensor of small gradients is further from plain PyTorch's in half precision than a move takes it
-        right = load_file(folder / f"nowhere-{kind}-to-{UNMOVED}.weights") if kind in ("bf16", "fp16") else None
+        # a tensor of small gradients is further from plain PyTorch's in half precision than a move takes it: what went
+        # on without a move is right
+        right = load_file(folder / f"nowhere-{kind}-to-{source}.weights") if kind in HALF else None
         return json.loads(path.read_text()), load_file(path.with_suffix(".weights")), right
 
     return answer

@@ -57,6 +57,17 @@ def test_inputs_and_labels_share_the_memory_that_was_gathered(corpora):
     assert batch.input_ids.stride() == batch.labels.stride() == (17, 1)
 
 
+def test_pinned_batches_are_pinned_one_by_one(corpora, monkeypatch):
+    """Nothing can be pinned without a GPU: what torch would be asked for is looked at."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor) or tensor.clone())
+    pinned, plain = (loader(corpora, accumulation=2, pinned=on).batches(0) for on in (True, False))
+    assert [part.shape for part in asked] == [(4, 16)] * 4
+    for ours, theirs in zip(pinned, plain, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert ours.labels.data_ptr() != ours.input_ids.data_ptr() + 8  # they are the copies
+
+
 @pytest.mark.parametrize("layout", [(1, 24, 1), (1, 2, 12), (2, 3, 4), (2, 12, 1), (3, 4, 2), (4, 1, 6), (4, 6, 1)])
 def test_every_layout_trains_the_same_samples_in_an_update(corpora, layout):
     data_parallel, micro_batch, accumulation = layout

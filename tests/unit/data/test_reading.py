@@ -1,12 +1,16 @@
 import itertools
 import json
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from megagpt.data import pieces, reading
+from megagpt.data.documents import whole
 from megagpt.data.oddities import OddInput, Oddities, Place
+from megagpt.data.pieces import Stretch
 from megagpt.data.reading import read, whole_documents
 from megagpt.data.sources import find_sources
 from megagpt.errors import UserError
@@ -89,6 +93,26 @@ def test_a_text_read_in_fragments_is_the_text(tmp_path_factory, text, block, bro
         # Not a word, and not blanks, on both sides of a cut.
         assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
     assert odd.counts.get("invalid_utf8", 0) == (1 if broken else 0)
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n\u2581é👩")), block=st.integers(1, 7), kind=st.sampled_from(["jsonl", "parquet"])
+)
+def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, block, kind):
+    path = tmp_path_factory.mktemp("text") / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"text": ["one", text, "two"]}), path)
+    else:
+        path.write_bytes(jsonl("one", text, "two"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_BLOCK", block)
+        fragments = list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities()))
+    assert [(one.text, one.line) for one in whole(fragments)] == [("one", 1), (text, 2), ("two", 3)]
+    fragments = [fragment for fragment in fragments if fragment.line == 2]
+    for fragment, after in itertools.pairwise(fragments):
+        assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
+    if "\n" in text[:-1] and len(text) > block:
+        assert len(fragments) > 1
 
 
 def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):

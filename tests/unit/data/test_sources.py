@@ -105,6 +105,26 @@ def test_content_says_what_a_file_is_where_its_name_does_not(tmp_path):
         )
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_what_is_no_utf8_text_or_no_lines_is_refused_with_a_remedy(tmp_path, ending):
+    values = json.dumps([{"text": "one"}, {"text": "two"}]), json.dumps({"text": "one"}, indent=1), '[\n{"text": "a"}]'
+    for content in values:
+        path = tmp_path / f"a.json{ending}"
+        path.write_bytes(gzip.compress(content.encode()) if ending else content.encode())
+        assert refused(path) == (
+            f"this is one JSON value, not one a line\n  {path}\n"
+            "  do: write each document as a line: jq --compact-output '.[]' FILE (or '.', if it is no list)"
+        )
+    for name, code in (("a.txt", "utf-16"), ("a.jsonl", "utf-16"), ("a", "utf-32")):
+        path = tmp_path / f"{name}{ending}"
+        raw = '{"text": "one é"}\n'.encode(code)
+        path.write_bytes(gzip.compress(raw) if ending else raw)
+        assert refused(path) == (
+            f"this text is UTF-16 or UTF-32, not UTF-8\n  {path}\n"
+            "  do: convert it: iconv --from-code UTF-16 --to-code UTF-8 FILE (or UTF-32)"
+        )
+
+
 def test_patterns_find_files_in_order(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "c.md", "sub/d.txt", "odd[1].txt"):

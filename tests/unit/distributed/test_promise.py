@@ -1,12 +1,14 @@
 """Other ranks or hosts than were promised are refused with both numbers, before anything is built."""
 
+import base64
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from megagpt.distributed import Rank, passing, promise
+from megagpt.distributed import Rank, passing, promise, reach
 from megagpt.errors import UserError
 
 SAME = {"recipe": "0a1b", "torch": "2.13.0"}
@@ -14,7 +16,8 @@ SAME = {"recipe": "0a1b", "torch": "2.13.0"}
 
 def facts(*hosts, **changes):
     """What ranks on these hosts say; the last one with changes."""
-    told = [{"host": host, "same": dict(SAME), "environment": {"OMP_NUM_THREADS": "1"}} for host in hosts]
+    told = [{"host": host, "boot": "", "address": f"10.0.0.{number}", "promised": [], "same": dict(SAME),
+             "environment": {"OMP_NUM_THREADS": "1"}} for number, host in enumerate(hosts)]  # fmt: skip
     told[-1].update(changes)
     return [promise.json.dumps(one) for one in told]
 
@@ -73,15 +76,15 @@ def test_the_processes_above_are_found():
     assert nearest == ["sh", "-c", shell, "(odd) name", ""]
 
 
-STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NUM_NODES": "3"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_NODELIST": "node[1-3]"}
 
 
 @pytest.mark.parametrize(
     ("env", "hosts", "message"),
     [
-        (STEP, ["a"], "SLURM gave 2 hosts, but the job's 1 ranks run on 1: a\n  SLURM_STEP_NUM_NODES"),
-        ({"SLURM_JOB_NUM_NODES": "3"}, ["a", "a"],
-         "SLURM gave 3 hosts, but the job's 2 ranks run on 1: a\n  SLURM_JOB_NUM_NODES"),
+        (STEP, ["a"], "SLURM gave 2 hosts, node1, node2, but the job's 1 ranks run on 1: a\n  the nodes of the step"),
+        ({"SLURM_JOB_NODELIST": "node[1-3]"}, ["a", "a"],
+         "SLURM gave 3 hosts, node1, node2, node3, but the job's 2 ranks run on 1: a\n  the nodes of the job"),
     ],
 )  # fmt: skip
 def test_hosts_that_slurm_gave_and_nobody_uses_are_named(env, hosts, message):
@@ -98,6 +101,35 @@ def test_hosts_as_promised_go_on():
     assert promise.check_hosts(Rank(world_size=3), facts("a", "b", "b"), STEP, None) == []
 
 
+def launched(hosts):
+    """The command line of DeepSpeed's launcher on one of these hosts."""
+    info = base64.urlsafe_b64encode(promise.json.dumps({host: [0] for host in hosts}).encode()).decode()
+    return ["python", "-u", "-m", "deepspeed.launcher.launch", f"--world_info={info}", "--node_rank=0", "train.py"]
+
+
+def test_two_names_of_one_host_are_refused_with_both():
+    assert promise.hosts_given([["sh"], launched(["node1", "node2"])]) == ["node1", "node2"]
+    told = facts("node1", "node1", promised=["node1", "node2"])
+    for expected in (None, 2):
+        assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, expected) == (
+            "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
+            "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
+            "with --no_ssh start one launcher a host"
+        )
+    two = facts("localhost", "localhost", boot="another", promised=["10.0.0.1", "10.0.0.2"])
+    assert promise.check_hosts(Rank(world_size=2), two, {}, None) == []  # machines of one name
+    alone = facts("a", "a", promised=["localhost"])
+    assert promise.check_hosts(Rank(world_size=2), alone, {}, None) == []
+
+
+def test_what_this_rank_says_of_itself():
+    told = promise.facts_here(SAME, {"OMP_NUM_THREADS": "1"}, [launched(["a", "b"])])
+    (host,) = promise.hosts_of([told])
+    assert host.name == socket.gethostname()
+    assert reach.silent([host.address]) == []
+    assert promise.json.loads(told)["promised"] == ["a", "b"]
+
+
 def test_ranks_with_another_recipe_or_version_are_refused_all_at_once():
     told = facts("a", "b", same={"recipe": "ffff", "torch": "2.12.1"})
     assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, None) == (
@@ -108,11 +140,27 @@ def test_ranks_with_another_recipe_or_version_are_refused_all_at_once():
     )
 
 
-def test_a_variable_that_is_not_alike_is_a_note():
+def test_variables_that_are_not_alike_are_refused_by_name():
     told = facts("a", "b", environment={"NCCL_DEBUG": "INFO"})
+    help_ = (
+        "  do: hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+    )
+    assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, None) == (
+        "megagpt: 2 variables are not alike on all ranks\n"
+        "  NCCL_DEBUG: not set on rank 0 (a), INFO on rank 1 (b)\n"
+        f"  OMP_NUM_THREADS: 1 on rank 0 (a), not set on rank 1 (b)\n{help_}"
+    )
+    told = facts("a", "b", environment={"OMP_NUM_THREADS": "2"})
+    assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, None) == (
+        f"megagpt: a variable is not alike on all ranks\n  OMP_NUM_THREADS: 1 on rank 0 (a), 2 on rank 1 (b)\n{help_}"
+    )
+
+
+@pytest.mark.parametrize("name", ["NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "HF_HOME", "TORCH_EXTENSIONS_DIR"])
+def test_a_place_or_device_that_each_host_calls_otherwise_is_a_note(name):
+    told = facts("a", "b", environment={"OMP_NUM_THREADS": "1", name: "x"})
     assert promise.check_hosts(Rank(world_size=2), told, {}, None) == [
-        "NCCL_DEBUG is not set on rank 0, INFO on rank 1 (b)",
-        "OMP_NUM_THREADS is 1 on rank 0, not set on rank 1 (b)",
+        f"{name}: not set on rank 0 (a), x on rank 1 (b)"
     ]
 
 

@@ -1,8 +1,11 @@
 """Every kind of odd input as a real file: counted and told, and an error when strict."""
 
+import gzip
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megagpt.data import pieces
 from megagpt.data.indexed import Reader
@@ -58,6 +61,108 @@ def test_an_odd_line_is_counted_and_told_or_an_error(
     assert not list(tmp_path.glob("s.*.idx"))
 
 
+STRICT = "  do: mend it, or leave out --strict to have such counted"
+
+
+def strictly(path, model, prefix, **options):
+    """What the first oddity is told as, when oddities are errors."""
+    with pytest.raises(UserError) as error:
+        prepare_command([str(path)], model, prefix, Options(0, 1, strict=True, **options))
+    assert not list(prefix.parent.glob(f"{prefix.name}.*.idx"))
+    return str(error.value)
+
+
+def kept_of(prefix, model):
+    reader, tokenizer = Reader(f"{prefix}.train"), Tokenizer(model)
+    return [tokenizer.decode(reader.document(number)) for number in range(len(reader.documents) - 1)]
+
+
+def test_a_byte_order_mark_before_lines_is_removed_and_told(model, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD * 2)
+    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    assert str(summary).splitlines()[3] == f"odd: 1 {KINDS['byte_order_marks']} (first: {path}:1)"
+    assert kept_of(tmp_path / "c", model) == ["good", "good"]
+    assert strictly(path, model, tmp_path / "s") == (
+        f"megagpt: odd input: byte order marks at the head of a file\n  {path}:1\n{STRICT}"
+    )
+
+
+TEXTS = [
+    ("byte_order_marks", b"\xef\xbb\xbfgood", "good"),
+    ("invalid_utf8", b"caf\xe9", "caf\ufffd"),
+    ("nul", b"a\0", "a\0"),
+    ("lower_blocks", b"a \xe2\x96\x81b", "a  b"),
+    ("control_symbols", b"a <eod>", "a <eod>"),
+    ("blank", b" \n", " \n"),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "kept"), TEXTS, ids=[row[0] for row in TEXTS])
+def test_an_odd_text_file_is_named(model, tmp_path, kind, content, kept):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    assert str(summary).splitlines()[3] == f"odd: 1 {KINDS[kind]} (first: {path})"
+    assert kept_of(tmp_path / "c", model) == [kept]
+    assert strictly(path, model, tmp_path / "s") == (
+        f"megagpt: odd input: {KINDS[kind].split(', ')[0]}\n  {path}\n{STRICT}"
+    )
+
+
+def table(path, column):
+    parquet.write_table(pyarrow.table({"text": column, "id": range(len(column))}), path, row_group_size=2)
+    return path
+
+
+def not_utf8(*raws):
+    """A column of texts whose bytes nobody has checked."""
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(raws), pyarrow.array(raws, pyarrow.binary()).buffers())
+
+
+ROWS = [
+    ("no_text", ["a", "b", "c", None], "abc", 'no key "text"'),
+    ("not_a_string", [["a"], ["b"]], "", 'it is ["a"]'),
+    ("invalid_utf8", not_utf8(b"a", b"b", b"c", b"\xff\xef\xbf\xbd"), "abc\ufffd\ufffd", ""),
+    ("nul", ["a", "b", "c", "\0"], "abc\0", ""),
+    ("empty", ["a", "b", "c", ""], "abc", ""),
+]
+
+
+@pytest.mark.parametrize(("kind", "column", "kept", "detail"), ROWS, ids=[row[0] for row in ROWS])
+def test_an_odd_row_of_a_table_is_named(model, tmp_path, kind, column, kept, detail):
+    path = table(tmp_path / "a.parquet", column)
+    (tmp_path / "b.txt").write_text("z")
+    summary = prepare_command([str(path), str(tmp_path / "b.txt")], model, tmp_path / "c", Options(0))
+    row, count = (1, 2) if kind == "not_a_string" else (4, 1)
+    assert str(summary).splitlines()[3] == f"odd: {count} {KINDS[kind]} (first: {path}:{row})"
+    assert "".join(kept_of(tmp_path / "c", model)) == kept + "z"
+    what = KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
+    assert strictly(path, model, tmp_path / "s") == f"megagpt: odd input: {what}\n  {path}:{row}\n{STRICT}"
+
+
+def test_an_odd_line_of_a_compressed_file_is_named(model, tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD * 2) + gzip.compress(line("\ud800")))
+    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [("lone_surrogates", 1, f"{path}:3")]
+    assert strictly(path, model, tmp_path / "s") == f"megagpt: odd input: lone surrogates\n  {path}:3\n{STRICT}"
+
+
+def test_a_table_that_is_damaged_within_is_named_and_not_the_output(model, tmp_path):
+    path = tmp_path / "a.parquet"
+    column = [f"{number} text {number * number}" for number in range(3000)]
+    parquet.write_table(pyarrow.table({"text": column}), path, use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    raw[20_000:22_000] = bytes(byte ^ 0x5A for byte in raw[20_000:22_000])
+    path.write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        prepare_command([str(path)], model, tmp_path / "c", Options(0, 1))
+    what, where, do = str(error.value).splitlines()
+    assert what.startswith("megagpt: the parquet file cannot be read: ")
+    assert (where, do) == (f"  {path}", "  do: copy or make it again")
+
+
 def test_a_text_file_is_looked_at_as_well(model, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfa\n\0 \xff \xe2\x96\x81\n<eod>")
@@ -66,7 +171,7 @@ def test_a_text_file_is_looked_at_as_well(model, tmp_path):
     assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [(kind, 1, str(path)) for kind in kinds]
 
 
-def test_a_document_too_long_for_one_sequence_becomes_several(model, tmp_path, monkeypatch):
+def test_a_document_too_long_for_one_sequence_becomes_several_or_an_error(model, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "MAX_SEQUENCE", 4)
     monkeypatch.setattr("megagpt.data.indexed_writer.MAX_SEQUENCE", 4)
     path = tmp_path / "a.jsonl"
@@ -76,6 +181,9 @@ def test_a_document_too_long_for_one_sequence_becomes_several(model, tmp_path, m
     assert max(reader.lengths) == 4
     assert tokenizer.decode(reader.document(1)) == "qqqqqqqqqqqq"
     assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [("long", 1, f"{path}:2")]
+    assert strictly(path, model, tmp_path / "s") == (
+        f"megagpt: odd input: documents of more than 2³¹ tokens\n  {path}:2\n{STRICT}"
+    )
 
 
 def test_the_summary_reads_well(model, tmp_path):

@@ -8,7 +8,11 @@ import re
 import subprocess
 import sys
 
+from megagpt.data.pieces import cut
+from megagpt.data.sources import find_sources
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import progress
+from megagpt.prepare.encoding import Job, PieceEncoder
 from tests.unit.prepare.conftest import PROGRAM, finish, jsonl
 
 
@@ -57,3 +61,17 @@ def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, mo
     states = re.findall(r"[\d,]+ MB, [\d.]+ MB/s, [\d,]+ documents/s, ([\d,]+) tokens", shown.decode())
     assert len(set(states)) > 2
     assert re.search(r"\d+ %, \d+:\d\d to go", shown.decode())
+
+
+def test_a_long_document_is_counted_while_it_is_worked_on(texts, model, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(texts * 120))
+    (piece,) = cut(find_sources([str(path)], None))
+    reports = []
+    job = Job(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
+    record = PieceEncoder(job).encode(piece, lambda *counts: reports.append(counts))
+    assert path.stat().st_size > 2 << 20
+    assert len([text for _, _, text, _ in reports if text]) > 2
+    assert [sum(column) for column in zip(*reports, strict=True)] == [
+        1, record.tokens, record.text_bytes, path.stat().st_size
+    ]  # fmt: skip

@@ -94,14 +94,29 @@ def test_a_full_disk_of_one_rank_leaves_no_corpus_and_they_go_on_later(command, 
 
 @mpi
 def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lines, model, expected, tmp_path):
-    """Two ranks in two folders, with an output that is relative to them."""
+    """Two ranks in two folders, with an output that is relative to them; killed in the middle, and started again."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    line = [sys.executable, tmp_path / "program.py", 5000, 0, 0, "prepare", lines, "--tokenizer", model]
-    line += ["--output", "c", "--validation-fraction", 0.2]
-    second = (":", "-n", "1", "-wdir", tmp_path / "two", *line)
-    first = (*MPIRUN, "-n", "1", "-wdir", tmp_path / "one")
-    finish(command(*line[5:], *second, piece=5000, launcher=first))
+
+    def start(pause):
+        line = [sys.executable, tmp_path / "program.py", 5000, pause, 0, "prepare", lines, "--tokenizer", model]
+        line += ["--output", "c", "--validation-fraction", 0.2]
+        second = (":", "-n", "1", "-wdir", tmp_path / "two", *line)
+        first = (*MPIRUN, "-n", "1", "-wdir", tmp_path / "one")
+        return command(*line[5:], *second, piece=5000, pause=pause, launcher=first)
+
+    shards = [tmp_path / name / "c.prepare/shards" for name in ("one", "two")]
+    process = start(0.1)
+    wait_for(shards[1], "3.json", process)
+    os.kill(int(wait_for(shards[1], "*.bin.*.partial", process)[0].name.split(".")[2]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    done = [{path.name for path in folder.glob("*.json")} for folder in shards]
+    assert done[0]
+    assert done[1]
+    assert not done[0] & done[1]
+    _, errors = finish(start(0))
+    assert f"going on, {len(done[0] | done[1])} of " in errors
     assert content(tmp_path / "one" / "c") == expected
     assert list((tmp_path / "two").iterdir()) == []
 

@@ -1,0 +1,100 @@
+"""The most memory that one process of a command takes, on inputs that are large in different ways.
+
+usage: python tests/benchmarks/memory.py [--workers 2] [--megabytes 1000] [--documents 10000000] [--long 500] [CASE…]
+Cases: large (one file of lines), tiny (documents of a few bytes), long (one document), tokenizer (trained on large).
+Imports little: what this process takes would count as its children's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+OURS = "import sys; from megagpt.cli import main; sys.exit(main())"
+
+
+def paragraphs(megabytes):
+    """Paragraphs of Python's standard library, in another order each time round, up to so many MB."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    draw, size = random.Random(1), 0
+    while size < megabytes * 1e6:
+        draw.shuffle(files)
+        for file in files:
+            for paragraph in file.read_text(errors="replace").split("\n\n"):
+                text = f"{paragraph} {draw.random()}"
+                size += len(text)
+                yield text
+            if size >= megabytes * 1e6:
+                return
+
+
+def write_large(path, asked):
+    """One file of lines, of documents of some paragraphs."""
+    with path.open("w") as file:
+        for text in paragraphs(asked.megabytes):
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def write_tiny(path, asked):
+    """As many documents as asked, a few bytes each."""
+    with path.open("w") as file:
+        file.writelines(f'{{"text": "line {number}"}}\n' for number in range(asked.documents))
+
+
+def write_long(path, asked):
+    """One document."""
+    with path.open("w") as file:
+        file.writelines(f"{text}\n\n" for text in paragraphs(asked.long))
+
+
+def most(*line):
+    """The most memory (MB) that a command, or a process of its, took; and its seconds."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", OURS, *map(str, line)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, line
+    return usage.ru_maxrss / 1024 * 1.048576, time.perf_counter() - begin
+
+
+def main():
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", default=["large", "tiny", "long", "tokenizer"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--long", type=float, default=500)
+    asked = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
+          f"{platform.python_version()}, {asked.workers} workers", flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_large(folder / "small.jsonl", argparse.Namespace(megabytes=5))
+        most("tokenizer", "train", folder / "small.jsonl", "--vocab-size", 8000, "--output", folder / "t")
+        for case in asked.cases:
+            path = folder / ("text.txt" if case == "long" else "text.jsonl")
+            {"tiny": write_tiny, "long": write_long}.get(case, write_large)(path, asked)
+            size = path.stat().st_size / 1e6
+            if case == "tokenizer":
+                line = ("tokenizer", "train", path, "--vocab-size", 8000, "--output", folder / "u")
+            else:
+                line = ("prepare", path, "--tokenizer", folder / "t.model", "--output", folder / "c",
+                        "--validation-fraction", 0)  # fmt: skip
+            memory, seconds = most(*line, "--workers", asked.workers)
+            print(
+                f"{case:10} {size:8,.0f} MB of input: at most {memory:5.0f} MB in one process, {seconds:6.0f} s",
+                flush=True,
+            )
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()
