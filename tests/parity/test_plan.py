@@ -41,7 +41,10 @@ def test_the_fullest_rank_takes_what_was_planned(measured, case):
     assert abs(total - peak) < PEAK * peak
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+WITHOUT_STAGES = [case for case in CASES if "pipeline" not in case.id]  # which keep what they last gave on, too
+
+
+@pytest.mark.parametrize("case", WITHOUT_STAGES, ids=lambda case: case.id)
 def test_weights_and_optimizer_take_what_was_planned(measured, case):
     """What stays between updates; beside the states, stage 3 keeps gradients and bucket, bf16 at stage 1 a sum."""
     resolved, rank = measured(case)
