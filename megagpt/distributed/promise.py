@@ -44,7 +44,7 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
             )
 
 
-_HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expect
     unlike = {name: line for name in names if (line := _unlike(name, told))}
     if wrong := [line for name, line in unlike.items() if not passing.of_a_host(name)]:
         what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
-        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), _HAND_ON))
+        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), HAND_ON))
     if problems:
         raise UserError.of(problems)
     return list(unlike.values())

@@ -1,7 +1,6 @@
 """Other ranks or hosts than were promised are refused with both numbers, before anything is built."""
 
 import base64
-import os
 import socket
 import subprocess
 import sys
@@ -67,7 +66,6 @@ def test_the_option_of_another_program_is_none_of_the_launcher(words):
     assert promise.hostfile_of(words) is None
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the processes above are looked up in /proc")
 def test_the_processes_above_are_found():
     program = "import json; from megagpt.distributed import promise; print(json.dumps(promise.ancestors()))"
     shell = f"'{sys.executable}' -c '{program}' && :"
