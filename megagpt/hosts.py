@@ -33,5 +33,5 @@ def hosts(file: Path, write: Path | None, env: dict[str, str]) -> Hosts:
     """Check a hostfile; write the variables of `env` that the other hosts need to `write`, for DS_ENV_FILE."""
     slots = hostfile.read(file)
     if write is not None:
-        files.replace_text(write, passing.deepspeed_env(env))
+        files.replace_text(write, passing.deepspeed_env({**env, passing.HOSTS: "/".join(slots)}))
     return Hosts(slots, sum(slots.values()), str(write.absolute()) if write else None)

@@ -83,7 +83,8 @@ def _check_where(rank: Rank, told: Sequence[dict[str, Any]], env: Mapping[str, s
         raise UserError(
             f"deepspeed was given {len(named)} hosts, {', '.join(named)}, {here}",
             "the hostfile",
-            "see what each name of the hostfile means (`ssh NAME hostname`); with --no_ssh start one launcher a host",
+            "see what each name of the hostfile means (`ssh NAME hostname`); --launcher slurm needs --num_nodes too, "
+            "--no_ssh one launcher on each host",
         )
     given = _slurm_hosts(env)
     if expected is None and given and len(given) != len(hosts):
@@ -109,17 +110,19 @@ def facts_here(same: Mapping[str, str], environment: Mapping[str, str], ancestor
     except OSError:
         boot = ""
     return json.dumps({
-        "host": socket.gethostname(), "boot": boot, "address": own_address(), "promised": hosts_given(ancestors),
-        "same": dict(same), "environment": dict(environment),
+        "host": socket.gethostname(), "boot": boot, "address": own_address(),
+        "promised": hosts_given(ancestors, environment), "same": dict(same), "environment": dict(environment),
     })  # fmt: skip
 
 
-def hosts_given(ancestors: Sequence[Sequence[str]]) -> list[str]:
-    """The hosts of the whole job, as DeepSpeed's launcher on each host is told; none under other launchers."""
+def hosts_given(ancestors: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[str]:
+    """The hosts of the whole job, as DeepSpeed's launcher on each host is told, or else as the file of variables that
+    `megagpt hosts` wrote says; none under other launchers.
+    """
     for word in (word for words in ancestors for word in words):
         if word.startswith("--world_info="):
             return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
-    return []
+    return [name for name in environment.get(passing.HOSTS, "").split("/") if name]
 
 
 def ancestors(pid: int | None = None) -> list[list[str]]:

@@ -28,6 +28,13 @@ def test_a_mistyped_hostfile_trains_nothing(cluster, deepspeed, recipe):
     assert not recipe.with_suffix("").exists()
 
 
+ON_ONE = (
+    "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
+    "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
+    "--launcher slurm needs --num_nodes too, --no_ssh one launcher on each host"
+)
+
+
 def test_two_launchers_on_one_host_are_refused_with_both_names(cluster, deepspeed, recipe):
     launcher, _ = deepspeed()
     launcher = (*launcher, "--no_ssh", "--master_addr", "node1", "--node_rank")
@@ -35,11 +42,13 @@ def test_two_launchers_on_one_host_are_refused_with_both_names(cluster, deepspee
     printed = cluster.run(1, *launcher, "0", *ranks(recipe), code=2)
     second.communicate()
     assert second.returncode == 2
-    assert said(printed) == [
-        "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
-        "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
-        "with --no_ssh start one launcher a host"
-    ]
+    assert said(printed) == [ON_ONE]
+
+
+def test_slurm_that_puts_both_ranks_on_one_host_is_refused_with_both_names(slurm, deepspeed, recipe):
+    launcher, env = deepspeed()
+    printed = slurm.run(1, *launcher, "--launcher", "slurm", *ranks(recipe), code=2, **env)
+    assert said(printed) == [ON_ONE]
 
 
 def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
