@@ -67,8 +67,7 @@ def examine(visit: Visit) -> Report:
         if wires.can_reduce(visit):
             examination.reduce_together(visit)
     finally:
-        for link in (link for host in visit.hosts for link, _ in host.workers if link):
-            link.close()
+        visit.close()
     return Report.of(list(judge(visit)))
 
 

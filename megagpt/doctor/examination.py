@@ -76,6 +76,11 @@ class Visit:
         """The hosts that have answered so far."""
         return [host for host in self.hosts if host.lost is None]
 
+    def close(self) -> None:
+        """End whatever was started."""
+        for link in (link for host in self.hosts for link, _ in host.workers if link):
+            link.close()
+
 
 def examine(visit: Visit) -> None:
     """Ask everything. A host that is lost on the way is left out of what comes after."""
@@ -106,18 +111,22 @@ def life(limit: float) -> float:
 
 def each(visit: Visit, ask: Callable[[Host, Link], object]) -> None:
     """Ask all hosts that are still there, at the same time."""
+    _at_once(visit, [(host, link) for host in visit.there for link, _ in host.workers[:1] if link], ask)
 
-    def one(host: Host) -> None:
-        link = host.workers[0][0]
-        assert link is not None
+
+def _at_once(visit: Visit, workers: Sequence[tuple[Host, Link]], ask: Callable[[Host, Link], object]) -> None:
+    def one(worker: tuple[Host, Link]) -> None:
         try:
-            ask(host, link)
+            ask(*worker)
         except Lost as lost:
-            host.lost = lost.finding
+            worker[0].lost = lost.finding
 
-    if visit.there:
-        with ThreadPoolExecutor(len(visit.there)) as pool:
-            list(pool.map(one, visit.there))
+    with ThreadPoolExecutor(max(len(workers), 1)) as pool:
+        try:
+            list(pool.map(one, workers))
+        except BaseException:  # typed away: nobody is to be waited for
+            visit.close()
+            raise
 
 
 def locked_operators(visit: Visit) -> list[str]:
@@ -141,16 +150,13 @@ def reduce_together(visit: Visit) -> None:
         "port": first.facts["port"], "world": visit.world, "backends": ["gloo", "nccl"] if cuda else ["gloo"],
     }  # fmt: skip
 
-    def ask(worker: tuple[Host, Link, list[list[int]]]) -> None:
-        host, link, ranks = worker
-        try:
-            host.reduce += link.ask("reduce", visit.limit * 2, limit=visit.limit, ranks=ranks, **words)["ranks"]
-        except Lost as lost:
-            host.lost = lost.finding
+    ranks = {id(link): ranks for host in visit.hosts for link, ranks in host.workers if link}
 
-    workers = [(host, link, ranks) for host in visit.hosts for link, ranks in host.workers if link]
-    with ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(ask, workers))
+    def ask(host: Host, link: Link) -> None:
+        answer = link.ask("reduce", visit.limit * 2, limit=visit.limit, ranks=ranks[id(link)], **words)
+        host.reduce += answer["ranks"]
+
+    _at_once(visit, [(host, link) for host in visit.hosts for link, _ in host.workers if link], ask)
 
 
 def _clock(link: Link, limit: float) -> tuple[float, float]:
