@@ -15,8 +15,8 @@ begin() {
 ranks() {
   "$@" &
   local launcher=$! code
+  while kill -0 $launcher 2>/dev/null; do wait $launcher; done # a signal ends the wait, not the ranks
   wait $launcher; code=$?
-  while kill -0 $launcher 2>/dev/null; do wait $launcher; code=$?; done # a signal ended the wait, not the ranks
   echo "the launcher ended with $code"
   while megagpt status "$run" >"$work/status"; code=$?; [ $code -eq 3 ]; do sleep 5; done # it ended before its ranks
   cat "$work/status"
