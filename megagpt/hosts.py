@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,9 @@ class Hosts:
         lines = [f"{host:<{width}}  {slots} ranks" for host, slots in self.hosts.items()]
         lines.append(f"{len(self.hosts)} hosts, {self.world_size} ranks")
         if self.environment:
-            lines += [f"wrote {self.environment}; before `deepspeed --hostfile`, type:",
-                      f'export DS_ENV_FILE={self.environment} PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"']  # fmt: skip
+            file = shlex.quote(self.environment)
+            lines.append(f"wrote {self.environment}; before `deepspeed --hostfile`, type:")
+            lines.append(f'export DS_ENV_FILE={file} PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"')
         return "\n".join(lines)
 
 
@@ -31,5 +33,5 @@ def hosts(file: Path, write: Path | None, env: dict[str, str]) -> Hosts:
     """Check a hostfile; write the variables of `env` that the other hosts need to `write`, for DS_ENV_FILE."""
     slots = hostfile.read(file)
     if write is not None:
-        files.replace_text(write, passing.deepspeed_env(env))
+        files.replace_text(write, passing.deepspeed_env({**env, passing.HOSTS: "/".join(slots)}))
     return Hosts(slots, sum(slots.values()), str(write.absolute()) if write else None)

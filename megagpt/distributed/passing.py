@@ -10,7 +10,10 @@ from collections.abc import Mapping
 
 from megagpt.errors import Problem, UserError
 
-_WHOLE = {"DS_ACCELERATOR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "MEGAGPT_JOB"}
+HOSTS = (
+    "MEGAGPT_HOSTS"  # those of the hostfile, with `/` between: under openmpi, mpich and slurm no rank sees that file
+)
+_WHOLE = {HOSTS, "DS_ACCELERATOR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "MEGAGPT_JOB"}
 _PREFIXES = ("OMP_", "MKL_", "NCCL_", "TORCH_", "TORCHDYNAMO_", "PYTORCH_", "GLOO_", "MALLOC_", "HF_", "TOKENIZERS_",
              "FI_", "UCX_")  # fmt: skip
 _PLACES = re.compile(r"IFNAME|_HCA|_(DIR|HOME|PATH|CACHE|FILE)$")

@@ -44,7 +44,7 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
             )
 
 
-_HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expect
     unlike = {name: line for name in names if (line := _unlike(name, told))}
     if wrong := [line for name, line in unlike.items() if not passing.of_a_host(name)]:
         what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
-        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), _HAND_ON))
+        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), HAND_ON))
     if problems:
         raise UserError.of(problems)
     return list(unlike.values())
@@ -83,7 +83,8 @@ def _check_where(rank: Rank, told: Sequence[dict[str, Any]], env: Mapping[str, s
         raise UserError(
             f"deepspeed was given {len(named)} hosts, {', '.join(named)}, {here}",
             "the hostfile",
-            "see what each name of the hostfile means (`ssh NAME hostname`); with --no_ssh start one launcher a host",
+            "see what each name of the hostfile means (`ssh NAME hostname`); --launcher slurm needs --num_nodes too, "
+            "--no_ssh one launcher on each host",
         )
     given = _slurm_hosts(env)
     if expected is None and given and len(given) != len(hosts):
@@ -109,17 +110,19 @@ def facts_here(same: Mapping[str, str], environment: Mapping[str, str], ancestor
     except OSError:
         boot = ""
     return json.dumps({
-        "host": socket.gethostname(), "boot": boot, "address": own_address(), "promised": hosts_given(ancestors),
-        "same": dict(same), "environment": dict(environment),
+        "host": socket.gethostname(), "boot": boot, "address": own_address(),
+        "promised": hosts_given(ancestors, environment), "same": dict(same), "environment": dict(environment),
     })  # fmt: skip
 
 
-def hosts_given(ancestors: Sequence[Sequence[str]]) -> list[str]:
-    """The hosts of the whole job, as DeepSpeed's launcher on each host is told; none under other launchers."""
+def hosts_given(ancestors: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[str]:
+    """The hosts of the whole job, as DeepSpeed's launcher on each host is told, or else as the file of variables that
+    `megagpt hosts` wrote says; none under other launchers.
+    """
     for word in (word for words in ancestors for word in words):
         if word.startswith("--world_info="):
             return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
-    return []
+    return [name for name in environment.get(passing.HOSTS, "").split("/") if name]
 
 
 def ancestors(pid: int | None = None) -> list[list[str]]:

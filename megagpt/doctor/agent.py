@@ -67,8 +67,7 @@ class Agent:
         words["limit"] = limit
         children = [Child("reduce", {**words, "rank": rank, "local_rank": local}) for rank, local in ranks]
         end = time.monotonic() + limit
-        said = [child.answers(end - time.monotonic(), self._doing) for child in children]
-        return {"ranks": [{**one, "rank": rank} for one, (rank, _) in zip(said, ranks, strict=True)]}
+        return {"ranks": [child.answers(end - time.monotonic(), self._doing) for child in children]}
 
     def _doing(self, what: str) -> None:
         self._say({"doing": what})

@@ -65,8 +65,10 @@ class Child:
     def _kill(self) -> None:
         """End it and what it started; a lock of a build that dies with it would stop the next one for ever."""
         held = [Path(lock["path"]) for lock in facts.locks() if self._process.pid in facts.holders(Path(lock["path"]))]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getsid(process) == self._process.pid:  # not only its group: ninja gives each compiler its own
+                    os.kill(process, signal.SIGKILL)
         self._process.wait()
         for lock in held:
             lock.unlink(missing_ok=True)

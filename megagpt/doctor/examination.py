@@ -76,9 +76,14 @@ class Visit:
         """The hosts that have answered so far."""
         return [host for host in self.hosts if host.lost is None]
 
+    def close(self) -> None:
+        """End whatever was started."""
+        for link in (link for host in self.hosts for link, _ in host.workers if link):
+            link.close()
 
-def examine(visit: Visit) -> None:
-    """Ask everything. A host that is lost on the way is left out of what comes after."""
+
+def examine(visit: Visit, say: Callable[[str], None]) -> None:
+    """Ask everything; `say` is told what comes next. A host that is lost is left out of what comes after."""
     name, needs = f"doctor-{secrets.token_hex(4)}", asdict(visit.needs)
     numbers = {id(host): number for number, host in enumerate(visit.hosts)}
 
@@ -96,6 +101,10 @@ def examine(visit: Visit) -> None:
     for folders in (False, True):
         each(visit, lambda _, link, folders=folders: link.ask("tidy", visit.limit, folders=folders))  # type: ignore[misc]
     locked = locked_operators(visit)
+    operators = ", ".join(visit.needs.operators)
+    say(
+        "loading torch and DeepSpeed on the hosts" + (f", and {operators}: to build it takes minutes" * bool(operators))
+    )
     each(visit, lambda host, link: _probe(visit, host, link, locked))
 
 
@@ -106,18 +115,22 @@ def life(limit: float) -> float:
 
 def each(visit: Visit, ask: Callable[[Host, Link], object]) -> None:
     """Ask all hosts that are still there, at the same time."""
+    _at_once(visit, [(host, link) for host in visit.there for link, _ in host.workers[:1] if link], ask)
 
-    def one(host: Host) -> None:
-        link = host.workers[0][0]
-        assert link is not None
+
+def _at_once(visit: Visit, workers: Sequence[tuple[Host, Link]], ask: Callable[[Host, Link], object]) -> None:
+    def one(worker: tuple[Host, Link]) -> None:
         try:
-            ask(host, link)
+            ask(*worker)
         except Lost as lost:
-            host.lost = lost.finding
+            worker[0].lost = lost.finding
 
-    if visit.there:
-        with ThreadPoolExecutor(len(visit.there)) as pool:
-            list(pool.map(one, visit.there))
+    with ThreadPoolExecutor(max(len(workers), 1)) as pool:
+        try:
+            list(pool.map(one, workers))
+        except BaseException:  # typed away: nobody is to be waited for
+            visit.close()
+            raise
 
 
 def locked_operators(visit: Visit) -> list[str]:
@@ -141,16 +154,13 @@ def reduce_together(visit: Visit) -> None:
         "port": first.facts["port"], "world": visit.world, "backends": ["gloo", "nccl"] if cuda else ["gloo"],
     }  # fmt: skip
 
-    def ask(worker: tuple[Host, Link, list[list[int]]]) -> None:
-        host, link, ranks = worker
-        try:
-            host.reduce += link.ask("reduce", visit.limit * 2, limit=visit.limit, ranks=ranks, **words)["ranks"]
-        except Lost as lost:
-            host.lost = lost.finding
+    ranks = {id(link): ranks for host in visit.hosts for link, ranks in host.workers if link}
 
-    workers = [(host, link, ranks) for host in visit.hosts for link, ranks in host.workers if link]
-    with ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(ask, workers))
+    def ask(host: Host, link: Link) -> None:
+        answer = link.ask("reduce", visit.limit * 2, limit=visit.limit, ranks=ranks[id(link)], **words)
+        host.reduce += answer["ranks"]
+
+    _at_once(visit, [(host, link) for host in visit.hosts for link, _ in host.workers if link], ask)
 
 
 def _clock(link: Link, limit: float) -> tuple[float, float]:

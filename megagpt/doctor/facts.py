@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import free_port
+from megagpt.distributed import free_port, passing
 from megagpt.doctor import network
 
 _END = 1 << 20  # bytes of a corpus that are read at its beginning, and at its end
@@ -42,7 +42,7 @@ def gather(needs: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         "nvidia": nvidia,
         "infiniband": lambda: _names(Path("/sys/class/infiniband")),
         "network": network.facts,
-        "environment": lambda: {n: v for n, v in os.environ.items() if n.endswith("_SOCKET_IFNAME")},
+        "environment": lambda: passing.passed_on(os.environ),
         "locks": locks,
         "port": free_port,
     }
@@ -142,7 +142,8 @@ def nvidia() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         words = Path("/proc/driver/nvidia/version").read_text()
     found = re.search(r"Kernel Module\D*([\d.]+)", words)
-    return {"devices": len(_names(Path("/proc/driver/nvidia/gpus"))), "driver": found[1] if found else ""}
+    devices = max(len(_names(Path("/proc/driver/nvidia/gpus"))), len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    return {"devices": devices, "driver": found[1] if found else ""}
 
 
 def locks() -> list[dict[str, Any]]:

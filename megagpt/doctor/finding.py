@@ -82,13 +82,12 @@ class Report:
         last = ""
         for row in self.findings:
             style = _STYLES[row.mark]
-            said = Text(f"{', '.join(row.hosts)}: " if row.hosts else "", "bold") + Text(row.what, style="not bold")
+            said = Text.assemble((f"{', '.join(row.hosts)}: " if row.hosts else "", "bold"), row.what)
             if row.mark == UNASKED:
                 said.stylize("dim")
             check = row.check if row.check != last else ""
             table.add_row(Text(_MARKS[row.mark], style), Text(check, style if row.mark == BAD else ""), said)
             if row.do:
-                do = Text("do: ", "cyan") + Text(row.do)
-                table.add_row("", "", Padding(do, (0, 0, 0, 2)))
+                table.add_row("", "", Padding(Text.assemble(("do: ", "cyan"), row.do), (0, 0, 0, 2)))
             last = row.check
         return table

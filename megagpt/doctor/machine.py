@@ -11,7 +11,8 @@ from megagpt.doctor.needs import STATE_BYTES
 from megagpt.doctor.probe import PINNING
 
 _SKEW, _SMALL_SKEW = 2.0, 0.5  # seconds
-_FILES, _FILES_PER_RANK = 256, 16  # of a rank: its own, and a connection to each other rank in about so many groups
+_FEWEST_FILES = (64, 5)  # open in a rank, and more for each rank of the world: counted at ZeRO 1 and 3 over gloo
+_FILES = (256, 16)  # the same with more groups, NCCL's connections, and many corpora
 _UNLIMITED = "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity for slurmd, " \
              "`docker run --ulimit memlock=-1`"  # fmt: skip
 
@@ -56,17 +57,15 @@ def devices(visit: Visit) -> Iterator[Finding]:
 
 def _devices(host: Host) -> Iterator[Finding]:
     torch, driver, ranks = host.probe["torch"], host.facts["nvidia"], len(host.ranks)
-    cpu = host.probe.get("accelerator", "cpu") == "cpu"
-    if driver["devices"] and not torch["devices"]:
+    beside = torch["devices"] or driver["devices"] * ["NVIDIA"]
+    if beside and host.facts["environment"].get("DS_ACCELERATOR") == "cpu":
+        what = f"DeepSpeed is told to run on the CPU, beside {len(beside)} × {beside[0]}"
+        yield odd("devices", what, "unset DS_ACCELERATOR", host)
+    elif driver["devices"] and not torch["devices"]:
         build = "a build for CPUs" if torch["cuda"] is None else f"built for CUDA {torch['cuda']}"
-        what = (
-            f"{driver['devices']} NVIDIA devices (driver {driver['driver']}), but torch {torch['version']}, {build}, "
-        )
+        what = f"{driver['devices']} × NVIDIA (driver {driver['driver']}), but torch {torch['version']}, {build}, "
         do = "install torch's build for CUDA, and a driver as new as it asks for"
         yield bad("devices", f"{what}sees none: {torch['error']}", do, host)
-    elif torch["devices"] and cpu and "accelerator" in host.probe:
-        yield odd("devices", f"DeepSpeed runs on the CPU, beside {len(torch['devices'])} × {torch['devices'][0]}",
-                  "unset DS_ACCELERATOR", host)  # fmt: skip
     elif torch["devices"] and len(torch["devices"]) < ranks:
         what = f"{number(len(torch['devices']), 'device')} for {number(ranks, 'rank')}"
         yield bad("devices", what, "give the host as many slots as it has devices (CUDA_VISIBLE_DEVICES?)", host)
@@ -77,7 +76,8 @@ def _devices(host: Host) -> Iterator[Finding]:
 
 def open_files(visit: Visit) -> Iterator[Finding]:
     """As many files may be open as connections to all ranks take."""
-    hosts, found, need = visit.there, [], _FILES + _FILES_PER_RANK * visit.world
+    hosts, found = visit.there, []
+    fewest, need = (own + each * visit.world for own, each in (_FEWEST_FILES, _FILES))
     for host in hosts:
         soft, hard = host.facts["limits"]["open_files"]
         if soft is None or soft >= need:
@@ -85,13 +85,13 @@ def open_files(visit: Visit) -> Iterator[Finding]:
         do = f"`ulimit -n {need}` before the start"
         if visit.launch or (hard is not None and hard < need):
             do = f"`* - nofile {need}` into /etc/security/limits.conf there, or LimitNOFILE={need} for sshd or slurmd"
-        found.append(
-            bad("open files", f"{soft:,} may be open, and {number(visit.world, 'rank')} take about {need:,}", do, host)
-        )
+        report, how_many = (bad, f"at least {fewest:,}") if soft < fewest else (odd, f"up to {need:,}")
+        what = f"{soft:,} may be open, and with {number(visit.world, 'rank')} each takes {how_many}"
+        found.append(report("open files", what, do, host))
     yield from found
     if hosts and not found:
         least = min((soft for host in hosts if (soft := host.facts["limits"]["open_files"][0]) is not None), default=0)
-        yield good("open files", f"{least:,} may be open, about {need:,} are needed" if least else "no limit")
+        yield good("open files", f"{least:,} may be open, up to {need:,} are needed" if least else "no limit")
 
 
 def locked_memory(visit: Visit) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Not torch's store: the table of a host whose torch is broken must come, too.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from typing import Any
@@ -14,22 +15,34 @@ from megagpt.doctor import agent
 from megagpt.doctor.examination import Host, life
 from megagpt.doctor.finding import BAD, Finding
 from megagpt.doctor.links import Link, Lost, local, over_socket
-from megagpt.errors import MachineError
+from megagpt.errors import MachineError, UserError
 
 _RETRY = 0.2  # seconds
+_HELLO = 5.0  # seconds in which somebody who connects says that it is a rank
+
+
+def _port(rank: Rank) -> int:
+    """The port after the job's own, on which a launcher may listen already. Raises UserError where there is none."""
+    if not rank.address or not rank.port:
+        raise UserError(
+            f"{rank.world_size} ranks were started by {rank.launcher}, but none knows where rank 0 listens",
+            "MASTER_ADDR, MASTER_PORT",
+            "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv)",
+        )
+    return rank.port + 1
 
 
 def serve(rank: Rank, limit: float) -> None:
-    """Come to rank 0, and do what it asks. Raises MachineError where it is not found within `limit` seconds."""
-    end = time.monotonic() + limit
+    """Come to rank 0, and do what it asks. Raises MachineError where it is not found within `limit` s."""
+    port, end = _port(rank), time.monotonic() + limit
     while True:
         try:
-            connection = socket.create_connection((rank.address, rank.port), timeout=limit)
+            connection = socket.create_connection((rank.address, port), timeout=limit)
             break
         except OSError as error:
             if time.monotonic() > end:
                 raise MachineError(
-                    f"rank {rank.rank} on {socket.gethostname()} could not reach rank 0 at {rank.address}:{rank.port} "
+                    f"rank {rank.rank} on {socket.gethostname()} could not reach rank 0 at {rank.address}:{port} "
                     f"in {limit:.0f} s",
                     str(error),
                     "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
@@ -41,18 +54,22 @@ def serve(rank: Rank, limit: float) -> None:
 
 
 def receive(rank: Rank, limit: float) -> list[Host]:
-    """On rank 0: the hosts of all ranks, itself included; a rank that does not come in time stands for a host."""
-    came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
+    """On rank 0: the hosts of all ranks, itself included; a rank that does not come in time stands for a host.
+
+    Raises MachineError where the port is in use.
+    """
     end = time.monotonic() + limit
-    with socket.create_server(("", rank.port), backlog=rank.world_size) as server:
+    with _server(rank) as server:
+        came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
         while len(came) < rank.world_size and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 connection, address = server.accept()
             except TimeoutError:
                 break
+            connection.settimeout(None)
             link = over_socket(connection, str(address[0]))
-            if who := _hello(link, rank, left):
+            if who := _hello(link, rank, limit):
                 link.host = who["host"]
                 came[who["rank"]] = (who["host"], who["local_rank"], link)
             else:
@@ -64,10 +81,22 @@ def receive(rank: Rank, limit: float) -> list[Host]:
     return [*(Host(name, workers) for name, workers in hosts.items()), *(_absent(number, limit) for number in absent)]
 
 
+def _server(rank: Rank) -> socket.socket:
+    port = _port(rank)
+    try:
+        return socket.create_server(("", port), backlog=rank.world_size)
+    except OSError as error:
+        raise MachineError(
+            f"port {port} cannot be listened on: {os.strerror(error.errno or 0)}",
+            "the port after MASTER_PORT",
+            "export another MASTER_PORT to all ranks; `ss -ltnp` shows who listens",
+        ) from None
+
+
 def _hello(link: Link, rank: Rank, limit: float) -> dict[str, Any] | None:
     """What a rank says of itself; None where it is no rank of this job."""
     try:
-        who = link.ask("hello", limit, limit=life(limit))
+        who = link.ask("hello", _HELLO, limit=life(limit))
     except Lost:
         return None
     return who if who.get("job") == rank.job and "rank" in who else None

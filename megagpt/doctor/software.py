@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 
+from megagpt.distributed import passing, promise
 from megagpt.doctor import examination
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import BAD, Finding
@@ -87,14 +88,21 @@ def recipe(visit: Visit) -> Iterator[Finding]:
 
 
 def environment(visit: Visit) -> Iterator[Finding]:
-    """Variables that must be alike reach the other hosts."""
-    if visit.launch is None:
+    """Variables that training depends on are alike, and reach the other hosts."""
+    hosts, wrong = visit.there, False
+    if visit.alone:
         return
-    if kept := visit.launch.kept_back:
-        do = "megagpt hosts HOSTFILE --write-environment FILE, and export DS_ENV_FILE=$PWD/FILE before `deepspeed`"
-        yield odd("variables", f"DeepSpeed would not hand these on to the other hosts: {', '.join(kept)}", do)
-    else:
-        yield good("variables", "what training depends on reaches every host")
+    for name in sorted({name for host in hosts for name in host.facts["environment"]}):
+        for host, here, there in unlike(hosts, lambda host, name=name: host.facts["environment"].get(name, "not set")):  # type: ignore[misc]
+            if not passing.of_a_host(name):
+                wrong = True
+                yield bad("variables", f"{name}: {here}, on {hosts[0].name} {there}", promise.HAND_ON, host)
+    if visit.launch and visit.launch.kept_back:
+        wrong = True
+        what = f"DeepSpeed would not hand these on to the other hosts: {', '.join(visit.launch.kept_back)}"
+        yield odd("variables", what, "megagpt hosts HOSTFILE --write-environment FILE, and type what it says")
+    if hosts and not wrong:
+        yield good("variables", "what training depends on is alike on every host")
 
 
 def imports(visit: Visit) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megagpt.distributed import passing
 from megagpt.doctor import network
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
@@ -33,7 +34,7 @@ def launcher(visit: Visit) -> Iterator[Finding]:
     if not visit.launch.pdsh:
         do = "install pdsh (Debian: pdsh), or start with `deepspeed --launcher openmpi`"
         yield bad("launcher", "there is no pdsh on this host", do)
-    do = 'export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"'
+    do = f'export PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"'
     waits: dict[int, list[Host]] = {}
     for host in visit.hosts:
         waits.setdefault(visit.launch.keep_alive.get(host.name, 0), []).append(host)
@@ -110,7 +111,7 @@ def all_reduce(visit: Visit) -> Iterator[Finding]:
     for host, rank in failed:
         do = "let the hosts reach each other on all ports (firewalls), and name the interface that does: " \
              "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"  # fmt: skip
-        yield bad("all-reduce", f"rank {rank['rank']}, {rank['at']}: {stopped(rank)}", do, host)
+        yield bad("all-reduce", f"{rank['at']}: {stopped(rank)}", do, host)
     if not failed:
         speeds = said[0][1]["speeds"]
         named = ", ".join(f"{backend} {speed / 1e9:.2f} GB/s" for backend, speed in speeds.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from megagpt.distributed import passing
 from megagpt.run import status
 from tests import training
-from tests.cluster.conftest import LENGTH, OPENMPI, said
+from tests.cluster.conftest import LENGTH, OPENMPI, SECONDS, said
 from tests.training import command, events, wait_for_update
 
 
@@ -28,6 +28,13 @@ def test_a_mistyped_hostfile_trains_nothing(cluster, deepspeed, recipe):
     assert not recipe.with_suffix("").exists()
 
 
+ON_ONE = (
+    "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
+    "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
+    "--launcher slurm needs --num_nodes too, --no_ssh one launcher on each host"
+)
+
+
 def test_two_launchers_on_one_host_are_refused_with_both_names(cluster, deepspeed, recipe):
     launcher, _ = deepspeed()
     launcher = (*launcher, "--no_ssh", "--master_addr", "node1", "--node_rank")
@@ -35,11 +42,13 @@ def test_two_launchers_on_one_host_are_refused_with_both_names(cluster, deepspee
     printed = cluster.run(1, *launcher, "0", *ranks(recipe), code=2)
     second.communicate()
     assert second.returncode == 2
-    assert said(printed) == [
-        "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
-        "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
-        "with --no_ssh start one launcher a host"
-    ]
+    assert said(printed) == [ON_ONE]
+
+
+def test_slurm_that_puts_both_ranks_on_one_host_is_refused_with_both_names(slurm, deepspeed, recipe):
+    launcher, env = deepspeed()
+    printed = slurm.run(1, *launcher, "--launcher", "slurm", *ranks(recipe), code=2, **env)
+    assert said(printed) == [ON_ONE]
 
 
 def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
@@ -60,7 +69,7 @@ def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
 def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, deepspeed, recipe, tmp_path):
     (launcher, env), run = deepspeed(), recipe.with_suffix("")
     first = cluster.start(1, *launcher, "--master_port", "29700", *ranks(recipe, "length.updates=1000000"), **env)
-    wait_for_update(run, 10)
+    wait_for_update(run, 10, SECONDS)
     other = training.write_recipe(tmp_path / "other", recipe_data(recipe))
     printed = cluster.run(1, *launcher, "--master_port", "29700", *ranks(other, *LENGTH), code=1, **env)
     do = "  do: give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
@@ -92,7 +101,7 @@ def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoi
     words = ("length.updates=1000000", "checkpoint.every=20", f"log.hang_after={limit}")
     training = cluster.start(1, *launcher, *ranks(recipe, *words), **env)
     try:
-        wait_for_update(run, 50)
+        wait_for_update(run, 50, SECONDS)
         assert status.read(run).state == "running"
         cluster.make("cut", "2")
         begun = time.monotonic()
@@ -122,7 +131,7 @@ def test_torchrun_goes_on_with_the_host_that_is_left(cluster, recipe, same):
 
     first, second = torchrun(1), torchrun(2)
     try:
-        wait_for_update(recipe.with_suffix(""), 11)
+        wait_for_update(recipe.with_suffix(""), 11, SECONDS)
         cluster.make("off", "2")
         printed, _ = first.communicate()
     finally:

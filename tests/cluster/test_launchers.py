@@ -4,7 +4,7 @@ import re
 import sys
 import time
 
-from tests.cluster.conftest import LENGTH, OPENMPI, said
+from tests.cluster.conftest import LENGTH, OPENMPI, SECONDS, said
 from tests.training import command, wait_for_update
 
 MPICH = ("mpirun.mpich", "-hosts", "node1,node2", "-n", "2", "-ppn", "1")
@@ -19,7 +19,7 @@ def ranks(recipe, *words):
 def test_deepspeed_with_a_hostfile_and_a_cable_that_is_out_for_a_moment(cluster, deepspeed, recipe, same):
     launcher, env = deepspeed()
     training = cluster.start(1, *launcher, *ranks(recipe, "--expect-world-size", "2", "checkpoint.every=10"), **env)
-    wait_for_update(recipe.with_suffix(""), 20)
+    wait_for_update(recipe.with_suffix(""), 20, SECONDS)
     cluster.make("cut", "2")
     time.sleep(2)
     cluster.make("heal", "2")

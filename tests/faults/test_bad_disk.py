@@ -15,7 +15,7 @@ def checkpoints(recipe):
     folder = recipe.with_suffix("") / "checkpoints"
     folder.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("only root can mount a disk")
+        pytest.skip("a read-only disk: only root can mount one")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 

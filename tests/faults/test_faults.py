@@ -45,7 +45,7 @@ def test_a_full_disk_stops_no_run_and_harms_no_checkpoint(recipe, uninterrupted,
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("a full disk: only root can mount one")
     try:
         with ranks(recipe, f"run_dir={disk}/run", "checkpoint.every=8") as (process,):
             wait_for_update(disk / "run", 12)

@@ -1,7 +1,6 @@
 """Other ranks or hosts than were promised are refused with both numbers, before anything is built."""
 
 import base64
-import os
 import socket
 import subprocess
 import sys
@@ -67,7 +66,6 @@ def test_the_option_of_another_program_is_none_of_the_launcher(words):
     assert promise.hostfile_of(words) is None
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the processes above are looked up in /proc")
 def test_the_processes_above_are_found():
     program = "import json; from megagpt.distributed import promise; print(json.dumps(promise.ancestors()))"
     shell = f"'{sys.executable}' -c '{program}' && :"
@@ -108,13 +106,16 @@ def launched(hosts):
 
 
 def test_two_names_of_one_host_are_refused_with_both():
-    assert promise.hosts_given([["sh"], launched(["node1", "node2"])]) == ["node1", "node2"]
+    env = {"MEGAGPT_HOSTS": "a/b"}
+    assert promise.hosts_given([["sh"], launched(["node1", "node2"])], env) == ["node1", "node2"]
+    assert promise.hosts_given([["sh"]], env) == ["a", "b"]
+    assert promise.hosts_given([["sh"]], {}) == []
     told = facts("node1", "node1", promised=["node1", "node2"])
     for expected in (None, 2):
         assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, expected) == (
             "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
             "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
-            "with --no_ssh start one launcher a host"
+            "--launcher slurm needs --num_nodes too, --no_ssh one launcher on each host"
         )
     two = facts("localhost", "localhost", boot="another", promised=["10.0.0.1", "10.0.0.2"])
     assert promise.check_hosts(Rank(world_size=2), two, {}, None) == []  # machines of one name

@@ -132,8 +132,20 @@ def child(monkeypatch, tmp_path, program):
     return Child("probe", {"limit": 60})
 
 
+def gone(pid):
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
 def test_a_child_that_hangs_is_ended_and_its_lock_with_it(monkeypatch, tmp_path, lock):
-    program = f"file = open({str(lock)!r}, 'w')\nsay({{'a': 1}})\nsay({{'doing': 'waiting'}})\ntime.sleep(600)"
+    program = (
+        f"file = open({str(lock)!r}, 'w')\nimport subprocess\n"
+        "compiler = subprocess.Popen(['sleep', '600'], preexec_fn=os.setpgrp)\n"  # as ninja starts them
+        "say({'compiler': compiler.pid})\nsay({'doing': 'waiting'})\ntime.sleep(600)"
+    )
     started, heard = child(monkeypatch, tmp_path, program), []
     ended = threading.Event()
 
@@ -143,8 +155,13 @@ def test_a_child_that_hangs_is_ended_and_its_lock_with_it(monkeypatch, tmp_path,
 
     threading.Thread(target=answers).start()
     assert ended.wait(60)
-    assert heard == [{"a": 1, "hung": 6, "at": "waiting"}]
+    compiler = heard[0].pop("compiler")
+    assert heard == [{"hung": 6, "at": "waiting"}]
     assert not lock.exists()
+    end = time.monotonic() + 30
+    while not gone(compiler):  # it was told to end at once, and does when it is its turn
+        assert time.monotonic() < end, compiler
+        time.sleep(0.01)
 
 
 def test_a_child_that_dies_says_at_what_and_what_it_said_is_kept(monkeypatch, tmp_path):

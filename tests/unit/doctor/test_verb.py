@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from megagpt import doctor
 from megagpt.distributed import Rank, free_port
 from megagpt.doctor import ranks
 from megagpt.doctor.finding import Finding, Report
+from megagpt.errors import MachineError, UserError
 from tests import training
 
 ASKED = ("--deepspeed_config", str(training.ROOT / "ds_configs/zero1.json"))
@@ -84,6 +86,48 @@ def test_all_ranks_of_a_host_reduce_together():
     assert ([rank.returncode for rank in started], printed[1], errors) == ([0, 0], "", ("", ""))
     said = {row["check"]: row["what"] for row in json.loads(printed[0])["findings"]}
     assert re.fullmatch(r"2 ranks: gloo \d+\.\d\d GB/s", said["all-reduce"])
+
+
+def refusal(kind, function, *arguments):
+    with pytest.raises(kind) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_a_port_in_use_and_one_that_nobody_knows_are_told():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert refusal(MachineError, ranks.receive, Rank(0, 0, 2, port=port - 1), 5) == (
+            f"megagpt: port {port} cannot be listened on: Address already in use\n  the port after MASTER_PORT\n"
+            "  do: export another MASTER_PORT to all ranks; `ss -ltnp` shows who listens"
+        )
+    unknown = Rank(1, 1, 2, address="", launcher="openmpi")
+    assert refusal(UserError, ranks.serve, unknown, 5) == (
+        "megagpt: 2 ranks were started by openmpi, but none knows where rank 0 listens\n  MASTER_ADDR, MASTER_PORT\n"
+        "  do: export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv)"
+    )
+
+
+def test_strangers_and_ranks_of_other_jobs_are_sent_away(monkeypatch):
+    monkeypatch.setattr(ranks, "_HELLO", 2.0)
+    rank, hosts = Rank(0, 0, 2, port=free_port(), job="7"), []
+    receiving = threading.Thread(target=lambda: hosts.extend(ranks.receive(rank, 120)))
+    receiving.start()
+
+    def come(job):
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": rank.address, "MASTER_PORT": str(rank.port)}
+        return start("--as-rank", RANK="1", LOCAL_RANK="1", MEGAGPT_JOB=job, **place)
+
+    with come("8") as other:
+        assert other.communicate(timeout=60) == ("", "")  # it was received, and sent away
+    with socket.create_connection((rank.address, rank.port + 1)) as stranger:  # who says nothing
+        assert stranger.recv(100).startswith(b"megagpt-doctor ")
+        with come("7") as ours:
+            receiving.join(60)
+            for link, _ in hosts[0].workers:
+                link.close()
+            assert ours.communicate(timeout=60) == ("", "")
+    assert [(host.name, host.ranks, host.lost) for host in hosts] == [(socket.gethostname(), [0, 1], None)]
 
 
 def test_a_rank_that_does_not_find_rank_0_says_so():

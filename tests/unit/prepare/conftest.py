@@ -41,9 +41,9 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, or samples
-# are packed. The file PLACES is told where in a .bin each rank has written, and how many bytes. A tokenizer is trained
-# on SAMPLE bytes.
+# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, when all
+# are joined, and before samples are packed. The file PLACES is told where in a .bin each rank has written, and how many
+# bytes. A tokenizer is trained on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
@@ -51,6 +51,8 @@ from megagpt.data import id_file, pieces, shards
 piece, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
+write = id_file.IdFile.finish
+id_file.IdFile.finish = lambda *given: time.sleep(float(pause)) or write(*given)
 
 
 class Told(id_file.IdFile):

@@ -12,7 +12,9 @@ from megagpt.distributed import free_port, from_mpi_or_slurm
 from megagpt.prepare import Options, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
-mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun: apt install openmpi-bin")
+mpi = pytest.mark.skipif(
+    not shutil.which("mpirun"), reason="preparing by MPI ranks: not installed: mpirun (tests/install.sh)"
+)
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
 
@@ -127,6 +129,19 @@ def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
     _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 2)), 2)
     assert errors.count("odd input: empty documents") == 1
     assert not list(tmp_path.glob("c.*.idx"))
+
+
+@mpi
+def test_an_mpirun_of_another_mpi_is_told(command, lines, model, tmp_path, monkeypatch):
+    """As mpich's starts a rank, which Open MPI takes for a program that was started alone."""
+    for name, value in {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    _, errors = finish(command("prepare", lines, "--tokenizer", model, "--output", tmp_path / "c"), 2)
+    what, where, do = errors.splitlines()[-3:]  # mpi4py warns before
+    assert what == "megagpt: 2 processes were started, and MPI knows of 1"
+    assert where.startswith("  Open MPI")
+    assert do == "  do: start them by the mpirun of this MPI"
+    assert not list(tmp_path.glob("c*"))
 
 
 @pytest.mark.parametrize(

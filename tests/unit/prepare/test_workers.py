@@ -67,6 +67,20 @@ def test_a_killed_command_goes_on_where_it_stopped(command, large, model, expect
     assert kept[0].items() <= kept[1].items()  # not made again
 
 
+def test_a_command_that_is_killed_while_it_joins_leaves_no_corpus_and_goes_on(
+    command, large, model, expected, tmp_path
+):
+    process = start(command, large, model, tmp_path / "c", 1, piece=1 << 30, pause=1)
+    wait_for(tmp_path, "c.train.bin.partial", process)
+    process.kill()
+    process.communicate()
+    assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
+    _, errors = finish(start(command, large, model, tmp_path / "c", 1, piece=1 << 30))
+    assert "going on, 1 of 1 pieces are done" in errors
+    assert content(tmp_path / "c") == expected
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_worker_that_dies_ends_the_command_and_names_the_input(command, large, model, expected, tmp_path):
     folder = tmp_path / "c.prepare/shards"
     process = start(command, large, model, tmp_path / "c", pause=0.1)

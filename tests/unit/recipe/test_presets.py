@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megagpt.model import cost
 from megagpt.recipe import PRESETS, ModelSection
 
 # Parameters of the published checkpoints: the sums of their tensors' sizes on the Hugging Face hub,
@@ -69,7 +70,6 @@ def test_every_preset_is_counted():
 
 
 def test_the_cost_of_a_model_counts_as_the_papers_do():
-    cost = pytest.importorskip("megagpt.model.cost")
     for name, count in {**GPT2, **LLAMA}.items():
         assert cost.parameters(ModelSection(preset=name)) == count
 
