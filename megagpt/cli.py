@@ -18,7 +18,7 @@ import typer
 from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
-from megagpt.errors import EXIT_DONE, UserError
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError, need_linux
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -54,6 +54,29 @@ def prepare(
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
+def plan(
+    recipe: Annotated[Path, typer.Option(help="what is trained")],
+    deepspeed_config: Config,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option(help="ranks in all", min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(help="machines", min=1)] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="ranks on each", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="H100, A100-80, … or its memory: 24GiB")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="of each node: 512GiB")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say beforehand what a run takes and whether it fits: memory by part, time, disk, network; else what would fit."""
+    from megagpt import plan as verb
+
+    words = tuple(overrides or ())
+    options = verb.Options(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
+    found = verb.plan(options)
+    answer(found, as_json)
+    if "does not fit" in (found.fit.device, found.fit.host):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
 def train(
     recipe: Annotated[Path, typer.Option(help="what is trained: a YAML file of launch/recipes/ or your own")],
     deepspeed_config: Config,
@@ -67,6 +90,7 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
+    need_linux("training")
     from megagpt import train as verb
     from megagpt.assembly import Options
 

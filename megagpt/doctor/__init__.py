@@ -59,15 +59,19 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
 
 def examine(visit: Visit) -> Report:
     """Ask all hosts everything, and judge what they say; whatever was started is ended."""
+    from rich.console import Console
+
     from megagpt.doctor import examination, wires
     from megagpt.doctor.finding import Report
 
-    try:
-        examination.examine(visit)
-        if wires.can_reduce(visit):
-            examination.reduce_together(visit)
-    finally:
-        visit.close()
+    with Console(stderr=True).status("asking the hosts") as status:  # on a terminal only
+        try:
+            examination.examine(visit, status.update)
+            if wires.can_reduce(visit):
+                status.update("an all-reduce over all ranks")
+                examination.reduce_together(visit)
+        finally:
+            visit.close()
     return Report.of(list(judge(visit)))
 
 

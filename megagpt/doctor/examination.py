@@ -82,8 +82,8 @@ class Visit:
             link.close()
 
 
-def examine(visit: Visit) -> None:
-    """Ask everything. A host that is lost on the way is left out of what comes after."""
+def examine(visit: Visit, say: Callable[[str], None]) -> None:
+    """Ask everything; `say` is told what comes next. A host that is lost is left out of what comes after."""
     name, needs = f"doctor-{secrets.token_hex(4)}", asdict(visit.needs)
     numbers = {id(host): number for number, host in enumerate(visit.hosts)}
 
@@ -101,6 +101,10 @@ def examine(visit: Visit) -> None:
     for folders in (False, True):
         each(visit, lambda _, link, folders=folders: link.ask("tidy", visit.limit, folders=folders))  # type: ignore[misc]
     locked = locked_operators(visit)
+    operators = ", ".join(visit.needs.operators)
+    say(
+        "loading torch and DeepSpeed on the hosts" + (f", and {operators}: to build it takes minutes" * bool(operators))
+    )
     each(visit, lambda host, link: _probe(visit, host, link, locked))
 
 

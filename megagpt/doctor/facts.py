@@ -142,7 +142,8 @@ def nvidia() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         words = Path("/proc/driver/nvidia/version").read_text()
     found = re.search(r"Kernel Module\D*([\d.]+)", words)
-    return {"devices": len(_names(Path("/proc/driver/nvidia/gpus"))), "driver": found[1] if found else ""}
+    devices = max(len(_names(Path("/proc/driver/nvidia/gpus"))), len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    return {"devices": devices, "driver": found[1] if found else ""}
 
 
 def locks() -> list[dict[str, Any]]:

@@ -6,10 +6,12 @@ on a dictionary that notes which keys it is asked for, and with what default.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import deepspeed
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.compile.config import CompileConfig
 from deepspeed.inference.config import WeightQuantConfig
@@ -179,3 +181,7 @@ def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
     if "$ref" in node:
         return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
     return {key: _inlined(item, definitions) for key, item in node.items() if key != "$defs"}
+
+
+if __name__ == "__main__":  # writes ds_config/known_keys.json, for what must not import DeepSpeed
+    print(json.dumps({"deepspeed": deepspeed.__version__, "keys": known_keys()}, sort_keys=True))

@@ -20,26 +20,6 @@ from megagpt.model import cost, gpt
 from megagpt.recipe import ModelSection
 
 
-def boundaries(costs: Sequence[float], stages: int) -> list[int]:
-    """The first layer of each stage, and the number of layers: [stages + 1], every stage with a layer at least.
-
-    The dearest stage is as cheap as can be; among equals, the one before it, and so on.
-    """
-    # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
-    total = len(costs)
-    best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
-    for count in range(2, stages + 1):
-        best = {
-            n: min(
-                (sorted([sum(costs[n:cut]), *loads], reverse=True), [n, *cuts])
-                for cut, (loads, cuts) in best.items()
-                if cut > n
-            )
-            for n in range(total - count + 1)
-        }
-    return best[0][1]
-
-
 class Stages(PipelineModule):
     """The layers of one stage with their initial weights; the other stages' layers take no memory here.
 
@@ -57,7 +37,7 @@ class Stages(PipelineModule):
             if layout.tensor_parallel > 1:
                 tensor.split(layers, layout.tensor_parallel)
         recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
-        self._cuts = boundaries(cost.layer_costs(section), layout.pipeline_stages)
+        self._cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
         local = set(range(self._cuts[stage], self._cuts[stage + 1]))
         if section.tie_embeddings and len(layers) - 1 in local:

@@ -1,11 +1,16 @@
-"""What a model costs: exact parameter counts and FLOPs, by arithmetic alone (no torch)."""
+"""What a model costs: its parameters one by one, FLOPs, and how to share them out, by arithmetic alone (no torch)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
+
+
+_SMALLEST_CHUNK = 512  # tokens; below it the matrix products lose more than the memory gains
 
 
 def _linears_per_block(section: ModelSection) -> list[tuple[int, int]]:
@@ -16,15 +21,28 @@ def _linears_per_block(section: ModelSection) -> list[tuple[int, int]]:
     return [qkv, (width, width), *up, (section.d_ff, width)]
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of each parameter, by its name in `GPT`."""
+
+
+def shapes(section: ModelSection) -> list[Shapes]:
+    """The parameters of each of `gpt.layers(section)`; a tied head has none of its own."""
+    width, biased = section.d_model, section.norm == "layernorm"
+    vocabulary: Shapes = {"weight": (section.vocab_size, width)}
+    norm: Shapes = {"weight": (width,), **({"bias": (width,)} if biased else {})}
+    names = ["attention.qkv", "attention.output", *(["mlp.gate"] if section.activation == "swiglu" else [])]
+    block = {f"{place}.{kind}": shape for place in ("attention_norm", "mlp_norm") for kind, shape in norm.items()}
+    for name, (inputs, outputs) in zip([*names, "mlp.up", "mlp.down"], _linears_per_block(section), strict=True):
+        block |= {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if biased else {})}
+    positions: list[Shapes] = [{"weight": (section.seq_len, width)}] if section.position == "learned" else []
+    head: Shapes = {} if section.tie_embeddings else vocabulary
+    layers: list[Shapes] = [vocabulary, *positions, *[block] * section.n_layer, norm, head]
+    return [{f"layers.{i}.{name}": shape for name, shape in layer.items()} for i, layer in enumerate(layers)]
+
+
 def parameters(section: ModelSection) -> int:
     """The number of parameters, a tied matrix counted once."""
-    biased = section.norm == "layernorm"
-    linears = _linears_per_block(section)
-    norm = section.d_model * (2 if biased else 1)
-    block = sum(i * o for i, o in linears) + (sum(o for _, o in linears) if biased else 0) + 2 * norm
-    vocabulary = section.vocab_size * section.d_model * (1 if section.tie_embeddings else 2)
-    positions = section.seq_len * section.d_model if section.position == "learned" else 0
-    return section.n_layer * block + norm + vocabulary + positions
+    return sum(math.prod(shape) for layer in shapes(section) for shape in layer.values())
 
 
 def matmul_parameters(section: ModelSection) -> int:
@@ -55,6 +73,32 @@ def layer_costs(section: ModelSection) -> list[float]:
     block = 7.0 * held + 12.0 * width * section.seq_len
     head = 6.0 * vocabulary + (0 if section.tie_embeddings else vocabulary)
     return [float(vocabulary), *positions, *[block] * section.n_layer, float(width), head]
+
+
+def boundaries(costs: Sequence[float], stages: int) -> list[int]:
+    """The first layer of each stage, and the number of layers: [stages + 1], every stage with a layer at least.
+
+    The dearest stage is as cheap as can be; among equals, the one before it, and so on.
+    """
+    # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
+    total = len(costs)
+    best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
+    for count in range(2, stages + 1):
+        best = {
+            n: min(
+                (sorted([sum(costs[n:cut]), *loads], reverse=True), [n, *cuts])
+                for cut, (loads, cuts) in best.items()
+                if cut > n
+            )
+            for n in range(total - count + 1)
+        }
+    return best[0][1]
+
+
+def chunk_tokens(rows: int, on_cpu: bool) -> int:
+    """For how many tokens the loss holds logits at a time, of a vocabulary (or a share of one) of so many rows."""
+    logits = 1 << 21 if on_cpu else 1 << 26  # 8 MiB suit a cache, 256 MiB fill a GPU
+    return max(_SMALLEST_CHUNK, logits // rows)
 
 
 # dense bf16 and fp16, FLOP/s: NVIDIA's data sheets (SXM forms), without sparsity

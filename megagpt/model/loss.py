@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megagpt.model import cost
+
 IGNORED = -100  # a label that takes no part in the loss
-_SMALLEST_CHUNK = 512  # tokens; below it the matrix products lose more than the memory gains
 
 
 class Share(Protocol):
@@ -67,16 +68,10 @@ def cross_entropy_sum(
     return total
 
 
-def _chunk_tokens(rows: Tensor, weight: Tensor) -> int:
-    """How many tokens a chunk may have, for its logits to be held."""
-    logits = 1 << 21 if rows.device.type == "cpu" else 1 << 26  # 8 MiB suit a cache, 256 MiB fill a GPU
-    return max(_SMALLEST_CHUNK, logits // len(weight))
-
-
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
     """Cut the tokens into even chunks, as few as may be."""
     tokens = len(rows)
-    count = max(1, -(-tokens // _chunk_tokens(rows, weight)))
+    count = max(1, -(-tokens // cost.chunk_tokens(len(weight), rows.device.type == "cpu")))
     edges = [tokens * i // count for i in range(count + 1)]
     return (slice(start, stop) for start, stop in pairwise(edges))
 
@@ -140,6 +135,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if for_weight:  # summed in fp32: bf16 would round away small parts of a frequent word's row
                 product = (gradient.t() @ (rows[part] * valid)).float()
                 d_weight = product if d_weight is None else d_weight.add_(product)
+                del product
+            del log_probabilities, logits, gradient  # else the next chunk's would stand beside them
         if share is not None and d_rows is not None:
             d_rows = share.sum(d_rows)
         ctx.save_for_backward(d_rows, d_weight)

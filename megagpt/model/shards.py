@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megagpt.recipe import ModelSection
 
 
@@ -22,11 +21,15 @@ class Cut:
 
     def part(self, whole: Tensor, index: int, degree: int) -> Tensor:
         """The share of rank `index` of `degree`, as a tensor of its own."""
+        import torch
+
         blocks = torch.split(whole, list(self.blocks), self.dim)
         return torch.cat([block.chunk(degree, self.dim)[index] for block in blocks], self.dim)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole of the shares of all ranks, in their order."""
+        import torch
+
         sizes = [size // len(parts) for size in self.blocks]
         split = [torch.split(part, sizes, self.dim) for part in parts]
         return torch.cat([share for block in zip(*split, strict=True) for share in block], self.dim)

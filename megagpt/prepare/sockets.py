@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, wait
 from typing import TYPE_CHECKING, Any, cast
@@ -97,13 +99,33 @@ def _wait_for_all(place: Rank, key: bytes, lines: dict[int, Line]) -> None:
     except OSError as error:
         do = "export MASTER_PORT=ANOTHER before srun"
         raise MachineError(f"task 0 cannot listen: {error.strerror}", f"port {place.port}", do) from None
+    limit = JOIN_LIMIT.total_seconds()
+    end, knock = time.monotonic() + limit, threading.Timer(limit, _knock, [place.port])
+    knock.start()
     with listener:
-        while len(lines) < place.world_size - 1:
-            try:
-                line = listener.accept()
-                lines[line.recv()] = line
-            except (OSError, EOFError, AuthenticationError):
-                continue  # who called was of another job, or has gone
+        try:
+            while len(lines) < place.world_size - 1:
+                _let_in(listener, lines)
+                if time.monotonic() >= end:
+                    missing = [str(task) for task in range(1, place.world_size) if task not in lines]
+                    what, do = f"not all tasks have come within {limit:g} s", "see what they said"
+                    raise MachineError(what, f"missing: {', '.join(missing)}", do)
+        finally:
+            knock.cancel()
+
+
+def _let_in(listener: Listener, lines: dict[int, Line]) -> None:
+    try:
+        line = listener.accept()
+        lines[line.recv()] = line
+    except (OSError, EOFError, AuthenticationError):
+        return  # who called was of another job, or has gone
+
+
+def _knock(port: int) -> None:
+    """Wake who waits for callers, which no time limit can."""
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port)).close()
 
 
 def _ended(task: int) -> MachineError:

@@ -93,6 +93,7 @@ def test_no_file_and_no_function_is_too_long():
         ("import megagpt.ds_config", ("torch", "deepspeed")),
         ("import megagpt.prepare", ("torch", "deepspeed")),
         ("import megagpt.report", ("torch", "deepspeed")),
+        ("import megagpt.plan", ("torch", "deepspeed")),
         ("import megagpt.train", ("deepspeed",)),
     ],
 )

@@ -4,12 +4,16 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from megagpt.data import pieces
 from megagpt.distributed import free_port, from_mpi_or_slurm
-from megagpt.prepare import Options, prepare_command
+from megagpt.errors import MachineError
+from megagpt.prepare import Options, prepare_command, sockets
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
@@ -185,6 +189,27 @@ def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
     outputs = [finish(task)[0] for task in tasks(3)]
     assert content(tmp_path / "c") == expected
     assert ["prepared in" in output for output in outputs] == [True, False, False]
+
+
+def test_a_task_that_does_not_come_is_missed(monkeypatch):
+    monkeypatch.setattr(sockets, "JOIN_LIMIT", timedelta(seconds=3))
+    place = from_mpi_or_slurm(
+        STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "localhost"}
+    )
+
+    def come(**other):
+        with pytest.raises(MachineError), sockets.connected(replace(place, **other)) as task:
+            task.bcast(None)  # the first one leaves instead
+
+    with ThreadPoolExecutor() as pool:
+        coming = [pool.submit(come, rank=2), pool.submit(come, rank=1, job="8.0")]
+        with pytest.raises(MachineError) as error, sockets.connected(place):
+            pass
+        for one in coming:
+            one.result()
+    assert str(error.value) == (
+        "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
+    )
 
 
 def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):

@@ -5,7 +5,6 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.engine.stages import boundaries
 from megagpt.model import cost
 from megagpt.model.gpt import GPT
 from megagpt.recipe import ModelSection
@@ -20,7 +19,7 @@ def loads(costs, cuts):
 @given(COSTS, st.integers(1, 5))
 def test_no_other_cut_has_a_cheaper_dearest_stage(costs, stages):
     stages = min(stages, len(costs))
-    got = boundaries(costs, stages)
+    got = cost.boundaries(costs, stages)
     every = [[0, *cuts, len(costs)] for cuts in combinations(range(1, len(costs)), stages - 1)]
     assert got in every
     assert loads(costs, got) == min(loads(costs, cuts) for cuts in every)
@@ -28,12 +27,12 @@ def test_no_other_cut_has_a_cheaper_dearest_stage(costs, stages):
 
 def test_a_dear_head_takes_blocks_off_its_stage():
     section = ModelSection(n_layer=4, n_head=2, d_model=32, vocab_size=2000, seq_len=16)
-    assert boundaries(cost.layer_costs(section), 2) == [0, 6, 8]  # embedding, positions, 4 blocks | norm, head
+    assert cost.boundaries(cost.layer_costs(section), 2) == [0, 6, 8]  # embedding, positions, 4 blocks | norm, head
 
 
 def test_even_blocks_are_cut_evenly_when_the_vocabulary_is_small():
     section = ModelSection(n_layer=8, n_head=2, d_model=64, vocab_size=64, seq_len=16)
-    assert boundaries(cost.layer_costs(section), 4) == [0, 4, 6, 8, 12]
+    assert cost.boundaries(cost.layer_costs(section), 4) == [0, 4, 6, 8, 12]
 
 
 def test_costs_add_up_to_the_flops_and_one_for_each_parameter():
