@@ -10,6 +10,7 @@ import numpy as np
 
 from megagpt.data.shards import Record
 from megagpt.prepare.joining import digests
+from megagpt.prepare.workplace import mapped
 
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
 _TOGETHER = 1 << 20  # entries sorted at a time: some 60 MB
@@ -23,7 +24,7 @@ def first_copies(folder: Path, records: Sequence[Record]) -> Path:
     """
     count = sum(record.documents for record in records)
     path = folder / "keep"
-    keep = np.memmap(path, np.bool_, "w+", shape=(max(count, 1),))
+    keep = mapped(path, np.bool_, count)
     keep[:] = True
     files = min(_MOST_FILES, -(-count // _TOGETHER))
     paths = [folder / f"hashes.{number}" for number in range(files)]

@@ -19,6 +19,7 @@ from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.errors import MachineError
 from megagpt.prepare.summary import Packing
+from megagpt.prepare.workplace import mapped
 
 _ENTRIES, _TOKENS = 1 << 16, 1 << 20  # documents or chunks looked at together, and tokens copied together, about
 Numbers = npt.NDArray[np.int64]
@@ -86,7 +87,7 @@ def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -
     size, path = seq_len + 1, folder / "places"
     documents, before, after, counts = _measured(reader, size)
     mixes = best_fit(counts.tolist())
-    places = np.memmap(path, np.int64, "w+", shape=(max(int(counts.sum()), 1),))
+    places = mapped(path, np.int64, int(counts.sum()))
     turns = _Turns(counts)
     for begins, lengths in _chunks(reader, size):
         places[turns.take(lengths)] = begins

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megagpt.data.shards import Record, read_record
 from megagpt.errors import UserError
 
@@ -84,6 +87,17 @@ def records(folder: Path, count: int) -> dict[int, Record]:
     """The records of the whole shards among the first `count`, by number."""
     found = {number: read_record(folder, number) for number in range(count)}
     return {number: record for number, record in found.items() if record}
+
+
+def mapped(path: Path, kind: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
+    """A new file of so many entries, mapped to be written.
+
+    It takes its room on the disk first, or raises OSError: a write to a map that finds the disk full kills the process.
+    """
+    size = max(count, 1) * np.dtype(kind).itemsize
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, kind, "r+")
 
 
 def remove(folder: Path) -> None:

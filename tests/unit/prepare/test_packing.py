@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.prepare import packing
-from megagpt.prepare.packing import best_fit, pack
+from megagpt.prepare.packing import _in_proportion, best_fit, pack
 
 EOD = 1
 LENGTHS = st.integers(1, 24).flatmap(
@@ -70,6 +70,25 @@ def test_samples_are_as_few_as_best_fit_promises(lengths):
     """At most 11/9 of the fewest, and 6/9 (Dósa 2007)."""
     samples = sum(mix.samples for mix in best_fit(counted(12, lengths)))
     assert samples <= (11 * fewest(12, lengths) + 6) / 9
+
+
+@pytest.mark.parametrize("longest", [9, 300])
+def test_samples_are_copied_some_at_a_time_and_chunks_looked_at_so(monkeypatch, tmp_path, longest):
+    """Whatever the lengths: also of a document of many samples, and of mixes that are there once each."""
+    monkeypatch.setattr(packing, "_ENTRIES", 50)
+    monkeypatch.setattr(packing, "_TOKENS", 20 * longest)
+    mixes = best_fit([0, *np.random.default_rng(4).integers(0, 9, longest).tolist()])
+    blocks = list(_in_proportion(mixes, longest))
+    assert max(sum(mix.samples for mix in block) for block in blocks) <= 60
+    copied = Counter()
+    for samples, lengths in (mix for block in blocks for mix in block):
+        copied[tuple(lengths.tolist())] += samples
+    expected = Counter()
+    for samples, lengths in mixes:
+        expected[tuple(lengths.tolist())] += samples
+    assert copied == expected
+    reader = write(tmp_path / "c", documents_of([20_000, 3, 5] + [2] * 120), 30_000)
+    assert max(len(begins) for begins, _ in packing._chunks(reader, 10)) == 50
 
 
 def test_a_plan_does_not_grow_with_the_number_of_chunks():

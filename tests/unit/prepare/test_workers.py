@@ -3,15 +3,17 @@
 import os
 import random
 import signal
+import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from megagpt.data import pieces
 from megagpt.data.indexed import Reader
 from megagpt.errors import UserError
 from megagpt.prepare import Options, prepare_command
-from megagpt.prepare.workplace import Workplace, workplace_of
+from megagpt.prepare.workplace import Workplace, mapped, workplace_of
 from tests.unit.prepare.conftest import alive, content, finish, jsonl, wait_for
 
 
@@ -156,3 +158,17 @@ def test_a_place_that_cannot_be_written_to_is_named(source, model, tmp_path):
         f"megagpt: cannot write here: Not a directory\n  {tmp_path}/file/c.prepare\n"
         "  do: choose an --output in a folder that you may write to"
     )
+
+
+def test_a_map_that_the_disk_has_no_room_for_is_an_error_and_no_dead_process(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        whole = mapped(tmp_path / "small", np.int64, 1000)
+        whole[:] = 7
+        assert np.fromfile(tmp_path / "small", np.int64).tolist() == [7] * 1000
+        with pytest.raises(OSError, match="No space left on device"):
+            mapped(tmp_path / "large", np.int64, 1_000_000)
+        del whole
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
