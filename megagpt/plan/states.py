@@ -108,6 +108,11 @@ class Zero:
         """Where "param" or "optimizer" lies: none, cpu or nvme."""
         return str((self._keys.get(f"offload_{what}") or {}).get("device") or "none")
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything waits for the host."""
+        return {self.device("optimizer"), self.device("param")} != {"none"}
+
     def pinned(self, what: str) -> bool:
         """Whether its host memory is page-locked."""
         return bool((self._keys.get(f"offload_{what}") or {}).get("pin_memory"))
