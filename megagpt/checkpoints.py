@@ -54,8 +54,11 @@ def checkpoints(run: Path, verify: bool) -> Listing:
 
 
 def stop(run: Path) -> str:
-    """Leave a request that the training ranks find before their next update. Raises UserError where no run is."""
-    if not (run / "recipe.yaml").exists():
+    """Leave a request that the training ranks find before their next update, or, if they still start, after it.
+
+    Raises UserError where there is no such folder.
+    """
+    if not run.is_dir():
         raise UserError("there is no run here", str(run), "name a run directory")
     files.replace_text(run / REQUEST, "")
     return f"asked {run} to save and stop; it exits with 75 and goes on when it is started again"

@@ -18,7 +18,7 @@ import typer
 from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
-from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError, need_linux
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -90,6 +90,7 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
+    need_linux("training")
     from megagpt import train as verb
     from megagpt.assembly import Options
 

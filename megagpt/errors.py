@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,14 @@ class MachineError(UserError):
     """A failure of the machine's, such as a full disk: told like a user's mistake, but exit code 1."""
 
     exit_code = EXIT_FAILURE
+
+
+def need_linux(what: str) -> None:
+    """Raise UserError on another system: what follows would fail in the middle, at a call that only Linux has."""
+    if sys.platform != "linux":
+        raise UserError(
+            f"{what} needs Linux, and this is {sys.platform}", "", "use WSL 2 on Windows, a virtual machine on macOS"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -252,9 +252,10 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
 
     try:
         assembled = assemble(options, rank, recipe, console, alarm)
-        code = _loop_and_close(*assembled) if assembled else EXIT_DONE
-        note.end(code)
-        return code
+        if assembled is None:
+            note.end(EXIT_DONE)
+            return EXIT_DONE
+        return _loop_and_close(*assembled, note)
     except UserError as error:
         note.end(error.exit_code, str(error))
         raise
@@ -279,9 +280,12 @@ def _say_failure(error: Exception, run: Run | None, rank: Rank, console: Console
         note.end(EXIT_FAILURE, "\n".join([cause, *gone]))
 
 
-def _loop_and_close(run: Run, state: TrainState) -> int:
+def _loop_and_close(run: Run, state: TrainState, note: Note) -> int:
     try:
-        return loop(run, state)
+        code = loop(run, state)
+        note.end(code)
+        run.agreement.barrier()  # srun and others end all ranks when the first one has ended with 75
+        return code
     finally:
         run.watch.close()
         run.stopping.close()

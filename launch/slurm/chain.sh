@@ -1,24 +1,12 @@
-# Read by both job scripts: what is done before and after the ranks. A job ends by DONE, not by an exit code, which
-# launchers lose; `megagpt status` asks the run directory.
-
-# begin RECIPE CONFIG [option or key=value …]: names the run directory and the command line of a rank, ends at once if
-# the run is done, makes a folder for this job
-begin() {
-  cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
-  run=$(python -c 'import sys; from pathlib import Path; from megagpt import recipe
-print(recipe.load(Path(sys.argv[1]), [word for word in sys.argv[2:] if "=" in word]).run_dir)' "$1" "${@:3}") || exit 2
-  [ -e "$run/DONE" ] && { echo "$run is done"; exit 0; }
-  work=$run/jobs/$SLURM_JOB_ID
-  mkdir -p "$work" && rm -f "$run/status.json" # of the job before this one
-  train=(launch/pretrain.py --recipe "$1" --deepspeed_config "$2" "${@:3}")
-}
-
-# end CODE: the job's exit code. 75 requeues this very job, unless the cluster's RequeueExit has done so already
-end() {
-  megagpt status "$run"
-  local code=$?
-  [ $code -eq 3 ] && { sleep 60; megagpt status "$run"; code=$?; } # the launcher ended before its ranks
-  echo "launcher $1, status $code"
-  [ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
-  exit $code
-}
+#!/usr/bin/env bash
+# N jobs, each after the one before, where a job may not start itself again or should have an end. From the same folder:
+#   bash launch/slurm/chain.sh N [option of sbatch …] launch/slurm/srun.sbatch launch/recipes/R.yaml ds_configs/D.json
+# A job begins when the one before ended without the run being done: saved, failed, or out of time. Once it is done SLURM
+# cancels those that are left.
+set -euo pipefail
+[ $# -ge 4 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
+for _ in $(seq "$1"); do
+  job=$(sbatch --parsable --no-requeue --kill-on-invalid-dep=yes ${before:+--dependency="afternotok$before"} "${@:2}")
+  job=${job%%;*} before=${before-}:${job%%;*} # of all before: a job that was cancelled counts as one that has failed
+  echo "$job"
+done

@@ -65,18 +65,17 @@ class IndexFile:
 
     def _write_offsets(self) -> None:
         self._file.flush()
-        lengths, sizes, offset = np.empty(_BLOCK, "<i4"), np.empty(_BLOCK, "<i8"), 0
+        lengths, offsets = np.empty(_BLOCK, "<i4"), np.zeros(_BLOCK + 1, "<i8")
         with self._path.open("rb") as file:
             file.seek(HEADER.size)
             for at in range(0, self.sequences, _BLOCK):
                 count = min(_BLOCK, self.sequences - at)
                 file.readinto(lengths[:count].data)
-                np.multiply(lengths[:count], np.int64(self._dtype.itemsize), out=sizes[:count])
-                ends = np.cumsum(sizes[:count])
-                ends += offset
-                offset = int(ends[-1])
-                ends -= sizes[:count]
-                self._write(ends)
+                offsets[1 : count + 1] = lengths[:count]
+                offsets[1 : count + 1] *= self._dtype.itemsize
+                np.cumsum(offsets[: count + 1], out=offsets[: count + 1])
+                self._write(offsets[:count])
+                offsets[0] = offsets[count]
 
     def _write(self, numbers: Tokens) -> None:
         """Append numbers of the right type."""

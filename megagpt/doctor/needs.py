@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError
+from megagpt.plan.states import MASTER_AND_MOMENTS, offloaded
 
-STATE_BYTES = 16  # of a parameter: weight, both moments and gradient in fp32 (DeepSpeed's docs, memory.rst)
-_CHECKPOINT_BYTES = 12  # weight and both moments
+_WITH_GRADIENT = 4  # bytes of a gradient in fp32
+STATE_BYTES = MASTER_AND_MOMENTS + _WITH_GRADIENT  # of a parameter, where nothing is offloaded
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Needs:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint, with the room that saving insists on (run/checkpoint.py)."""
-        return int(1.2 * _CHECKPOINT_BYTES * self.parameters)
+        return int(1.2 * MASTER_AND_MOMENTS * self.parameters)
 
 
 def of(recipe: Path | None, config: Path | None, overrides: Sequence[str]) -> Needs:
@@ -86,13 +87,15 @@ def _of_config(path: Path, words: Sequence[str], muon: bool) -> dict[str, Any]:
     parts = {what: _dict(zero.get(f"offload_{what}")) for what in ("param", "optimizer")}
     places = {what: part.get("device", "none") for what, part in parts.items()}
     folders = [str(part.get("nvme_path", "")) for part in parts.values() if part.get("device") == "nvme"]
-    sizes = {"param": 2, "optimizer": STATE_BYTES}
+    # in bf16, which an offloaded model mostly is
+    stage = zero.get("stage")
+    host, nvme = offloaded(stage if isinstance(stage, int) else 0, 2, 4, places["optimizer"], places["param"])
     return {
         "operators": ("async_io",) if folders else (),
         "gpu_operators": () if muon or places["optimizer"] != "none" else ("fused_adam",),
-        "host_bytes": sum(size for what, size in sizes.items() if places[what] == "cpu"),
+        "host_bytes": host,
         "nvme": folders[0] if folders else "",
-        "nvme_bytes": sum(size for what, size in sizes.items() if places[what] == "nvme"),
+        "nvme_bytes": nvme,
     }
 
 

@@ -18,14 +18,15 @@ _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which
 
 
 class Stopping:
-    """Notes the first signal and the time limit; a second signal, later, ends the process at once."""
+    """Notes the first signal and the time limit; a second signal, later, ends the process at once.
+
+    A `request` may lie there before the run does: a job script's signal may come while the ranks still start.
+    """
 
     def __init__(
         self, max_minutes: float | None, any_rank: Callable[..., list[bool]], request: Path | None = None
     ) -> None:
         self._any_rank, self._request = any_rank, request
-        if request is not None:
-            request.unlink(missing_ok=True)  # of a run before this one
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
         self._reason: str | None = None
         self._noted_at = 0.0
@@ -41,7 +42,9 @@ class Stopping:
         return Verdict((self._reason or "a signal to another rank") if stop else None, writing)
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Give the signals back. A request has been heard, and is not one to the run that goes on."""
+        if self._request is not None:
+            self._request.unlink(missing_ok=True)
         for number, handler in self._old.items():
             signal.signal(number, handler)
 

@@ -191,7 +191,7 @@ def straight(data, tmp_path_factory):
 def same(straight, recipe):
     """Whether a run of two ranks has come to its end with that curve, each update made once."""
 
-    def check():
+    def check(recipe=recipe):
         run = recipe.with_suffix("")
         curve = training.curve(run)
         assert status.read(run).code == 0

@@ -118,28 +118,3 @@ def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoi
     cluster.run(1, *launcher, *ranks(recipe, *words, "--max-minutes", "0.01", "--resume", "must"), code=75, **env)
     assert [event["event"] for event in events(run)].count("resume") == 1
     assert status.read(run).code == 75
-
-
-def test_torchrun_goes_on_with_the_host_that_is_left(cluster, recipe, same):
-    def torchrun(host):
-        conf = f"last_call_timeout=5,join_timeout=60,is_host={int(host == 1)}"
-        return cluster.start(
-            host, "torchrun", "--nnodes", "1:2", "--max-restarts", "3", "--nproc_per_node", "1",
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "node1:29400", "--rdzv_id", "j1", "--rdzv_conf", conf,
-            *ranks(recipe, *LENGTH, "log.hang_after=5", "checkpoint.every=10"),
-        )  # fmt: skip
-
-    first, second = torchrun(1), torchrun(2)
-    try:
-        wait_for_update(recipe.with_suffix(""), 11, SECONDS)
-        cluster.make("off", "2")
-        printed, _ = first.communicate()
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.stdout.close()
-        cluster.make("boot", "2")
-    assert first.returncode == 0, printed
-    assert "2 × CPU" in printed
-    assert "1 × CPU" in printed
-    same()

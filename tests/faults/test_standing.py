@@ -1,8 +1,10 @@
 """`megagpt status` through the life of a real run: training, stopped, killed, mistaken, done."""
 
+import os
 import signal
 
 from megagpt.run import status
+from tests.faults.launches import launch
 from tests.training import finish, ranks, wait_for_update
 
 
@@ -27,3 +29,13 @@ def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
     assert status.read(run).code == 1
     finish(recipe)
     assert status.read(run).state == "done"
+
+
+def test_no_rank_ends_with_75_before_rank_0_has_said_so(recipe, tmp_path):
+    slow = {"kind": "slow", "rank": 0, "method": "megagpt.run.status:Note.end", "seconds": 1}
+    with launch(recipe, "length.updates=100000", folder=tmp_path, faults=[slow]) as both:
+        wait_for_update(recipe.with_suffix(""), 2)
+        os.kill(both.pids()[1], signal.SIGUSR1)
+        assert both.wait(120, all_but=[0])[1] == 75
+        os.kill(both.pids()[0], signal.SIGKILL)  # as srun does when the first rank ends with anything but 0
+    assert status.read(recipe.with_suffix("")).state == "requeue"

@@ -1,6 +1,9 @@
 """One pure function from the environment to this process's place, for each launcher."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +92,30 @@ TABLE = {
 def test_each_launcher_is_understood(launcher):
     environment, expected = TABLE[launcher]
     assert from_environment(environment) == expected
+
+
+def test_the_pods_of_the_kubernetes_example_are_its_ranks():
+    file = Path(__file__).parents[3] / "launch/kubernetes.yaml"
+    service, job = yaml.safe_load_all(file.read_text())
+    name, spec = job["metadata"]["name"], job["spec"]
+    pod, count = spec["template"]["spec"], spec["completions"]
+    (container,) = pod["containers"]
+    # what Kubernetes itself writes on pod i of an indexed Job (kubernetes.io/docs/concepts/workloads/controllers/job)
+    fields = {
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']": lambda i: str(i),
+        "metadata.labels['batch.kubernetes.io/controller-uid']": lambda i: "uid-1",
+    }
+    for i in range(count):
+        env = {
+            entry["name"]: entry["value"]
+            if "value" in entry
+            else fields[entry["valueFrom"]["fieldRef"]["fieldPath"]](i)
+            for entry in container["env"]
+        }
+        assert from_environment(env) == Rank(i, 0, count, 1, f"{name}-0.{name}", 29500, "environment", "uid-1")
+    assert spec["parallelism"] == count
+    assert container["args"][container["args"].index("--expect-world-size") + 1] == str(count)
+    assert (pod["subdomain"], service["spec"]["selector"]) == (service["metadata"]["name"], {"job-name": name})
 
 
 DO = "\n  do: let the launcher set its variables, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"

@@ -19,8 +19,8 @@ def alone(*flags):
 def stopping():
     made = []
 
-    def make(max_minutes=None, any_rank=alone):
-        made.append(Stopping(max_minutes, any_rank))
+    def make(max_minutes=None, any_rank=alone, request=None):
+        made.append(Stopping(max_minutes, any_rank, request))
         return made[-1]
 
     yield make
@@ -49,6 +49,18 @@ def test_one_request_that_comes_twice_in_a_row_is_one(stopping):
 def test_the_time_limit_stops(stopping):
     assert stopping(max_minutes=0.0).verdict().stop == "the time limit"
     assert stopping(max_minutes=1.0).verdict().stop is None
+
+
+def test_a_request_is_heard_once_and_also_where_it_was_made_before_the_run_was_ready(stopping, tmp_path):
+    request = tmp_path / "STOP"
+    request.touch()
+    one = stopping(request=request)
+    assert one.verdict().stop == "megagpt stop"
+    one.close()
+    other = stopping(request=request)  # the run that goes on
+    assert other.verdict().stop is None
+    request.touch()
+    assert other.verdict().stop == "megagpt stop"
 
 
 def test_a_signal_to_another_rank_stops_this_one(stopping):

@@ -1,0 +1,55 @@
+"""What happens to hosts while they train: a disk that is slow for a while, a host that loses power and comes back."""
+
+import os
+import time
+from pathlib import Path
+
+from tests import training
+
+SLOW_DISK = """
+import os, time
+if "launch/pretrain.py" in " ".join(sys.orig_argv):
+    quick = os.pread
+    def pread(*arguments):
+        if os.path.exists({file!r}):
+            time.sleep({seconds})
+        return quick(*arguments)
+    os.pread = pread
+"""
+
+
+class SlowDisk:
+    """Reading a sample takes 0.1 s, on all hosts, until `quick` is called: training stays long enough to be hit."""
+
+    def __init__(self, folder, seconds=0.1):
+        site, self._file = folder / "site", folder / "slow"
+        site.mkdir()
+        self._file.touch()
+        (site / "sitecustomize.py").write_text("import sys" + SLOW_DISK.format(file=str(self._file), seconds=seconds))
+        self.env = {"PYTHONPATH": f"{site}{os.pathsep}{training.ROOT}"}
+
+    def quick(self):
+        self._file.unlink()
+
+
+def power_on(cluster, host):
+    """Boot a host; its SLURM daemon starts too where there is one."""
+    cluster.make("boot", str(host))
+
+    def answers():
+        with cluster.start(host, "true") as process:
+            process.communicate()
+        return process.returncode == 0
+
+    until(answers, 30)
+    if Path(cluster.env["SLURM_CONF"]).exists():
+        cluster.run(host, "slurmd", "-N", f"node{host}")
+
+
+def until(holds, seconds):
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{seconds} s are over")
+        time.sleep(0.2)
