@@ -164,7 +164,7 @@ def test_a_build_that_does_not_end_is_cut_short_and_the_next_one_does_not_wait_f
     limit = 8.0
     while not pids.exists():  # on a busy machine torch alone may take as long
         limit *= 2
-        found = Agent(print, {}).probe(limit, operators=["async_io"], gpu_operators=[], resolve=None)
+        found = Agent(print, {}).probe(limit, operators=["async_io"], gpu_operators=[])
         assert limit < 500, found
     assert (found["hung"], found["at"], found["accelerator"]) == (limit, "building or loading async_io", "cpu")
     assert facts.locks() == []
