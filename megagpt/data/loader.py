@@ -68,10 +68,10 @@ class Loader:
             for (_, weight), reader in zip(sources, self._readers, strict=True)
         ]
         for reader in self._readers:
+            _check_packed(reader, seq_len)
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
-            _check_packed(reader, seq_len)
         packed = [number for number, reader in enumerate(self._readers) if reader.packed]
         self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
         self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
