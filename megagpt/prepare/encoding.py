@@ -107,7 +107,7 @@ class PieceEncoder:
 
 @contextmanager
 def _no_collecting() -> Iterator[None]:
-    """No search for cycles of objects: there are none here, and looking at every list of words takes a tenth of all."""
+    """No search for cycles of objects: there are none here, and looking at each list of words costs time."""
     before = gc.isenabled()
     gc.disable()
     try:
