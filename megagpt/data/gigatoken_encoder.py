@@ -12,7 +12,7 @@ from megagpt.data.indexed import dtype_of
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
-_GROWTH = 48 << 20  # bytes of memory that its cache may take, which it never shrinks by itself
+_GROWTH = 40 << 20  # bytes of memory that its cache may take, which it never shrinks by itself
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _DO = "leave out --engine: sentencepiece encodes with any tokenizer"
 
@@ -30,23 +30,26 @@ class GigatokenEncoder(Encoder):
         check_gigatoken(tokenizer)
         self._dtype = dtype_of(tokenizer.vocab_size)
         self._load()
+        self._most = _resident() + _GROWTH
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Ids of each text, without the end-of-document symbol. The texts hold no lone surrogates."""
         if _resident() > self._most:
             self._load()
-        symbols, encode = self._tokenizer.control_symbols, self._engine.encode
-        encoded = [encode(text).astype(self._dtype).tobytes() for text in texts]
-        for number, text in enumerate(texts):
-            if any(symbol in text for symbol in symbols):
-                (encoded[number],) = super().encode([text])
+            # Where the memory did not come back at once, the next time is not the next batch.
+            self._most = max(self._most, _resident() + _GROWTH // 4)
+        encode, dtype = self._engine.encode, self._dtype
+        encoded = [encode(text).astype(dtype).tobytes() for text in texts]
+        for symbol in self._tokenizer.control_symbols:
+            for number, text in enumerate(texts):
+                if symbol in text:
+                    (encoded[number],) = super().encode([text])
         return encoded
 
     def _load(self) -> None:
         """Begin with an empty cache."""
         self._engine: Any = None  # the old one goes first
         self._engine = _opened(self._tokenizer.path)
-        self._most = _resident() + _GROWTH
 
 
 def check_gigatoken(tokenizer: Tokenizer) -> None:

@@ -27,6 +27,7 @@ class IndexFile:
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._path, self._dtype = path, dtype
         self.sequences = self.documents = self._crc32 = 0
+        self._plain = 0  # documents at the head with one sequence each, whose ends need not be kept
         with ExitStack() as stack:
             self._file: IO[bytes] = stack.enter_context(path.open("wb"))
             self._file.seek(HEADER.size)
@@ -39,17 +40,23 @@ class IndexFile:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, lengths: Tokens, document_ends: Tokens) -> None:
-        """Append sequences of so many tokens each, and documents that end with so many of these sequences."""
+    def add(self, lengths: Tokens, document_ends: Tokens | None) -> None:
+        """Append sequences of so many tokens each, and documents that end with so many of these; None: one each."""
         self._write(lengths.astype("<i4", copy=False))
-        self._ends.write((document_ends + np.int64(self.sequences)).astype("<i8", copy=False).data)
+        before = self.documents
+        self.documents += len(lengths if document_ends is None else document_ends)
+        if document_ends is None and self._plain == before == self.sequences:
+            self._plain = self.documents
+        else:
+            ends = np.arange(1, len(lengths) + 1) if document_ends is None else document_ends
+            self._ends.write((ends + np.int64(self.sequences)).astype("<i8", copy=False).data)
         self.sequences += len(lengths)
-        self.documents += len(document_ends)
 
     def finish(self) -> int:
         """Write what is missing and have it all on the disk; its CRC-32."""
         self._write_offsets()
-        self._write(np.zeros(1, "<i8"))
+        for at in range(0, self._plain + 1, _BLOCK):
+            self._write(np.arange(at, min(at + _BLOCK, self._plain + 1), dtype="<i8"))
         self._ends.seek(0)
         ends = np.empty(_BLOCK, "<i8")
         while size := self._ends.readinto(ends.data):  # type: ignore[attr-defined]
@@ -65,18 +72,17 @@ class IndexFile:
 
     def _write_offsets(self) -> None:
         self._file.flush()
-        lengths, sizes, offset = np.empty(_BLOCK, "<i4"), np.empty(_BLOCK, "<i8"), 0
+        lengths, offsets = np.empty(_BLOCK, "<i4"), np.zeros(_BLOCK + 1, "<i8")
         with self._path.open("rb") as file:
             file.seek(HEADER.size)
             for at in range(0, self.sequences, _BLOCK):
                 count = min(_BLOCK, self.sequences - at)
                 file.readinto(lengths[:count].data)
-                np.multiply(lengths[:count], np.int64(self._dtype.itemsize), out=sizes[:count])
-                ends = np.cumsum(sizes[:count])
-                ends += offset
-                offset = int(ends[-1])
-                ends -= sizes[:count]
-                self._write(ends)
+                offsets[1 : count + 1] = lengths[:count]
+                offsets[1 : count + 1] *= self._dtype.itemsize
+                np.cumsum(offsets[: count + 1], out=offsets[: count + 1])
+                self._write(offsets[:count])
+                offsets[0] = offsets[count]
 
     def _write(self, numbers: Tokens) -> None:
         """Append numbers of the right type."""

@@ -88,11 +88,14 @@ class Writer:
         lengths[np.cumsum(counts)[full] - 1] = (tokens - (counts - 1) * MAX_SEQUENCE)[full]
         self.end_sequences(lengths, np.cumsum(counts), text_bytes)
 
-    def end_sequences(self, lengths: Tokens, document_ends: Tokens, text_bytes: int) -> None:
-        """End sequences of so many tokens each. `document_ends` counts those up to the end of each document."""
+    def end_sequences(self, lengths: Tokens, document_ends: Tokens | None, text_bytes: int) -> None:
+        """End sequences of so many tokens each. `document_ends` counts those up to the end of each document.
+
+        None: each of them is a document.
+        """
         self._index.add(lengths, document_ends)
         self.tokens += int(lengths.sum(dtype=np.int64))
-        self.documents += len(document_ends)
+        self.documents = self._index.documents
         self.text_bytes += text_bytes
 
     def finish(

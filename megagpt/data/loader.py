@@ -22,6 +22,7 @@ from megagpt.errors import UserError
 
 IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
+_LOOKED_AT = 64  # of those, to see whether they are in memory
 _DOCUMENTS = 64  # whose last token is looked at
 _Stretch = tuple[int, int, int]  # file, bytes, offset: as os.pread takes them
 
@@ -67,10 +68,10 @@ class Loader:
             for (_, weight), reader in zip(sources, self._readers, strict=True)
         ]
         for reader in self._readers:
+            _check_packed(reader, seq_len)
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
-            _check_packed(reader, seq_len)
         packed = [number for number, reader in enumerate(self._readers) if reader.packed]
         self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
         self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
@@ -89,20 +90,23 @@ class Loader:
         self._samples = micro_batch * accumulation
         self._global_batch = data_parallel * self._samples
         self._updates = max(1, _AT_ONCE // self._samples)
-        self._first, self._stretches = 0, self._locate(0)
+        self._begin_at(0)
 
     def batches(self, position: int) -> list[Batch]:
         """The micro-batches `[accumulation]` of the update that begins at this data position.
 
-        The samples of the update after it are asked for from the disk on the way. Raises CorpusChanged where a corpus
-        is no longer what was opened: at once if it was cut short, else when its turn comes to be looked at.
+        The samples of the update after it are asked for from the disk on the way, unless they seem to be in memory.
+        Raises CorpusChanged where a corpus is no longer what was opened: at once if it was cut short, else when its
+        turn comes to be looked at.
         """
         next(self._in_turn).check_unchanged()
         number = self._skips.number(position)
         stretches = self._of_update(number)
         samples = self._read(stretches)
-        for file, size, offset in self._of_update(number + self._global_batch):
-            os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+        coming = self._of_update(number + self._global_batch)
+        if not self._cached:
+            for file, size, offset in coming:
+                os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
         if not self._fillers:
             return [self._batch(micro, micro[:, 1:]) for micro in samples]
         fillers = np.array([self._fillers.get(file, IGNORED) for file, *_ in stretches]).reshape(*self._shape, 1)
@@ -137,8 +141,14 @@ class Loader:
         """This rank's samples of the update that begins at the kept position of this number."""
         update, rest = divmod(number - self._first, self._global_batch)
         if rest or not 0 <= update < self._updates:
-            self._first, self._stretches, update = number, self._locate(number), 0
+            self._begin_at(number)
+            update = 0
         return self._stretches[update * self._samples : (update + 1) * self._samples]
+
+    def _begin_at(self, number: int) -> None:
+        """Have the samples ready of some 4,096 positions from a kept one on."""
+        self._first, self._stretches = number, self._locate(number)
+        self._cached = _are_cached(self._stretches[:: -(-len(self._stretches) // _LOOKED_AT)])
 
     def _locate(self, number: int) -> list[_Stretch]:
         """This rank's samples of some 4,096 positions from a kept one on."""
@@ -173,6 +183,14 @@ class Loader:
         """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
         batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(labels))
         return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
+
+
+def _are_cached(stretches: Sequence[_Stretch]) -> bool:
+    """Whether all of these are in memory, as far as the file system can tell: no disk needs to be asked."""
+    try:
+        return all(os.preadv(file, [bytearray(size)], at, os.RWF_NOWAIT) == size for file, size, at in stretches)
+    except OSError:  # it would have to wait, or cannot tell
+        return False
 
 
 def _labels(samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -107,7 +107,7 @@ def read_record(folder: Path, number: int) -> Record | None:
     try:
         content: dict[str, Any] = json.loads((folder / f"{number}.json").read_bytes())
         odd = content.pop("oddities")
-        first = {kind: Place(**place) for kind, place in odd["first"].items()}
+        first = {kind: Place(*place) for kind, place in odd["first"].items()}
         lines = {int(source): count for source, count in odd["lines"].items()}
         record = Record(**content, oddities=Oddities(odd["strict"], odd["counts"], first, lines))
         sizes = [(folder / f"{number}.{suffix}").stat().st_size for suffix in ("bin", "rows")]

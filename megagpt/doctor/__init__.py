@@ -46,8 +46,9 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
     if rank.rank > 0:
         ranks.serve(rank, options.limit)
         return None
-    needs = asked.of(options.recipe, options.deepspeed_config, options.overrides)
-    slots = hostfile.read(options.hostfile) if options.hostfile else {}
+    slots = hostfile.read(options.hostfile) if options.hostfile else {socket.gethostname(): _devices(env)}
+    world = rank.world_size if options.as_rank else sum(slots.values())
+    needs = asked.of(options.recipe, options.deepspeed_config, options.overrides, world)
     from megagpt.doctor.examination import Visit
     from megagpt.doctor.facts import requirements
 
@@ -89,19 +90,17 @@ def checks() -> tuple[Callable[[Visit], Iterator[Finding]], ...]:
         wires.reach, wires.launcher, software.python, software.packages, software.imports, software.code,
         software.recipe, software.environment, storage.data, storage.run_directory, storage.disks, machine.clock,
         machine.devices, software.operators, wires.interface, wires.all_reduce, machine.open_files,
-        machine.locked_memory, machine.pinned_memory, machine.host_memory,
+        machine.locked_memory, machine.pinned_memory, machine.device_memory, machine.host_memory,
     )  # fmt: skip
 
 
 def _hosts(slots: Mapping[str, int], env: Mapping[str, str]) -> list[Host]:
-    """The hosts of a hostfile, each reached as DeepSpeed's launcher would; this one alone where there are none."""
+    """The hosts of a hostfile, each reached as DeepSpeed's launcher would."""
     from megagpt.doctor import links
     from megagpt.doctor.examination import Host
 
     first, hosts = 0, []
-    if not slots:
-        slots = {socket.gethostname(): _devices(env)}
-    elif shutil.which("ssh") is None and not _alone(slots):
+    if shutil.which("ssh") is None and not _alone(slots):
         raise UserError("there is no ssh on this host", "", "install OpenSSH's client (Debian: openssh-client)")
     for host, count in slots.items():
         link = links.local() if _alone(slots) else links.over_ssh(host, env)

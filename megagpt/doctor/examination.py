@@ -177,7 +177,5 @@ def _probe(visit: Visit, host: Host, link: Link, locked: Sequence[str]) -> None:
     on_gpu = needs.gpu_operators if host.facts["nvidia"]["devices"] else ()
     tried = {"operators": needs.operators, "gpu_operators": on_gpu}
     words: dict[str, Any] = {kind: [name for name in names if name not in locked] for kind, names in tried.items()}
-    resolve = {"recipe": needs.recipe, "config": needs.config, "overrides": needs.overrides, "world": visit.world}
-    words["resolve"] = resolve if needs.whole and host is visit.there[0] else None
     limit = visit.limit * (BUILD if any(words[kind] for kind in tried) else 1)
     host.probe = link.ask("probe", limit + visit.limit, limit=limit, **words)

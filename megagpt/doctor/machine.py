@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
 from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, size, stopped, unasked
-from megagpt.doctor.needs import STATE_BYTES
 from megagpt.doctor.probe import PINNING
+from megagpt.plan.machine import SAFE
 
 _SKEW, _SMALL_SKEW = 2.0, 0.5  # seconds
 _FEWEST_FILES = (64, 5)  # open in a rank, and more for each rank of the world: counted at ZeRO 1 and 3 over gloo
@@ -122,7 +122,7 @@ def pinned_memory(visit: Visit) -> Iterator[Finding]:
         pinned = host.probe.get("pinned", {"bytes": 0, "error": stopped(host.probe)})
         if pinned["error"]:
             wrong = True
-            report = bad if visit.needs.host_bytes else odd
+            report = bad if visit.needs.offloads else odd
             do = f'{_UNLIMITED}; or "pin_memory": false in the config'
             yield report("pinned memory", f"host memory cannot be pinned: {pinned['error']}", do, host)
     if not asked:
@@ -132,25 +132,52 @@ def pinned_memory(visit: Visit) -> Iterator[Finding]:
 
 
 def host_memory(visit: Visit) -> Iterator[Finding]:
-    """Memory for what is offloaded to the host; without a GPU, for everything."""
-    needs, found, needed = visit.needs, [], 0.0
-    if not needs.whole:
+    """Memory for what is offloaded to the host, and for the ranks themselves; without a GPU, for everything."""
+    if not visit.needs.whole:
         yield unasked("host memory", NO_CONFIG)
         return
-    for host in visit.there:
-        on_cpu = host.probe.get("accelerator") == "cpu"
-        each = max(needs.host_bytes, 0 if needs.nvme_bytes else STATE_BYTES) if on_cpu else needs.host_bytes
-        share = each * needs.parameters * len(host.ranks) / visit.world
-        available, needed = host.facts["memory"]["available"], max(needed, share)
-        what = f"{size(available)} available, where weights, moments and gradients here take {size(share)}"
-        if share > available:
-            do = "take more hosts or a smaller model, or offload to nvme"
-            found.append(bad("host memory", what, do, host))
-        elif share > 0.8 * available:
-            do = "see what else runs there; activations and libraries come on top"
-            found.append(odd("host memory", what, do, host))
+    hosts = [host for host in visit.there if "accelerator" in host.probe]
+    shares = {}
+    found: list[Finding] = []
+    for host in hosts:
+        ranks = len(host.ranks)
+        shares[host.name] = ranks * (visit.needs.host if _on_gpu(host) else visit.needs.host_alone)
+        who = f"{number(ranks, 'rank')} {'takes' if ranks == 1 else 'take'}"
+        found += _room("host memory", host, shares[host.name], host.facts["memory"]["available"], who)
     yield from found
-    if visit.there and not found:
-        least = min(host.facts["memory"]["available"] for host in visit.there)
-        rest = f"where weights, moments and gradients on a host take {size(needed)}"
-        yield good("host memory", f"{size(least)} available, {rest if needed else 'and nothing is offloaded to it'}")
+    if hosts and not found:
+        least = min(host.facts["memory"]["available"] for host in hosts)
+        yield good("host memory", f"{size(least)} available, where the ranks of a host take about "
+                                  f"{size(max(shares.values()))}")  # fmt: skip
+
+
+def device_memory(visit: Visit) -> Iterator[Finding]:
+    """Memory of the devices, for the fullest rank."""
+    asked = [host for host in visit.there if _on_gpu(host)]
+    if not asked or not visit.needs.whole:
+        yield unasked("device memory", NO_CONFIG if asked else "not asked: no GPU")
+        return
+    least = {id(host): min(host.probe["torch"]["memory"]) for host in asked}
+    found = [
+        row
+        for host in asked
+        for row in _room("device memory", host, visit.needs.device, least[id(host)], "a rank takes")
+    ]
+    yield from found
+    if not found:
+        room = f"{size(min(least.values()))} on each, where a rank takes about {size(visit.needs.device)}"
+        yield good("device memory", room)
+
+
+def _on_gpu(host: Host) -> bool:
+    return bool(host.probe.get("accelerator", "cpu") != "cpu" and host.probe["torch"]["devices"])
+
+
+def _room(check: str, host: Host, wanted: float, there: float, who: str) -> Iterator[Finding]:
+    """Whether what is wanted is there, with room for what no estimate has."""
+    what = f"{size(there)} there, where {who} about {size(wanted)}"
+    do = "see what would fit: `megagpt plan` with the same recipe and config"
+    if wanted > there:
+        yield bad(check, what, do, host)
+    elif wanted > SAFE * there:
+        yield odd(check, what, do, host)

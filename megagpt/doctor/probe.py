@@ -1,10 +1,10 @@
-"""What torch and DeepSpeed say of this host: devices, pinned memory, operators, and whether the files fit together."""
+"""What torch and DeepSpeed say of this host: devices, pinned memory and operators."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megagpt.doctor.children import begin
@@ -30,9 +30,6 @@ def main() -> None:
     from megagpt.engine import operators
 
     say({"accelerator": operators.device()})
-    if words["resolve"]:
-        say({"doing": "reading the recipe and the DeepSpeed config"})
-        say({"mistakes": _mistakes(words["resolve"])})
     tried: dict[str, Any] = {}
     for name in [*words["operators"], *(words["gpu_operators"] if cuda else [])]:
         say({"doing": f"{BUILDING}{name}"})
@@ -49,8 +46,11 @@ def _torch(say: Say) -> bool:
     except (AssertionError, RuntimeError) as wrong:  # AssertionError: a build for CPUs
         error = str(wrong).splitlines()[0]
     count = 0 if error else torch.cuda.device_count()
-    devices = [torch.cuda.get_device_name(number) for number in range(count)]
-    say({"torch": {"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "error": error}})
+    found = [torch.cuda.get_device_properties(number) for number in range(count)]
+    say({"torch": {
+        "version": torch.__version__, "cuda": torch.version.cuda, "error": error,
+        "devices": [one.name for one in found], "memory": [one.total_memory for one in found],
+    }})  # fmt: skip
     return count > 0
 
 
@@ -74,20 +74,6 @@ def _operator(name: str) -> dict[str, Any]:
     except Exception as error:  # a compiler, a header, a library, a lock: whatever it is, it is to be told
         return {"seconds": time.monotonic() - begun, "error": str(error).strip().splitlines()[0]}
     return {"seconds": time.monotonic() - begun, "error": ""}
-
-
-def _mistakes(asked: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What is wrong with the recipe and the config together, on so many ranks, as `megagpt train` would say it."""
-    from megagpt import ds_config, recipe
-    from megagpt.engine import keys
-    from megagpt.errors import UserError
-
-    try:
-        loaded = recipe.load(asked["recipe"], asked["overrides"])
-        ds_config.load(asked["config"], loaded, asked["world"], keys.known_keys(), asked["overrides"])
-    except UserError as error:
-        return [{"what": problem.what, "where": problem.where, "do": problem.do} for problem in error.problems]
-    return []
 
 
 if __name__ == "__main__":

@@ -77,13 +77,9 @@ def recipe(visit: Visit) -> Iterator[Finding]:
                 wrong = True
                 what = f"{path} is another file ({here}) than on {hosts[0].name} ({there})"
                 yield bad("recipe", what, f"copy {hosts[0].name}'s to every host", host)
-    mistakes = hosts[0].probe.get("mistakes") if hosts else None
-    for mistake in mistakes or []:
-        wrong = True
-        yield bad("recipe", " ".join(f"{mistake['what']} {mistake['where']}".split()), mistake["do"])
     if hosts and not wrong:
         sums = ", ".join(f"{path} ({hosts[0].facts['files'][path]})" for path in visit.needs.files)
-        fit = f"; they fit {number(visit.world, 'rank')}" if mistakes == [] else ""
+        fit = f"; they fit {number(visit.world, 'rank')}" if visit.needs.whole else ""
         yield good("recipe", sums + fit)
 
 

@@ -90,8 +90,8 @@ def disks(visit: Visit) -> Iterator[Finding]:
                 do = "free some space, or lower checkpoint.keep_last"
                 what = f"{room}{kept} checkpoints take {size(kept * checkpoint)}"
                 found.append(odd("disk", what, do, host))
-        if needs.nvme and needs.parameters:
-            share = needs.nvme_bytes * needs.parameters * len(host.ranks) // max(visit.world, 1)
+        if needs.nvme_bytes:
+            share = needs.nvme_bytes * len(host.ranks)
             free = here[needs.nvme]["free"]
             if free < share:
                 what = f"{size(free)} free for {needs.nvme}, where the offloaded state takes {size(share)}"

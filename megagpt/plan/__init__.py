@@ -13,6 +13,7 @@ from megagpt.errors import UserError
 from megagpt.model import cost
 from megagpt.plan import changes, effort, machine, table
 from megagpt.plan.memory import Memory, memory
+from megagpt.plan.states import Zero
 from megagpt.plan.verdict import Fit, fit
 
 
@@ -74,6 +75,8 @@ def plan(options: Options) -> Plan:
     wanted = changes.nearest(resolved, resolve, lambda one: fits(one).good) if found.bad else ()
     length = effort.length(resolved)
     notes = [*resolved.notes, *([note] if (note := other_version()) else [])]
+    if device is not None and Zero(resolved).offloads:
+        notes.append("no time is told: what is offloaded waits for the host, and no published run tells how long")
     if resolved.recipe.model.dropout:
         notes.append("dropout's masks are not counted")
     return Plan(

@@ -84,11 +84,11 @@ def length(resolved: Resolved) -> Length:
 
 
 def time(resolved: Resolved, flops: float | None, name: str) -> Time | None:
-    """FLOPs over ranks, peak and utilisation; None where one of them is not known."""
+    """FLOPs over ranks, peak and utilisation; None where one of them is not known, as with offload."""
     recipe, layout = resolved.recipe, resolved.layout
     peak = machine.peak(name, recipe.precision or "fp32")
     reached = machine.utilisation(name, layout, recipe.model.n_layer)
-    if flops is None or peak is None or reached is None:
+    if flops is None or peak is None or reached is None or Zero(resolved).offloads:
         return None
     fastest, slowest = (flops / (layout.world_size * peak * share) for share in (reached.high, reached.low))
     hours = tuple(seconds * layout.world_size / 3600 for seconds in (fastest, slowest))

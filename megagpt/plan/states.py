@@ -108,6 +108,11 @@ class Zero:
         """Where "param" or "optimizer" lies: none, cpu or nvme."""
         return str((self._keys.get(f"offload_{what}") or {}).get("device") or "none")
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything waits for the host."""
+        return {self.device("optimizer"), self.device("param")} != {"none"}
+
     def pinned(self, what: str) -> bool:
         """Whether its host memory is page-locked."""
         return bool((self._keys.get(f"offload_{what}") or {}).get("pin_memory"))
@@ -117,10 +122,30 @@ class Zero:
         return int((self._keys.get(f"offload_{what}") or {}).get(key) or default)
 
     @property
+    def away(self) -> tuple[int, int]:
+        """Bytes a parameter on the host and on NVMe."""
+        places = (self.device("optimizer"), self.device("param"))
+        return offloaded(self.layout.zero_stage, self.element, self.accumulator, *places)
+
+    @property
     def bucket(self) -> int:
         """Bytes of the buffer in which gradients are gathered for reduction; allocated in full for any model."""
         overlap = self._keys.get("overlap_comm") and self.layout.zero_stage < 3
         return self.number("reduce_bucket_size", 500_000_000) * self.reduced * (2 if overlap else 1)
+
+
+def offloaded(stage: int, element: int, accumulator: int, optimizer: str, param: str) -> tuple[int, int]:
+    """Bytes a parameter that lie on the host and on NVMe, over all ranks together; places are none, cpu or nvme.
+
+    The optimizer: fp32 weight, moments and gradient. With it on the host are, at stages 1 and 2, a copy of the new
+    weight, at 3 the sum of gradients, which is there with NVMe too.
+    """
+    host = nvme = 0
+    if optimizer == "cpu":
+        host = MASTER_AND_MOMENTS + _FP32 + (accumulator if stage == 3 else element)
+    elif optimizer == "nvme":
+        host, nvme = accumulator, MASTER_AND_MOMENTS + _FP32
+    return host + (element if param == "cpu" else 0), nvme + (element if param == "nvme" else 0)
 
 
 def states(zero: Zero, mine: Held) -> States:
@@ -187,8 +212,8 @@ def _flat(zero: Zero, mine: Held) -> States:
 
 
 def _flat_offloaded(zero: Zero, mine: Held) -> States:
-    """The same with the optimizer on the host: there too a gradient in fp32, a copy of the new weights, a buffer."""
-    host = _share((MASTER_AND_MOMENTS + _FP32 + zero.element) * mine.total, zero) + zero.element * mine.largest
+    """The same with the optimizer on the host, where a buffer is besides."""
+    host = _share(zero.away[0] * mine.total, zero) + zero.element * mine.largest
     separate = zero.accumulator != zero.element  # bf16, whose sums in fp32 stay on the device
     gradients = zero.accumulator * mine.total
     if zero.layout.zero_stage == 2:
@@ -217,37 +242,26 @@ def _partitioned(zero: Zero, mine: Held) -> States:
     summed = zero.accumulator * part
     gathered = zero.element * min(mine.total, _live(zero, mine))
     step = _FP32 * min(part, zero.number("sub_group_size", 1_000_000_000))
-    params, optimizer = zero.device("param"), zero.device("optimizer")
-    host, nvme = 0, 0
-    if optimizer == "none":
-        on_device = MASTER_AND_MOMENTS * part
-    else:
-        on_device = 0
-        host += summed
-        if optimizer == "nvme":
-            nvme += (MASTER_AND_MOMENTS + _FP32) * part
-            host += zero.of("optimizer", "buffer_count", 4) * step
-        else:
-            host += (MASTER_AND_MOMENTS + _FP32) * part
-    pinned = host if zero.pinned("optimizer") else 0
-    away = 0
-    if params == "nvme":
-        nvme += low
-        away = min(low, zero.element * zero.of("param", "max_in_cpu", 1_000_000_000))
-        away += zero.of("param", "buffer_count", 16) * zero.element * -(-mine.largest // zero.shards)
-    elif params == "cpu":
-        away = low
+    near = zero.device("optimizer") == "none"
+    host, nvme = (size * part for size in zero.away)
+    pinned = host if zero.pinned("optimizer") or zero.pinned("param") else 0
+    passing = 0  # what stands in host memory for what is on NVMe
+    if zero.device("optimizer") == "nvme":
+        passing += zero.of("optimizer", "buffer_count", 4) * step
+    if zero.device("param") == "nvme":
+        passing += min(low, zero.element * zero.of("param", "max_in_cpu", 1_000_000_000))
+        passing += zero.of("param", "buffer_count", 16) * zero.element * -(-mine.largest // zero.shards)
     hpz = zero.number("zero_hpz_partition_size", 1)
     second = zero.element * -(-mine.total // hpz) if hpz > 1 else 0
     return States(
-        weights=(low if params == "none" else 0) + second,
-        optimizer=on_device,
-        gradients=summed if optimizer == "none" else 0,
-        kept_gradients=summed if optimizer == "none" else 0,
+        weights=(low if zero.device("param") == "none" else 0) + second,
+        optimizer=MASTER_AND_MOMENTS * part if near else 0,
+        gradients=summed if near else 0,
+        kept_gradients=summed if near else 0,
         buffers=zero.bucket + gathered + zero.element * mine.largest,
-        step=zero.bucket + (step if optimizer == "none" else 0),
-        host=host + away,
-        pinned=pinned + (away if zero.pinned("param") else 0),
+        step=zero.bucket + (step if near else 0),
+        host=host + passing,
+        pinned=pinned + (passing if pinned else 0),
         nvme=nvme,
     )
 

@@ -220,7 +220,7 @@ def check_fraction(fraction: float, prefix: str) -> None:
 def _plan(work: Work) -> dict[str, object]:
     """All that the shards depend on."""
     return {
-        "version": 1,
+        "version": 2,
         "sources": [[source.path, source.kind.value, source.size, source.state] for source in work.sources],
         "tokenizer": work.model.sha256,
         "text_key": work.options.text_key,

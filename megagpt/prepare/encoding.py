@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +57,13 @@ class PieceEncoder:
         self._check = EngineCheck(job.engine, tokenizer)
         self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
         self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
-        gc.freeze()  # what is here stays; looking through it again and again takes a tenth of the time
 
     def encode(self, piece: Piece, report: Report) -> Record:
         """Write the piece's shard. Raises PieceError."""
         odd = Oddities(self._job.strict)
         self._check.begin()
         try:
-            with ShardWriter(self._job.folder, piece.number) as shard:
+            with _no_collecting(), ShardWriter(self._job.folder, piece.number) as shard:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd)
@@ -103,6 +103,18 @@ class PieceEncoder:
         self._check.look(texts, places, encoded)
         for fragment, place, raw, ids in zip(batch, places, raws, encoded, strict=True):
             documents.add(fragment, place, raw, ids)
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """No search for cycles of objects: there are none here, and looking at each list of words costs time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class _Documents:

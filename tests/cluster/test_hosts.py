@@ -3,7 +3,6 @@
 import re
 import sys
 import time
-from pathlib import Path
 
 from megagpt.distributed import passing
 from megagpt.run import status
@@ -66,11 +65,11 @@ def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
     ]
 
 
-def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, deepspeed, recipe, tmp_path):
+def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, deepspeed, data, recipe, tmp_path):
     (launcher, env), run = deepspeed(), recipe.with_suffix("")
     first = cluster.start(1, *launcher, "--master_port", "29700", *ranks(recipe, "length.updates=1000000"), **env)
     wait_for_update(run, 10, SECONDS)
-    other = training.write_recipe(tmp_path / "other", recipe_data(recipe))
+    other = training.write_recipe(tmp_path / "other", data)
     printed = cluster.run(1, *launcher, "--master_port", "29700", *ranks(other, *LENGTH), code=1, **env)
     do = "  do: give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
     assert said(printed) == [
@@ -88,11 +87,6 @@ def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, dee
     assert re.search(gone, printed), printed
     assert "rank 1 on node2" in status.read(run).why
     assert [cluster.ranks(1), cluster.ranks(2)] == [[], []]
-
-
-def recipe_data(recipe):
-    """The folder of the corpus of a recipe."""
-    return Path(re.search(r"tokenizer: (\S+)/text.model", recipe.read_text())[1])
 
 
 def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoint(cluster, deepspeed, recipe):

@@ -131,6 +131,33 @@ def test_index_blocks_join_without_a_seam(tmp_path, megatron, monkeypatch):
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
 
 
+@given(
+    parts=st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=9), st.booleans()), max_size=6),
+    block=st.integers(1, 5),
+)
+def test_documents_that_end_together_give_the_index_of_each_alone(tmp_path_factory, parts, block):
+    """Also where sequences come before their documents, as when corpora are merged."""
+    folder = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_file, "_BLOCK", block)
+        with Writer(folder / "together", 100) as writer:
+            for lengths, apart in parts:
+                if apart:
+                    some = [length for length in lengths if length]
+                    writer.end_sequences(np.array(some, np.int64), np.array([], np.int64), 0)
+                    ends = np.cumsum([length > 0 for length in lengths], dtype=np.int64)
+                    writer.end_sequences(np.array([], np.int64), ends - len(some), 0)
+                else:
+                    writer.end_documents(np.array(lengths, np.int64), 0)
+            writer.finish_unverified()
+    with Writer(folder / "alone", 100) as writer:
+        for lengths, _ in parts:
+            for length in lengths:
+                writer.end_documents(np.array([length]), 0)
+        writer.finish_unverified()
+    assert content(folder / "together") == content(folder / "alone")
+
+
 def test_a_sequence_too_long_for_the_index_becomes_several(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 4)
     write(tmp_path / "c", [range(10), range(4), []])

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from megagpt.data.evaluation import Evaluation
 from megagpt.data.indexed import CorpusChanged, corpus_file
-from megagpt.data.loader import Loader
+from megagpt.data.loader import Loader, _are_cached
 from megagpt.errors import UserError
 
 ANY_FIXTURE = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,6 +56,40 @@ def test_inputs_and_labels_share_the_memory_that_was_gathered(corpora):
     batch = loader(corpora[:1]).batches(0)[0]
     assert batch.labels.data_ptr() == batch.input_ids.data_ptr() + 8
     assert batch.input_ids.stride() == batch.labels.stride() == (17, 1)
+
+
+@pytest.mark.parametrize(("in_memory", "asked_for"), [(0, 12), (1, 12), (None, 0)])
+def test_the_coming_samples_are_asked_for_ahead_unless_all_are_in_memory(corpora, monkeypatch, in_memory, asked_for):
+    """The file system says that so many samples (None: all) are in memory, then that it would have to wait."""
+    told, asked = itertools.count(), []
+
+    def look(file, buffers, offset, flags):
+        assert flags == os.RWF_NOWAIT
+        if next(told) == in_memory:
+            raise BlockingIOError
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", look)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given))
+    data = loader(corpora, accumulation=3)
+    expected = named_by_the_order(data, corpora, range(12, 24))
+    data.batches(0)
+    assert len(asked) == asked_for
+    pieces = [np.frombuffer(os.pread(file, size, offset), "<u2") for file, offset, size, _ in asked]
+    assert [piece.tolist() for piece in pieces] == expected[:asked_for]
+    assert {advice for *_, advice in asked} <= {os.POSIX_FADV_WILLNEED}
+
+
+def test_whether_samples_are_in_memory_is_asked_of_the_file_system(make_corpus):
+    corpus = make_corpus([range(20_000)])
+    os.fsync(corpus.file)
+    os.posix_fadvise(corpus.file, 0, 0, os.POSIX_FADV_DONTNEED)
+    said = []
+    for _ in range(2):
+        said.append(_are_cached([(corpus.file, 100, 0), (corpus.file, 100, 30_000)]))
+        os.pread(corpus.file, 40_000, 0)
+    assert said in ([False, True], [True, True], [False, False])  # a disk; memory only; one that cannot tell
+    assert not _are_cached([(corpus.file, 100, 39_950)])  # there is no such
 
 
 def test_pinned_batches_are_pinned_one_by_one(corpora, monkeypatch):

@@ -115,10 +115,11 @@ def test_packed_and_other_sources_blend(packed, make_corpus):
 
 
 def test_only_a_model_of_its_seq_len_trains_on_a_packed_corpus(packed):
-    assert refused(loader, [packed], seq_len=32) == (
-        f"the corpus is packed for a seq_len of 16, the model has one of 32\n  {packed.prefix}\n"
-        "  do: set model.seq_len to 16, or prepare the corpus with --pack 32"
-    )
+    for seq_len in (8, 32, 100_000):  # the last one being more than all its tokens
+        assert refused(loader, [packed], seq_len=seq_len) == (
+            f"the corpus is packed for a seq_len of 16, the model has one of {seq_len}\n  {packed.prefix}\n"
+            f"  do: set model.seq_len to 16, or prepare the corpus with --pack {seq_len}"
+        )
 
 
 def test_packing_changes_the_fingerprint_and_its_absence_does_not(packed, make_corpus):

@@ -28,10 +28,9 @@ FACTS = {
     "port": 20001,
 }
 PROBE = {
-    "torch": {"version": "2.13.0", "cuda": "12.6", "devices": ["H100"], "error": ""},
+    "torch": {"version": "2.13.0", "cuda": "12.6", "devices": ["H100"], "memory": [80 * GB], "error": ""},
     "pinned": {"bytes": 1 << 30, "error": ""},
     "accelerator": "cuda",
-    "mistakes": [],
     "operators": {"fused_adam": {"seconds": 0.31, "error": ""}},
     "at": "building or loading fused_adam",
 }
@@ -50,7 +49,10 @@ def host(number):
 
 @pytest.fixture
 def visit():
-    needs = Needs("r.yaml", "d.json", (), ("r.yaml", "d.json"), ("web",), "runs/r", 3, 10**9, (), ("fused_adam",), 16)
+    needs = Needs(
+        "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB), gpu_operators=("fused_adam",),
+        offloads=True, host=8 * GB, host_alone=20 * GB, device=30 * GB,
+    )  # fmt: skip
     launch = Launch(True, {"node1": 15, "node2": 15}, ())
     requirements = ("torch<2.14,>=2.13", "deepspeed<0.20,>=0.19.8", "numpy<3,>=2")
     return Visit([host(1), host(2)], needs, 60.0, False, launch, requirements)

@@ -161,10 +161,10 @@ def test_a_build_that_does_not_end_is_cut_short_and_the_next_one_does_not_wait_f
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    limit = 8.0
+    limit = 4.0
     while not pids.exists():  # on a busy machine torch alone may take as long
         limit *= 2
-        found = Agent(print, {}).probe(limit, operators=["async_io"], gpu_operators=[], resolve=None)
+        found = Agent(print, {}).probe(limit, operators=["async_io"], gpu_operators=[])
         assert limit < 500, found
     assert (found["hung"], found["at"], found["accelerator"]) == (limit, "building or loading async_io", "cpu")
     assert facts.locks() == []

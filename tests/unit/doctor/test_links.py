@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from megagpt import plan
 from megagpt.doctor import links, needs
 from megagpt.doctor.links import Lost
 from megagpt.errors import UserError
@@ -97,26 +98,39 @@ def test_the_doctors_part_ends_by_itself():
 
 
 def test_needs_of_a_recipe_and_of_each_kind_of_config(recipe):
-    asked = needs.of(recipe, CONFIGS / "zero3-nvme.json", ["data.validation=v", "ds.sub_group_size=5"])
+    asked = needs.of(recipe, CONFIGS / "zero3-nvme.json", ["data.validation=v"], 2)
     text = recipe.read_text()
     assert asked.corpora == (text.split("train: ")[1].split(",")[0], "v")
     assert asked.files == (str(recipe), str(CONFIGS / "zero3-nvme.json"), text.split("tokenizer: ")[1].split(",")[0])
-    assert (asked.operators, asked.gpu_operators, asked.nvme, asked.nvme_bytes, asked.host_bytes) == (
-        ("async_io",), (), "runs/nvme", 18, 0)  # fmt: skip
-    # 12352 a block by hand: 4 x 32 x 32 + 2 x 128 x 32 and two norms of 32; 320 x 32 tied, a last norm
-    assert asked.parameters == 2 * (4 * 1024 + 8192 + 64) + 10240 + 32
-    assert asked.checkpoint == int(1.2 * 12 * asked.parameters)
-    kinds = {name: needs.of(None, CONFIGS / f"{name}.json", ()) for name in ("zero1", "zero2-offload", "zero3-offload")}
-    assert [(one.operators, one.gpu_operators, one.host_bytes) for one in kinds.values()] == [
-        ((), ("fused_adam",), 0), ((), (), 16), ((), (), 18)]  # fmt: skip
-    changed = needs.of(recipe, CONFIGS / "zero1.json", ["ds.zero_optimization.offload_optimizer.device=cpu"])
-    assert (changed.host_bytes, changed.gpu_operators) == (16, ())
-    assert needs.of(None, None, ()) == needs.Needs()
+    assert (asked.operators, asked.gpu_operators, asked.nvme, asked.offloads) == (("async_io",), (), "runs/nvme", True)
+    # two blocks of 4 x 32 x 32 + 2 x 128 x 32 and two norms of 32; 320 x 32 tied, a last norm
+    assert asked.checkpoint == int(1.2 * 12 * (2 * (4 * 1024 + 8192 + 64) + 10240 + 32))
+    kinds = {name: needs.of(None, CONFIGS / f"{name}.json", (), 1) for name in ("zero1", "zero2-offload")}
+    assert [(one.operators, one.gpu_operators, one.offloads) for one in kinds.values()] == [
+        ((), ("fused_adam",), False), ((), (), True)]  # fmt: skip
+    changed = needs.of(recipe, CONFIGS / "zero2.json", ["ds.zero_optimization.offload_optimizer={device: cpu}"], 1)
+    assert (changed.offloads, changed.gpu_operators) == (True, ())
+    assert needs.of(None, None, (), 1) == needs.Needs()
+
+
+def test_bytes_are_those_of_the_plan(recipe):
+    found = [needs.of(recipe, CONFIGS / "zero3-offload.json", (), world) for world in (1, 2)]
+    for asked, world in zip(found, (1, 2), strict=True):
+        planned = plan.plan(plan.Options(recipe, CONFIGS / "zero3-offload.json", world_size=world)).memory
+        assert (asked.host, asked.device, asked.nvme_bytes) == (planned.host, planned.device, planned.nvme)
+    assert 0 < found[1].host < found[0].host
+    assert found[0].host_alone > 0
+
+
+def test_files_that_do_not_fit_together_are_a_users_mistake(recipe):
+    with pytest.raises(UserError) as caught:
+        needs.of(recipe, CONFIGS / "pipeline2.json", (), 3)
+    assert str(caught.value).startswith("megagpt: a world of 3 does not divide by 2, the ranks of one copy")
 
 
 def test_words_without_a_recipe_are_a_mistake():
     with pytest.raises(UserError) as caught:
-        needs.of(None, None, ["model.n_layer=4"])
+        needs.of(None, None, ["model.n_layer=4"], 1)
     assert str(caught.value) == (
         "megagpt: these words change a recipe, but none is given\n  model.n_layer=4\n  do: give --recipe"
     )

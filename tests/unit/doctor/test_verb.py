@@ -49,7 +49,7 @@ def test_the_table_fits_the_terminal_and_says_everything(report, monkeypatch, wi
         assert any(line[0] == {"good": "✓", "odd": "!", "bad": "✗", "unasked": "–"}[row.mark] and row.check in line
                    for line in lines if line)  # fmt: skip
         assert set(f"{row.what} {row.do}".split()) <= set(words)
-    assert lines[-1] == "2 wrong, 18 good, 1 not asked"
+    assert lines[-1] == "2 wrong, 19 good, 1 not asked"
 
 
 def test_json_is_one_object_and_nothing_else(recipe):

@@ -85,6 +85,7 @@ def test_offload_moves_the_optimizer_to_the_host_and_says_how_much_of_it(capsys)
     near = plan(Options(SEVEN, config("zero2"), **ONE_NODE))
     away = plan(Options(SEVEN, config("zero2-offload"), **ONE_NODE, host_memory="64GiB"))
     assert away.memory.optimizer == 0 < near.memory.optimizer
+    assert away.time is None is not near.time
     assert away.memory.pinned > 16 * 6_738_415_616 // 8  # master, moments, gradient
     assert away.fit.host == "does not fit"
     arguments = ["--nodes", "1", "--gpus-per-node", "8", "--host-memory", "64GiB"]
