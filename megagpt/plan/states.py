@@ -2,7 +2,7 @@
 
 The optimizer is DeepSpeed's own wrapper, by stage: none at 0; BF16_Optimizer at 1 in bf16 (runtime/bf16_optimizer.py);
 DeepSpeedZeroOptimizer at 1 and 2 (zero/stage_1_and_2.py); DeepSpeedZeroOptimizer_Stage3 (zero/stage3.py). Each
-formula is held to the tensors that a real engine holds by tests/parity/test_plan.py.
+formula is held to the tensors that a real engine holds by tests/parity/test_planned_memory.py.
 """
 
 from __future__ import annotations
