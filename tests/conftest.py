@@ -1,9 +1,11 @@
 """Options of the whole test suite, what a skipped test means, and the tiny corpus that training processes use."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from tests import training
@@ -44,6 +46,17 @@ def data(tmp_path_factory):
     train_tokenizer_command(inputs, 320, folder / "text")
     prepare_command(inputs, folder / "text.model", folder / "text", Options(0.2))
     return folder
+
+
+@pytest.fixture
+def fp16(tmp_path_factory, monkeypatch):
+    """fp16 where the processor has none, here and in all processes that are started: slower, by the same rules."""
+    site = tmp_path_factory.mktemp("fp16")
+    (site / "sitecustomize.py").write_text(
+        "import torch\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: True  # DeepSpeed asks it\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_a_spike_of_the_gradient_norm_rolls_back_at_once(recipe, plant):
     check_replay(recipe, run, plant, 1, *words)
 
 
-def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(recipe, tmp_path):
+def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(fp16, recipe, tmp_path):
     run, words = recipe.with_suffix(""), (*SHORT, "precision=fp16", "ds.fp16.loss_scale_window=7")
     printed = finish(recipe, *words, "ds.fp16.initial_scale_power=30")
     overflows = decisions(run)
@@ -164,7 +164,7 @@ def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(recipe, tmp_
     ]
 
 
-def test_an_overflow_at_the_smallest_loss_scale_ends_the_run_and_says_what_to_try(recipe):
+def test_an_overflow_at_the_smallest_loss_scale_ends_the_run_and_says_what_to_try(fp16, recipe):
     scale = ("ds.fp16.initial_scale_power=30", f"ds.fp16.min_loss_scale={2**30}")
     printed = finish(recipe, "precision=fp16", *scale, code=1)
     assert "FloatingPointError: the gradient overflows at loss scale 1.07374e+09 in update 1" in printed

@@ -1,5 +1,6 @@
 """`megagpt status` through the life of a real run: training, stopped, killed, mistaken, done."""
 
+import contextlib
 import os
 import signal
 
@@ -37,5 +38,6 @@ def test_no_rank_ends_with_75_before_rank_0_has_said_so(recipe, tmp_path):
         wait_for_update(recipe.with_suffix(""), 2)
         os.kill(both.pids()[1], signal.SIGUSR1)
         assert both.wait(120, all_but=[0])[1] == 75
-        os.kill(both.pids()[0], signal.SIGKILL)  # as srun does when the first rank ends with anything but 0
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by now, too
+            os.kill(both.pids()[0], signal.SIGKILL)  # as srun does when the first rank ends with anything but 0
     assert status.read(recipe.with_suffix("")).state == "requeue"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -63,6 +64,7 @@ def main(job: dict[str, Any]) -> None:
 
 def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, planted: Planted) -> dict[str, Any]:
     """What held for one layout."""
+    needs.provide(case)
     dropout = replace(case, recipe=(*case.recipe, "model.dropout=0.1"))
     resolved = layouts.resolve(dropout, folder)
     saved = folder / f"{case.id}-saved"

@@ -130,13 +130,13 @@ def test_in_bf16_with_offload_a_bad_gradient_stays_for_ever():
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(stage):
+def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(fp16, stage):
     """Why loss_scale.ready has it change it after the step."""
 
     def first_moment(window):
         torch.manual_seed(0)
-        fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": window}
-        engine = zero(stage, fp16=fp16, gradient_clipping=0.0)
+        scaled = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": window}
+        engine = zero(stage, fp16=scaled, gradient_clipping=0.0)
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.0  # the same gradient twice
         for _ in range(2):

@@ -27,7 +27,7 @@ POWER, HYSTERESIS, WINDOW, UPDATES = 30, 2, 5, 16  # the scale begins at 2^30 an
 
 
 @pytest.fixture
-def make(tmp_path, agreement):
+def make(tmp_path, agreement, fp16):
     def engine(stage):
         (tmp_path / "r.yaml").write_text(RECIPE)
         scale = {"initial_scale_power": POWER, "hysteresis": HYSTERESIS, "loss_scale_window": WINDOW}
