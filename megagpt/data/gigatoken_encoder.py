@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.data.encoder import Encoder
-from megagpt.data.indexed import dtype_of
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -28,7 +27,6 @@ class GigatokenEncoder(Encoder):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         check_gigatoken(tokenizer)
-        self._dtype = dtype_of(tokenizer.vocab_size)
         self._load()
         self._most = _resident() + _GROWTH
 

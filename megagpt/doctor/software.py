@@ -18,10 +18,11 @@ _SAME = "install the same environment on every host"
 
 def python(visit: Visit) -> Iterator[Finding]:
     """The same version at the same path."""
-    hosts = visit.there
+    hosts, wrong = visit.there, False
     for host, here, there in unlike(hosts, lambda host: host.facts["python"]["version"]):
+        wrong = True
         yield bad("python", f"Python {here}; {hosts[0].name} has {there}", _SAME, host)
-    if hosts and not list(unlike(hosts, lambda host: host.facts["python"]["version"])):
+    if hosts and not wrong:
         yield good("python", f"{hosts[0].facts['python']['version']} at {hosts[0].facts['python']['executable']}")
 
 
@@ -120,7 +121,6 @@ def operators(visit: Visit) -> Iterator[Finding]:
     """The compiled operators of DeepSpeed that this layout needs load, and no dead build locks them."""
     needs, found = visit.needs, []
     dead = examination.dead_locks(visit)
-    paths = {lock["path"] for lock in dead}
     for lock in dead:
         host = next(host for host in visit.hosts if host.name == lock["host"])
         what = f"{lock['operator']} is locked by a build that has died: {lock['path']}"
@@ -134,7 +134,7 @@ def operators(visit: Visit) -> Iterator[Finding]:
     yield from found
     if not needs.config:
         yield unasked("operators", "not asked: no --deepspeed_config")
-    elif not any(row.mark == BAD for row in found) and not paths:
+    elif not any(row.mark == BAD for row in found) and not dead:
         loaded = {name: one for host in visit.there for name, one in host.probe.get("operators", {}).items()}
         slowest = {name: max(host.probe["operators"][name]["seconds"] for host in visit.there
                              if name in host.probe.get("operators", {})) for name in loaded}  # fmt: skip

@@ -29,8 +29,8 @@ def data(visit: Visit) -> Iterator[Finding]:
     if hosts and not wrong:
         count = len(visit.needs.corpora)
         corpora = "1 corpus" if count == 1 else f"{count} corpora"
-        kind = "size, first and last MiB, and sidecar" if len(hosts) > 1 else "not compared: one host"
-        yield good("data", f"{corpora}, by {kind}" if len(hosts) > 1 else f"{corpora} ({kind})")
+        how = ", by size, first and last MiB, and sidecar" if len(hosts) > 1 else " (not compared: one host)"
+        yield good("data", corpora + how)
 
 
 def _difference(here: dict[str, object], there: dict[str, object]) -> str:
