@@ -275,8 +275,10 @@ def test_ranks_of_slurm_need_no_ssh_and_no_torch_that_works(slurm, place, tmp_pa
     broken.write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     key = Path(slurm.env["CLUSTER_DIR"], "id.pub")
     with bound(slurm, 2, torch=(broken, torch), key=(broken, key)):
-        printed = slurm.run(1, "srun", "--nodes=2", "--ntasks-per-node=1", "megagpt", "doctor", "--as-rank", "--json",
-                            "--recipe", place / "recipe.yaml", code=1)  # fmt: skip
+        # into a file: what srun itself says of the exit code may come in the middle of a long line
+        slurm.run(1, "srun", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/report", "megagpt", "doctor",
+                  "--as-rank", "--json", "--recipe", place / "recipe.yaml", code=1)  # fmt: skip
+    printed = (tmp_path / "report").read_text()
     rows = found(next(line for line in printed.splitlines() if line.startswith("{")), place)
     assert rows["bad"] == [
         ("imports", "node2", "import torch: ImportError: libcudart.so.12: cannot open shared object file",
