@@ -77,7 +77,7 @@ def test_a_rank_that_finds_nobody_says_where_it_looked():
     with process(1, "runs/a", port, seconds=2) as alone:
         words, _ = alone.communicate(timeout=180)
     assert alone.returncode == 1
-    assert words.startswith(f"megagpt: rank 1 could not reach rank 0 at 127.0.0.1:{port}\n")
+    assert words.startswith(f"megagpt: rank 1 on {socket.gethostname()} could not reach rank 0 at 127.0.0.1:{port}\n")
 
 
 def test_a_port_that_another_program_has_is_said():

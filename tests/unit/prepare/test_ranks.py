@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -198,18 +200,45 @@ def test_a_task_that_does_not_come_is_missed(monkeypatch):
     )
 
     def come(**other):
-        with pytest.raises(MachineError), sockets.connected(replace(place, **other)) as task:
+        with pytest.raises(MachineError) as error, sockets.connected(replace(place, **other)) as task:
             task.bcast(None)  # the first one leaves instead
+        return str(error.value)
 
     with ThreadPoolExecutor() as pool:
         coming = [pool.submit(come, rank=2), pool.submit(come, rank=1, job="8.0")]
         with pytest.raises(MachineError) as error, sockets.connected(place):
             pass
-        for one in coming:
-            one.result()
+        said = [one.result().splitlines()[0] for one in coming]
+    assert said == [
+        "megagpt: task 0 has ended before its work was done",
+        f"megagpt: two jobs share the port {place.port} of localhost: 7.0 listens there, this is 8.0",
+    ]
     assert str(error.value) == (
         "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
     )
+
+
+@pytest.mark.parametrize("says", [b"", b"\xff" * 100], ids=["nothing", "noise"])
+def test_somebody_else_at_the_port_is_told(monkeypatch, says):
+    monkeypatch.setattr(sockets, "_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        place = from_mpi_or_slurm(
+            STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
+        )
+
+        def speak():
+            with server.accept()[0] as caller, suppress(ConnectionResetError):
+                caller.sendall(says)
+                caller.recv(1)  # until the other end is closed
+
+        with ThreadPoolExecutor() as pool:
+            spoken = pool.submit(speak)
+            with pytest.raises(MachineError, match="a program that is not megagpt listens there, this is 7"):
+                sockets._called(place)
+            spoken.result()
+        with pytest.raises(MachineError, match=f"port {port} is in use on this host"):
+            sockets._wait_for_all(place, {})
 
 
 def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):
