@@ -61,6 +61,7 @@ setup(
             *tokenizers,
             *gigatoken,
             *export,
+            "aiohttp>=3.10,<4",  # what fsspec reads web servers with
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
