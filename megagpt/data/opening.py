@@ -27,6 +27,7 @@ class Compression(Enum):
     BZIP2 = ".bz2"
 
 
+_READ = 1 << 10  # bytes of a zstandard file at a time, which may become many thousand times as many
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
@@ -87,7 +88,7 @@ class _Zstandard(io.RawIOBase):
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new()
         self._begun = False  # a frame that has not ended
-        self._left = b""
+        self._left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -98,14 +99,14 @@ class _Zstandard(io.RawIOBase):
             block = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._begun = self._new(), False
-            block = block or self._raw.read(1 << 16)
+            block = block or self._raw.read(_READ)
             if not block:
                 if self._begun:
                     raise EOFError("the file ends within a frame")
                 return 0
             self._begun = True
             try:
-                self._left = self._frame.decompress(block)
+                self._left = memoryview(self._frame.decompress(block))
             except self._error as error:
                 raise EOFError(str(error)) from None
         count = min(len(view), len(self._left))

@@ -90,8 +90,9 @@ def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
     """A document's text, which comes in blocks, in fragments that are the `document`'s."""
     begun = ""  # what came after the last cut
     for block in blocks:
+        looked_at = max(len(begun) - 1, 0)  # up to its last character there is no place to cut
         begun += block
-        if cut := _CUT.match(begun):
+        if cut := _CUT.match(begun, looked_at):
             yield document._replace(text=begun[: cut.end()], last=False)
             begun = begun[cut.end() :]
     yield document._replace(text=begun)

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import threading
+import tracemalloc
 
 import fsspec
 import pyarrow
@@ -331,3 +332,19 @@ def test_a_file_that_is_cut_while_zstandard_holds_much_is_read_to_its_end(tmp_pa
     (tmp_path / "a.txt.zst").write_bytes(COMPRESSORS[".zst"](text.encode()) * 2)
     assert texts(tmp_path / "a.txt.zst") == [text * 2]
     assert opening.compression_of(b"BZh9") is opening.Compression.BZIP2
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_what_a_small_compressed_file_becomes_is_never_held_whole(tmp_path, ending):
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(COMPRESSORS[ending](b"0123456789 words\n" * 5_000_000))  # 85 MB
+    size = 0
+    tracemalloc.start()
+    try:
+        with opening.opened(str(path), opening.compression_of(path.read_bytes()[:9])) as file:
+            while block := file.read(1 << 20):
+                size += len(block)
+        assert size == 85_000_000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
