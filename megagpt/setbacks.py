@@ -60,7 +60,8 @@ def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainSta
     numbers = {"at": state.update + 1, "position": first, "samples": end - first}
     seconds = {"lost_seconds": run.metrics.go_back(checkpoint.state.update), "seconds": run.progress.pause()}
     run.metrics.write("rollback", update=checkpoint.state.update, reason=reason, **numbers, **seconds)
-    run.health.recall(run.path, run.rank.main, run.agreement)
+    run.health.recall(run.metrics.decisive, run.agreement)
+    run.health.note("rollback", update=checkpoint.state.update, **numbers)
     run.console.say(
         f"{'ROLLED BACK':>11}  to update {checkpoint.state.update}: {reason} in {where}; "
         f"data positions {first} to {end - 1} are left out"

@@ -12,6 +12,7 @@ from typing import TypeVar
 from megagpt.state import Verdict
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MOST_LEFT = 3  # starts in a row that do nothing but a part of an evaluation
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
 T = TypeVar("T")
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
@@ -32,9 +33,12 @@ class Stopping:
         self._noted_at = 0.0
         self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
-    def verdict(self, writing: bool = False) -> Verdict:
-        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it."""
-        if self._reason is None and self._end is not None and time.monotonic() >= self._end:
+    def verdict(self, writing: bool = False, limited: bool = True) -> Verdict:
+        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it.
+
+        The time limit stops only what is `limited`.
+        """
+        if limited and self._reason is None and self._end is not None and time.monotonic() >= self._end:
             self._reason = "the time limit"
         if self._reason is None and self._request is not None and self._request.exists():
             self._reason = "megagpt stop"
