@@ -78,7 +78,7 @@ def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, 
     wait_for(folder, "3.json", process)
     partial = wait_for(folder, "*.bin.*.partial", process)[0]
     os.kill(int(partial.name.split(".")[2]), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode != 0
     assert not list(tmp_path.glob("c.*.idx"))
     kept = len(list(folder.glob("*.json")))
@@ -117,7 +117,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
     process = start(0.1)
     wait_for(shards[1], "3.json", process)
     os.kill(int(wait_for(shards[1], "*.bin.*.partial", process)[0].name.split(".")[2]), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode != 0
     done = [{path.name for path in folder.glob("*.json")} for folder in shards]
     assert done[0]
