@@ -27,7 +27,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch) -> Curve:
     masters.to(dtype).float()
     model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(dtype)
     initial = {name: value.detach().clone() for name, value in masters.named_parameters()}
-    optimizer = optimizers.build(recipe.optimizer, masters, on_gpu=False)
+    optimizer = optimizers.build(recipe.optimizer, masters)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(model, held_out).item()]
     for number, batch in enumerate(updates, start=1):
