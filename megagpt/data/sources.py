@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megagpt.data.manifest import Lines
-from megagpt.data.opening import Compression, file_system, is_remote
+from megagpt.data.opening import Compression
+from megagpt.data.remote import file_system, gives_parts, is_remote, is_web
 from megagpt.data.sniffing import KNOWN, Kind, known_name, looked_at
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
@@ -28,6 +30,7 @@ class Source:
 
     `size` is in bytes, as it lies there; `state` changes when the file does. `corpus` names the corpus that its
     documents go to, where a manifest asks for several, and `weight` is that corpus's in a blend, if it is given there.
+    A file that is not `in_parts` can be read from its beginning only.
     """
 
     path: str
@@ -37,6 +40,7 @@ class Source:
     compression: Compression = Compression.NONE
     corpus: str = ""
     weight: float | None = None
+    in_parts: bool = True
 
 
 def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
@@ -100,18 +104,31 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _remote(given: str, corpus: str = "") -> Iterator[Source]:
     """The files that an address stands for, as fsspec lists them."""
     system, inner = file_system(given)
-    if _PATTERN & set(inner):
-        found = system.glob(inner)
-    elif system.isdir(inner):
-        found = [name for name in system.find(inner) if known_name(name)]
-    else:
-        found = [inner] if system.exists(inner) else []
+    try:
+        found = [(name, system.info(name), _in_parts(system, name)) for name in _names(system, inner)]
+    except Exception as error:  # of the store's own package
+        do = "check the address, that it can be reached, and that you may read it"
+        raise UserError(f"cannot look into this store: {type(error).__name__}: {error}", given, do) from None
     if not found:
         raise UserError("no text file is there", given, f"correct the address; {KNOWN} files are taken from a folder")
-    for name in sorted(found):
+    for name, facts, in_parts in found:
         path = system.unstrip_protocol(name)
         kind, compression = looked_at(path)
-        yield Source(path, kind, system.size(name), str(system.ukey(name)), compression, corpus)
+        # What fsspec takes for a web file's state is its address.
+        state = str([system.ukey(name), facts.get("ETag"), facts.get("Last-Modified")])
+        yield Source(path, kind, facts["size"] or 0, state, compression, corpus, in_parts=in_parts)
+
+
+def _in_parts(system: Any, name: str) -> bool:
+    return not is_web(system) or gives_parts(system.unstrip_protocol(name))
+
+
+def _names(system: Any, inner: str) -> list[str]:
+    if _PATTERN - (set("?") if is_web(system) else set()) & set(inner):
+        return sorted(system.glob(inner))
+    if known_name(inner) or not system.isdir(inner):  # a web server may take a file for a folder
+        return [inner] if system.exists(inner) else []
+    return sorted(name for name in system.find(inner) if known_name(name))
 
 
 def _manifest(path: Path, lines: Lines) -> Iterator[Source]:
