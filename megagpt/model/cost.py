@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ def boundaries(costs: Sequence[float], stages: int) -> list[int]:
 
     The dearest stage is as cheap as can be; among equals, the one before it, and so on.
     """
+    return list(_boundaries(tuple(costs), stages))
+
+
+@lru_cache(maxsize=64)  # the planner asks the same a hundred times, and each takes up to a second
+def _boundaries(costs: tuple[float, ...], stages: int) -> list[int]:
     # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
     total = len(costs)
     best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
