@@ -25,7 +25,7 @@ from megagpt.run.console import Console
 from megagpt.run.health import Finding, Remedy
 from megagpt.run.saving import Attempt
 from megagpt.run.status import DONE, Note
-from megagpt.run.stopping import MOST_LEFT, Asking
+from megagpt.run.stopping import Asking
 from megagpt.run.watch import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
 from megagpt.state import TrainState, UpdateResult, Verdict
 
@@ -65,11 +65,9 @@ def make_up(run: Run, state: TrainState) -> str | None:
     """
     here, is_due = run.metrics.here, state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
     owed = run.rank.main and is_due and state.update > 0 and bool(run.validation) and not here["validation"]
-    owed, vain = run.agreement.any(owed, here["validation_left"] >= MOST_LEFT)
-    stop = validate(run, state, limited=False) if owed else None
-    if stop and vain:
-        what = f"{MOST_LEFT} starts did nothing but begin the evaluation of update {state.update}"
-        raise UserError(what, f"this one was stopped by {stop}", "give a job more time, or evaluation.samples fewer")
+    stop = validate(run, state, limited=False) if all(run.agreement.any(owed)) else None
+    if stop:
+        setbacks.refuse_vain_starts(run, state, stop)
     return stop
 
 

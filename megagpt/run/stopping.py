@@ -12,7 +12,6 @@ from typing import TypeVar
 from megagpt.state import Verdict
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-MOST_LEFT = 3  # starts in a row that do nothing but a part of an evaluation
 REQUEST = "STOP"  # a file of this name in the run directory asks to stop
 T = TypeVar("T")
 _SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
