@@ -33,7 +33,7 @@ from megagpt.state import TrainState, UpdateResult, Verdict
 def loop(run: Run, state: TrainState) -> int:
     """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
     recipe = run.resolved.recipe
-    stop = validate(run, state) if owed(run, state) else None
+    stop = make_up(run, state)
     while state.update < run.total and not stop:
         state = replace(state, position=run.health.start(state.position))
         result = make(run, state, fetch(run, state))
@@ -58,11 +58,17 @@ def due(state: TrainState, every: int | None) -> bool:
     return every is not None and state.update % every == 0
 
 
-def owed(run: Run, state: TrainState) -> bool:
-    """Whether the validation of this update is due and not on record: its process ended before it."""
-    due_now = state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
-    owed_here = run.rank.main and due_now and state.update > 0 and bool(run.validation)
-    return all(run.agreement.any(owed_here and not run.metrics.has("validation", state.update)))
+def make_up(run: Run, state: TrainState) -> str | None:
+    """Make the validation of this update if it is due and not on record: the process before ended before it.
+
+    Answers as `validate`. No time limit ends it, or one could at every start; raises UserError where signals do.
+    """
+    here, is_due = run.metrics.here, state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
+    owed = run.rank.main and is_due and state.update > 0 and bool(run.validation) and not here["validation"]
+    stop = validate(run, state, limited=False) if all(run.agreement.any(owed)) else None
+    if stop:
+        setbacks.refuse_vain_starts(run, state, stop)
+    return stop
 
 
 def fetch(run: Run, state: TrainState) -> list[Batch]:
@@ -99,6 +105,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         position=state.position,
         tokens_per_second=speed,
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
+        device_bytes=run.peak_memory(),
         seconds=seconds,
         data_seconds=run.progress.waited,
     )
@@ -142,7 +149,7 @@ def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) 
     return setbacks.bear(run, state, result, found)
 
 
-def validate(run: Run, state: TrainState) -> str | None:
+def validate(run: Run, state: TrainState, limited: bool = True) -> str | None:
     """Measure the loss on held-out text, and let the model continue the recipe's prompt.
 
     Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
@@ -150,7 +157,12 @@ def validate(run: Run, state: TrainState) -> str | None:
     recipe = run.resolved.recipe
     if not run.validation:
         return None
-    asking = Asking(lambda: between_batches(run, state))
+
+    def asked() -> str | None:
+        run.watch.enter(EVALUATE, state.update)  # a sign of progress
+        return agree(run, limited).stop
+
+    asking = Asking(asked)
     losses = [(part, run.engine.evaluate(asking.until_stopped(part.batches()))) for part in run.validation]
     if asking.reason:
         run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
@@ -171,15 +183,9 @@ def validate(run: Run, state: TrainState) -> str | None:
     return None
 
 
-def between_batches(run: Run, state: TrainState) -> str | None:
-    """What each batch of an evaluation begins with: a sign of progress, and the question whether to stop."""
-    run.watch.enter(EVALUATE, state.update)
-    return agree(run).stop
-
-
-def agree(run: Run) -> Verdict:
+def agree(run: Run, limited: bool = True) -> Verdict:
     """The one exchange in which all ranks agree whether to stop; a save under way takes its next step if it can."""
-    verdict = run.stopping.verdict(run.saver.writing)
+    verdict = run.stopping.verdict(run.saver.writing, limited)
     if not verdict.writing:
         note_save(run, run.saver.proceed())
     return verdict
@@ -187,10 +193,11 @@ def agree(run: Run) -> Verdict:
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:
     """`prompt` and 40 tokens more by the weights of this moment, on one line; "" on ranks other than 0."""
-    weights = dict(run.engine.weights())  # collective: every rank takes part
-    if not run.rank.main:
-        return ""
-    return generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
+    main = run.rank.main
+    weights = {name: value for name, value in run.engine.weights() if main}  # collective: every rank takes part
+    text = generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt) if main else ""
+    run.agreement.barrier()  # in this phase, which may last: in the next one those who wait would be called hung
+    return text
 
 
 def leave(run: Run, state: TrainState, why: str) -> int:
@@ -269,7 +276,7 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
 
 def _say_failure(error: Exception, run: Run | None, rank: Rank, console: Console, note: Note) -> None:
     """Say where training failed, and who was gone by then: a rank that is killed says nothing, its peers fail."""
-    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}"
+    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}{setbacks.advice(error)}"
     note.end(EXIT_FAILURE, cause)
     console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
     sys.stdout.flush()
@@ -285,9 +292,9 @@ def _loop_and_close(run: Run, state: TrainState, note: Note) -> int:
         code = loop(run, state)
         note.end(code)
         run.agreement.barrier()  # srun and others end all ranks when the first one has ended with 75
-        return code
     finally:
         run.watch.close()
         run.stopping.close()
         run.metrics.close()
-        run.engine.close()
+    run.engine.close()  # not after a failure: NCCL would wait for ranks that wait for this one
+    return code

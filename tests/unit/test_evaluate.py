@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     initialize(model, 1)
     store = checkpoint.Store(path)
     Saver(store, lambda sink: weights.save(model.named_parameters(), sink), {}, False).save(TrainState(12, 48, 1536))
-    metrics = Metrics(path, True, 0)
+    metrics = Metrics(path, True, 0, window=1)
     for update in range(1, 13):
         metrics.write("update", update=update, loss=6.0 / update, tokens=128 * update)
     metrics.write("validation", update=12, loss=0.75)
@@ -122,7 +122,7 @@ def test_generation_is_the_same_for_the_same_seed_and_follows_the_prompt(run, ca
         cli.main(["generate", str(run), "--prompt", "the of", "--tokens", "12", "--temperature", "1", "--seed", "1"])
         == 0
     )
-    assert capsys.readouterr().out == f"the of{first.continuation}\n"
+    assert capsys.readouterr().out == f"{generate.printable(first.prompt + first.continuation)}\n"
 
 
 def test_the_report_holds_the_figures_of_the_record(run, capsys):
