@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def boundaries(costs: Sequence[float], stages: int) -> list[int]:
 
     The dearest stage is as cheap as can be; among equals, the one before it, and so on.
     """
+    return list(_boundaries(tuple(costs), stages))
+
+
+@lru_cache(maxsize=64)  # a plan asks for each stage, and for each change that it tries
+def _boundaries(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
     total = len(costs)
     best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
@@ -92,7 +98,7 @@ def boundaries(costs: Sequence[float], stages: int) -> list[int]:
             )
             for n in range(total - count + 1)
         }
-    return best[0][1]
+    return tuple(best[0][1])
 
 
 def chunk_tokens(rows: int, on_cpu: bool) -> int:
