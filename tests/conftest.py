@@ -31,6 +31,10 @@ def pytest_configure(config):
     settings.load_profile("megagpt")
 
 
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # whatever ran before, in whichever process
+
+
 def not_proven(config):
     """Why tests were skipped, by reason: each is a promise that this machine could not prove."""
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])

@@ -17,5 +17,5 @@ export TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions XDG_CACHE_HOME=$PWD/.ven
 ruff format --check .
 ruff check .
 mypy
-# Two processes, a file at a time: while hosts are waited for in one, layouts are computed in the other.
+# Two processes, a file at a time: about half of the time a test waits for hosts, limits or locks, and leaves a core idle.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

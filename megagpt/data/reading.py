@@ -18,6 +18,7 @@ from megagpt.data.parquet import row_groups, rows
 from megagpt.data.pieces import Stretch
 from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
+from megagpt.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that are left in one
@@ -44,6 +45,15 @@ def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | N
                 yield from _text(file, Place(stretch.number, 0), odd)
             else:
                 yield from _lines(file, stretch, key, odd, folder)
+
+
+def key_of(text_key: str) -> tuple[str, ...]:
+    """The names that a text key, such as `a.b`, leads through. Raises UserError where one is empty."""
+    key = tuple(text_key.split("."))
+    if "" in key:
+        what = f"the text key `{text_key}` holds an empty name"
+        raise UserError(what, "--text-key", "write a key, or several with a dot between them: body.text")
+    return key
 
 
 def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
