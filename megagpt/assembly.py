@@ -119,9 +119,9 @@ def assemble(
         notes += [f"changed: {line}" for line in resume.changes(found, facts)]
         notes += [f"moved to another layout: {moved}"] if moved else []
     peak = cost.peak_flops(device, recipe.precision or "fp32")
-    metrics = Metrics(path, rank.main, state.update)
+    metrics = Metrics(path, rank.main, state.update, recipe.health.window)
     health = Health(recipe.health)
-    health.recall(path, rank.main, agreement)
+    health.recall(metrics.decisive, agreement)
     run = Run(
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,

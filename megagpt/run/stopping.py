@@ -38,9 +38,12 @@ class Stopping:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
         self._old = {number: signal.signal(number, self._note) for number in _SIGNALS if number not in ignored}
 
-    def verdict(self, writing: bool = False) -> Verdict:
-        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it."""
-        if self._reason is None and self._end is not None and time.monotonic() >= self._end:
+    def verdict(self, writing: bool = False, limited: bool = True) -> Verdict:
+        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it.
+
+        The time limit stops only what is `limited`.
+        """
+        if limited and self._reason is None and self._end is not None and time.monotonic() >= self._end:
             self._reason = "the time limit"
         if self._reason is None and self._request is not None and self._request.exists():
             self._reason = "megagpt stop"
