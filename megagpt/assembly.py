@@ -128,7 +128,7 @@ def assemble(
         Row(MOST_FAILED_SAVES), health,
         Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
-        Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
+        Stopping(options.max_minutes, agreement.any, *((path / REQUEST, console.alarm) if rank.main else ())),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,
     )  # fmt: skip
     _open(run, device, taken, notes, state, branched)

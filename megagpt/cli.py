@@ -45,7 +45,7 @@ def megagpt(
 
 @app.command()
 def keys(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="data, lr, …; all unless given")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="data, lr, …; all unless given")] = None,
     as_json: Json = False,
 ) -> None:
     """List the keys of a recipe. Type, default, meaning and unit of each; and the presets."""
