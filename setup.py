@@ -61,8 +61,10 @@ setup(
             *tokenizers,
             *gigatoken,
             *export,
+            "aiohttp>=3.10,<4",  # what fsspec reads web servers with
             "coverage>=7.10,<8",
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
             "megatron-core==0.16.1",  # the reader and writer that our .bin/.idx are held against
             "ruff==0.17.6",  # exact: another version formats otherwise

@@ -15,14 +15,43 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from megagpt.commands import Config, Inputs, Json, Overrides, Run, TextKey, Workers, answer
+from megagpt import __version__
+from megagpt.commands import Config, InOrder, Inputs, Json, Overrides, Run, TextKey, Workers, answer
 from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError, need_linux
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=InOrder, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"megagpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def megagpt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Raw text to a pre-trained, evaluated, exported GPT, on DeepSpeed."""
+
+
+@app.command()
+def keys(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="data, lr, …; all unless given")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the keys of a recipe. Type, default, meaning and unit of each; and the presets."""
+    from megagpt import keys as verb
+
+    answer(verb.keys(tuple(names or ())), as_json)
 
 
 @app.command()
@@ -44,7 +73,7 @@ def prepare(
     pack: Annotated[int | None, typer.Option(help="SEQ_LEN of samples to fit documents into whole", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn text into a memory-mapped corpus: .bin, .idx and a sidecar .json. Typed again after a stop, it goes on."""
+    """Turn text into a memory-mapped corpus. Three files: .bin, .idx, .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
     options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
@@ -56,7 +85,12 @@ def prepare(
 @app.command(context_settings={"allow_interspersed_args": True})
 def plan(
     recipe: Annotated[Path, typer.Option(help="what is trained")],
-    deepspeed_config: Config,
+    deepspeed_config: Annotated[
+        Path,
+        typer.Option(
+            "--deepspeed_config", "--deepspeed-config", help="how it is spread; of a folder, those that fit are listed"
+        ),
+    ],
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(help="ranks in all", min=1)] = None,
     nodes: Annotated[int | None, typer.Option(help="machines", min=1)] = None,
@@ -65,11 +99,15 @@ def plan(
     host_memory: Annotated[str | None, typer.Option(help="of each node: 512GiB")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say beforehand what a run takes and whether it fits: memory by part, time, disk, network; else what would fit."""
+    """Say beforehand what a run takes, and whether it fits. Memory, time, disk, network; else what would fit."""
     from megagpt import plan as verb
 
     words = tuple(overrides or ())
     options = verb.Options(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
+    if deepspeed_config.is_dir():
+        choices = verb.search(options)
+        answer(choices, as_json)
+        raise typer.Exit(EXIT_DONE if choices.choices else EXIT_FAILURE)
     found = verb.plan(options)
     answer(found, as_json)
     if "does not fit" in (found.fit.device, found.fit.host):
@@ -102,11 +140,13 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="a corpus prefix or a text file; the recipe's validation")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="a corpus prefix or a text file; the recipe's validation unless given")
+    ] = None,
     yardsticks: Annotated[bool, typer.Option(help="also a unigram model and xz, on the same text")] = False,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a run's newest checkpoint over a whole corpus."""
+    """Measure how well a run predicts a text. Loss, perplexity, bits per byte of its newest checkpoint."""
     from megagpt import evaluate as verb
 
     answer(verb.evaluate(run, data, yardsticks=yardsticks), as_json)
@@ -116,10 +156,12 @@ def evaluate(
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
-    tokens: Annotated[int, typer.Option(help="how many tokens to add")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="draw among the K likeliest")] = None,
-    top_p: Annotated[float | None, typer.Option(help="draw among the likeliest that hold this share")] = None,
+    tokens: Annotated[int, typer.Option(help="how many tokens to add", min=0)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token", min=0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="draw among the K likeliest", min=1)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw among the likeliest that hold this share", min=0, max=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
     as_json: Json = False,
 ) -> None:
@@ -139,7 +181,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's newest checkpoint, and its tokenizer, for other libraries."""
+    """Write a run's model and tokenizer for other libraries. The model is that of the newest checkpoint."""
     from megagpt import export as verb
 
     answer(verb.export(run, output, to, dtype), as_json)
@@ -153,7 +195,7 @@ def parity(
     updates: Annotated[int, typer.Option(help="how many are compared", min=8)] = 20,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
-    """Does this layout, on these machines, train the same as one process? Start it as you will start training."""
+    """Check that this layout trains the same as one process. Start it where and as you will start training."""
     from megagpt import parity as verb
 
     raise typer.Exit(verb.parity(verb.Options(recipe, deepspeed_config, tuple(overrides or ()), updates)))
@@ -165,7 +207,7 @@ def checkpoints(
     verify: Annotated[bool, typer.Option(help="read every byte")] = False,
     as_json: Json = False,
 ) -> None:
-    """List a run's checkpoints: update, tokens, size, layout, and what is wrong with a damaged one."""
+    """List a run's checkpoints. Update, tokens, size, layout, and what is wrong with a damaged one."""
     from megagpt import checkpoints as verb
 
     answer(verb.checkpoints(run, verify), as_json)
@@ -187,7 +229,7 @@ def hosts(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a hostfile: every mistake with its line, else its hosts and ranks."""
+    """Check a hostfile. Every mistake with its line, else its hosts and ranks."""
     from megagpt import hosts as verb
 
     answer(verb.hosts(file, write_environment, dict(os.environ)), as_json)
@@ -198,12 +240,14 @@ def doctor(
     hostfile: Annotated[Path | None, typer.Option(help="its hosts, over ssh, as `deepspeed` reaches them")] = None,
     as_rank: Annotated[bool, typer.Option("--as-rank", help="started as ranks, by srun: no ssh")] = False,
     recipe: Annotated[Path | None, typer.Option(help="also its data, run directory and room")] = None,
-    deepspeed_config: Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config")] = None,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed_config", "--deepspeed-config", help="also what its layout needs")
+    ] = None,
     overrides: Overrides = None,
     limit: Annotated[float, typer.Option(help="seconds that a step may take; ten times that to compile")] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """What would stop training on this machine, or on a cluster: each thing with its remedy; exit 1 if there is any."""
+    """Find what would stop training here, or on a cluster. Each thing with its remedy; exit 1 if there is any."""
     from megagpt import doctor as verb
 
     options = verb.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
@@ -214,7 +258,7 @@ def doctor(
 
 @app.command()
 def status(run: Run, as_json: Json = False) -> None:
-    """Is a run done (0), running (3), stopped to be started again (75), or failed (1, 2)? For job scripts."""
+    """Say whether a run is done, running, to go on, or failed. Exit code 0, 3, 75, or 1 and 2: for job scripts."""
     from megagpt.run import status as standing
 
     found = standing.read(run)
@@ -224,7 +268,7 @@ def status(run: Run, as_json: Json = False) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw a run's loss curve here and as loss.svg in the run directory, and say where its time went."""
+    """Draw a run's loss curve, and say where its time went. Here and as loss.svg in the run directory."""
     from megagpt import report as verb
     from megagpt.run import metrics
 

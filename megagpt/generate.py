@@ -31,7 +31,7 @@ class Text:
     continuation: str
 
     def __str__(self) -> str:
-        return self.prompt + self.continuation
+        return printable(self.prompt + self.continuation)
 
 
 def generate(
@@ -62,7 +62,12 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
     model = weights.assemble(named, section)
     new = sample(model, tokenizer.encode(prompt), 40, 0.8, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
     text = tokenizer.decode(new)
-    return " ".join((prompt + text).split())
+    return printable(" ".join((prompt + text).split()))
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model that has learned little writes some, and they would upset a terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 @torch.no_grad()

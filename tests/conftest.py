@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from megagpt.prepare import Options, prepare_command, train_tokenizer_command
 from tests import training
@@ -15,8 +16,23 @@ def pytest_addoption(parser):
     parser.addoption(
         "--allow-missing", action="store_true", help="pass where this machine cannot prove all, and say what"
     )
-    parser.addoption("--full", action="store_true", help="also what takes long: 100 updates of each layout")
+    parser.addoption(
+        "--full", action="store_true", help="also what takes long: 100 updates of each layout, other examples each time"
+    )
     parser.addoption("--parity-table", type=Path, help="write each layout's largest differences to this file")
+
+
+def pytest_configure(config):
+    """The same examples in every run, however slow the machine; with --full others each time."""
+    fresh = config.getoption("--full")
+    settings.register_profile(
+        "megagpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not fresh
+    )
+    settings.load_profile("megagpt")
+
+
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # whatever ran before, in whichever process
 
 
 def not_proven(config):
@@ -26,6 +42,8 @@ def not_proven(config):
 
 
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):  # one of several processes (run.sh): the first one judges
+        return
     if session.exitstatus == 0 and not_proven(session.config) and not session.config.getoption("--allow-missing"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -87,12 +87,12 @@ def ranks(
 def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0, config: str = "zero1") -> str:
     """Run to the end, insist on the exit code of every rank, and return what rank 0 printed."""
     with ranks(recipe, *arguments, world=world, config=config) as started:
-        printed = [process.communicate(timeout=180) for process in started]
+        printed = [process.communicate(timeout=400) for process in started]
         assert [process.returncode for process in started] == [code] * world, printed
     return "".join(printed[0])
 
 
-def wait_for_update(run: Path, update: int, seconds: float = 90) -> None:
+def wait_for_update(run: Path, update: int, seconds: float = 240) -> None:
     """Return when `update` is on record."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

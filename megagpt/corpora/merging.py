@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class Merged:
 def merge(prefixes: Sequence[str], output: str) -> Merged:
     """Write the documents of all corpora as one, in the order given. Raises UserError where they do not go together."""
     readers = [Reader(prefix) for prefix in prefixes]
-    if output in prefixes:
+    if os.path.realpath(f"{output}.idx") in (os.path.realpath(f"{prefix}.idx") for prefix in prefixes):
         raise UserError("a corpus cannot be merged into itself", output, "choose another --output")
     for reader in readers:
         _check_alike(readers[0], reader)

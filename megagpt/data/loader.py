@@ -24,6 +24,7 @@ IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
 _LOOKED_AT = 64  # of those, to see whether they are in memory
 _DOCUMENTS = 64  # whose last token is looked at
+_LENGTHS = 1024  # of sequences that are compared
 _Stretch = tuple[int, int, int]  # file, bytes, offset: as os.pread takes them
 
 
@@ -240,9 +241,17 @@ def _check_ends(reader: Reader, end: int) -> None:
 
 
 def unverified(reader: Reader) -> str:
-    """A sentence for people if the corpus comes without a sidecar, else nothing."""
+    """A sentence for people if the corpus comes without a sidecar, else nothing. It may have been a packed one."""
+    if reader.sidecar:
+        return ""
     missing = corpus_file(reader.prefix, ".json")
-    return "" if reader.sidecar else f"{reader.prefix}: unverified (no {missing.name} says how it was made)"
+    told = f"{reader.prefix}: unverified (no {missing.name} says how it was made)"
+    count, tokens = len(reader), len(reader.tokens)
+    lengths = set(reader.lengths[np.linspace(0, count - 1, min(count, _LENGTHS)).astype(np.int64)].tolist())
+    if lengths != {tokens // count} or count != len(reader.documents) - 1 or count == 1:
+        return told
+    size = tokens // count
+    return f"{told}; all its documents have {size:,} tokens, as if packed for a seq_len of {size - 1:,}: read across"
 
 
 def _facts(reader: Reader, weight: float, probe: int) -> dict[str, Any]:

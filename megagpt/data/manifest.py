@@ -35,7 +35,7 @@ class Lines:
     def read(self, path: Path) -> Iterator[Line]:
         """The lines of a manifest. Raises UserError where it cannot be read, or a line is wrong."""
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the manifest: {error}", str(path), "write a path a line, in UTF-8") from None
         for number, line in enumerate(lines, 1):

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
+from megagpt.data.remote import is_remote, missing, remote_file
 from megagpt.errors import UserError
 
 
@@ -39,24 +40,6 @@ def compression_of(head: bytes) -> Compression:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path names a store, such as `s3://bucket/part.jsonl`."""
-    return "://" in path
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """The file system of fsspec for a remote path, and the path within it. Raises UserError where it cannot be used."""
-    try:
-        import fsspec
-    except ImportError:
-        raise missing("fsspec", "remote", path) from None
-    try:
-        system, inner = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:  # the store's own package is missing, or there is no such store
-        raise UserError(f"cannot open this store: {error}", path, "install what it asks for") from None
-    return system, inner
-
-
 @contextmanager
 def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed: all members or frames of it.
@@ -66,8 +49,7 @@ def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
     try:
         with ExitStack() as stack:
             if is_remote(path):
-                system, inner = file_system(path)
-                raw = stack.enter_context(system.open(inner, "rb"))
+                raw = stack.enter_context(remote_file(path))
             else:
                 raw = stack.enter_context(Path(path).open("rb"))
             yield stack.enter_context(_decompressed(raw, compression, path))
@@ -79,11 +61,6 @@ def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
         raise UserError(f"cannot read the file: {error.strerror or error}", path, do) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from None
-
-
-def missing(package: str, extra: str, path: str) -> UserError:
-    """Say that a file needs a package of an extra."""
-    return UserError(f"reading this needs the package {package}", path, f'pip install "megagpt[{extra}]"')
 
 
 def _decompressed(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megagpt.data.opening import file_system, is_remote, missing
+from megagpt.data.remote import is_remote, missing, remote_file
 from megagpt.errors import UserError
 
 _ROWS = 1024  # read at a time
@@ -88,8 +88,7 @@ def _file(path: str) -> Any:
         raise missing("pyarrow", "parquet", path) from None
     try:
         if is_remote(path):
-            system, path_there = file_system(path)
-            return parquet.ParquetFile(system.open(path_there, "rb"))
+            return parquet.ParquetFile(remote_file(path))
         return parquet.ParquetFile(path, memory_map=False)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from None

@@ -66,7 +66,8 @@ def cut(sources: Sequence[Source]) -> list[Piece]:
 def _stretches(sources: Sequence[Source], size: int) -> Iterator[tuple[Stretch, int]]:
     """Stretches and about how many bytes each has."""
     for number, source in enumerate(sources):
-        if source.size <= size or source.kind is Kind.TEXT or source.compression is not Compression.NONE:
+        in_parts = source.in_parts and source.compression is Compression.NONE and source.kind is not Kind.TEXT
+        if source.size <= size or not in_parts:
             yield Stretch(number, source), source.size
         elif source.kind is Kind.PARQUET:
             groups = row_groups(source.path)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
+from megagpt.data.decoding import Decoder
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import Document, Fragment, whole
+from megagpt.data.long_line import LongLine
 from megagpt.data.oddities import Oddities, Place
 from megagpt.data.opening import opened
 from megagpt.data.parquet import row_groups, rows
 from megagpt.data.pieces import Stretch
 from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
+from megagpt.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
-_REPLACEMENT = "\ufffd"
 _BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that are left in one
+_LONGEST = 1 << 22  # bytes of a JSON line that is held in memory
 _CUT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # up to the last place where a document may be fragmented
 
 
-def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None = None) -> Iterator[Fragment]:
     """Fragments of the documents of a stretch. `key` leads to the text in each JSON line.
 
-    What cannot be read as text is noted in `odd` and passed over or replaced. Raises UserError where the file
-    cannot be read at all, OddInput where `odd` is strict.
+    What cannot be read as text is noted in `odd` and passed over or replaced. Long lines lie in `folder` meanwhile
+    (None: where temporary files do). Raises UserError where the file cannot be read at all, OddInput where `odd` is
+    strict.
     """
     source = stretch.source
     if source.kind is Kind.DEFAULT:
@@ -40,7 +44,16 @@ def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Frag
             if source.kind is Kind.TEXT:
                 yield from _text(file, Place(stretch.number, 0), odd)
             else:
-                yield from _lines(file, stretch, key, odd)
+                yield from _lines(file, stretch, key, odd, folder)
+
+
+def key_of(text_key: str) -> tuple[str, ...]:
+    """The names that a text key, such as `a.b`, leads through. Raises UserError where one is empty."""
+    key = tuple(text_key.split("."))
+    if "" in key:
+        what = f"the text key `{text_key}` holds an empty name"
+        raise UserError(what, "--text-key", "write a key, or several with a dot between them: body.text")
+    return key
 
 
 def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
@@ -58,22 +71,19 @@ def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
 
 def _decoded(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[str]:
     """The text of a file, a block at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    half = b""  # of a character that the last block ended in
+    decoder = Decoder()
     block = file.read(_BLOCK)
     if block.startswith(_BOM):
         odd.note("byte_order_marks", place)
         block = block.removeprefix(_BOM)
     while block:
-        text = decoder.decode(block)
-        raw, half = half + block, decoder.getstate()[0]
-        meant = raw[: len(raw) - len(half)].count(_REPLACEMENT.encode())
-        odd.note("invalid_utf8", place, text.count(_REPLACEMENT) - meant)
+        text, broken = decoder.decode(block)
+        odd.note("invalid_utf8", place, broken)
         yield text
         block = file.read(_BLOCK)
-    tail = decoder.decode(b"", final=True)
-    odd.note("invalid_utf8", place, len(tail))
-    yield tail
+    text, broken = decoder.decode(b"", final=True)
+    odd.note("invalid_utf8", place, broken)
+    yield text
 
 
 def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
@@ -96,26 +106,43 @@ def _of_line(text: str, number: int) -> Iterator[Fragment]:
         yield from _fragments((text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)), document)
 
 
-def _lines(file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+def _lines(
+    file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None
+) -> Iterator[Fragment]:
     """The documents of the lines that begin in the stretch."""
-    at = stretch.start
-    if at:
-        file.seek(at - 1)
-        at += len(file.readline()) - 1  # nothing but the line's end if one begins at `start`
-    number = 0
+    at, number = _first_line(file, stretch), 0
     # Bytes, cut at \n only: str.splitlines would also cut at U+2028 inside a text.
-    while (stretch.end is None or at < stretch.end) and (line := file.readline()):
+    while (stretch.end is None or at < stretch.end) and (line := file.readline(_LONGEST)):
         number += 1
         place = Place(stretch.number, number)
         if at == 0 and line.startswith(_BOM):
             odd.note("byte_order_marks", place)
             line, at = line.removeprefix(_BOM), len(_BOM)
-        at += len(line)
-        text = _text_of(line, key, place, odd)
-        if text is not None:
-            del line  # which may be long
-            yield from _of_line(text, number)
+        if len(line) + len(_BOM) < _LONGEST or line.endswith(b"\n"):
+            at += len(line)
+            text = _text_of(line, key, place, odd)
+            if text is not None:
+                yield from _of_line(text, number)
+            continue
+        with LongLine(line, file, folder) as long:
+            at += long.size
+            odd.note("invalid_utf8", place, long.broken)
+            text = _value(long.skeleton, key, place, odd, long.column)
+            if text is not None:
+                yield from _fragments(long.text(text), Fragment("", line=number))
     odd.lines[stretch.number] = number
+
+
+def _first_line(file: IO[bytes], stretch: Stretch) -> int:
+    """Where the first line that begins in the stretch does: there the file is then, if there is one."""
+    if not stretch.start:
+        return 0
+    at = file.seek(stretch.start - 1)  # one byte before, which ends a line if one begins at `start`
+    while (stretch.end is None or at < stretch.end) and (block := file.readline(_BLOCK)):
+        at += len(block)
+        if block.endswith(b"\n"):
+            break
+    return at
 
 
 def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
@@ -123,14 +150,19 @@ def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> s
     try:
         line = raw.decode()
     except UnicodeDecodeError:
-        line = raw.decode(errors="replace")
-        odd.note("invalid_utf8", place, line.count(_REPLACEMENT) - raw.count(_REPLACEMENT.encode()))
+        line, broken = Decoder().decode(raw, final=True)
+        odd.note("invalid_utf8", place, broken)
+    return _value(line, key, place, odd, lambda at: at + 1)
+
+
+def _value(line: str, key: tuple[str, ...], place: Place, odd: Oddities, column: Callable[[int], int]) -> str | None:
+    """The string that the key leads to; None, and a note, where there is none. `column` of a place is for people."""
     if line.isspace():
         return None
     try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(line.rstrip("\r\n"))  # or what is missing at the end would be found on the next line
     except json.JSONDecodeError as error:
-        odd.note("broken_json", place, detail=f"{error.msg} at column {error.colno}")
+        odd.note("broken_json", place, detail=f"{error.msg.removesuffix(' at')} at column {column(error.pos)}")
         return None
     except ValueError as error:  # a number of thousands of digits
         odd.note("broken_json", place, detail=str(error))

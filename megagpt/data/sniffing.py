@@ -31,6 +31,7 @@ _SUFFIXES = {
 }
 KNOWN = ".txt, .md, .jsonl, .parquet (also .gz, .zst, .xz, .bz2)"
 _HEAD = 1 << 16  # bytes that are looked at
+_OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')  # how one begins
 _ONE_VALUE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*\n)")  # a list of objects, or one over several lines
 
 
@@ -58,7 +59,7 @@ def looked_at(path: str) -> tuple[Kind, Compression]:
     if named is Kind.LINES and _ONE_VALUE.match(head):
         do = "write each document as a line: jq --compact-output '.[]' FILE (or '.', if it is no list)"
         raise UserError("this is one JSON value, not one a line", path, do)
-    if named in (Kind.TEXT, None) and _begins_with_an_object(head):
+    if named is not Kind.LINES and _begins_with_an_object(head):
         return Kind.LINES, compression
     if named is Kind.PARQUET or (named is None and _is_binary(head)):
         suffix = PurePath(path).suffix or "no ending"
@@ -75,8 +76,10 @@ def _by_name(path: str) -> Kind | None:
 
 
 def _begins_with_an_object(head: bytes) -> bool:
-    """Whether the first line is a JSON object, the sign of JSON lines."""
-    line = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
+    """Whether the first line is a JSON object, the sign of JSON lines; of a line that goes on, whether it begins so."""
+    line, ended, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if not ended and len(head) == _HEAD:
+        return _OBJECT.match(line.decode(errors="replace")) is not None
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

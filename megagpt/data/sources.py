@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 from megagpt.data.manifest import Lines
-from megagpt.data.opening import Compression, file_system, is_remote
+from megagpt.data.opening import Compression
+from megagpt.data.remote import file_system, gives_parts, is_remote, is_web
 from megagpt.data.sniffing import KNOWN, Kind, known_name, looked_at
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
@@ -28,6 +31,7 @@ class Source:
 
     `size` is in bytes, as it lies there; `state` changes when the file does. `corpus` names the corpus that its
     documents go to, where a manifest asks for several, and `weight` is that corpus's in a blend, if it is given there.
+    A file that is not `in_parts` can be read from its beginning only.
     """
 
     path: str
@@ -37,38 +41,39 @@ class Source:
     compression: Compression = Compression.NONE
     corpus: str = ""
     weight: float | None = None
+    in_parts: bool = True
 
 
 def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
     """The files that the inputs stand for, in the order given; those of a folder or pattern in the order of names.
 
     An input is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see manifest.py), `-` for
-    standard input, which is copied to the file `spool`, or any of these on a store such as
-    `s3://`. No input, or the word `default`, is the default corpus. Raises UserError for what is missing or no text.
+    standard input, or any of these on a store such as `s3://`. What comes through a pipe is copied to files beside
+    `spool`. No input, or the word `default`, is the default corpus. Raises UserError for what is missing or no text.
     """
     if not inputs or list(inputs) == [DEFAULT]:
         return [Source(DEFAULT, Kind.DEFAULT, 0, "")]
     if DEFAULT in inputs:
         do = f"leave out one of them, or write ./{DEFAULT} if it is a file"
         raise UserError(f"`{DEFAULT}` stands for the default corpus and cannot be mixed with files", "INPUT", do)
-    lines = Lines()
-    sources = [source for given in inputs for source in _sources(given, spool, lines)]
+    lines, pipes = Lines(), _Pipes(spool)
+    sources = [source for given in inputs for source in _sources(given, pipes, lines)]
     weights = lines.weights({source.corpus for source in sources})
     return [replace(source, weight=weights.get(source.corpus)) for source in sources]
 
 
-def _sources(given: str, spool: Path, lines: Lines) -> Iterator[Source]:
+def _sources(given: str, pipes: _Pipes, lines: Lines) -> Iterator[Source]:
     if given == STANDARD_INPUT:
-        yield _spooled(spool)
+        yield pipes.copied(sys.stdin.buffer)
     elif given.startswith(_MANIFEST) and not os.path.exists(given):
-        yield from _manifest(Path(given[1:]), lines)
+        yield from _manifest(Path(given[1:]), pipes, lines)
     elif is_remote(given):
         yield from _remote(given)
     else:
-        yield from _local(given)
+        yield from _local(given, pipes)
 
 
-def _local(given: str, corpus: str = "") -> Iterator[Source]:
+def _local(given: str, pipes: _Pipes, corpus: str = "") -> Iterator[Source]:
     path = Path(given)
     if path.is_dir():
         found = sorted(_walk(path))
@@ -85,6 +90,12 @@ def _local(given: str, corpus: str = "") -> Iterator[Source]:
             raise UserError("there is no such file or folder", given, _CORRECT)
     for file in found:
         status = file.stat()
+        if stat.S_ISFIFO(status.st_mode):  # as of <(command) in a shell: what is looked at would be gone
+            with file.open("rb") as pipe:
+                yield pipes.copied(pipe, corpus)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("this is no file", str(file), "give files, folders, patterns, or a pipe")
         kind, compression = looked_at(str(file))
         yield Source(str(file), kind, status.st_size, str(status.st_mtime_ns), compression, corpus)
 
@@ -100,38 +111,59 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _remote(given: str, corpus: str = "") -> Iterator[Source]:
     """The files that an address stands for, as fsspec lists them."""
     system, inner = file_system(given)
-    if _PATTERN & set(inner):
-        found = system.glob(inner)
-    elif system.isdir(inner):
-        found = [name for name in system.find(inner) if known_name(name)]
-    else:
-        found = [inner] if system.exists(inner) else []
+    try:
+        found = [(name, system.info(name), _in_parts(system, name)) for name in _names(system, inner)]
+    except Exception as error:  # of the store's own package
+        do = "check the address, that it can be reached, and that you may read it"
+        raise UserError(f"cannot look into this store: {type(error).__name__}: {error}", given, do) from None
     if not found:
         raise UserError("no text file is there", given, f"correct the address; {KNOWN} files are taken from a folder")
-    for name in sorted(found):
+    for name, facts, in_parts in found:
         path = system.unstrip_protocol(name)
         kind, compression = looked_at(path)
-        yield Source(path, kind, system.size(name), str(system.ukey(name)), compression, corpus)
+        # What fsspec takes for a web file's state is its address.
+        state = str([system.ukey(name), facts.get("ETag"), facts.get("Last-Modified")])
+        yield Source(path, kind, facts["size"] or 0, state, compression, corpus, in_parts=in_parts)
 
 
-def _manifest(path: Path, lines: Lines) -> Iterator[Source]:
+def _in_parts(system: Any, name: str) -> bool:
+    return not is_web(system) or gives_parts(system.unstrip_protocol(name))
+
+
+def _names(system: Any, inner: str) -> list[str]:
+    if _PATTERN - (set("?") if is_web(system) else set()) & set(inner):
+        return sorted(system.glob(inner))
+    if known_name(inner) or not system.isdir(inner):  # a web server may take a file for a folder
+        return [inner] if system.exists(inner) else []
+    return sorted(name for name in system.find(inner) if known_name(name))
+
+
+def _manifest(path: Path, pipes: _Pipes, lines: Lines) -> Iterator[Source]:
     for line in lines.read(path):
         try:
             if is_remote(line.name):
                 yield from _remote(line.name, line.corpus)
             else:
-                yield from _local(str(path.parent / line.name), line.corpus)
+                yield from _local(str(path.parent / line.name), pipes, line.corpus)
         except UserError as error:
             problem = error.problems[0]
             raise UserError(problem.what, f"{problem.where}\n{line.where}", problem.do) from None
 
 
-def _spooled(spool: Path) -> Source:
-    """Standard input, copied: it can then be cut into pieces, and read twice."""
-    with ChecksummedFile(spool) as file:
-        size = 0
-        while block := sys.stdin.buffer.read(1 << 20):
-            file.write(block)
-            size += len(block)
-    kind, compression = looked_at(str(spool))
-    return Source(str(spool), kind, size, str(file.crc32), compression)
+class _Pipes:
+    """Copies what can be read only once: it can then be looked at, cut into pieces, and read twice."""
+
+    def __init__(self, spool: Path) -> None:
+        self._spool, self._count = spool, 0
+
+    def copied(self, pipe: IO[bytes], corpus: str = "") -> Source:
+        """The next one's copy."""
+        path = self._spool.with_name(self._spool.name + (f".{self._count}" if self._count else ""))
+        self._count += 1
+        with ChecksummedFile(path) as file:
+            size = 0
+            while block := pipe.read(1 << 20):
+                file.write(block)
+                size += len(block)
+        kind, compression = looked_at(str(path))
+        return Source(str(path), kind, size, str(file.crc32), compression, corpus)

@@ -138,7 +138,7 @@ def train_tokenizer(
         raise UserError(
             "no text to train a tokenizer on",
             "",
-            "give files that hold text (.txt, .md, .jsonl), or `default`",
+            "give files that hold text (in JSON lines or a table under --text-key), or `default`",
         )
     model = io.BytesIO()
     try:

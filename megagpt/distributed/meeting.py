@@ -6,19 +6,20 @@ Without this, rank 1 of a second job on the same port becomes a rank of the firs
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from megagpt.distributed import calls
 from megagpt.distributed.place import Rank, free_port
 from megagpt.distributed.reach import own_address
 from megagpt.errors import MachineError, UserError
 
 JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts read their Python from a slow disk
 _ANSWER_LIMIT = timedelta(seconds=30)  # rank 0 says its job at once
-_PORT = "give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
 
 
 @contextmanager
@@ -49,23 +50,14 @@ def _store(rank: Rank, limit: timedelta) -> Any:
     from torch._C._distributed_c10d import TCPStore
 
     listens = rank.main and not _agent_listens()
-    where = f"{rank.address}:{rank.port}"
     try:
         return TCPStore(
             rank.address, rank.port, is_master=listens, timeout=limit, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
-        if listens and "EADDRINUSE" in str(error):
-            raise MachineError(
-                f"port {rank.port} is in use on this host: by another job, or by what is left of an earlier one",
-                f"rank 0, launcher: {rank.launcher}, MASTER_PORT",
-                f"{_PORT}; `ss -ltnp` shows who listens",
-            ) from None
-        raise MachineError(
-            f"rank {rank.rank} could not reach rank 0 at {where}",
-            str(error).splitlines()[0],
-            "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
-        ) from None
+        if listens and (told := re.search(r"name: E\w+, message: (.+)", str(error))):
+            raise calls.not_free(rank, rank.port, told[1]) from None
+        raise calls.unreachable(rank, rank.port, str(error).splitlines()[0]) from None
 
 
 def _compare(store: Any, rank: Rank, job: str) -> None:
@@ -79,11 +71,7 @@ def _compare(store: Any, rank: Rank, job: str) -> None:
     except RuntimeError:
         theirs = "a program that is not megagpt"
     if theirs != job:
-        raise MachineError(
-            f"two jobs share the port {rank.port} of {rank.address}: {theirs} listens there, this is {job}",
-            f"rank {rank.rank}, launcher: {rank.launcher}",
-            _PORT,
-        )
+        raise calls.two_jobs(rank, rank.port, theirs, job)
 
 
 def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
@@ -92,7 +80,7 @@ def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
         raise MachineError(
             f"two processes are rank {rank.rank} of the job at {rank.address}:{rank.port}",
             f"launcher: {rank.launcher}",
-            f"see whether the same job was started twice; else {_PORT}",
+            f"see whether the same job was started twice; else {calls.OTHER_PORT}",
         )
     if not rank.main:
         return

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagpt.distributed import nodelist
-from megagpt.errors import UserError
+from megagpt.errors import MachineError, UserError
 
-_PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
+_PORTS = range(20_000, 32_000)  # below those that Linux gives to connections, and to who asks for any
+_FREE = range(10_000, 20_000, 2)  # below those of SLURM's jobs
+_GIVEN = itertools.count()
 _SPECIAL_STEP = 0xFFFF_FFF0  # steps from here on are SLURM's own: a batch script, an interactive shell
 
 
@@ -109,10 +114,19 @@ def in_step(env: Mapping[str, str]) -> bool:
 
 
 def free_port() -> int:
-    """A port on this host that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on this host that nobody has now, and for the doctor the next one too. Raises MachineError.
+
+    Nobody is given it by the system until rank 0 comes to listen there, which takes seconds. A process is given each
+    port once, beginning far from where another does.
+    """
+    first = int(len(_FREE) * (os.getpid() * 0.618034 % 1))  # the golden ratio keeps neighbours apart
+    for _ in _FREE:
+        port = _FREE[(first + next(_GIVEN)) % len(_FREE)]
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("", port))
+            other.bind(("", port + 1))
+            return port
+    raise MachineError("no port is free on this host", f"{_FREE.start} to {_FREE.stop}", "see who listens: `ss -ltnp`")
 
 
 _SET = "let the launcher set its variables, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"

@@ -5,19 +5,17 @@ Not torch's store: the table of a host whose torch is broken must come, too.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from typing import Any
 
-from megagpt.distributed import Rank
+from megagpt.distributed import Rank, calls
 from megagpt.doctor import agent
 from megagpt.doctor.examination import Host, life
 from megagpt.doctor.finding import BAD, Finding
 from megagpt.doctor.links import Link, Lost, local, over_socket
-from megagpt.errors import MachineError, UserError
+from megagpt.errors import UserError
 
-_RETRY = 0.2  # seconds
 _HELLO = 5.0  # seconds in which somebody who connects says that it is a rank
 
 
@@ -34,21 +32,7 @@ def _port(rank: Rank) -> int:
 
 def serve(rank: Rank, limit: float) -> None:
     """Come to rank 0, and do what it asks. Raises MachineError where it is not found within `limit` s."""
-    port, end = _port(rank), time.monotonic() + limit
-    while True:
-        try:
-            connection = socket.create_connection((rank.address, port), timeout=limit)
-            break
-        except OSError as error:
-            if time.monotonic() > end:
-                raise MachineError(
-                    f"rank {rank.rank} on {socket.gethostname()} could not reach rank 0 at {rank.address}:{port} "
-                    f"in {limit:.0f} s",
-                    str(error),
-                    "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
-                ) from None
-            time.sleep(_RETRY)
-    connection.settimeout(None)
+    connection = calls.call(rank, _port(rank), limit)
     with connection, connection.makefile("rw", encoding="utf-8") as stream:
         agent.serve(stream, stream, rank=rank.rank, local_rank=rank.local_rank, job=rank.job)
 
@@ -59,16 +43,11 @@ def receive(rank: Rank, limit: float) -> list[Host]:
     Raises MachineError where the port is in use.
     """
     end = time.monotonic() + limit
-    with _server(rank) as server:
+    with calls.listen(rank, _port(rank)) as server:
         came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
-        while len(came) < rank.world_size and (left := end - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                connection, address = server.accept()
-            except TimeoutError:
-                break
-            connection.settimeout(None)
-            link = over_socket(connection, str(address[0]))
+        callers = calls.callers(server, end)
+        while len(came) < rank.world_size and (caller := next(callers, None)):
+            link = over_socket(*caller)
             if who := _hello(link, rank, limit):
                 link.host = who["host"]
                 came[who["rank"]] = (who["host"], who["local_rank"], link)
@@ -79,18 +58,6 @@ def receive(rank: Rank, limit: float) -> list[Host]:
         hosts.setdefault(name, []).append((link, [[number, place]]))
     absent = [number for number in range(rank.world_size) if number not in came]
     return [*(Host(name, workers) for name, workers in hosts.items()), *(_absent(number, limit) for number in absent)]
-
-
-def _server(rank: Rank) -> socket.socket:
-    port = _port(rank)
-    try:
-        return socket.create_server(("", port), backlog=rank.world_size)
-    except OSError as error:
-        raise MachineError(
-            f"port {port} cannot be listened on: {os.strerror(error.errno or 0)}",
-            "the port after MASTER_PORT",
-            "export another MASTER_PORT to all ranks; `ss -ltnp` shows who listens",
-        ) from None
 
 
 def _hello(link: Link, rank: Rank, limit: float) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ def _certify(options: Options, rank: Rank, run_dir: str) -> int:
 def _differences(options: Options, whole: Resolved, rank: Rank) -> tuple[Resolved, list[Difference]]:
     """The small run, and every number that the layout and one process make of it, compared."""
     from megagpt.engine import build, start
-    from megagpt.parity import curve
+    from megagpt.parity import curve, reference
 
     start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -71,7 +71,8 @@ def _differences(options: Options, whole: Resolved, rank: Rank) -> tuple[Resolve
     engine = build.build(small, options.updates, rank, agreement)
     got = _train(engine, small, updates, held_out, rank)
     engine.close()
-    return small, curve.compare(small.recipe, expected, got)
+    tolerance = curve.allowed(small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True))
+    return small, curve.compare(small.recipe, expected, got, tolerance)
 
 
 def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:

@@ -13,48 +13,72 @@ from megagpt.engine import optimizer as optimizers
 from megagpt.engine.schedule import factor
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
+from megagpt.parity.shrink import MICRO
 from megagpt.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch) -> Curve:
-    """Train on one global batch per update. Low precision: fp32 masters beside a model that is cast from them."""
+def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: bool = False) -> Curve:
+    """Train on one global batch per update. Low precision: fp32 masters beside a model that is cast from them.
+
+    There the batch comes in micro-batches, as sums over many tokens lose what is small; gradients are added up in fp32.
+    `exact` computes in fp32 with the same cast weights: what low precision is off is told by the difference.
+    """
     dtype, total = _DTYPES[recipe.precision or "fp32"], len(updates)
-    scale = 2.0**16 if dtype == torch.float16 else 1.0  # lest small gradients vanish
+    arithmetic = torch.float32 if exact else dtype
+    micro = MICRO if arithmetic != torch.float32 else None
+    scale = 2.0**16 if arithmetic == torch.float16 else 1.0  # lest small gradients vanish
     masters = GPT(recipe.model, recipe.document_end)
     initialize(masters, recipe.seed)
     masters.to(dtype).float()
-    model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(dtype)
+    model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(arithmetic)
     initial = {name: value.detach().clone() for name, value in masters.named_parameters()}
     optimizer = optimizers.build(recipe.optimizer, masters, on_gpu=False)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(model, held_out).item()]
+    losses, norms, rates, tokens = [], [], [], []
+    evaluations = [_loss(model, held_out, _valid(held_out)).item()]
     for number, batch in enumerate(updates, start=1):
         share = factor(recipe.schedule, number, total, recipe.schedule.min_lr / recipe.optimizer.lr)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        model.zero_grad()
-        loss = _loss(model, batch)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):
-            assert parameter.grad is not None
-            master.grad = parameter.grad.float() / scale
+        losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
         limit = recipe.optimizer.clip or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(masters.parameters(), limit).item())
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):
-                parameter.copy_(master)
-        losses.append(loss.item())
+                parameter.copy_(master.to(dtype))
         rates.append(peaks[0] * share)
-        tokens.append(int((batch.labels != IGNORED).sum()))
-    evaluations.append(_loss(model, held_out).item())
+        tokens.append(_valid(batch))
+    evaluations.append(_loss(model, held_out, _valid(held_out)).item())
     final = {name: value.detach() for name, value in masters.named_parameters()}
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
 
 
-def _loss(model: GPT, batch: Batch) -> torch.Tensor:
-    """The mean over the valid tokens of all samples."""
+def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float) -> float:
+    """The loss, and its gradient at the masters, `micro` samples at a time."""
+    total, valid = 0.0, _valid(batch)
+    sums = [torch.zeros_like(master) for master in masters.parameters()]
+    for part in zip(*(torch.split(tensor, micro) for tensor in batch), strict=True):
+        model.zero_grad()
+        loss = _loss(model, Batch(*part), valid)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        for one, parameter in zip(sums, model.parameters(), strict=True):
+            assert parameter.grad is not None
+            one += parameter.grad.float() / scale
+        total += loss.item()
+    for master, gradient in zip(masters.parameters(), sums, strict=True):
+        master.grad = gradient
+    return total
+
+
+def _loss(model: GPT, batch: Batch, valid: int) -> torch.Tensor:
+    """The sum over the valid tokens of these samples, by the number of all valid ones."""
     logits = model(batch.input_ids).logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+    every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return every / valid
+
+
+def _valid(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())

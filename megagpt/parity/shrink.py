@@ -8,7 +8,8 @@ from megagpt.data.loader import IGNORED, Batch
 from megagpt.ds_config import Resolved
 from megagpt.recipe import ModelSection
 
-_WIDTH, _VOCAB_SIZE, _SEQ_LEN, _MICRO = 64, 128, 32, 2
+_WIDTH, _VOCAB_SIZE, _SEQ_LEN = 64, 128, 32
+MICRO = 2  # samples of a micro-batch
 _EOD = 5  # one token of many: some sequences hold it, others do not
 
 
@@ -34,12 +35,12 @@ def words(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ..
     values = {
         "model.n_layer": blocks, "model.n_head": kv_heads * group, "model.n_kv_head": kv_heads, "model.d_model": width,
         "model.d_ff": d_ff, "model.vocab_size": _VOCAB_SIZE, "model.seq_len": _SEQ_LEN * layout.sequence_parallel,
-        "model.dropout": 0.0, "batch.global_size": layout.data_parallel * accumulation * _MICRO,
+        "model.dropout": 0.0, "batch.global_size": layout.data_parallel * accumulation * MICRO,
         "optimizer.lr": rate, "optimizer.eps": 1e-6, "optimizer.clip": clip,
         "schedule.warmup_updates": updates // 4, "schedule.min_lr": floor,
         "schedule.decay_updates": updates // 4 if recipe.schedule.type == "wsd" else None,
         "length.updates": updates, "length.tokens": None, "length.epochs": None,
-        "ds.train_micro_batch_size_per_gpu": _MICRO, "ds.gradient_accumulation_steps": "auto",
+        "ds.train_micro_batch_size_per_gpu": MICRO, "ds.gradient_accumulation_steps": "auto",
         "ds.train_batch_size": "auto",
     }  # fmt: skip
     if recipe.data.document_mask:

@@ -12,7 +12,9 @@ from megagpt.ds_config.known import other_version, written_keys
 from megagpt.errors import UserError
 from megagpt.model import cost
 from megagpt.plan import changes, effort, machine, table
+from megagpt.plan import search as searching
 from megagpt.plan.memory import Memory, memory
+from megagpt.plan.search import Search
 from megagpt.plan.states import Zero
 from megagpt.plan.verdict import Fit, fit
 
@@ -40,9 +42,16 @@ class Plan:
     nodes: int
     zero_stage: int
     data_parallel: int
+    parts: str
+    """pipeline stages, tensor parts and sequence parts, where there are several"""
     micro_batch: int
     accumulation: int
     global_batch: int
+    recomputed: float
+    """share of the blocks"""
+    waits: float
+    """share of the time in which a pipeline's stages wait"""
+    offloads: bool
     memory: Memory
     fit: Fit
     length: effort.Length
@@ -82,13 +91,20 @@ def plan(options: Options) -> Plan:
     return Plan(
         parameters=cost.parameters(resolved.recipe.model),
         world_size=world, nodes=nodes, zero_stage=layout.zero_stage, data_parallel=layout.data_parallel,
-        micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+        parts=table.parts(layout), micro_batch=layout.micro_batch, accumulation=layout.accumulation,
         global_batch=resolved.recipe.batch.global_size,
+        recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=effort.waits(layout),
+        offloads=Zero(resolved).offloads,
         memory=memory(resolved), fit=found, length=length,
         time=None if device is None else effort.time(resolved, length.flops, device.name),
         traffic=effort.traffic(resolved), disk=effort.disk(resolved, length.tokens), changes=wanted,
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def search(options: Options) -> Search:
+    """Plan every DeepSpeed config of a folder, `options.deepspeed_config`; see `Search`."""
+    return searching.search(options, plan)
 
 
 def _machines(options: Options) -> tuple[int, int]:
@@ -102,4 +118,4 @@ def _machines(options: Options) -> tuple[int, int]:
     return world, nodes or -(-world // (each or world))
 
 
-__all__ = ["Options", "Plan", "plan"]
+__all__ = ["Options", "Plan", "Search", "plan", "search"]

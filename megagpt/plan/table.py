@@ -8,6 +8,7 @@ from megagpt.plan.effort import days
 from megagpt.plan.machine import SAFE
 
 if TYPE_CHECKING:
+    from megagpt.ds_config import Layout
     from megagpt.plan import Plan
 
 _GIB = 1 << 30
@@ -21,15 +22,23 @@ def text(plan: Plan) -> str:
 def _layout(plan: Plan) -> list[str]:
     length = plan.length
     batch = f"{plan.data_parallel} × {plan.micro_batch} × {plan.accumulation}"
+    cut = f"{plan.parts}, " if plan.parts else ""
     lines = [
         f"model    {plan.parameters:,} parameters",
-        f"layout   {_count(plan.world_size, 'rank')} on {_count(plan.nodes, 'node')}, ZeRO stage {plan.zero_stage}, "
-        f"{batch} = {plan.global_batch} samples an update",
+        f"layout   {_count(plan.world_size, 'rank')} on {_count(plan.nodes, 'node')}, {cut}"
+        f"ZeRO stage {plan.zero_stage}, {batch} = {plan.global_batch} samples an update",
     ]
     if length.updates is None or length.tokens is None or length.flops is None:
         return [*lines, "length   in epochs of a corpus that is not there: give length.tokens to plan its time"]
     per_update = f"{length.updates:,} updates of {length.tokens_per_update:,} tokens"
     return [*lines, f"length   {per_update}: {length.tokens:,} tokens, {length.flops:.2e} FLOPs"]
+
+
+def parts(layout: Layout) -> str:
+    """How a layout cuts the model, in words; "" where it does not."""
+    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
+            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
+    return ", ".join(f"{count} {way}" for count, way in ways if count > 1)
 
 
 def _count(number: int, what: str) -> str:
@@ -79,8 +88,8 @@ def _effort(plan: Plan) -> list[str]:
         shares = f"{time.utilisation[0]:.0%} to {time.utilisation[1]:.0%} of peak"
         lines.append(f"time     {days(time.shortest)} to {days(time.longest)}, {low:,.0f} to {high:,.0f} device-hours,")
         lines.append(f"         at {shares}, as reached by {time.source}")
-        if time.bubble:
-            lines.append(f"         stages wait {time.bubble:.0%} of the time")
+    if plan.waits:
+        lines.append(f"waiting  {plan.waits:.0%} of the time by each pipeline stage")
     return lines
 
 

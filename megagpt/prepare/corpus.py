@@ -18,6 +18,7 @@ from megagpt.data.indexed import Reader, corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece, cut
+from megagpt.data.reading import key_of
 from megagpt.data.shards import Record
 from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
@@ -74,8 +75,8 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     """
     begin = time.perf_counter()
     options = work.options
-    key = tuple(options.text_key.split("."))
-    job = Job(work.folder, work.model, options.validation_fraction, key, options.strict, options.engine)
+    key, fraction = key_of(options.text_key), options.validation_fraction
+    job = Job(work.folder, work.model, fraction, key, options.strict, options.engine)
     one_folder = ranks.see_one(work.folder.parent)
     pieces = ranks.first(lambda: _begun(work))
     held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
@@ -171,7 +172,7 @@ def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: i
         for name, writer in zip(("train", "validation"), writers, strict=False)
     ]
     try:
-        _check_parts(parts, options.validation_fraction, [str(kind) for kind in odd])
+        _check_parts(parts, options.validation_fraction, odd)
     except UserError:
         workplace.remove(work.folder)
         raise
@@ -238,14 +239,16 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[str]) -> None:
+def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[Oddity]) -> None:
     """Raise UserError for a part without tokens: training would only stumble over it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:
         if part.tokens == 0 and part is parts[0]:
             what = f"none of the {documents} documents gave a token to train on"
             do = "give files that hold text, or lower --validation-fraction"
-            raise UserError(what, "\n".join([part.prefix, *odd]), do)
+            if any(one.kind in ("no_text", "not_a_string") for one in odd):
+                do = "say with --text-key where in a line, or in which column, the text stands"
+            raise UserError(what, "\n".join([part.prefix, *map(str, odd)]), do)
         if part.tokens == 0:
             what = f"none of the {documents} documents fell into the validation part ({fraction:g} of them, by hash)"
             do = "give more documents (cut a large file into several), raise --validation-fraction, or set it to 0"

@@ -66,7 +66,7 @@ class PieceEncoder:
             with _no_collecting(), ShardWriter(self._job.folder, piece.number) as shard:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
-                    fragments = read(stretch, self._job.text_key, odd)
+                    fragments = read(stretch, self._job.text_key, odd, self._job.folder)
                     for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
                         before = sink.done()
                         self._add(batch, stretch.number, sink, odd)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener, wait
-from typing import TYPE_CHECKING, Any, cast
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeAlias, cast
 
-from megagpt.distributed import Rank
+from megagpt.distributed import Rank, calls
 from megagpt.distributed.meeting import JOIN_LIMIT
 from megagpt.errors import MachineError
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-    Line = Connection[Any, Any]  # a plain class when it runs
-
-_PAUSE = 0.05  # seconds between two tries to reach the first task
+Line: TypeAlias = "Connection[Any, Any]"  # a plain class when it runs
+_WORD = 5.0  # seconds in which a caller says who it is
+_ANSWER = 30.0  # seconds in which the first task answers, who hears one caller after the other
 
 
 class Sockets:
@@ -67,65 +61,52 @@ class Sockets:
 @contextmanager
 def connected(place: Rank) -> Iterator[Sockets]:
     """All tasks of this step of the job, once they have come; the first one listens at `place`'s address and port."""
-    key = f"megagpt prepare {place.job}".encode()  # another job's tasks are turned away
     lines: dict[int, Line] = {}
     try:
         if place.rank:
-            lines[0] = _called(place, key)
-            lines[0].send(place.rank)
+            lines[0] = _called(place)
         else:
-            _wait_for_all(place, key, lines)
+            _wait_for_all(place, lines)
         yield Sockets(place.rank, place.world_size, lines)
     finally:
         for line in lines.values():
             line.close()
 
 
-def _called(place: Rank, key: bytes) -> Line:
-    end = time.monotonic() + JOIN_LIMIT.total_seconds()
-    while True:
-        try:
-            return Client((place.address, place.port), authkey=key)
-        except (OSError, EOFError, AuthenticationError) as error:
-            if time.monotonic() > end:
-                what, do = f"task {place.rank} could not reach task 0: {error}", "see whether it has ended"
-                raise MachineError(what, f"{place.address}:{place.port}", do) from None
-            time.sleep(_PAUSE)
+def _called(place: Rank) -> Line:
+    """A line to task 0, which first says of which job it is: that of another has another port."""
+    line = Connection(calls.call(place, place.port, JOIN_LIMIT.total_seconds()).detach())
+    theirs = _heard(line, _ANSWER)
+    if theirs != place.job:
+        line.close()
+        raise calls.two_jobs(place, place.port, theirs or "a program that is not megagpt", place.job)
+    line.send_bytes(str(place.rank).encode())
+    return line
 
 
-def _wait_for_all(place: Rank, key: bytes, lines: dict[int, Line]) -> None:
-    try:
-        listener = Listener(("", place.port), backlog=place.world_size, authkey=key)
-    except OSError as error:
-        do = "export MASTER_PORT=ANOTHER before srun"
-        raise MachineError(f"task 0 cannot listen: {error.strerror}", f"port {place.port}", do) from None
+def _wait_for_all(place: Rank, lines: dict[int, Line]) -> None:
     limit = JOIN_LIMIT.total_seconds()
-    end, knock = time.monotonic() + limit, threading.Timer(limit, _knock, [place.port])
-    knock.start()
-    with listener:
-        try:
-            while len(lines) < place.world_size - 1:
-                _let_in(listener, lines)
-                if time.monotonic() >= end:
-                    missing = [str(task) for task in range(1, place.world_size) if task not in lines]
-                    what, do = f"not all tasks have come within {limit:g} s", "see what they said"
-                    raise MachineError(what, f"missing: {', '.join(missing)}", do)
-        finally:
-            knock.cancel()
+    with calls.listen(place, place.port) as server:
+        callers = calls.callers(server, time.monotonic() + limit)
+        while len(lines) < place.world_size - 1:
+            if (caller := next(callers, None)) is None:
+                missing = [str(task) for task in range(1, place.world_size) if task not in lines]
+                what, do = f"not all tasks have come within {limit:g} s", "see what they said"
+                raise MachineError(what, f"missing: {', '.join(missing)}", do)
+            line = Connection(caller[0].detach())
+            with suppress(OSError):  # it has gone again
+                line.send_bytes(place.job.encode())
+            task = _heard(line, _WORD)
+            if task.isdecimal():
+                lines[int(task)] = line
 
 
-def _let_in(listener: Listener, lines: dict[int, Line]) -> None:
-    try:
-        line = listener.accept()
-        lines[line.recv()] = line
-    except (OSError, EOFError, AuthenticationError):
-        return  # who called was of another job, or has gone
-
-
-def _knock(port: int) -> None:
-    """Wake who waits for callers, which no time limit can."""
-    with suppress(OSError):
-        socket.create_connection(("127.0.0.1", port)).close()
+def _heard(line: Line, limit: float) -> str:
+    """The short text that the other end says within `limit` seconds; "" where it says none: it may be anybody."""
+    with suppress(OSError, EOFError, UnicodeDecodeError):
+        if line.poll(limit):
+            return line.recv_bytes(1000).decode()
+    return ""
 
 
 def _ended(task: int) -> MachineError:

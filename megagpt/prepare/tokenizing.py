@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.data.documents import DEFAULT_FRACTION
+from megagpt.data.reading import key_of
 from megagpt.data.sources import find_sources
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
 from megagpt.prepare.corpus import description
@@ -41,7 +42,7 @@ def train_tokenizer_command(
     with tempfile.TemporaryDirectory() as scratch:
         sources = find_sources(inputs, Path(scratch) / "stdin")
         count = workers or len(os.sched_getaffinity(0))
-        drawn = drawn_from(sources, tuple(text_key.split(".")), validation_fraction, count)
+        drawn = drawn_from(sources, key_of(text_key), validation_fraction, count)
     path = train_tokenizer(drawn.lines, vocab_size, output)
     unseen = drawn.unseen.texts()
     quality = _quality(Tokenizer(path), unseen or drawn.seen.texts(), seen=not unseen)

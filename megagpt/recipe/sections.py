@@ -135,7 +135,7 @@ class DataSection(Section):
     """What is read. A prefix is the path without .bin or .idx."""
 
     tokenizer: _Text | None = None
-    """path of a sentencepiece .model; null where no text is read or written"""
+    """a sentencepiece .model, a tokenizer.json, or a tiktoken encoding's name; null where no text is read or written"""
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources)]
     """a prefix, or a list of {path, weight}"""
     weight_counts: Literal["samples", "epochs"] = "samples"

@@ -1,11 +1,14 @@
 """The most memory that one process of a command takes, on inputs that are large in different ways.
 
 usage: python tests/benchmarks/memory.py [--workers 2] [--megabytes 1000] [--documents 10000000] [--long 500] [CASE…]
-Cases: large (one file of lines), tiny (documents of a few bytes), long (one document), tokenizer (trained on large).
+Cases: large (one file of lines), tiny (documents of a few bytes), tokenizer (trained on large), and one document as a
+text (long), as a line (line), as a compressed line (gzip) and as a row of a table (row: no promise, as a value is read
+whole).
 Imports little: what this process takes would count as its children's.
 """
 
 import argparse
+import gzip
 import json
 import os
 import platform
@@ -54,6 +57,24 @@ def write_long(path, asked):
         file.writelines(f"{text}\n\n" for text in paragraphs(asked.long))
 
 
+def write_line(path, asked):
+    """One document in one line."""
+    with gzip.open(path, "wt", 1) if path.suffix == ".gz" else path.open("w") as file:
+        file.write('{"text": "')
+        file.writelines(json.dumps(f"{text}\n\n")[1:-1] for text in paragraphs(asked.long))
+        file.write('"}\n')
+
+
+def write_row(path, asked):
+    """One document in one row, made by another process: what this one takes would count as its children's."""
+    program = (
+        "import sys, pyarrow; from pyarrow import parquet; from tests.benchmarks.memory import paragraphs\n"
+        "text = '\\n\\n'.join(paragraphs(float(sys.argv[2])))\n"
+        "parquet.write_table(pyarrow.table({'text': [text]}), sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", program, path, str(asked.long)], check=True)
+
+
 def most(*line):
     """The most memory (MB) that a command, or a process of its, took; and its seconds."""
     begin = time.perf_counter()
@@ -64,10 +85,21 @@ def most(*line):
     return usage.ru_maxrss / 1024 * 1.048576, time.perf_counter() - begin
 
 
+CASES = {
+    "large": ("jsonl", write_large),
+    "tiny": ("jsonl", write_tiny),
+    "long": ("txt", write_long),
+    "line": ("jsonl", write_line),
+    "gzip": ("jsonl.gz", write_line),
+    "row": ("parquet", write_row),
+    "tokenizer": ("jsonl", write_large),
+}
+
+
 def main():
     """Run the cases."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", default=["large", "tiny", "long", "tokenizer"])
+    parser.add_argument("cases", nargs="*", metavar="CASE", default=list(CASES))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--documents", type=int, default=10_000_000)
@@ -80,8 +112,9 @@ def main():
         write_large(folder / "small.jsonl", argparse.Namespace(megabytes=5))
         most("tokenizer", "train", folder / "small.jsonl", "--vocab-size", 8000, "--output", folder / "t")
         for case in asked.cases:
-            path = folder / ("text.txt" if case == "long" else "text.jsonl")
-            {"tiny": write_tiny, "long": write_long}.get(case, write_large)(path, asked)
+            ending, write = CASES[case]
+            path = folder / f"text.{ending}"
+            write(path, asked)
             size = path.stat().st_size / 1e6
             if case == "tokenizer":
                 line = ("tokenizer", "train", path, "--vocab-size", 8000, "--output", folder / "u")

@@ -19,7 +19,7 @@ up() {
       "StrictModes no" "PermitRootLogin prohibit-password" "PasswordAuthentication no" "UsePAM no" "UseDNS no" "MaxStartups 100" > $D/node$i/sshd_config
     boot $i
   done
-  for i in $(seq $1); do for t in $(seq 50); do on 1 ssh node$i true 2>/dev/null && break; sleep .1; done; done; }
+  for i in $(seq $1); do for t in $(seq 300); do on 1 ssh node$i true 2>/dev/null && break; sleep .1; done; done; }
 boot() { heal $1; ip netns exec $P$1 unshare --uts --ipc --pid --fork --kill-child --mount-proc sh -c "hostname node$1
   mount -t tmpfs tmpfs /dev/shm; [ -z '${PRIVATE_TMP-}' ] || mount --bind $D/node$1/tmp /tmp
   exec /usr/sbin/sshd -D -e -f $D/node$1/sshd_config" >>$D/node$1/log 2>&1 </dev/null & echo $! > $D/node$1/pid; }
@@ -64,7 +64,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
 X
   echo "Name=gpu File=$S/gpu[0-1]" > $S/gres.conf; echo CgroupPlugin=cgroup/v1 > $S/cgroup.conf
   on 1 slurmctld -f $S/slurm.conf; for i in $(seq $1); do on $i slurmd -f $S/slurm.conf -N node$i; done
-  for t in $(seq 100); do [ "$(on 1 env SLURM_CONF=$S/slurm.conf sinfo -h -t idle -o %D 2>/dev/null)" = $1 ] && return; sleep .1; done; return 1; }
+  for t in $(seq 600); do [ "$(on 1 env SLURM_CONF=$S/slurm.conf sinfo -h -t idle -o %D 2>/dev/null)" = $1 ] && return; sleep .1; done; return 1; }
 down() { for n in $(ip netns list | awk '{print $1}' | grep "^$P[0-9]*$"); do
     ip netns pids $n | xargs -r kill -9 2>/dev/null || :; ip netns del $n; rm -rf /etc/netns/$n; done
   ip link del ${P}br 2>/dev/null || :; rm -f /run/$P.owner; }

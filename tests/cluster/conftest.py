@@ -25,7 +25,7 @@ OPENMPI = ("mpirun", "--allow-run-as-root", "--mca", "btl_tcp_if_include", "eth0
 KEPT = ("unshare", "sshd", "slurmctld", "slurmd")  # of a host: they live as long as it does
 UPDATES = 100
 LENGTH = (f"length.updates={UPDATES}", "evaluation.every=1000", "checkpoint.every=50", "log.every=100")
-SECONDS = 240  # of one command: no test waits for ever
+SECONDS = 480  # of one command: no test waits for ever
 REPORT = pytest.StashKey()
 
 
@@ -47,7 +47,7 @@ class Cluster:
 
     def make(self, *words):
         """Change the cluster itself: up, slurm, cut, heal, off, boot, down; or sweep away those of dead owners."""
-        subprocess.run(["bash", SCRIPT, *words], env=self.env, check=True, timeout=60, cwd=training.ROOT)
+        subprocess.run(["bash", SCRIPT, *words], env=self.env, check=True, timeout=180, cwd=training.ROOT)
 
     def start(self, host, *words, seconds=SECONDS, **env):
         """Start a command on a host. It has so many seconds; all that it has started ends with its test."""

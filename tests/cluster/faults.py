@@ -41,7 +41,7 @@ def power_on(cluster, host):
             process.communicate()
         return process.returncode == 0
 
-    until(answers, 30)
+    until(answers, 120)
     if Path(cluster.env["SLURM_CONF"]).exists():
         cluster.run(host, "slurmd", "-N", f"node{host}")
 

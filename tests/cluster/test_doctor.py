@@ -56,6 +56,8 @@ def found(printed, place):
     rows = {mark: [] for mark in ("good", "odd", "bad", "unasked")}
     for row in report["findings"]:
         texts = [re.sub(r"\b[0-9a-f]{8}\b", "SUM", row[part].replace(str(place), "HERE")) for part in ("what", "do")]
+        # by half of the time that asking took: on a busy machine some hundredths
+        texts[0] = re.sub(r"its clock is (29\.9|30\.1) s", "its clock is 30.0 s", texts[0])
         rows[row["mark"]].append((row["check"], *row["hosts"], *texts))
     assert report["ok"] == (not rows["bad"])
     return rows

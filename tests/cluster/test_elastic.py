@@ -23,7 +23,7 @@ class Agents:
 
     def end(self, agent):
         """Wait until an agent ends by itself, and insist that all went well; what it has printed."""
-        printed, _ = agent.communicate(timeout=240)
+        printed, _ = agent.communicate(timeout=480)
         assert agent.returncode == 0, printed
         return printed
 
@@ -34,13 +34,13 @@ class Agents:
 
 
 def elastic(cluster, recipe, disk):
-    """Agents that go on with one host or two, and wait 5 s for others when there is one.
+    """Agents that go on with one host or two, and wait 15 s for others when there is one.
 
     While they share a store, torch 2.13 does not tell an agent that comes later where rank 0 is.
     """
     return Agents(
         cluster, recipe, "--nnodes=1:2", "--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_endpoint=node1:29400",
-        "--rdzv_id=j1", "--rdzv_conf=last_call_timeout=5,join_timeout=60", **disk.env,
+        "--rdzv_id=j1", "--rdzv_conf=last_call_timeout=15,join_timeout=120", **disk.env,
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )  # fmt: skip
 

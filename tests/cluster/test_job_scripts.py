@@ -43,7 +43,7 @@ class Job:
         text = self.slurm.run(1, "scontrol", "show", "job", self.number)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, name, *values, seconds=240):
+    def wait(self, name, *values, seconds=480):
         """Until SLURM says one of these values; all that it says then."""
         end = time.monotonic() + seconds
         while (shown := self.shown())[name] not in values:

@@ -24,6 +24,9 @@ _FORKS.set_forkserver_preload([  # what a start of training imports; torch's opt
 ])  # fmt: skip
 
 
+SLOW_DATA = {"kind": "slow", "method": "megagpt.data.loader:Loader.batches", "seconds": 0.1}  # so that a run can be hit
+
+
 class Launch:
     """The ranks of one launch, whose faults and consoles are files of `folder`."""
 

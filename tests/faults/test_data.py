@@ -14,6 +14,7 @@ from megagpt.data.order import Order
 from megagpt.evaluate import evaluate
 from megagpt.prepare import Options, prepare_command
 from tests import training
+from tests.faults.launches import SLOW_DATA, launch
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_skipped_positions_are_passed_over_and_other_data_is_refused_by_its_fing
     ids[:2] = b"\1\0"
     corpus.write_bytes(ids)
     with training.ranks(own, "length.updates=9", "data.skip=[[9, 10], [12, 15]]") as (process,):
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=240)[1]
     assert process.returncode == 2
     assert re.search(
         "the training data is not what this run was trained on: update_00000006 "
@@ -70,7 +71,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
     assert other["sources"] == pytest.approx(event["sources"], rel=1e-5)
 
     with training.ranks(own, *blend, "length.updates=3000", "--allow-change", "data") as (process,):
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=240)[1]
     assert process.returncode == 2
     assert re.search(
         rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), and its max_epochs is 9", said
@@ -80,12 +81,12 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
 def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_on_when_it_is_back(own, tmp_path):
     corpus = tmp_path / "data/text.train.bin"
     content = corpus.read_bytes()
-    with training.ranks(own, world=2) as started:
+    with launch(own, folder=tmp_path, faults=[SLOW_DATA]) as both:
         training.wait_for_update(tmp_path / "run", 12)
         os.truncate(corpus, 100)
-        said = [process.communicate(timeout=60)[1] for process in started]
-    assert all(process.returncode not in (0, 2) for process in started)
-    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in "".join(said)
+        assert not {0, 2, None} & {*both.wait(180)}
+        said = both.printed(0) + both.printed(1)
+    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in said
     corpus.write_bytes(content)
     training.finish(own, world=2)
     assert training.curve(tmp_path / "run")[-1]["update"] == 100

@@ -77,14 +77,14 @@ def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
     foreign = [line for line in (first + second).splitlines() if re.search(r"WARNING|INFO|Warning|\[\d{4}-", line)]
     assert foreign == []
 
-    third = start(clone).communicate(timeout=60)[0]
+    third = start(clone).communicate(timeout=180)[0]
     assert "runs/quickstart is done." in third
     assert "$ " not in third
 
 
 def test_an_unknown_option_is_refused(clone):
     process = start(clone, "--fast")
-    assert process.communicate(timeout=60)[0] == (
+    assert process.communicate(timeout=180)[0] == (
         "megagpt: unknown option --fast\n  do: bash launch/quickstart.sh [--fresh] [key=value …]\n"
     )
     assert process.returncode == 2

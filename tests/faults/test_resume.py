@@ -6,9 +6,9 @@ import signal
 import pytest
 
 from megagpt import cli
-from tests import training
+from tests.faults.launches import SLOW_DATA, launch
 from tests.protocol import same_run
-from tests.training import curve, events, finish, ranks, wait_for_update
+from tests.training import curve, events, finish, wait_for_update
 
 LAST = 100
 
@@ -20,44 +20,31 @@ def test_the_uninterrupted_run_learns(uninterrupted):
     assert all(update["grad_norm"] > 0 for update in curve(uninterrupted))
 
 
+def hit(recipe, update, act):
+    """Train until a signal comes in the step of this update; the exit code, and what was printed."""
+    fault = {"kind": "phase", "name": act, "phase": "step", "update": update, "act": act}
+    with launch(recipe, folder=recipe.parent, world=1, faults=[fault]) as alone:
+        return *alone.wait(180), alone.printed()
+
+
 def test_a_run_killed_twice_without_warning_ends_bit_for_bit_the_same(recipe, uninterrupted):
-    run = recipe.with_suffix("")
     for update in (13, 45):
-        with ranks(recipe) as (process,):
-            wait_for_update(run, update)
-            process.kill()
+        assert hit(recipe, update, "SIGKILL")[0] == -signal.SIGKILL
     printed = finish(recipe)
-    assert "resumed  at update" in printed
-    same_run(run, uninterrupted)
+    assert "resumed  at update 40," in printed
+    same_run(recipe.with_suffix(""), uninterrupted)
 
 
 def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
     run = recipe.with_suffix("")
-    with ranks(recipe) as (process,):
-        wait_for_update(run, 3)
-        process.send_signal(signal.SIGTERM)
-        printed = process.communicate(timeout=60)[0]
-        assert process.returncode == 75
+    code, printed = hit(recipe, 4, "SIGTERM")
+    assert code == 75
     saved, time = events(run)[-2:]
-    assert (saved["event"], time["event"]) == ("checkpoint", "time")
-    assert f"stopped by signal SIGTERM, saved at update {saved['update']}." in printed
-    assert curve(run)[-1]["update"] == saved["update"]
-    assert f"resumed  at update {saved['update']}," in finish(recipe)
+    assert (saved["event"], saved["update"], time["event"]) == ("checkpoint", 4, "time")
+    assert "stopped by signal SIGTERM, saved at update 4." in printed
+    assert curve(run)[-1]["update"] == 4
+    assert "resumed  at update 4," in finish(recipe)
     same_run(run, uninterrupted)
-
-
-def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_update(recipe, data, tmp_path):
-    straight = training.write_recipe(tmp_path / "straight", data)
-    finish(straight, world=2)
-    run = recipe.with_suffix("")
-    with ranks(recipe, world=2) as started:
-        wait_for_update(run, 3)
-        started[1].send_signal(signal.SIGUSR1)
-        printed = [process.communicate(timeout=60) for process in started]
-        assert [process.returncode for process in started] == [75, 75], printed
-    assert "a signal to another rank" in printed[0][0]
-    finish(recipe, world=2)
-    same_run(run, straight.with_suffix(""))
 
 
 def test_the_time_limit_saves_and_exits_75(recipe):
@@ -65,22 +52,9 @@ def test_the_time_limit_saves_and_exits_75(recipe):
     assert "stopped by the time limit, saved at update 1." in printed
 
 
-def test_when_one_rank_is_killed_the_other_ends_too_and_says_why(recipe):
-    run = recipe.with_suffix("")
-    with ranks(recipe, world=2) as started:
-        wait_for_update(run, 3)
-        started[1].kill()
-        error = started[0].communicate(timeout=60)[1]
-        assert started[0].returncode == 1
-    assert error.startswith("megagpt: rank 0 failed in ")
-    assert "rank-0.log" in error
-
-
 def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp_path):
     run = recipe.with_suffix("")
-    with ranks(recipe) as (process,):
-        wait_for_update(run, 23)
-        process.kill()
+    assert hit(recipe, 23, "SIGKILL")[0] == -signal.SIGKILL
     newest = sorted((run / "checkpoints").glob("update_*"))[-1]
     weights = newest / "state/rank-00000-000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -125,11 +99,11 @@ def test_an_allowed_change_is_said_and_takes_effect_from_there_on(uninterrupted,
 
 def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
     run = recipe.with_suffix("")
-    with ranks(recipe) as (process,):
+    with launch(recipe, folder=recipe.parent, world=1, faults=[SLOW_DATA]) as alone:
         wait_for_update(run, 3)
         assert cli.main(["stop", str(run)]) == 0
-        printed = process.communicate(timeout=60)[0]
-        assert process.returncode == 75
+        assert alone.wait(180) == [75]
+        printed = alone.printed()
     assert "stopped by megagpt stop, saved at update" in printed
     finish(recipe)
     same_run(run, uninterrupted)

@@ -11,11 +11,11 @@ from tests.training import finish, ranks, wait_for_update
 
 def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
     run = recipe.with_suffix("")
-    with ranks(recipe, world=2) as (first, second):
+    with ranks(recipe, "length.updates=100000", world=2) as (first, second):
         wait_for_update(run, 2)
         assert status.read(run).state == "running"
         second.send_signal(signal.SIGTERM)
-        assert [one.wait(timeout=120) for one in (first, second)] == [75, 75]
+        assert [one.wait(timeout=240) for one in (first, second)] == [75, 75]
     assert status.read(run).state == "requeue"
     with ranks(recipe, "length.updates=100000") as (alone,):
         wait_for_update(run, 20)

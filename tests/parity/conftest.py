@@ -11,17 +11,13 @@ from megagpt.parity.curve import TOLERANCES
 sys.path.insert(0, str(Path(__file__).parent))
 from layouts import CASES  # the path has to be there first
 
-WORST = pytest.StashKey()
+WORST = "largest relative differences"  # in a test's report, which may come from another process
 
 
-def pytest_configure(config):
-    config.stash[WORST] = {}
-
-
-@pytest.fixture(scope="session")
-def worst_differences(request):
-    """Case id → kind → largest relative difference to the reference, shown when all is done."""
-    return request.config.stash[WORST]
+@pytest.fixture
+def worst_differences(record_property):
+    """Notes of a case, by its id, the largest relative difference of each kind to the reference."""
+    return lambda case, kinds: record_property(WORST, (case, kinds))
 
 
 def known(path):
@@ -39,7 +35,7 @@ def table(rows, full):
     lines = [
         "# Every layout, one curve",
         "",
-        f"{len(rows)} layouts against plain PyTorch in one process ({'100' if full else '20'} updates), on CPU ranks "
+        f"{len(rows)} layouts against plain PyTorch in one process ({'100' if full else '12'} updates), on CPU ranks "
         f"with {versions}. Written by `pytest tests/parity/test_same_curve.py{' --full' if full else ''} "
         "--parity-table docs/parity.md`.",
         "",
@@ -56,7 +52,10 @@ def table(rows, full):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows, path = config.stash[WORST], config.getoption("parity_table")
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, ())]
+    found = dict(value for one in reports for name, value in one.user_properties if name == WORST)
+    rows = {case.id: found[case.id] for case in CASES if case.id in found}
+    path = config.getoption("parity_table")
     if rows and path:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = known(path) | rows

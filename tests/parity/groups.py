@@ -49,7 +49,7 @@ def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case]
     for case in cases:
         worlds[case.world].append(case.id)
     logs = {
-        world: launch(program, world, {"folder": str(folder), "cases": ids}, folder, SECONDS)
+        world: launch(program, world, {"folder": str(folder), "cases": ids}, folder, SECONDS * len(ids))
         for world, ids in worlds.items()
     }
 

@@ -66,4 +66,6 @@ def _write(path: Path, text: str) -> None:
     """Write a file, unless it is there already: a new date would have it compiled again."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(text)
+        new.replace(path)  # another process may be compiling it

@@ -55,7 +55,7 @@ HALF = ("bf16", "fp16")
 def after(request):
     """By kind how many updates follow a move; in fp16 few, since its scale goes up until it is too large."""
     full = request.config.getoption("--full")
-    return {kind: 100 if full and kind != "fp16" else 12 for kind in move_worker.RECIPES}
+    return {kind: 100 if full and kind != "fp16" else 8 for kind in move_worker.RECIPES}
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,10 @@ def moved(tmp_path_factory, after, possible):
         load[move_worker.case(source, kind).world].append(("nowhere", source, kind))
     for world, sources in save.items():
         job = {"folder": str(folder), "after": after, "save": sorted(sources), "load": []}
-        logs["save", world] = launch("move_worker.py", world, job, folder, SECONDS)
+        logs["save", world] = launch("move_worker.py", world, job, folder, SECONDS * len(sources))
     for world, moves in load.items():
         job = {"folder": str(folder), "after": after, "save": [], "load": moves}
-        logs["load", world] = launch("move_worker.py", world, job, folder, SECONDS)
+        logs["load", world] = launch("move_worker.py", world, job, folder, SECONDS * len(moves))
 
     def answer(source, target, kind):
         if reason := possible[1][source, target, kind]:

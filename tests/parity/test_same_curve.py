@@ -19,7 +19,7 @@ TOTAL = 100  # the schedule's length, also of the short run
 
 @pytest.fixture(scope="session")
 def updates(request):
-    return TOTAL if request.config.getoption("--full") else 20
+    return TOTAL if request.config.getoption("--full") else 12  # 6 find every planted bug: test_mutants.py
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def test_same_curve(case, results, curve, worst_differences):
     recipe, expected = curve(case.recipe)
     got = results(case)
     found = compare(recipe, expected, got)
-    worst_differences[case.id] = {kind: worst(found, kind).off for kind in KINDS}
+    worst_differences(case.id, {kind: worst(found, kind).off for kind in KINDS})
     wrong = [str(row) for row in found if row.too_far]
     assert not wrong, "\n".join(wrong)
     # alive: what does nothing is equal everywhere

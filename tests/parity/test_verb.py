@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megagpt.distributed import free_port
+from megagpt.data.loader import Batch
+from megagpt.distributed import Rank, free_port
+from megagpt.parity import Options, _resolve, curve, reference, shrink
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch/recipes/gpt2-124m-openwebtext.yaml"
@@ -59,14 +62,32 @@ def test_a_layout_that_trains_the_same_gets_a_certificate(tmp_path, config, rank
 
 
 def test_fp16_overflows_at_the_start_are_no_other_curve(fp16, tmp_path):
-    """2^32 overflows, 2^16 does not; powers of two round nothing, and so the same figures come out."""
+    """2^32 overflows, 2^16 does not; powers of two round nothing, and so the same certificate comes out."""
     figures = {}
     for power in (32, 16):
         words = ("precision=fp16", f"ds.fp16.initial_scale_power={power}")
         code, console = parity(tmp_path / str(power), "zero2", 1, ("launch/parity.py",), *words)
         figures[power] = [code, *(line for line in console.splitlines() if "largest relative difference" in line)]
+        assert code == 0, console
     assert len(figures[32]) == 5, console
     assert figures[32] == figures[16]
+
+
+def test_weights_in_bf16_may_differ_as_bf16_itself_does_and_no_more():
+    options = Options(RECIPE, ROOT / "ds_configs/zero2.json", ("precision=bf16",), updates=8)
+    whole = _resolve(options, Rank(), ())
+    recipe = _resolve(options, Rank(), shrink.words(whole, 8, None)).recipe
+    size = recipe.batch.global_size
+    updates = [shrink.samples(recipe.model, size, first) for first in range(0, 8 * size, size)]
+    expected = reference.train(recipe, updates, updates[0])
+    tolerance = curve.allowed(recipe, expected, reference.train(recipe, updates, updates[0], exact=True))
+    assert tolerance.loss == curve.TOLERANCES["bf16"].loss
+    other_sums = [Batch(*(tensor.flip(0) for tensor in batch)) for batch in updates]
+    rounded = reference.train(recipe, other_sums, updates[0])
+    assert [str(row) for row in curve.compare(recipe, expected, rounded, tolerance) if row.too_far] == []
+    late = {name: start + (expected.weights[name] - start) / 2 for name, start in expected.initial.items()}
+    found = curve.compare(recipe, expected, replace(expected, weights=late), tolerance)
+    assert {row.kind for row in found if row.too_far} == {"weights"}
 
 
 def test_a_layout_that_trains_another_way_is_named_with_what_differs_first(tmp_path):

@@ -193,6 +193,8 @@ def test_corpora_that_do_not_go_together_are_refused(tmp_path):
     assert refused(corpora.merge, [a, b], a) == (
         f"a corpus cannot be merged into itself\n  {a}\n  do: choose another --output"
     )
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert "into itself" in refused(corpora.merge, [a, b], str(tmp_path / "link" / "a"))
     assert not list(tmp_path.glob("c.*"))
 
 

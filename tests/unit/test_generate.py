@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from megagpt.errors import UserError
-from megagpt.generate import draw, kept, sample
+from megagpt.generate import Text, draw, kept, sample
 from megagpt.model.gpt import GPT
 from megagpt.recipe import ModelSection
 
@@ -108,3 +108,7 @@ def test_draws_follow_transformers_probabilities(top_k, top_p, temperature):
 
 def test_a_full_window_keeps_three_quarters():
     assert [kept(n) for n in (1, 2, 4, 128)] == [1, 2, 3, 96]
+
+
+def test_control_characters_of_a_model_do_not_reach_a_terminal():
+    assert str(Text("run", 1, "a\tb\n", "\x1b[2J\x08é 日")) == "a\tb\n\ufffd[2J\ufffdé 日"

@@ -4,15 +4,11 @@ import itertools
 import warnings
 
 import pytest
-from hypothesis import settings
 
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

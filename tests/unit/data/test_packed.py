@@ -144,6 +144,23 @@ def test_a_packed_corpus_is_not_validated_on(packed):
     )
 
 
+def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, make_corpus):
+    path = corpus_file(packed.prefix, ".json")
+    path.unlink()
+    unverified = f"{packed.prefix}: unverified (no packed.json says how it was made)"
+    assert loader([packed], seq_len=8).notes == (
+        f"{unverified}; all its documents have 17 tokens, as if packed for a seq_len of 16: read across",
+    )
+    for documents in (
+        [range(40)],
+        [range(17), range(17), range(18)],
+        [range(17), range(16), range(18)],
+        [range(17)] * 9,
+    ):
+        other = make_corpus(documents, verified=False)
+        assert ("as if packed" in loader([other]).notes[0]) == (len(documents) == 9)
+
+
 def test_a_sidecar_of_other_samples_is_refused(packed):
     path = corpus_file(packed.prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "packed": 17}))

@@ -2,6 +2,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import threading
 
 import fsspec
 import pyarrow
@@ -125,6 +127,30 @@ def test_what_is_no_utf8_text_or_no_lines_is_refused_with_a_remedy(tmp_path, end
         )
 
 
+def test_lines_are_known_by_their_beginning_where_the_first_is_long_or_the_name_is_another_kinds(tmp_path):
+    long = "word " * 20_000 + '\\"'
+    for name in ("a.txt", "a", "a.parquet"):
+        (tmp_path / name).write_text(f' {json.dumps({"text": long})}\n{{"text": "two"}}\n')
+        assert texts(tmp_path / name) == [long, "two"]
+    for begin in ("{word ", '{"word" ', '{"', "["):
+        (tmp_path / "b.txt").write_text(begin + "word " * 20_000)
+        assert texts(tmp_path / "b.txt") == [begin + "word " * 20_000]
+
+
+def test_what_comes_through_pipes_is_read_whole_and_twice(tmp_path):
+    """As of <(command) in a shell; what was looked at is not lost."""
+    lines = [f"line {number} words" for number in range(9000)]
+    content = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    for name, raw in (("one", content), ("two", gzip.compress(content))):
+        os.mkfifo(tmp_path / name)
+        threading.Thread(target=(tmp_path / name).write_bytes, args=(raw,), daemon=True).start()
+    (tmp_path / "spools").mkdir()
+    sources = find_sources([str(tmp_path / name) for name in ("one", "two")], tmp_path / "spools" / "stdin")
+    for _ in range(2):
+        assert [one.text for one in whole_documents(sources, ("text",), Oddities())] == lines * 2
+    assert refused("/dev/null") == "this is no file\n  /dev/null\n  do: give files, folders, patterns, or a pipe"
+
+
 def test_patterns_find_files_in_order(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "c.md", "sub/d.txt", "odd[1].txt"):
@@ -141,7 +167,7 @@ def test_a_manifest_lists_files_and_names_corpora(tmp_path):
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(name)
     manifest = tmp_path / "list"
-    manifest.write_text(f"# files\nb.txt\tbooks\n\n{tmp_path}/a.txt\nc.txt\tweb_2\n")
+    manifest.write_text(f"\ufeff# files\nb.txt\tbooks\n\n{tmp_path}/a.txt\nc.txt\tweb_2\n")
     found = find_sources([f"@{manifest}"], None)
     assert [(source.path[-5:], source.corpus) for source in found] == [
         ("b.txt", "books"),

@@ -98,7 +98,12 @@ def test_pieces_are_short_and_lose_only_newlines_and_blank_stretches(text):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        ([], 500, "no text to train a tokenizer on\n  do: give files that hold text (.txt, .md, .jsonl), or `default`"),
+        (
+            [],
+            500,
+            "no text to train a tokenizer on\n"
+            "  do: give files that hold text (in JSON lines or a table under --text-key), or `default`",
+        ),
         (
             ["hello world, how are you"],
             1000,

@@ -1,5 +1,6 @@
 """One pure function from the environment to this process's place, for each launcher."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,12 @@ def test_neighbouring_jobs_do_not_share_a_port_and_none_is_one_of_outgoing_conne
     assert len(ports) == 100
     assert min(ports) > 1023
     assert max(ports) < 32768  # where Linux's ip_local_port_range begins
+
+
+def test_a_free_port_is_given_once_and_is_none_of_outgoing_connections_or_slurms_jobs():
+    first = place.free_port()
+    with socket.create_server(("", first + 2)), socket.create_server(("", first + 5)):
+        ports = [place.free_port() for _ in range(50)]
+    assert not {first, first + 2, first + 4} & {*ports}  # 2 is in use, and the one after 4
+    assert len({*ports}) == 50
+    assert 1023 < min(ports) < max(ports) < min(place.job_port(str(number)) for number in range(20_000))

@@ -72,8 +72,8 @@ def test_an_answer_that_does_not_come_names_what_was_being_done():
         stream.write('a shell that greets\nmegagpt-doctor {"doing": "data"}\n')
         stream.flush()
         with pytest.raises(Lost) as caught:
-            link.ask("facts", 0.5)
-    assert caught.value.finding.what == "no answer in 0 s, at: data"
+            link.ask("facts", 2)
+    assert caught.value.finding.what == "no answer in 2 s, at: data"
     with pytest.raises(Lost) as caught:
         until_lost(link)
     assert caught.value.finding.what == "the rank has ended"

@@ -11,7 +11,7 @@ from megagpt.cli import main
 from megagpt.ds_config.known import written_keys
 from megagpt.engine.keys import known_keys
 from megagpt.errors import UserError
-from megagpt.plan import Options, plan
+from megagpt.plan import Options, plan, search
 
 ROOT = Path(__file__).parents[3]
 # those that every config can train: 25 heads are not cut by two
@@ -87,6 +87,25 @@ def test_offload_moves_the_optimizer_to_the_host_and_says_how_much_of_it(capsys)
     arguments = ["--nodes", "1", "--gpus-per-node", "8", "--host-memory", "64GiB"]
     assert main(["plan", "--recipe", str(SEVEN), "--deepspeed_config", str(config("zero2-offload")), *arguments]) == 1
     assert "64 are there: does not fit" in capsys.readouterr().out
+
+
+def test_of_a_folder_the_configs_that_fit_are_listed_with_what_they_need_the_best_first():
+    options = {"nodes": 1, "ranks_per_node": 6, "device": "A100-80"}
+    found = search(Options(SEVEN, ROOT / "ds_configs", ("batch.global_size=384",), **options))
+    names = [one.config for one in found.choices]
+    assert {*names, *found.others} == {path.stem for path in CONFIGS}
+    assert names.index("zero3") < names.index("zero3-offload")  # waits for no bus
+    assert "cannot be cut" in found.others["zeropp"]  # groups of 8 among 6 ranks
+    for one in found.choices:
+        made = plan(Options(SEVEN, config(one.config), ("batch.global_size=384", *one.words.split()), **options))
+        assert made.fit.device == "fits"
+    assert [one.order for one in found.choices] == sorted(one.order for one in found.choices)
+
+
+def test_a_search_needs_configs_and_a_device(tmp_path):
+    for folder, options, what in ((tmp_path, ONE_NODE, "no DeepSpeed config"), (ROOT / "ds_configs", {}, "a device")):
+        with pytest.raises(UserError, match=what):
+            search(Options(SEVEN, folder, **options))
 
 
 def test_json_holds_every_figure(capsys):

@@ -108,14 +108,14 @@ def command(tmp_path):
 
 def finish(process, code=0):
     """What the command printed on standard output and error, once it has ended with this exit code."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == code, errors
     return output, errors
 
 
 def wait_for(folder, pattern, process):
     """The files of this pattern, once there are some."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end and process.poll() is None:
         if found := sorted(folder.glob(pattern)):
             return found

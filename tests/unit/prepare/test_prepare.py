@@ -99,9 +99,9 @@ def test_the_default_corpus_is_prepared_by_its_name_or_by_none(tmp_path):
     assert summary.oddities == ()
 
 
-def refused(inputs, model, output, fraction=0.04):
+def refused(inputs, model, output, fraction=0.04, **options):
     with pytest.raises(UserError) as error:
-        prepare_command(inputs, model, output, Options(fraction))
+        prepare_command(inputs, model, output, Options(fraction, **options))
     return str(error.value)
 
 
@@ -123,6 +123,18 @@ def test_what_cannot_be_prepared_is_said(source, model, tmp_path):
         "megagpt: the validation fraction is 1.0\n  --validation-fraction\n"
         "  do: give a share from 0 up to, not including, 1"
     )
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(jsonl(["one", "two"]))
+    assert refused([str(lines)], model, output, 0, text_key="body") == (
+        f"megagpt: none of the 0 documents gave a token to train on\n  {output}.train\n"
+        f"  odd: 2 documents without text under the key, passed over (first: {lines}:1)\n"
+        "  do: say with --text-key where in a line, or in which column, the text stands"
+    )
+    for key in ("", "a..b"):
+        assert refused([str(lines)], model, output, text_key=key) == (
+            f"megagpt: the text key `{key}` holds an empty name\n  --text-key\n"
+            "  do: write a key, or several with a dot between them: body.text"
+        )
     assert refused([one, "default"], model, output) == (
         "megagpt: `default` stands for the default corpus and cannot be mixed with files\n  INPUT\n"
         "  do: leave out one of them, or write ./default if it is a file"

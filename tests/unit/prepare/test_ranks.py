@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -76,7 +78,7 @@ def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, 
     wait_for(folder, "3.json", process)
     partial = wait_for(folder, "*.bin.*.partial", process)[0]
     os.kill(int(partial.name.split(".")[2]), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode != 0
     assert not list(tmp_path.glob("c.*.idx"))
     kept = len(list(folder.glob("*.json")))
@@ -115,7 +117,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
     process = start(0.1)
     wait_for(shards[1], "3.json", process)
     os.kill(int(wait_for(shards[1], "*.bin.*.partial", process)[0].name.split(".")[2]), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode != 0
     done = [{path.name for path in folder.glob("*.json")} for folder in shards]
     assert done[0]
@@ -198,18 +200,45 @@ def test_a_task_that_does_not_come_is_missed(monkeypatch):
     )
 
     def come(**other):
-        with pytest.raises(MachineError), sockets.connected(replace(place, **other)) as task:
+        with pytest.raises(MachineError) as error, sockets.connected(replace(place, **other)) as task:
             task.bcast(None)  # the first one leaves instead
+        return str(error.value)
 
     with ThreadPoolExecutor() as pool:
         coming = [pool.submit(come, rank=2), pool.submit(come, rank=1, job="8.0")]
         with pytest.raises(MachineError) as error, sockets.connected(place):
             pass
-        for one in coming:
-            one.result()
+        said = [one.result().splitlines()[0] for one in coming]
+    assert said == [
+        "megagpt: task 0 has ended before its work was done",
+        f"megagpt: two jobs share the port {place.port} of localhost: 7.0 listens there, this is 8.0",
+    ]
     assert str(error.value) == (
         "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
     )
+
+
+@pytest.mark.parametrize("says", [b"", b"\xff" * 100], ids=["nothing", "noise"])
+def test_somebody_else_at_the_port_is_told(monkeypatch, says):
+    monkeypatch.setattr(sockets, "_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        place = from_mpi_or_slurm(
+            STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
+        )
+
+        def speak():
+            with server.accept()[0] as caller, suppress(ConnectionResetError):
+                caller.sendall(says)
+                caller.recv(1)  # until the other end is closed
+
+        with ThreadPoolExecutor() as pool:
+            spoken = pool.submit(speak)
+            with pytest.raises(MachineError, match="a program that is not megagpt listens there, this is 7"):
+                sockets._called(place)
+            spoken.result()
+        with pytest.raises(MachineError, match=f"port {port} is in use on this host"):
+            sockets._wait_for_all(place, {})
 
 
 def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):

@@ -56,9 +56,9 @@ def test_a_killed_command_goes_on_where_it_stopped(command, large, model, expect
     draw = random.Random(workers)
     folder, kept = tmp_path / "c.prepare/shards", []
     for done in (3, 12):
-        process = start(command, large, model, tmp_path / "c", workers, pause=0.02)
+        process = start(command, large, model, tmp_path / "c", workers, pause=0.1)
         wait_for(folder, f"{done}.json", process)
-        time.sleep(draw.random() / 50)
+        time.sleep(draw.random() / 10)
         process.kill()
         process.communicate()
         assert not list(tmp_path.glob("c.*.idx"))

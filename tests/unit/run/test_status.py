@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_a_heartbeat_tells_life_from_death_on_another_host(tmp_path):
     started(tmp_path, host="elsewhere")
     assert status.read(tmp_path).why.startswith("starting on elsewhere, seen ")
     beat(tmp_path, 20)
-    assert str(status.read(tmp_path)) == "running: save of update 7 on elsewhere, seen 20 s ago"
+    assert re.fullmatch("running: save of update 7 on elsewhere, seen 2[0-9] s ago", str(status.read(tmp_path)))
     beat(tmp_path, 70)
     assert status.read(tmp_path).code == 1
     assert "elsewhere) ended without a word" in status.read(tmp_path).why

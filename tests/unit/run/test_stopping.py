@@ -87,12 +87,15 @@ def test_a_second_signal_later_ends_the_process():
         "s._SAME = 0.1\n"
         "one = s.Stopping(None, lambda *flags: [*flags])\n"
         "print('ready', flush=True)\n"
-        "for _ in range(600): time.sleep(0.1)\n"
+        "while one.verdict().stop is None: time.sleep(0.01)\n"
+        "print('asked', flush=True)\n"
+        "time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
         os.kill(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "asked\n"
         time.sleep(0.5)
         assert process.poll() is None
         os.kill(process.pid, signal.SIGTERM)

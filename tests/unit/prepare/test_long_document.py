@@ -1,0 +1,64 @@
+"""One document over 2³¹ tokens in one line of JSON (with --full; else the limit is lowered): several sequences."""
+
+import json
+
+import numpy as np
+import pytest
+import zstandard
+
+from megagpt import corpora
+from megagpt.data import indexed_writer
+from megagpt.data.indexed import Reader
+from megagpt.data.loader import Loader
+from megagpt.data.oddities import KINDS
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.prepare import Options, encoding, prepare_command
+
+WORD = " 1234567890123456789012345678901"  # a token a character: digits are split
+MORE = 100
+
+
+@pytest.fixture
+def limit(request, monkeypatch):
+    if request.config.getoption("--full"):
+        return 2**31 - 1
+    monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 5_000_000)
+    monkeypatch.setattr(encoding, "MAX_SEQUENCE", 5_000_000)
+    return 5_000_000
+
+
+def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, limit):
+    block = WORD * 32_768
+    words, rest = divmod(limit + MORE - 1, len(WORD))
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as file:
+        file.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(words // 32_768):
+            file.write(block.encode())
+        file.write((WORD * (words % 32_768) + WORD[:rest]).encode())
+        file.write(b'"}\n{"text": "after"}\n')
+    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers=1))
+    path.unlink()
+    assert [str(one) for one in summary.oddities] == [f"odd: 1 {KINDS['long']} (first: {path}:2)"]
+
+    reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+    before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
+    assert len(word) == len(WORD)
+    assert reader.lengths.tolist() == [len(before) + 1, limit, MORE, len(after) + 1]
+    assert reader.documents.tolist() == [0, 1, 3, 4]
+    document = reader.document(1)
+    assert len(document) == limit + MORE
+    assert document[-1] == tokenizer.eod
+    for at in range(0, len(document) - 1, 1 << 24):
+        ids = document[at : min(at + (1 << 24), len(document) - 1)]
+        start = at % len(word)
+        assert np.array_equal(ids, np.resize(word[start:] + word[:start], len(ids)))
+    assert tokenizer.decode(reader.document(2)[:-1]) == "after"
+    assert corpora.verify(summary.train.prefix).wrong == ()
+
+    loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
+    start = len(before) + 1 + limit - 32  # around the end of the first sequence
+    stretch = np.frombuffer(reader.stretch(start, 64), reader.dtype)
+    assert np.array_equal(stretch, document[limit - 32 : limit + 32])
+    assert loader.order.samples_per_epoch == len(reader.tokens) // 64 - 1
+    assert json.loads((tmp_path / "c.train.json").read_text())["made"]["odd"] == {"long": 1}

@@ -1,0 +1,37 @@
+"""`megagpt keys`: what it lists is what a recipe may hold, each with a help text."""
+
+import pytest
+import yaml
+
+from megagpt import recipe as recipes
+from megagpt.errors import UserError
+from megagpt.keys import keys
+
+
+def dotted(values, dot=""):
+    for name, value in values.items():
+        yield from dotted(value, f"{dot}{name}.") if isinstance(value, dict) else [dot + name]
+
+
+def test_all_keys_of_a_written_recipe_are_listed_and_explained(recipe):
+    listed = {key.name: key for key in keys().keys}
+    written = yaml.safe_load(recipes.to_yaml(recipes.load(recipe, ())))
+    assert set(dotted(written)) == {name for name in listed if "[]" not in name}
+    assert {"data.train[].path", "data.train[].weight", "data.train[].max_epochs"} < set(listed)
+    assert all(key.help for key in listed.values())
+
+
+def test_types_and_defaults_are_told_as_they_are_written_in_yaml():
+    listed = {key.name: (key.type, key.default) for key in keys().keys}
+    assert listed["precision"] == ("fp32 | bf16 | fp16 | null", "null")
+    assert listed["optimizer.betas"] == ("[number, number]", "[0.9, 0.95]")
+    assert listed["model.qk_norm"] == ("true | false", "false")
+    assert listed["optimizer.lr"] == ("number", "")
+
+
+def test_a_section_or_a_part_of_a_name_chooses():
+    assert [key.name for key in keys(("log",)).keys] == ["log.every", "log.hang_after"]
+    assert [key.name for key in keys(("weight", "lr")).keys] == ["data.train[].weight", "optimizer.lr"]
+    with pytest.raises(UserError) as caught:
+        keys(("optimizer.muonlr",))
+    assert str(caught.value) == "megagpt: no key of a recipe has the name optimizer.muonlr\n  do: try optimizer.muon_lr"
