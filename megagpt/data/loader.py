@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handf
 _LOOKED_AT = 64  # of those, to see whether they are in memory
 _DOCUMENTS = 64  # whose last token is looked at
 _LENGTHS = 1024  # of sequences that are compared
-_Stretch = tuple[int, int, int]  # file, bytes, offset: as os.pread takes them
+_Stretches = tuple[list[int], list[int], list[int]]  # files, bytes, offsets: as os.pread takes them
 
 
 class Batch(NamedTuple):
@@ -82,6 +82,7 @@ class Loader:
             "sources": [_facts(*source) for source in zip(self._readers, weights, probes, strict=True)],
         }
         self._in_turn = itertools.cycle(self._readers)
+        self._opened = np.array([(reader.file, reader.dtype.itemsize) for reader in self._readers]).T
         self._by_file = {reader.file: reader for reader in self._readers}
         self._fillers = {r.file: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
         self._kinds = list({reader.dtype for reader in self._readers})
@@ -90,7 +91,6 @@ class Loader:
         self._shape = (accumulation, micro_batch)
         self._samples = micro_batch * accumulation
         self._global_batch = data_parallel * self._samples
-        self._updates = max(1, _AT_ONCE // self._samples)
         self._begin_at(0)
 
     def batches(self, position: int) -> list[Batch]:
@@ -104,13 +104,12 @@ class Loader:
         number = self._skips.number(position)
         stretches = self._of_update(number)
         samples = self._read(stretches)
-        coming = self._of_update(number + self._global_batch)
         if not self._cached:
-            for file, size, offset in coming:
+            for file, size, offset in zip(*self._of_update(number + self._global_batch), strict=True):
                 os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
         if not self._fillers:
             return [self._batch(micro, micro[:, 1:]) for micro in samples]
-        fillers = np.array([self._fillers.get(file, IGNORED) for file, *_ in stretches]).reshape(*self._shape, 1)
+        fillers = np.array([self._fillers.get(file, IGNORED) for file in stretches[0]]).reshape(*self._shape, 1)
         return [self._batch(micro, _labels(micro, f)) for micro, f in zip(samples, fillers, strict=True)]
 
     def document_end(self, given: int | None) -> int:
@@ -138,46 +137,42 @@ class Loader:
         last = self._skips.number(position) + self._global_batch - 1
         return int(self._skips.positions(np.array([last]))[0]) + 1 - position
 
-    def _of_update(self, number: int) -> list[_Stretch]:
+    def _of_update(self, number: int) -> _Stretches:
         """This rank's samples of the update that begins at the kept position of this number."""
-        update, rest = divmod(number - self._first, self._global_batch)
-        if rest or not 0 <= update < self._updates:
+        if number not in self._updates:
             self._begin_at(number)
-            update = 0
-        return self._stretches[update * self._samples : (update + 1) * self._samples]
+        return self._updates[number]
 
     def _begin_at(self, number: int) -> None:
-        """Have the samples ready of some 4,096 positions from a kept one on."""
-        self._first, self._stretches = number, self._locate(number)
-        self._cached = _are_cached(self._stretches[:: -(-len(self._stretches) // _LOOKED_AT)])
+        """Have the updates ready of some 4,096 samples from a kept position on."""
+        count = max(1, _AT_ONCE // self._samples)
+        positions = self._skips.positions(rank_positions(number, *self._share, self._shape[0] * count))
+        located = self.order.locate(positions.reshape(-1))
+        files, widths = self._opened[:, located.source]
+        parts = (files, widths * (self.order.seq_len + 1), located.start * widths)
+        looked_at = slice(None, None, -(-len(files) // _LOOKED_AT))
+        self._cached = _are_cached(zip(*(part[looked_at].tolist() for part in parts), strict=True))
+        numbers = range(number, number + count * self._global_batch, self._global_batch)
+        updates = zip(*(part.reshape(count, -1).tolist() for part in parts), strict=True)
+        self._updates: dict[int, _Stretches] = dict(zip(numbers, updates, strict=True))
 
-    def _locate(self, number: int) -> list[_Stretch]:
-        """This rank's samples of some 4,096 positions from a kept one on."""
-        numbers = rank_positions(number, *self._share, self._shape[0] * self._updates)
-        located = self.order.locate(self._skips.positions(numbers).reshape(-1))
-        files, widths = np.array([(reader.file, reader.dtype.itemsize) for reader in self._readers]).T[
-            :, located.source
-        ]
-        sizes = widths * (self.order.seq_len + 1)
-        return list(zip(files.tolist(), sizes.tolist(), (located.start * widths).tolist(), strict=True))
-
-    def _read(self, stretches: Sequence[_Stretch]) -> npt.NDArray[np.int64]:
+    def _read(self, stretches: _Stretches) -> npt.NDArray[np.int64]:
         """Samples `[accumulation, micro, seq + 1]`."""
         readers, length = self._by_file, self.order.seq_len + 1
         try:
-            rows = [os.pread(*stretch) for stretch in stretches]
+            content = b"".join(map(os.pread, *stretches))
         except OSError:
-            rows = []
-        content = b"".join(rows)
-        if len(content) != sum([size for _, size, _ in stretches]):  # once more, by what says what is wrong
-            rows = [readers[file].stretch(offset * length // size, length) for file, size, offset in stretches]
-            content = b"".join(rows)
+            content = b""
+        files, sizes, offsets = stretches
+        if len(content) != sum(sizes):  # once more, by what says what is wrong
+            starts = (offset * length // size for size, offset in zip(sizes, offsets, strict=True))
+            content = b"".join(readers[file].stretch(start, length) for file, start in zip(files, starts, strict=True))
         if len(self._kinds) == 1:  # cast together: twice as fast
             ids = np.frombuffer(content, self._kinds[0])
         else:
-            ids = np.concatenate(
-                [np.frombuffer(r, readers[file].dtype) for r, (file, *_) in zip(rows, stretches, strict=True)]
-            )
+            begins = itertools.accumulate(sizes[:-1], initial=0)
+            each = zip(files, begins, strict=True)
+            ids = np.concatenate([np.frombuffer(content, readers[file].dtype, length, at) for file, at in each])
         return ids.astype(np.int64).reshape(*self._shape, length)
 
     def _batch(self, samples: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Batch:
@@ -186,8 +181,8 @@ class Loader:
         return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
 
 
-def _are_cached(stretches: Sequence[_Stretch]) -> bool:
-    """Whether all of these are in memory, as far as the file system can tell: no disk needs to be asked."""
+def _are_cached(stretches: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether these (file, bytes, offset) are all in memory, as far as the file system can tell: no disk is asked."""
     try:
         return all(os.preadv(file, [bytearray(size)], at, os.RWF_NOWAIT) == size for file, size, at in stretches)
     except OSError:  # it would have to wait, or cannot tell

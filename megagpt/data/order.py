@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.permutation import Numbers, as_numbers, keys, permute, sides
+from megagpt.data.permutation import Numbers, as_numbers, divided, keys, permute, sides
 from megagpt.errors import UserError
 
 _SHORTEST, _LONGEST = 1 << 10, 1 << 30  # slots of a blend's pattern
@@ -79,20 +79,21 @@ class Order:
     def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> Located:
         """Find the samples at these data positions `[count]`; each sample comes once in an epoch of its source."""
         source, rank = self._draw(as_numbers(positions))
-        n = self._samples[source]
-        epoch, index = np.divmod(rank, n)
-        place = source.astype(np.uint64)
-        a, b = self._sides[:, source]
+        which = source if len(self.tokens) > 1 else source[:1]  # one for all is worked with faster
+        n = self._samples[which]
+        epoch, index = divided(rank, n)
+        place = which.astype(np.uint64)
+        a, b = self._sides[:, which]
         sample = permute(index, n, a, b, keys(self.seed, _SAMPLE, place, epoch))
-        offset = keys(self.seed, _OFFSET, place, epoch) % self._spans[source]
-        start = offset + sample * self._steps[source]
+        _, offset = divided(keys(self.seed, _OFFSET, place, epoch), self._spans[which])
+        start = offset + sample * self._steps[which]
         return Located(source, epoch.astype(np.int64), start.astype(np.int64))
 
     def _draw(self, positions: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:
         """The source of each position, and how many of its samples are counted before."""
         if self.block == 1:
             return np.zeros(len(positions), np.int64), positions
-        block, index = np.divmod(positions, np.uint64(self.block))
+        block, index = divided(positions, as_numbers([self.block]))
         a, b = self._block_sides
         slot = permute(index, as_numbers([self.block]), a, b, keys(self.seed, _SLOT, block))
         # Slots of a source are neighbours before the permutation, so a slot knows its rank among them.

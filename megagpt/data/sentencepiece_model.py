@@ -33,7 +33,7 @@ class SentencepieceModel:
             )
         unknown: int = self._processor.unk_id()
         self.unknown = None if self._processor.is_byte(self._processor.piece_to_id("<0x00>")) else unknown
-        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
         self.by_words = self._is_by_words(pieces)
 
@@ -53,17 +53,29 @@ class SentencepieceModel:
         a line's end, and BPE (whose scores count down from 0) merges only what makes a piece.
         """
         model = self._processor
-        every = range(self.vocab_size)
-        others = {*filter(model.is_control, every), *filter(model.is_unknown, every), *filter(model.is_byte, every)}
-        merges = [i for i in every if i not in others and pieces[i] != "\n"]
+        every = list(range(self.vocab_size))
+        kinds = zip(model.is_control(every), model.is_unknown(every), model.is_byte(every), strict=True)
+        merges = [
+            i for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)) if piece != "\n" and not any(kind)
+        ]
         return (
-            pieces[:3] == ["<unk>", EOD_PIECE, "\n"]
+            (pieces[:3], self.eod) == (["<unk>", EOD_PIECE, "\n"], 1)
             and not any(map(_PAST_A_WORD.search, [pieces[i] for i in merges]))
-            and not any(map(model.is_unused, merges))
-            and list(map(model.get_score, merges)) == [-float(n) for n in range(len(merges))]
+            and not any(model.is_unused(merges))
+            and model.get_score(merges) == [-float(n) for n in range(len(merges))]
             and model.encode("\n") == [NEWLINE_ID]  # no blank is put before a text
             and model.decode(model.encode(_UNCHANGED)) == _UNCHANGED
         )
+
+
+def ids_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The id of each piece of a BPE model; and which two pieces make one, in the order in which it would make them."""
+    read = sentencepiece.SentencePieceProcessor(model_proto=model)
+    every = list(range(read.vocab_size()))
+    ids = dict(zip(read.id_to_piece(every), every, strict=True))
+    made = (piece for piece, number in ids.items() if not (read.is_byte(number) or read.is_control(number)))
+    halves = ((piece[:at], piece[at:]) for piece in made for at in range(1, len(piece)))
+    return ids, [(left, right) for left, right in halves if left in ids and right in ids]
 
 
 def _load(model: bytes, path: str) -> Any:

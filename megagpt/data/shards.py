@@ -66,7 +66,6 @@ class ShardWriter:
     def write(self, ids: bytes) -> None:
         """Append ids of the document that has not ended yet."""
         self._new_ids.append(ids)
-        self._bin_bytes += len(ids)
 
     def end_document(self, tokens: int, text_bytes: int, validation: bool, digest: bytes) -> None:
         """End a document of so many tokens and bytes of text; `digest` is the hash of the text."""
@@ -77,6 +76,7 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write what has been given."""
+        self._bin_bytes += sum(map(len, self._new_ids))
         for file, new in ((self._bin, self._new_ids), (self._rows, self._new_rows)):
             file.write(b"".join(new))
             new.clear()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from megagpt.data.sentencepiece_model import EOD_PIECE
+from megagpt.data.sentencepiece_model import EOD_PIECE, ids_and_merges
 from megagpt.data.tokenizer import Tokenizer
 
 _UNKNOWN = "<unk>"
@@ -47,16 +45,7 @@ def _merges(model: bytes) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
-    read = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = {read.id_to_piece(number): number for number in range(read.vocab_size())}
-    merged = [piece for piece, number in ids.items() if not (read.is_byte(number) or read.is_control(number))]
-    halves = (
-        (ids[piece], at, (piece[:at], piece[at:]))
-        for piece in merged
-        for at in range(1, len(piece))
-        if piece[:at] in ids and piece[at:] in ids
-    )
-    merges = [pair for _, _, pair in sorted(halves)]
+    ids, merges = ids_and_merges(model)
     fast = Fast(models.BPE(ids, merges, unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True))
     fast.normalizer = normalizers.Replace(" ", "\u2581")
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), "isolated")

@@ -55,8 +55,8 @@ class PieceEncoder:
         tokenizer = job.tokenizer
         self._encoder = encoder_of(job.engine, tokenizer)
         self._check = EngineCheck(job.engine, tokenizer)
-        self._marks = {"\0": "nul", "\u2581": "lower_blocks"}
-        self._marks |= dict.fromkeys(tokenizer.control_symbols, "control_symbols")
+        marks = {"\0": "nul", "\u2581": "lower_blocks"} | dict.fromkeys(tokenizer.control_symbols, "control_symbols")
+        self._marks = {mark.encode(): kind for mark, kind in marks.items()}
 
     def encode(self, piece: Piece, report: Report) -> Record:
         """Write the piece's shard. Raises PieceError."""
@@ -82,27 +82,23 @@ class PieceEncoder:
             raise PieceError(piece.number, error) from error
 
     def _add(self, batch: list[Fragment], source: int, documents: _Documents, odd: Oddities) -> None:
-        places = [Place(source, fragment.line) for fragment in batch]
-        raws: list[bytes] = []
-        texts: list[str] = []
-        for fragment, place in zip(batch, places, strict=True):
-            text = fragment.text
-            try:
-                raws.append(text.encode())
-            except UnicodeEncodeError:
-                text, count = replace_surrogates(text)
-                odd.note("lone_surrogates", place, count)
-                raws.append(text.encode())
-            texts.append(text)
-        together = "".join(texts)
-        for mark in self._marks:
+        texts = [fragment.text for fragment in batch]
+        try:
+            raws = list(map(str.encode, texts))
+        except UnicodeEncodeError:
+            for number, fragment in enumerate(batch):
+                texts[number], count = replace_surrogates(fragment.text)
+                odd.note("lone_surrogates", Place(source, fragment.line), count)
+            raws = list(map(str.encode, texts))
+        together = b"".join(raws)
+        for mark, kind in self._marks.items():
             if mark in together:  # so seldom that the common case must not look at each text
-                for text, place in zip(texts, places, strict=True):
-                    odd.note(self._marks[mark], place, text.count(mark))
+                for fragment, raw in zip(batch, raws, strict=True):
+                    odd.note(kind, Place(source, fragment.line), raw.count(mark))
         encoded = self._encoder.encode(texts)
-        self._check.look(texts, places, encoded)
-        for fragment, place, raw, ids in zip(batch, places, raws, encoded, strict=True):
-            documents.add(fragment, place, raw, ids)
+        self._check.look(texts, (Place(source, fragment.line) for fragment in batch), encoded)
+        for fragment, raw, ids in zip(batch, raws, encoded, strict=True):
+            documents.add(fragment, source, raw, ids)
 
 
 @contextmanager
@@ -121,42 +117,39 @@ class _Documents:
     """Puts encoded fragments together into the documents of a shard."""
 
     def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: Oddities) -> None:
-        self._shard, self._encoder, self._fraction, self._odd = shard, encoder, fraction, odd
-        self._blank = True
-        self._begin()
+        self._shard, self._fraction, self._odd = shard, fraction, odd
+        self._end, self._width = encoder.end, encoder.width
+        self._begun: tuple[hashlib._Hash, int, int, bool] | None = None  # a document's hash, sizes, if blank so far
 
-    def add(self, fragment: Fragment, place: Place, raw: bytes, ids: bytes) -> None:
+    def add(self, fragment: Fragment, source: int, raw: bytes, ids: bytes) -> None:
         """Append a fragment with its text in UTF-8 and its ids."""
+        md5, text_bytes, id_bytes, blank = self._begun or (hashlib.md5(usedforsecurity=False), 0, 0, True)
+        md5.update(raw)
+        text_bytes += len(raw)
+        id_bytes += len(ids)
+        blank = blank and (not raw or fragment.text.isspace())
         self._shard.write(ids)
-        self._hash.update(raw)
-        self._text_bytes += len(raw)
-        self._id_bytes += len(ids)
-        self._blank = self._blank and (not raw or fragment.text.isspace())
-        if fragment.last:
-            self._end(fragment.key, place)
+        if not fragment.last:
+            self._begun = md5, text_bytes, id_bytes, blank
+            return
+        self._begun = None
+        if id_bytes:
+            self._shard.write(self._end)
+            id_bytes += self._width
+        tokens = id_bytes // self._width
+        if blank:
+            self._odd.note("blank" if text_bytes else "empty", Place(source, fragment.line))
+        if tokens > MAX_SEQUENCE:
+            self._odd.note("long", Place(source, fragment.line))
+        digest = md5.digest()
+        held_out = in_validation(digest_of(fragment.key) if fragment.key else digest, self._fraction)
+        self._shard.end_document(tokens, text_bytes, held_out, digest)
 
     def done(self) -> tuple[int, int, int]:
         """Documents, tokens and bytes of text so far; of a document that has not ended, too."""
-        tokens = self._shard.tokens + self._id_bytes // self._encoder.width
-        return self._shard.documents, tokens, self._shard.text_bytes + self._text_bytes
-
-    def _begin(self) -> None:
-        self._hash = hashlib.md5(usedforsecurity=False)
-        self._text_bytes = self._id_bytes = 0
-        self._blank = True
-
-    def _end(self, key: str, place: Place) -> None:
-        if self._id_bytes:
-            self._shard.write(self._encoder.end)
-            self._id_bytes += self._encoder.width
-        if self._blank:
-            self._odd.note("blank" if self._text_bytes else "empty", place)
-        tokens = self._id_bytes // self._encoder.width
-        self._odd.note("long", place, tokens > MAX_SEQUENCE)
-        digest = self._hash.digest()
-        held_out = in_validation(digest_of(key) if key else digest, self._fraction)
-        self._shard.end_document(tokens, self._text_bytes, held_out, digest)
-        self._begin()
+        _, text_bytes, id_bytes, _ = self._begun or (None, 0, 0, True)
+        tokens = self._shard.tokens + id_bytes // self._width
+        return self._shard.documents, tokens, self._shard.text_bytes + text_bytes
 
 
 def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -15,7 +15,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
 ENGINES = ("sentencepiece", "gigatoken")
-_CHECKED = 1 << 14  # characters at the head of each shard, and at least its first text
+_CHECKED = 1 << 12  # characters at the head of each shard, and at least its first text
 _SHOWN = 8  # tokens shown around a difference
 
 
@@ -62,7 +62,7 @@ class EngineCheck:
         """A shard begins."""
         self._left = 0 if self._engine == "sentencepiece" else _CHECKED
 
-    def look(self, texts: Sequence[str], places: Sequence[Place], encoded: Sequence[bytes]) -> None:
+    def look(self, texts: Iterable[str], places: Iterable[Place], encoded: Iterable[bytes]) -> None:
         """Compare what stands at the head of the shard. Raises EngineDiffers."""
         for text, place, ids in zip(texts, places, encoded, strict=True):
             if self._left <= 0:

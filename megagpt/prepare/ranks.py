@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from megagpt.distributed import from_mpi_or_slurm
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare.sockets import connected
 
 _T = TypeVar("_T")
 _BLOCK = 1 << 24  # bytes sent at a time
@@ -118,6 +117,8 @@ def joined_ranks() -> Iterator[Ranks]:
     if place.world_size == 1:
         yield Ranks()
     elif place.launcher == "slurm":
+        from megagpt.prepare.sockets import connected
+
         with _told_once(place.rank), connected(place) as tasks:
             yield _Joined(tasks)
     else:

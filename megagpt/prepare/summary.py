@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from megagpt.data.oddities import KINDS
 
 
@@ -149,6 +147,8 @@ class Corpora:
     def __str__(self) -> str:
         lines = list(map(str, self.corpora))
         if self.data:
+            import yaml  # here: one command in many needs it
+
             text = yaml.safe_dump({"data": self.data}, default_flow_style=None, sort_keys=False, width=10_000)
             lines += ["for a recipe:", text.rstrip()]
         return "\n".join(lines)

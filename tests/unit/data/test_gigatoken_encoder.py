@@ -76,9 +76,9 @@ def test_the_missing_package_is_named(tokenizer, monkeypatch):
 def test_a_model_that_it_cannot_read_is_told(tokenizer, monkeypatch):
     import gigatoken
 
-    def refuse(model):
+    def refuse(content):
         raise ValueError("only byte_fallback sentencepiece models are supported")
 
-    monkeypatch.setattr(gigatoken.Tokenizer, "from_sentencepiece", refuse)
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", refuse)
     with pytest.raises(UserError, match="cannot read the tokenizer: only byte_fallback"):
         GigatokenEncoder(tokenizer)

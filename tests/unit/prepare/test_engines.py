@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megagpt.data import gigatoken_encoder, pieces
@@ -52,19 +53,21 @@ def test_the_bytes_are_those_of_sentencepiece(mixed, model, tmp_path, command):
 class Broken:
     """gigatoken, but that it drops the last id of a document which holds a word."""
 
-    def __init__(self, path, word):
-        self._engine, self._word = gigatoken_encoder_opened(path), word
+    def __init__(self, tokenizer, word):
+        self._engine, self._word, self._end = gigatoken_encoder_opened(tokenizer), word, tokenizer.eod
 
-    def encode(self, text):
-        ids = self._engine.encode(text)
-        return ids[:-1] if self._word in text else ids
+    def encode(self, texts):
+        ids = self._engine.encode(texts)
+        before, word, _ = texts.partition(self._word)
+        last = np.flatnonzero(ids == self._end)[before.count(b"<eod>")] - 1 if word else []
+        return np.delete(ids, last)
 
 
 gigatoken_encoder_opened = gigatoken_encoder._opened
 
 
 def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda path: Broken(path, "Zebra"))
+    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda tokenizer: Broken(tokenizer, b"Zebra"))
     monkeypatch.setattr(pieces, "_SMALLEST", 60)  # five lines a shard, or fewer
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
