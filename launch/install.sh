@@ -37,5 +37,13 @@ fi
 echo "Installing into .venv (extras: $extras) …"
 $pip install --quiet ${index[@]+"${index[@]}"} $torch numpy
 $pip install --quiet --editable ".[$extras]"
+if [ -n "$gpu" ] && ! why=$(.venv/bin/python -c 'import torch; (torch.ones(1, device="cuda") + 1).item()' 2>&1); then
+  # torch's wheels are built for one CUDA each: it asks for a driver as new, and leaves old devices out
+  echo "A GPU is here ($gpu), but torch does not compute on it: ${why##*$'\n'}"
+  .venv/bin/python -c 'import torch; print(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}")'
+  nvidia-smi --query-gpu=driver_version,compute_cap --format=csv | sort -u
+  fail "this build of torch does not fit the driver or the device" \
+    "MEGAGPT_TORCH_INDEX=URL bash $0, with the index of an older CUDA (pytorch.org, 'Get started', lists them), or a newer driver"
+fi
 cksum setup.py >"$stamp"
 echo "Installed in ${SECONDS} s."

@@ -36,16 +36,22 @@ fi
 # One rank per GPU, as many as share the global batch evenly. Without a GPU two ranks, the cores shared between them: on
 # two quiet cores 15,700 tokens/s, where one rank with two threads made 13,700. At this size more than 4 threads only wait.
 batch=$(sed -n 's/^batch: *{global_size: *\([0-9]*\).*/\1/p' launch/recipes/quickstart.yaml)
-with=()
-ranks=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
+with=() which=() ranks=0
+if [ "${DS_ACCELERATOR-cuda}" = cuda ] && { nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/kfd ]; }; then
+  ranks=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
 if [ "$ranks" -eq 0 ]; then
   cores=$(getconf _NPROCESSORS_ONLN)
   ranks=$((cores < 2 ? 1 : 2)) threads=$((cores / ranks))
   with=(env OMP_NUM_THREADS=$((threads < 4 ? threads : 4)) DS_ACCELERATOR=cpu)
 fi
 while [ $((batch % ranks)) -ne 0 ]; do ranks=$((ranks - 1)); done
+which=(--num_accelerators "$ranks")
+if [ "${#with[@]}" -eq 0 ] && [[ ${CUDA_VISIBLE_DEVICES-} =~ ^[0-9] ]]; then # DeepSpeed ignores it beside a number
+  which=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+fi
 code=0
-step ${with[@]+"${with[@]}"} deepspeed --num_accelerators "$ranks" --master_port "$(python -m megagpt.distributed)" \
+step ${with[@]+"${with[@]}"} deepspeed "${which[@]}" --master_port "$(python -m megagpt.distributed)" \
   --no_local_rank --log_level critical launch/pretrain.py --recipe launch/recipes/quickstart.yaml \
   --deepspeed_config ds_configs/zero0.json ${changes[@]+"${changes[@]}"} || code=$?
 if [ ! -e "$run/DONE" ]; then

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
 from megagpt.data import blend
@@ -72,13 +70,14 @@ class Run:
     stopping: Stopping
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None where it is not known
+    peak_memory: Callable[[], int | None]  # of this rank's device so far, in bytes; None on a CPU
 
 
 def assemble(
     options: Options, rank: Rank, recipe: recipes.Recipe, console: Console, alarm: Callable[[str], None]
 ) -> tuple[Run, TrainState] | None:
     """Put the parts together and load the checkpoint; None where the run is done. `alarm` is told of a hang's end."""
-    from megagpt.engine import build, keys, start
+    from megagpt.engine import build, devices, keys, start
 
     resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
     recipe, path = resolved.recipe, Path(recipe.run_dir)
@@ -130,7 +129,7 @@ def assemble(
         Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
-        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None,
+        cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,
     )  # fmt: skip
     _open(run, device, taken, notes, state, branched)
     return run, state
@@ -154,6 +153,8 @@ def done(run: Path) -> int:
 
 def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
     """The training batches of this rank, and its share of the validation text."""
+    from megagpt.engine import operators
+
     recipe, layout = resolved.recipe, resolved.layout
     shape: dict[str, Any] = {
         "seq_len": recipe.model.seq_len,
@@ -167,7 +168,7 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...
     loader = Loader(
         sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
         by_epochs=recipe.data.weight_counts == "epochs",
-        pinned=torch.cuda.is_available(), **shape,
+        pinned=operators.device() == "cuda", **shape,
     )  # fmt: skip
     samples = recipe.evaluation.samples
     return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)

@@ -68,6 +68,17 @@ def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainSta
     return checkpoint.state
 
 
+def advice(error: Exception) -> str:
+    """What to try where a device, or what it transfers from, has no memory left; nothing for other errors."""
+    if "out of memory" not in str(error):
+        return ""
+    return (
+        "\n  do: set ds.train_micro_batch_size_per_gpu=1, then ds.activation_checkpointing.number_checkpoints=auto;"
+        "\n      then a higher ZeRO stage, more ranks or offload: `megagpt plan` shows what fits. Where much is"
+        "\n      reserved but unallocated, export PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
+
+
 def compare_replicas(run: Run, state: TrainState) -> None:
     """Check that ranks that should hold the same weights do. Raises RuntimeError naming weights and ranks."""
     if lines := run.engine.replicas_differ():

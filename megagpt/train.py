@@ -99,6 +99,7 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         position=state.position,
         tokens_per_second=speed,
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
+        device_bytes=run.peak_memory(),
         seconds=seconds,
         data_seconds=run.progress.waited,
     )
@@ -187,10 +188,11 @@ def agree(run: Run) -> Verdict:
 
 def sample(run: Run, prompt: str, tokenizer: str) -> str:
     """`prompt` and 40 tokens more by the weights of this moment, on one line; "" on ranks other than 0."""
-    weights = dict(run.engine.weights())  # collective: every rank takes part
-    if not run.rank.main:
-        return ""
-    return generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
+    main = run.rank.main
+    weights = {name: value for name, value in run.engine.weights() if main}  # collective: every rank takes part
+    text = generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt) if main else ""
+    run.agreement.barrier()  # in this phase, which may last: in the next one those who wait would be called hung
+    return text
 
 
 def leave(run: Run, state: TrainState, why: str) -> int:
@@ -269,7 +271,7 @@ def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
 
 def _say_failure(error: Exception, run: Run | None, rank: Rank, console: Console, note: Note) -> None:
     """Say where training failed, and who was gone by then: a rank that is killed says nothing, its peers fail."""
-    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}"
+    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}{setbacks.advice(error)}"
     note.end(EXIT_FAILURE, cause)
     console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
     sys.stdout.flush()
@@ -285,9 +287,9 @@ def _loop_and_close(run: Run, state: TrainState, note: Note) -> int:
         code = loop(run, state)
         note.end(code)
         run.agreement.barrier()  # srun and others end all ranks when the first one has ended with 75
-        return code
     finally:
         run.watch.close()
         run.stopping.close()
         run.metrics.close()
-        run.engine.close()
+    run.engine.close()  # not after a failure: NCCL would wait for ranks that wait for this one
+    return code

@@ -178,7 +178,8 @@ class Loader:
     def _batch(self, samples: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Batch:
         """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
         batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(labels))
-        return Batch(*(part.pin_memory() for part in batch)) if self._pinned else batch
+        # contiguous first: what is copied with gaps between its rows goes by way of memory that is not pinned
+        return Batch(*(part.contiguous().pin_memory() for part in batch)) if self._pinned else batch
 
 
 def _are_cached(stretches: Iterable[tuple[int, int, int]]) -> bool:

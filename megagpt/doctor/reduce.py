@@ -29,7 +29,8 @@ def main() -> None:
     speeds = {}
     for backend in words["backends"]:
         say({"doing": f"all-reduce over {backend}"})
-        device = "cpu" if backend == "gloo" else f"cuda:{words['local_rank']}"
+        # one device alone is this rank's own, as `srun --gpus-per-task=1` shows them
+        device = "cpu" if backend == "gloo" else f"cuda:{words['local_rank'] % torch.cuda.device_count()}"
         group = distributed.new_group(backend=backend, timeout=limit)
         tensor = torch.empty(_BYTES[backend] // 4, device=device)
         seconds = []

@@ -124,7 +124,7 @@ def operators(visit: Visit) -> Iterator[Finding]:
     for lock in dead:
         host = next(host for host in visit.hosts if host.name == lock["host"])
         what = f"{lock['operator']} is locked by a build that has died: {lock['path']}"
-        if lock["operator"] in needs.operators:
+        if lock["operator"] in (*needs.operators, *needs.gpu_operators):
             found.append(bad("operators", what, f"rm {lock['path']}", host))
         else:
             where = "this layout does without it" if needs.config else "what needs it would wait for ever"
@@ -149,12 +149,10 @@ def _tried(host: Host, visit: Visit) -> Iterator[Finding]:
         if not tried["error"]:
             continue
         what = f"{name} cannot be built: {tried['error']}"
-        if name in visit.needs.operators:
-            do = "install a C++ compiler, ninja and libaio's headers (Debian: g++ ninja-build libaio-dev)"
-            yield bad("operators", what, do, host)
-        else:
-            do = "install nvcc of torch's version of CUDA, and export CUDA_HOME"
-            yield odd("operators", f"{what}; torch's own takes its place", do, host)
+        do = "install a C++ compiler, ninja and libaio's headers (Debian: g++ ninja-build libaio-dev)"
+        if name in visit.needs.gpu_operators:
+            do = "install nvcc of the CUDA that torch is built for, and a C++ compiler, and export CUDA_HOME"
+        yield bad("operators", what, do, host)
     at, python = host.probe.get("at", ""), host.facts["python"]["executable"]
     if at.startswith(BUILDING) and (why := stopped(host.probe)):
         name = at.removeprefix(BUILDING)

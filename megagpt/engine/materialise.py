@@ -10,6 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from megagpt.engine import devices, operators
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
 from megagpt.model.layers import Block
@@ -20,15 +21,26 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """Raises UserError where this device cannot do what recipe and config ask for."""
-    if recipe.precision == "fp16" and not get_accelerator().is_fp16_supported():
+    precision = recipe.precision or "fp32"
+    if not devices.computes(precision):
         raise UserError(
-            f"this device ({get_accelerator().device_name()}) does not train in fp16",
+            f"this device ({devices.name()}) has no units for {precision}",
             f"{recipe.place('precision')}  precision".strip(),
-            "set precision to bf16 or fp32",
+            f"set precision to {'fp16' if precision == 'bf16' else 'bf16'} or fp32",
         )
     quantized = [key for key, on in config.get("zero_optimization", {}).items() if on and "zero_quantized_" in key]
-    if quantized and get_accelerator().device_name() == "cpu":
+    if not quantized:
+        return
+    if operators.device() == "cpu":
         raise UserError("a CPU does not quantize ZeRO's traffic", f"zero_optimization.{quantized[0]}", "take it away")
+    try:
+        operators.load("quantizer")
+    except Exception as error:
+        raise UserError(
+            "ZeRO's quantized traffic needs DeepSpeed's operator quantizer, which cannot be built here",
+            f"zero_optimization.{quantized[0]}\n{str(error).strip().splitlines()[0]}",
+            "install nvcc of the CUDA that torch is built for, and export CUDA_HOME, or take the quantized keys away",
+        ) from error
 
 
 def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised by a Newton–Schulz iteration, for the matrices of the blocks.
 
-Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon). torch's and DeepSpeed's Muon iterate in bf16,
-which a CPU without bf16 units runs many times slower; this one keeps the gradient's precision on a CPU.
+Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon). torch's and DeepSpeed's Muon iterate in bf16, which a CPU
+without bf16 units runs many times slower, and a GPU rounds to another curve; this one keeps the gradient's precision.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ _A, _B, _C = (
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
 
-    `matrices` and the result: [number, rows, columns]. Iterates on the short side; bf16 on a GPU.
+    `matrices` and the result: [number, rows, columns]. Iterates on the short side.
     """
-    work = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = work.size(1) > work.size(2)
-    if tall:
-        work = work.mT
+    tall = matrices.size(1) > matrices.size(2)
+    work = matrices.mT if tall else matrices
     work = work / (work.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     wide = 2 * work.size(2) >= 3 * work.size(1) and work.dtype == torch.float32
     work = _through_gram(work, steps) if wide else _direct(work, steps)
-    return (work.mT if tall else work).to(matrices.dtype)
+    return work.mT if tall else work
 
 
 def _direct(work: torch.Tensor, steps: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Stages(PipelineModule):
         """The layers of this stage on the next micro-batch."""
         if self.documents is not None:
             ids = next(self._expected).input_ids
-            self.documents.see(ids.to(get_accelerator().current_device_name()))
+            self.documents.see(ids.to(get_accelerator().current_device_name(), non_blocking=True))
         return super().forward(forward_input)
 
     def feed(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> Iterator[Batch]:
@@ -101,7 +101,7 @@ class Stages(PipelineModule):
         there are thrown away by BF16_Optimizer, which clears all when backward reaches the module's output.
         """
         assert self._labels is not None  # DeepSpeed loads a micro-batch just before the last stage's forward
-        total: torch.Tensor = head(hidden, self._labels.to(hidden.device))
+        total: torch.Tensor = head(hidden, self._labels.to(hidden.device, non_blocking=True))
         if not self.training:
             self.loss_sum = self.loss_sum.to(total.device) + total.detach()
             return total

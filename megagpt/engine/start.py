@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from megagpt.distributed import TIME_LIMIT, Rank
+from megagpt.engine import devices
 
 
 def start(rank: Rank) -> str:
@@ -25,18 +26,20 @@ def start(rank: Rank) -> str:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        devices.check_unused(os.environ)
         # only inference uses it, and gloo start-up would compile it for minutes (deepspeed/comm/torch.py). Set without
         # a look at the others: to look is to run the C compiler, half a second at every start.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
-        accelerator.set_device(rank.local_rank)
+        place = devices.place(os.environ, rank.local_rank, accelerator.device_count())
+        os.environ.update(devices.variables(os.environ, place))
+        accelerator.set_device(place)  # before anything is allocated, or NCCL begins
+        torch.set_num_threads(devices.threads(os.environ, len(os.sched_getaffinity(0)), rank.local_world_size))
     # DeepSpeed makes its own groups, those of ZeRO among them, without a limit, and torch then takes these
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, TIME_LIMIT)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIME_LIMIT, verbose=False)
-    if accelerator.device_name() == "cpu":
-        return f"CPU with {torch.get_num_threads()} threads"
-    return str(torch.cuda.get_device_name(rank.local_rank))
+    return devices.name()
 
 
 def stop() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from megagpt.data.loader import Batch
@@ -46,8 +45,7 @@ class ZeroEngine:
         config = offload.ready(native.config(resolved), recipe, shards)
         self._swap = offload.swap_folders(config, rank.rank)
         model = self._model(recipe, config)
-        on_gpu = get_accelerator().device_name() != "cpu" and offload.offloaded(config, "optimizer") == "none"
-        optimizer = optimizers.build(recipe.optimizer, model, on_gpu)
+        optimizer = optimizers.build(recipe.optimizer, model)
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could

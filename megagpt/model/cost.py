@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +84,11 @@ def boundaries(costs: Sequence[float], stages: int) -> list[int]:
 
     The dearest stage is as cheap as can be; among equals, the one before it, and so on.
     """
+    return list(_boundaries(tuple(costs), stages))
+
+
+@lru_cache(maxsize=64)  # the planner asks the same a hundred times, and each takes up to a second
+def _boundaries(costs: tuple[float, ...], stages: int) -> list[int]:
     # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
     total = len(costs)
     best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
@@ -103,12 +110,19 @@ def chunk_tokens(rows: int, on_cpu: bool) -> int:
     return max(_SMALLEST_CHUNK, logits // rows)
 
 
-# dense bf16 and fp16, FLOP/s: NVIDIA's data sheets (SXM forms), without sparsity
-_PEAKS = {"V100": 125e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+# dense bf16 and fp16 with sums in fp32, TFLOP/s, by words of torch's name of a device: data sheets of NVIDIA and AMD,
+# without sparsity. The first that fits holds: the slower forms of a chip come before its SXM form
+_PEAKS = {
+    "V100-PCIE": 112, "V100": 125, "A100": 312, "A800": 312, "A30": 165, "A10": 125, "A40": 149.7, "RTX A6000": 154.8,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800 PCIe": 756, "H800": 989, "H200 NVL": 835, "H200": 989,
+    "GH200": 989, "B200": 2250, "GB200": 2500, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165.2,
+    "MI250X": 383, "MI300X": 1307,
+}  # fmt: skip
 
 
 def peak_flops(device: str, precision: str) -> float | None:
     """Peak FLOP/s of a device by its name, for utilisation; None where it is not known, rather than a wrong figure."""
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "bf16" and "V100" in device):  # which has no units for it
         return None
-    return next((peak for name, peak in _PEAKS.items() if name in device), None)
+    fits = (peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device))
+    return next((peak * 1e12 for peak in fits), None)

@@ -5,13 +5,21 @@ Without it a token sees what happens to lie before its document (the case for it
 
 from __future__ import annotations
 
-from functools import lru_cache
+import logging
+import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._triton import has_triton
+
+log = logging.getLogger(__name__)
 
 
 class Bounds(NamedTuple):
@@ -50,12 +58,13 @@ class Documents:
         begins = F.pad(ends[:, :-1], (1, 0), value=True)
         places = at - torch.where(begins, at, 0).cummax(1).values
         mine = slice(self.first, self.first + input_ids.shape[1])
-        self.now = Bounds(places[:, mine], (_blocks if self.in_blocks and ends.is_cuda else _pairs)(number))
+        in_blocks = self.in_blocks and ends.is_cuda and _compiles()
+        self.now = Bounds(places[:, mine], (_blocks if in_blocks else _pairs)(number))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention from q [B, H, T, h], k and v [B, K, T, h] to [B, H, T, h] that skips blocks without a seen key."""
-    run = _compiled() if q.is_cuda else flex_attention
+    run = _compiled(flex_attention) if q.is_cuda else flex_attention
     mixed: Tensor = run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed
 
@@ -72,10 +81,26 @@ def _blocks(number: Tensor) -> BlockMask:
         return (query >= key) & (number[batch, query] == number[batch, key])
 
     rows, tokens = number.shape
-    return create_block_mask(seen, rows, None, tokens, tokens, device=str(number.device))
+    create: Any = _compiled(create_block_mask) if number.is_cuda else create_block_mask
+    blocks: BlockMask = create(seen, rows, None, tokens, tokens, device=str(number.device))
+    return blocks
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    """The one fused kernel; without compilation all scores would be held."""
-    return torch.compile(flex_attention)
+@cache
+def _compiled(function: Any) -> Any:
+    """One fused kernel per shape; without compilation all scores, or all pairs, would be held at once."""
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)  # engine/start.py has it for a quick start; torch looks at it here
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def _compiles() -> bool:
+    """Whether kernels can be compiled here: Triton compiles a piece of C for each. Said once where they cannot."""
+    compiler = next(
+        (found for name in (os.environ.get("CC"), "gcc", "clang") if name and (found := shutil.which(name))), None
+    )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    able = bool(has_triton() and compiler and header.exists())
+    if not able:
+        log.warning("documents are masked pair by pair, slowly: block masks want Triton, a C compiler and %s", header)
+    return able

@@ -52,7 +52,8 @@ def layers(section: ModelSection, documents: Documents | None = None) -> list[nn
 
 def documents_of(section: ModelSection, end: int | None) -> Documents | None:
     """What `layers` need to keep attention within documents that end with the token `end`; None for no such thing."""
-    in_blocks = section.dropout == 0  # flex attention drops nothing out
+    # flex attention drops nothing out, and its kernels want heads of 16 at least
+    in_blocks = section.dropout == 0 and section.d_model // section.n_head >= 16
     return None if end is None else Documents(end, in_blocks)
 
 

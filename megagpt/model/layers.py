@@ -203,7 +203,12 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             return documents.attend(q, k, v, mask).transpose(1, 2)
         dropout, causal = self.dropout if self.training else 0.0, is_causal and mask is None
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.group > 1)
+        grouped = self.group > 1
+        if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+            # only flash attention knows groups there, and it takes neither: what is left would hold all scores
+            k, v = (tensor.repeat_interleave(self.group, 1) for tensor in (k, v))
+            grouped = False
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
         return mixed.transpose(1, 2)
 
 
@@ -249,7 +254,7 @@ class Block(nn.Module):
         bounds = None if self.documents is None or past is not None else self.documents.now
         if self.recompute == "no" or not torch.is_grad_enabled():
             return self._mix(hidden, past, bounds)
-        with save_on_cpu() if self.recompute == "from host" else nullcontext():
+        with save_on_cpu(pin_memory=hidden.is_cuda) if self.recompute == "from host" else nullcontext():
             again: Tensor = checkpoint(self._mix, hidden, None, bounds, use_reentrant=False)
         return again
 

@@ -57,7 +57,7 @@ def _moments(resolved: Resolved, stage: int, on_cpu: bool) -> list[Memory]:
     layout, section = resolved.layout, resolved.recipe.model
     zero = Zero(resolved)
     mine = states.held(section, layout, stage)
-    sizes = states.states(zero, mine, on_cpu)
+    sizes = states.states(zero, mine)
     shape = Shape.of(section, layout, zero.element)
     kept, host = _kept(section, layout, shape, mine, stage)
     last = stage == layout.pipeline_stages - 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megagpt.plan.states import Held, States, Zero
     from megagpt.recipe import ModelSection
 
-_FP32, _BF16 = 4, 2
+_FP32 = 4  # in which Muon works, whatever the precision
 
 
 def matrices(shapes: cost.Shapes) -> cost.Shapes:
@@ -30,7 +30,7 @@ def elements(shapes: cost.Shapes) -> int:
     return sum(map(math.prod, matrices(shapes).values()))
 
 
-def applied(found: States, zero: Zero, mine: Held, on_cpu: bool) -> States:
+def applied(found: States, zero: Zero, mine: Held) -> States:
     """What a rank holds under Muon, of what it would hold under AdamW."""
     shards = 1 if zero.layout.zero_stage == 0 else zero.shards
     share = _FP32 * -(-elements(mine.shapes) // shards)
@@ -41,7 +41,7 @@ def applied(found: States, zero: Zero, mine: Held, on_cpu: bool) -> States:
     gradients = found.gradients + (found.step if zero.layout.zero_stage else 0)  # at 0 the reduced copy is gone by then
     if zero.layout.zero_stage in (1, 2) and place == "optimizer" and zero.accumulator == zero.element:
         gradients = share + zero.bucket  # DeepSpeed frees gradients group by group, and the matrices come last
-    return replace(found, **less, matrices=gradients + _room(zero, mine, shards, on_cpu))
+    return replace(found, **less, matrices=gradients + _room(zero, mine, shards))
 
 
 def traffic(zero: Zero, mine: Held) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def traffic(zero: Zero, mine: Held) -> tuple[int, int]:
     return 2 * _FP32 * across, _FP32 * owned * (degree - 1)
 
 
-def _room(zero: Zero, mine: Held, shards: int, on_cpu: bool) -> int:
+def _room(zero: Zero, mine: Held, shards: int) -> int:
     """Bytes of the tensors in the iteration over the largest batch of matrices that a rank makes whole."""
     degree = zero.layout.tensor_parallel
     most = 0
@@ -65,7 +65,7 @@ def _room(zero: Zero, mine: Held, shards: int, on_cpu: bool) -> int:
         size = rows * columns
         number = min(-(-count // shards), max(cost.MATRICES_AT_ONCE // size, 1))
         short, long = sorted((rows // parts, columns))
-        room = iteration(number * size, short, long, on_cpu)
+        room = iteration(number * size, short, long)
         most = max(most, room + (_FP32 * number * size // degree if degree > 1 else 0))
     if zero.layout.zero_stage == 3:
         share = _FP32 * -(-elements(mine.shapes) // shards)
@@ -74,11 +74,9 @@ def _room(zero: Zero, mine: Held, shards: int, on_cpu: bool) -> int:
     return most + _FP32 * across  # one that lies across a border
 
 
-def iteration(size: int, short: int, long: int, on_cpu: bool) -> int:
+def iteration(size: int, short: int, long: int) -> int:
     """Bytes at the worst moment of muon.updates on matrices of so many elements together, themselves among them."""
     squares = size * short // long  # elements of all X·Xᵀ
-    if not on_cpu:  # in bf16, and at the end in fp32
-        return _FP32 * size + max(_BF16 * (3 * size + 2 * squares), (_BF16 + _FP32) * size)
     if 2 * long >= 3 * short:  # through X·Xᵀ alone: six of them, or three and the result
         return _FP32 * (2 * size + max(6 * squares, size + 3 * squares))
     return _FP32 * (4 * size + 2 * squares)  # the start, and one after the other of what comes of it

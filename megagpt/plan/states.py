@@ -151,8 +151,8 @@ def offloaded(stage: int, element: int, accumulator: int, optimizer: str, param:
     return host + (element if param == "cpu" else 0), nvme + (element if param == "nvme" else 0)
 
 
-def states(zero: Zero, mine: Held, on_cpu: bool = False) -> States:
-    """What a rank with these parameters holds. With `on_cpu` Muon works in fp32."""
+def states(zero: Zero, mine: Held) -> States:
+    """What a rank with these parameters holds."""
     stage = zero.layout.zero_stage
     if stage == 0:
         found = _whole(zero, mine)
@@ -162,7 +162,7 @@ def states(zero: Zero, mine: Held, on_cpu: bool = False) -> States:
         found = _flat_offloaded(zero, mine)
     else:
         found = _bf16(zero, mine) if stage == 1 and zero.precision == "bf16" else _flat(zero, mine)
-    return muon.applied(found, zero, mine, on_cpu) if zero.muon else found
+    return muon.applied(found, zero, mine) if zero.muon else found
 
 
 def _whole(zero: Zero, mine: Held) -> States:

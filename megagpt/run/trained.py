@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,5 +34,22 @@ def load(run: Path) -> Trained:
             "name the run directory of a run that has saved at least once",
         )
     recipe = recipes.load(run / "recipe.yaml")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(recipe, found, weights.load(found.folder, recipe.model, recipe.document_end).to(device))
+    model = weights.load(found.folder, recipe.model, recipe.document_end)
+    return Trained(
+        recipe, found, _placed(model, os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available())
+    )
+
+
+def _placed(model: GPT, on_gpu: bool) -> GPT:
+    """The model where it is to compute. Raises UserError where a GPU has no room for it beside what it holds."""
+    if not on_gpu:
+        return model
+    try:
+        return model.to("cuda")
+    except torch.OutOfMemoryError:
+        free, size = torch.cuda.mem_get_info()[0], sum(one.numel() for one in model.parameters()) * 4
+        raise UserError(
+            f"the model takes {size / 1e9:.1f} GB in fp32, and the GPU has {free / 1e9:.1f} GB free",
+            f"{torch.cuda.get_device_name()}",
+            "choose another GPU by CUDA_VISIBLE_DEVICES, or export DS_ACCELERATOR=cpu",
+        ) from None

@@ -33,9 +33,9 @@ _LONGER = 10  # times the limit, for phases that wait for disks, or happen once:
 class Watch:
     """Notes the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample or
-    the first updates ten times `seconds` at least; building has none. An evaluation enters its phase again with each
-    batch. `hosts` says where each rank is; `alarm` prints for people.
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample, the
+    first updates or the first batch of an evaluation ten times `seconds` at least; building has none. An evaluation
+    enters its phase again with each batch. `hosts` says where each rank is; `alarm` prints for people.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Watch:
 
     def _limit(self) -> float:
         measured = list(self._lasted[self._phase])
-        quick = self._seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
+        # where nothing is measured yet, as in the first batch of an evaluation, kernels may still be compiled
+        quick = measured and self._seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
         least = self._seconds if quick else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 

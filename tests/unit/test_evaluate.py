@@ -122,7 +122,7 @@ def test_generation_is_the_same_for_the_same_seed_and_follows_the_prompt(run, ca
         cli.main(["generate", str(run), "--prompt", "the of", "--tokens", "12", "--temperature", "1", "--seed", "1"])
         == 0
     )
-    assert capsys.readouterr().out == f"the of{first.continuation}\n"
+    assert capsys.readouterr().out == f"{generate.printable(first.prompt + first.continuation)}\n"
 
 
 def test_the_report_holds_the_figures_of_the_record(run, capsys):

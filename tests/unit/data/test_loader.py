@@ -98,6 +98,7 @@ def test_pinned_batches_are_pinned_one_by_one(corpora, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor) or tensor.clone())
     pinned, plain = (loader(corpora, accumulation=2, pinned=on).batches(0) for on in (True, False))
     assert [part.shape for part in asked] == [(4, 16)] * 4
+    assert all(part.is_contiguous() for part in asked)  # else the copy goes by way of memory that is not pinned
     for ours, theirs in zip(pinned, plain, strict=True):
         assert all(map(torch.equal, ours, theirs))
         assert ours.labels.data_ptr() != ours.input_ids.data_ptr() + 8  # they are the copies

@@ -31,8 +31,8 @@ PROBE = {
     "torch": {"version": "2.13.0", "cuda": "12.6", "devices": ["H100"], "memory": [80 * GB], "error": ""},
     "pinned": {"bytes": 1 << 30, "error": ""},
     "accelerator": "cuda",
-    "operators": {"fused_adam": {"seconds": 0.31, "error": ""}},
-    "at": "building or loading fused_adam",
+    "operators": {"quantizer": {"seconds": 0.31, "error": ""}},
+    "at": "building or loading quantizer",
 }
 
 
@@ -50,7 +50,7 @@ def host(number):
 @pytest.fixture
 def visit():
     needs = Needs(
-        "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB), gpu_operators=("fused_adam",),
+        "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB), gpu_operators=("quantizer",),
         offloads=True, host=8 * GB, host_alone=20 * GB, device=30 * GB,
     )  # fmt: skip
     launch = Launch(True, {"node1": 15, "node2": 15}, ())

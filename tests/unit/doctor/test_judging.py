@@ -40,7 +40,7 @@ def test_sound_hosts(visit):
         ("disk", "900.0 GB free for runs/r, where 4 checkpoints take 57.6 GB", ""),
         ("clock", "within 1 ms of this host's", ""),
         ("devices", "1 × H100, driver 550.54 on node1", ""),
-        ("operators", "fused_adam loads (0.3 s)", ""),
+        ("operators", "quantizer loads (0.3 s)", ""),
         ("interface", "eth0 will carry the traffic", ""),
         ("all-reduce", "2 ranks: gloo 1.50 GB/s, nccl 98.76 GB/s", ""),
         ("open files", "65,536 may be open, up to 288 are needed", ""),
@@ -74,6 +74,11 @@ def probe_ends(*left, **values):
 
 
 BAD = {
+    "an operator of GPUs": (
+        probe(operators={"quantizer": {"seconds": 1.0, "error": "no nvcc"}}),
+        ("operators", "quantizer cannot be built: no nvcc",
+         "install nvcc of the CUDA that torch is built for, and a C++ compiler, and export CUDA_HOME"),
+    ),
     "another Python": (facts("python", version="3.12.1"), ("python", "Python 3.12.1; node1 has 3.11.7", SAME)),
     "a package is missing": (
         facts("packages", numpy=""),
@@ -283,11 +288,6 @@ def test_an_operator_whose_build_does_not_end(visit):
 
 
 ODD = {
-    "an operator that there is a substitute for": (
-        probe(operators={"fused_adam": {"seconds": 1.0, "error": "no nvcc"}}),
-        ("operators", "fused_adam cannot be built: no nvcc; torch's own takes its place",
-         "install nvcc of torch's version of CUDA, and export CUDA_HOME"),
-    ),
     "a lock that nothing waits for": (
         second(lambda host: host.facts["locks"].append(LOCK)),
         ("operators", "async_io is locked by a build that has died: /ext/async_io/lock; this layout does without it",

@@ -50,3 +50,26 @@ def test_flops_are_those_that_torch_counts(tiny, batch, activation, tied, kv_hea
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, labels=labels).loss.backward()
     assert counter.get_total_flops() == cost.flops_per_token(section) * ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA GH200 480GB", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("A100-80", "bf16", 312e12),  # as `megagpt plan --device` calls it
+        ("NVIDIA A10", "bf16", 125e12),
+        ("NVIDIA A10G", "bf16", None),  # another chip
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2e12),
+        ("Tesla V100-PCIE-16GB", "fp16", 112e12),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("AMD Instinct MI300X", "bf16", 1307e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("NVIDIA GeForce RTX 5090", "bf16", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_data_sheet_or_none(device, precision, peak):
+    assert cost.peak_flops(device, precision) == peak

@@ -22,4 +22,4 @@ def test_the_iteration_takes_what_is_planned(shape, parts):
             total += event.nbytes()
             most = max(most, total)
     short, long = sorted((shape[1] // parts, shape[2]))
-    assert iteration(directions.numel(), short, long, on_cpu=True) == pytest.approx(most, rel=0.02)
+    assert iteration(directions.numel(), short, long) == pytest.approx(most, rel=0.02)
