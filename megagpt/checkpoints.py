@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megagpt import files
 from megagpt.errors import UserError
-from megagpt.run import checkpoint
+from megagpt.run import checkpoint, status
 from megagpt.run.stopping import REQUEST
 
 
@@ -53,15 +53,18 @@ def checkpoints(run: Path, verify: bool) -> Listing:
     return Listing(str(run), verify, tuple(_line(folder, verify) for folder in folders))
 
 
-def stop(run: Path) -> str:
+def stop(run: Path) -> status.Standing:
     """Leave a request that the training ranks find before their next update, or, if they still start, after it.
 
-    Raises UserError where there is no such folder.
+    How the run stands: where it is not running, nothing is left there. Raises UserError where there is no such folder.
     """
-    if not run.is_dir():
-        raise UserError("there is no run here", str(run), "name a run directory")
-    files.replace_text(run / REQUEST, "")
-    return f"asked {run} to save and stop; it exits with 75 and goes on when it is started again"
+    standing = status.read(run)
+    if standing.state == "running":
+        files.replace_text(run / REQUEST, "")
+        standing = status.read(run)  # it may have ended meanwhile, and have seen it or not
+    if standing.state != "running":
+        (run / REQUEST).unlink(missing_ok=True)
+    return standing
 
 
 def _line(folder: Path, verify: bool) -> Line:

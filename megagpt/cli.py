@@ -45,7 +45,7 @@ def megagpt(
 
 @app.command()
 def keys(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="data, lr, …; all unless given")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="data, lr, …; all unless given")] = None,
     as_json: Json = False,
 ) -> None:
     """List the keys of a recipe. Type, default, meaning and unit of each; and the presets."""
@@ -215,10 +215,14 @@ def checkpoints(
 
 @app.command()
 def stop(run: Run) -> None:
-    """Ask a run that is training to save, and to exit 75."""
+    """Ask a run that is training to save, and to exit 75. Where none is, this says and exits as `status` does."""
     from megagpt import checkpoints as verb
 
-    print(verb.stop(run))
+    found = verb.stop(run)
+    if found.state != "running":
+        print(f"{run} is not running. {found}")
+        raise typer.Exit(found.code)
+    print(f"asked {run} to save and stop; it exits with 75 and goes on when it is started again")
 
 
 @app.command()
@@ -287,3 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:  # typer ends so, with 2 for a wrong option
         return end.code if isinstance(end.code, int) else EXIT_DONE
     return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

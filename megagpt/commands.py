@@ -17,7 +17,7 @@ _ORDER = (
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT",
+        metavar="INPUT...",
         help="files, folders, patterns (txt, md, jsonl, parquet; also gz, zst, xz, bz2), `-`, @MANIFEST, addresses; "
         "`default`: the default corpus",
     ),
@@ -27,7 +27,7 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON"),
+    typer.Argument(metavar="KEY=VALUE...", help="model.n_layer=4 changes the recipe, ds.KEY=VALUE the JSON"),
 ]
 Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="a corpus: its path without .bin or .idx")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from megagpt.errors import UserError, nearest
 from megagpt.recipe import Recipe
 from megagpt.recipe.presets import PRESETS
+from megagpt.recipe.wording import phrase, show
 
 
 @dataclass(frozen=True)
@@ -41,13 +37,14 @@ class Keys:
             lines += [""] if head != section and lines else []
             section = head
             default = f" = {key.default}" if key.default else ""
-            lines += [f"{key.name}: {key.type}{default}", f"    {key.help}"]
+            lines += [f"{key.name}{default}   ({key.type})", f"    {key.help}"]
         return "\n".join([*lines, "", f"model.preset: {', '.join(self.presets)}"])
 
 
 def keys(names: tuple[str, ...] = ()) -> Keys:
     """All keys, or those that one of `names` is a section or a part of. Raises UserError for a name that is neither."""
-    every = tuple(_keys(Recipe, ""))
+    schema = Recipe.model_json_schema()
+    every = tuple(_keys(schema, "", schema["$defs"]))
     wanted = {
         name: [key for key in every if name in (key.name, *key.name.split("."), *_above(key.name))] for name in names
     }
@@ -67,47 +64,18 @@ def _above(name: str) -> Iterator[str]:
     return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
-def _keys(section: type[BaseModel], dot: str) -> Iterator[Key]:
-    for name, field in section.model_fields.items():
-        inner = _section(field.annotation)
-        if inner is not None:
-            yield from _keys(inner, f"{dot}{name}.")
+def _keys(section: Mapping[str, Any], dot: str, definitions: Mapping[str, Any]) -> Iterator[Key]:
+    for name, schema in section["properties"].items():
+        if "$ref" in schema and "properties" in (inner := _definition(schema, definitions)):
+            yield from _keys(inner, f"{dot}{name}.", definitions)
             continue
-        yield Key(dot + name, _type(field.annotation), _default(field), " ".join((field.description or "").split()))
-        for part in (kind for kind in _parts(field.annotation) if _section(kind)):
-            yield from _keys(part, f"{dot}{name}[].")
+        help_text = " ".join(schema["description"].split())
+        default = show(schema["default"]) if "default" in schema else ""  # else it is derived, and the help says how
+        yield Key(dot + name, phrase(schema, definitions), default, help_text)
+        if "$ref" in schema.get("items", {}):
+            yield from _keys(_definition(schema["items"], definitions), f"{dot}{name}[].", definitions)
 
 
-def _section(kind: Any) -> type[BaseModel] | None:
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _parts(kind: Any) -> Iterator[Any]:
-    """The types that a type is made of, itself first."""
-    yield kind
-    for part in get_args(kind):
-        yield from _parts(part)
-
-
-def _type(kind: Any) -> str:
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " | ".join(map(str, parts))
-    if origin is Annotated:
-        return _type(parts[0])
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type(part) for part in parts)
-    if origin is tuple:
-        inner = ", ".join(_type(part) for part in parts if part is not ...)
-        return f"[{inner}, …]" if ... in parts else f"[{inner}]"
-    names = {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}
-    return names.get(kind) or re.sub(r"(?<!^)Section$", "", kind.__name__).lower()
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required() or field.default_factory is not None:  # derived from other keys: the help says how
-        return ""
-    value = field.default
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _definition(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = definitions[schema["$ref"].rpartition("/")[2]]
+    return found

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megagpt.errors import UserError
 from megagpt.run.health import MOST_ROLLBACKS, Finding, Remedy
 from megagpt.state import TrainState, UpdateResult
 
 if TYPE_CHECKING:
     from megagpt.assembly import Run
+
+_MOST_VAIN = 3
 
 
 def bear(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
@@ -60,7 +63,8 @@ def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainSta
     numbers = {"at": state.update + 1, "position": first, "samples": end - first}
     seconds = {"lost_seconds": run.metrics.go_back(checkpoint.state.update), "seconds": run.progress.pause()}
     run.metrics.write("rollback", update=checkpoint.state.update, reason=reason, **numbers, **seconds)
-    run.health.recall(run.path, run.rank.main, run.agreement)
+    run.health.recall(run.metrics.decisive, run.agreement)
+    run.health.note("rollback", update=checkpoint.state.update, **numbers)
     run.console.say(
         f"{'ROLLED BACK':>11}  to update {checkpoint.state.update}: {reason} in {where}; "
         f"data positions {first} to {end - 1} are left out"
@@ -77,6 +81,13 @@ def advice(error: Exception) -> str:
         "\n      then a higher ZeRO stage, more ranks or offload: `megagpt plan` shows what fits. Where much is"
         "\n      reserved but unallocated, export PYTORCH_ALLOC_CONF=expandable_segments:True"
     )
+
+
+def refuse_vain_starts(run: Run, state: TrainState, why: str) -> None:
+    """Raise UserError where starts in a row did nothing but a part of the same evaluation: 75 would go on for ever."""
+    if all(run.agreement.any(run.metrics.here["validation_left"] >= _MOST_VAIN)):
+        what = f"{_MOST_VAIN} starts did nothing but begin the evaluation of update {state.update}"
+        raise UserError(what, f"this one was stopped by {why}", "give a job more time, or evaluation.samples fewer")
 
 
 def compare_replicas(run: Run, state: TrainState) -> None:

@@ -33,7 +33,7 @@ from megagpt.state import TrainState, UpdateResult, Verdict
 def loop(run: Run, state: TrainState) -> int:
     """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
     recipe = run.resolved.recipe
-    stop = validate(run, state) if owed(run, state) else None
+    stop = make_up(run, state)
     while state.update < run.total and not stop:
         state = replace(state, position=run.health.start(state.position))
         result = make(run, state, fetch(run, state))
@@ -58,11 +58,17 @@ def due(state: TrainState, every: int | None) -> bool:
     return every is not None and state.update % every == 0
 
 
-def owed(run: Run, state: TrainState) -> bool:
-    """Whether the validation of this update is due and not on record: its process ended before it."""
-    due_now = state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
-    owed_here = run.rank.main and due_now and state.update > 0 and bool(run.validation)
-    return all(run.agreement.any(owed_here and not run.metrics.has("validation", state.update)))
+def make_up(run: Run, state: TrainState) -> str | None:
+    """Make the validation of this update if it is due and not on record: the process before ended before it.
+
+    Answers as `validate`. No time limit ends it, or one could at every start; raises UserError where signals do.
+    """
+    here, is_due = run.metrics.here, state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
+    owed = run.rank.main and is_due and state.update > 0 and bool(run.validation) and not here["validation"]
+    stop = validate(run, state, limited=False) if all(run.agreement.any(owed)) else None
+    if stop:
+        setbacks.refuse_vain_starts(run, state, stop)
+    return stop
 
 
 def fetch(run: Run, state: TrainState) -> list[Batch]:
@@ -143,7 +149,7 @@ def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) 
     return setbacks.bear(run, state, result, found)
 
 
-def validate(run: Run, state: TrainState) -> str | None:
+def validate(run: Run, state: TrainState, limited: bool = True) -> str | None:
     """Measure the loss on held-out text, and let the model continue the recipe's prompt.
 
     Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
@@ -151,7 +157,12 @@ def validate(run: Run, state: TrainState) -> str | None:
     recipe = run.resolved.recipe
     if not run.validation:
         return None
-    asking = Asking(lambda: between_batches(run, state))
+
+    def asked() -> str | None:
+        run.watch.enter(EVALUATE, state.update)  # a sign of progress
+        return agree(run, limited).stop
+
+    asking = Asking(asked)
     losses = [(part, run.engine.evaluate(asking.until_stopped(part.batches()))) for part in run.validation]
     if asking.reason:
         run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
@@ -172,15 +183,9 @@ def validate(run: Run, state: TrainState) -> str | None:
     return None
 
 
-def between_batches(run: Run, state: TrainState) -> str | None:
-    """What each batch of an evaluation begins with: a sign of progress, and the question whether to stop."""
-    run.watch.enter(EVALUATE, state.update)
-    return agree(run).stop
-
-
-def agree(run: Run) -> Verdict:
+def agree(run: Run, limited: bool = True) -> Verdict:
     """The one exchange in which all ranks agree whether to stop; a save under way takes its next step if it can."""
-    verdict = run.stopping.verdict(run.saver.writing)
+    verdict = run.stopping.verdict(run.saver.writing, limited)
     if not verdict.writing:
         note_save(run, run.saver.proceed())
     return verdict

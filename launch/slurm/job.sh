@@ -6,14 +6,18 @@ begin() {
   run=$(python -m megagpt.recipe "$1" "${@:3}") || exit
   work=$run/jobs/$SLURM_JOB_ID
   train=(launch/pretrain.py --recipe "$1" --deepspeed_config "$2" "${@:3}")
-  mkdir -p "$work" && rm -f "$run/status.json" "$run/STOP" || exit # of the job before this one
+  mkdir -p "$work" && rm -f "$run/STOP" || exit # of the job before this one
   trap 'megagpt stop "$run"' USR1 # comes some time before the time limit: save, and end with 75
+  starting $$
 }
+
+# starting PID: from here on the run counts as running, so that a signal is heard while the ranks still start
+starting() { python -m megagpt.run.status "$run" "$1" || exit; }
 
 # ranks COMMAND…: starts the ranks, and ends the job as the run stands, whatever exit code the launcher has or loses. With
 # 75 (saved) the job is put into the queue again, unless it was submitted with --no-requeue
 ranks() {
-  "$@" &
+  (starting "$BASHPID" && exec "$@") &
   local launcher=$! code
   while kill -0 $launcher 2>/dev/null; do wait $launcher; done # a signal ends the wait, not the ranks
   wait $launcher; code=$?

@@ -289,7 +289,3 @@ class Recipe(Section):
         """Where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""
         place = self._places.given.get(key)
         return place.at if place else ""
-
-    def was_given(self, key: str) -> bool:
-        """Whether a dotted key stands in the recipe or on the command line."""
-        return key in self._places.given

@@ -43,14 +43,18 @@ class Console:
     def say(self, text: str = "") -> None:
         """Print a line on rank 0, and note it in the log of every rank."""
         if self._main:
-            self._out.write(text + "\n")
-            self._out.flush()
+            with contextlib.suppress(
+                OSError
+            ):  # a terminal that was closed, a pipe that nobody reads: neither is the end
+                self._out.write(text + "\n")
+                self._out.flush()
         with contextlib.suppress(OSError):  # a full disk takes no log, and is not the end
             print(text, flush=True)
 
     def alarm(self, text: str) -> None:
-        """Print on the console's error stream, on whatever rank: this process is about to end."""
-        os.write(self._saved[1], f"{text}\n".encode())
+        """Print on the console's error stream at once, on whatever rank, also from a signal's handler."""
+        with contextlib.suppress(OSError):
+            os.write(self._saved[1], f"{text}\n".encode())
 
     def close(self) -> None:
         """Give file descriptors 1 and 2 back."""
@@ -59,7 +63,8 @@ class Console:
         for number, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, number)
             os.close(saved)
-        self._out.close()
+        with contextlib.suppress(OSError):
+            self._out.close()
 
 
 class Progress:

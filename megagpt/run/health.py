@@ -10,14 +10,13 @@ import json
 import math
 import statistics
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from megagpt.distributed import Agreement
 from megagpt.recipe.sections import HealthSection
-from megagpt.run import metrics
 from megagpt.state import UpdateResult
 
 MOST_FAILED_SAVES = 4  # in a row
@@ -67,11 +66,10 @@ class Health:
         self._section = section
         self._forget()
 
-    def recall(self, run: Path, main: bool, agreement: Agreement) -> None:
-        """Take up a run where its record stands, as rank 0 finds it on the disk; collective."""
-        mine = json.dumps(metrics.decisive(run, self._section.window)) if main else ""
+    def recall(self, records: Sequence[dict[str, Any]], agreement: Agreement) -> None:
+        """Take up a run where its record stands (`Metrics.decisive`), as rank 0 has it; collective."""
         self._forget()
-        for record in json.loads(agreement.gather(mine)[0]):
+        for record in json.loads(agreement.gather(json.dumps(records))[0]):
             self.note(**record)
 
     def note(self, event: str, *, update: int, **values: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megagpt.run import times
 
 NAME = "metrics.jsonl"
 _DECISIONS = ("skip", "rollback")  # data that is left out for good
+_DECISIVE = ("checkpoint", *_DECISIONS)  # and updates
 _KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
 
 
@@ -21,12 +23,16 @@ class Metrics:
     """Appends events to a run's record. On ranks other than 0 (`main` false) it does nothing.
 
     What the disk has no room for waits in memory for the next event: a full disk leaves no gap in the record.
+    What is on record up to `resumed_at`, or after `go_back`, is read once: `decisive` is what decisions about bad
+    numbers depend on, of updates the last `window`; `here` how many events of each kind there are of that very update.
     """
 
-    def __init__(self, run: Path, main: bool, resumed_at: int) -> None:
-        self._path = run / NAME
+    def __init__(self, run: Path, main: bool, resumed_at: int, window: int) -> None:
+        self._path, self._window = run / NAME, window
         self._file: int | None = None
         self._waiting = b""
+        self.decisive: list[dict[str, Any]] = []
+        self.here: Counter[str] = Counter()
         self.lost_seconds = self._open(resumed_at) if main else 0.0  # of what was recorded after `resumed_at`
 
     def go_back(self, update: int) -> float:
@@ -36,12 +42,10 @@ class Metrics:
         self.close()
         return self._open(update)
 
-    def has(self, event: str, update: int) -> bool:
-        """Whether an event of this kind is on record for this update; only rank 0 knows."""
-        return self._file is not None and any(record["update"] == update for record in read(self._path.parent, event))
-
     def _open(self, update: int) -> float:
-        lost = _truncate(self._path, update) if self._path.exists() else 0.0
+        kept, lost = _truncate(self._path, update) if self._path.exists() else ([], 0.0)
+        self.decisive = _decisive(kept, self._window)
+        self.here = Counter(record["event"] for record in kept if record["update"] == update)
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         return lost
 
@@ -76,22 +80,21 @@ def spent(run: Path) -> times.Times:
     return times.of(read(run))
 
 
-def decisive(run: Path, last: int) -> list[dict[str, Any]]:
-    """The events that decisions about bad numbers depend on, without their other values: of updates the last ones."""
-    if not (run / NAME).exists():
-        return []
-    records = [record for record in read(run) if record["event"] in ("update", "checkpoint", *_DECISIONS)]
+def _decisive(records: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """Decisive events without their other values."""
     updates = [record["update"] for record in records if record["event"] == "update"]
-    first = updates[-last:][0] if updates else 0
+    first = updates[-window:][0] if updates else 0
     return [
         {key: record[key] for key in _KEYS if key in record}
         for record in records
-        if record["event"] != "update" or record["update"] >= first
+        if record["event"] in _DECISIVE or (record["event"] == "update" and record["update"] >= first)
     ]
 
 
-def _truncate(path: Path, update: int) -> float:
-    """Drop what was recorded after `update`, and the seconds that it took: it will be made again, as was decided."""
+def _truncate(path: Path, update: int) -> tuple[list[dict[str, Any]], float]:
+    """Drop what was recorded after `update`: it will be made again, as was decided. What stays, and the seconds that
+    the rest took.
+    """
     records = list(read(path.parent))
     kept = [
         record
@@ -99,4 +102,4 @@ def _truncate(path: Path, update: int) -> float:
         if record["event"] in _DECISIONS or (record["update"] <= update and record["event"] != "done")
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return times.of(records).total - times.of(kept).total
+    return kept, times.of(records).total - times.of(kept).total

@@ -1,6 +1,7 @@
 """How a run stands, from what it leaves on disk: launchers lose exit codes, and some lose the ranks themselves.
 
 Rank 0 writes `status.json` when it starts and when it ends; in between its heartbeat (run/watch.py) says it lives.
+A job script may write it before: `python -m megagpt.run.status RUN PID` says that the ranks of process PID will come.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 from megagpt import files
 from megagpt.distributed import TIME_LIMIT, Rank
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_RUNNING, UserError
+from megagpt.run.stopping import REQUEST
 
 FILE = "status.json"
 DONE = "DONE"  # written only after the last checkpoint was read back
@@ -35,10 +38,17 @@ class Standing:
 
 
 class Note:
-    """What rank 0 writes of its own start and end; on other ranks, nothing. A full disk stops no run here."""
+    """What rank 0 writes of its own start and end; on other ranks, nothing. A full disk stops no run here.
+
+    A request to stop that lies there already was made to an earlier start, and goes; unless a job script has said that
+    this one comes.
+    """
 
     def __init__(self, run: Path, rank: Rank) -> None:
         self._path = run / FILE if rank.main else None
+        if rank.main and _json(run / FILE).get("state") != "starting":
+            with contextlib.suppress(OSError):
+                (run / REQUEST).unlink(missing_ok=True)
         self._write(state="running")
 
     def end(self, code: int, why: str = "") -> None:
@@ -48,7 +58,7 @@ class Note:
     def _write(self, **said: str | int) -> None:
         if self._path is not None:
             with contextlib.suppress(OSError):
-                files.replace_json(self._path, {**said, "host": socket.gethostname(), "pid": os.getpid()})
+                _write(self._path, os.getpid(), **said)
 
 
 def read(run: Path) -> Standing:
@@ -59,7 +69,8 @@ def read(run: Path) -> Standing:
     if not run.is_dir():
         raise UserError(f"there is no run directory {run}", str(run), "give the run_dir of the recipe")
     note = _json(run / FILE)
-    if note.get("state") == "running" and (life := _life(run, note)):
+    alive = note.get("state") in ("starting", "running")
+    if alive and (life := _life(run, note)):
         return Standing("running", EXIT_RUNNING, life)
     if (run / DONE).exists():
         return Standing("done", EXIT_DONE, "the last checkpoint was read back")
@@ -67,20 +78,20 @@ def read(run: Path) -> Standing:
         return Standing("requeue", EXIT_REQUEUE, "stopped and saved; the same command goes on")
     if note.get("state") == "failed":
         return Standing("failed", int(note["code"]), note["why"] or "see logs/")
-    if note.get("state") == "running":
-        return Standing(
-            "failed", EXIT_FAILURE, f"rank 0 (process {note['pid']} of {note['host']}) ended without a word"
-        )
+    if alive:
+        who = "rank 0" if note["state"] == "running" else "the launcher"
+        return Standing("failed", EXIT_FAILURE, f"{who} (process {note['pid']} of {note['host']}) ended without a word")
     return Standing("failed", EXIT_FAILURE, "it never started, or DONE was taken away")
 
 
 def _life(run: Path, note: dict[str, str]) -> str:
     """A sign that rank 0 lives, in words; "" where there is none."""
-    beat, started = run / "logs/rank-0.heartbeat", (run / FILE).stat().st_mtime
-    try:
-        age, limit = time.time() - beat.stat().st_mtime, _SILENT
-    except OSError:  # none yet: it loads, builds, compiles
-        age, limit = time.time() - started, TIME_LIMIT.total_seconds()
+    beat = run / "logs/rank-0.heartbeat"
+    seen, started = _written(beat), _written(run / FILE)
+    since, limit = (seen, _SILENT)
+    if seen < started:  # none yet, or an earlier process's: it loads, builds, compiles
+        since, limit = started, TIME_LIMIT.total_seconds()
+    age = time.time() - since
     if (
         note["host"] == socket.gethostname()
         and not Path(f"/proc/{note['pid']}").exists()
@@ -89,12 +100,21 @@ def _life(run: Path, note: dict[str, str]) -> str:
         return ""
     if age > limit:
         return ""
-    return f"{_phase(beat)} on {note['host']}, seen {max(age, 0):.0f} s ago"
+    said = _json(beat) if seen >= started else {}
+    doing = f"{said['phase']} of update {said['update']}" if said else "starting"
+    return f"{doing} on {note['host']}, seen {max(age, 0):.0f} s ago"
 
 
-def _phase(beat: Path) -> str:
-    said = _json(beat)
-    return f"{said['phase']} of update {said['update']}" if said else "starting"
+def _write(path: Path, pid: int, **said: str | int) -> None:
+    files.replace_json(path, {**said, "host": socket.gethostname(), "pid": pid})
+
+
+def _written(path: Path) -> float:
+    """When a file was last written, in seconds of `time.time`; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _json(path: Path) -> dict[str, str]:
@@ -103,3 +123,7 @@ def _json(path: Path) -> dict[str, str]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+if __name__ == "__main__":
+    _write(Path(sys.argv[1], FILE), int(sys.argv[2]), state="starting")

@@ -51,6 +51,7 @@ def write_text(folder, megabytes):
 def timed(line, path=()):
     """Seconds of CPU and of the clock that a command takes, its children's included; modules are found in `path`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, and not at each start
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr

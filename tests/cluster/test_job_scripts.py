@@ -10,7 +10,7 @@ import pytest
 from megagpt.run import status
 from tests import training
 from tests.cluster.conftest import LENGTH
-from tests.cluster.faults import SlowDisk, power_on
+from tests.cluster.faults import SlowDisk, power_on, until
 
 CONFIG = training.ROOT / "ds_configs/zero1.json"
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=20")
@@ -156,8 +156,9 @@ def test_a_chain_of_jobs_ends_when_the_run_is_done(slurm, runs, same, tmp_path):
     options = (*ONE, "--open-mode=append", f"--output={recipe.with_suffix('.log')}")
     chain = ("bash", "launch/slurm/chain.sh", 4, *options, "launch/slurm/srun.sbatch", recipe, CONFIG, *LENGTH)
     jobs = [Job(slurm, number) for number in slurm.run(1, *chain, **disk.env).split()]
-    training.wait_for_update(recipe.with_suffix(""), 2, PATIENCE)
-    jobs[0].signal()
+    run = recipe.with_suffix("")
+    until(lambda: (run / "status.json").exists() and status.read(run).state == "running", PATIENCE)
+    jobs[0].signal()  # while the ranks still start: they make an update, and save
     assert jobs[0].ends() == ("FAILED", "1:0", "0")  # RequeueExit does not look at --no-requeue
     disk.quick()
     assert [job.ends() for job in jobs[1:]] == [("COMPLETED", "0:0", "0"), *[("CANCELLED", "0:0", "0")] * 2]

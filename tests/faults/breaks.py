@@ -64,7 +64,7 @@ def metrics_not_truncated() -> None:
     """What was recorded after the resumed update stays."""
     from megagpt.run import metrics
 
-    metrics._truncate = lambda *_: 0.0
+    metrics._truncate = lambda path, _: (list(metrics.read(path.parent)), 0.0)
 
 
 def nothing() -> None:

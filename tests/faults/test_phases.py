@@ -58,6 +58,36 @@ def test_a_signal_to_one_rank_in_any_phase_stops_both_in_that_update_and_loses_n
     assert_same(to_the_end(recipe, tmp_path), straight)
 
 
+def test_no_start_that_answers_75_is_in_vain(recipe, tmp_path):
+    """However short the time limit is; and what signals stop at every start ends with an error."""
+    words, run = (
+        ("evaluation.every=1", "evaluation.samples=32", "length.updates=2", "schedule.warmup_updates=1"),
+        recipe.with_suffix(""),
+    )
+
+    def start(*more, faults=()):
+        with launch(recipe, *words, *more, folder=tmp_path, faults=faults) as ranks:
+            return ranks.wait(120), curve(run)[-1]["update"], validations(run), ranks.printed()
+
+    codes, update, validated, _ = start("--max-minutes", "0")
+    assert (codes, update, validated) == ([75, 75], 1, [])
+    signal = {"kind": "phase", "name": "signal", "rank": 1, "phase": "evaluate", "update": 1, "act": "SIGTERM"}
+    for vain in range(3):
+        codes, update, validated, said = start(faults=[{**signal, "nth": vain + 1}])
+        assert (codes, update, validated) == ([75, 75], 1, []), said
+    codes, _, _, said = start(faults=[signal])
+    assert codes == [2, 2]
+    assert said.endswith(
+        "megagpt: 3 starts did nothing but begin the evaluation of update 1\n"
+        "  this one was stopped by a signal to another rank\n"
+        "  do: give a job more time, or evaluation.samples fewer\n"
+    )
+    codes, update, validated, said = start("--max-minutes", "0")
+    assert (codes, update, len(validated)) == ([75, 75], 2, 1), said
+    codes, _, validated, _ = start("--max-minutes", "0")
+    assert (codes, [update for update, _ in validated]) == ([0, 0], [1, 2])
+
+
 def test_an_exception_in_any_phase_ends_both_ranks_and_names_rank_phase_and_cause(recipe, straight, tmp_path):
     for phase, update in PHASES.items():
         fault = {"kind": "phase", "name": "raise", "rank": 1, "phase": phase, "update": update, "act": "raise"}

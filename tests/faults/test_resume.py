@@ -105,6 +105,8 @@ def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
         assert alone.wait(180) == [75]
         printed = alone.printed()
     assert "stopped by megagpt stop, saved at update" in printed
+    assert cli.main(["stop", str(run)]) == 75  # it is not running: this is no request to the next start
+    (run / "STOP").touch()  # nor is one that was left by whatever means
     finish(recipe)
     same_run(run, uninterrupted)
 

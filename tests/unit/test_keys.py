@@ -23,10 +23,10 @@ def test_all_keys_of_a_written_recipe_are_listed_and_explained(recipe):
 
 def test_types_and_defaults_are_told_as_they_are_written_in_yaml():
     listed = {key.name: (key.type, key.default) for key in keys().keys}
-    assert listed["precision"] == ("fp32 | bf16 | fp16 | null", "null")
-    assert listed["optimizer.betas"] == ("[number, number]", "[0.9, 0.95]")
-    assert listed["model.qk_norm"] == ("true | false", "false")
-    assert listed["optimizer.lr"] == ("number", "")
+    assert listed["precision"] == ("fp32, bf16 or fp16, or null", "null")
+    assert listed["optimizer.betas"] == ("a list of 2 numbers", "[0.9, 0.95]")
+    assert listed["optimizer.eps"] == ("a number, above 0", "1.0e-8")
+    assert listed["optimizer.lr"] == ("a number, above 0", "")
 
 
 def test_a_section_or_a_part_of_a_name_chooses():

@@ -37,6 +37,19 @@ def test_only_our_lines_reach_the_console_and_all_reach_the_log(tmp_path, rank, 
         assert noise in log
 
 
+def test_a_console_that_is_gone_ends_no_run(tmp_path):
+    """`megagpt train | head -1`, or a terminal that was closed: the log goes on."""
+    code = NOISY.replace('console.say("ours")', 'import time; time.sleep(0.5); console.say("ours"); console.alarm("!")')
+    code = code.replace('print("after")', "")
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run.stdout.close()
+    run.stderr.close()
+    assert run.wait(timeout=60) == 0
+    assert (tmp_path / "logs/rank-0.log").read_text().startswith("ours\na library prints\n")
+
+
 def test_lines_of_a_run_are_aligned():
     progress = Progress(total=1200, tokens_per_update=1024)
     lines = []

@@ -1,6 +1,7 @@
 """What is a spike, what is done about bad numbers, and that the record of a run is all that decides on it."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -89,13 +90,15 @@ def test_a_spike_of_the_norm_rolls_back_though_the_update_is_made():
 @given(st.lists(st.one_of(LOSSES, st.just(math.nan)), max_size=60), st.integers(0, 3), st.integers(1, 7))
 def test_a_run_that_reads_its_record_again_decides_the_same(tmp_path_factory, losses, skips, every):
     """Updates, skips, rollbacks and checkpoints as a run makes them; the process may be another at any time."""
-    folder = tmp_path_factory.mktemp("run")
+    folder, other = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("other")
     section = HealthSection(loss_spike=3, window=8, skips=skips)
-    metrics = Metrics(folder, True, 0)
+    metrics = Metrics(folder, True, 0, section.window)
     live, update, position, saved = Health(section), 0, 0, (0, 0)
     for loss in losses:
-        again = Health(section)
-        again.recall(folder, True, Agreement(1))
+        shutil.copy(folder / "metrics.jsonl", other)
+        again, record = Health(section), Metrics(other, True, update, section.window)
+        record.close()
+        again.recall(record.decisive, Agreement(1))
         position = live.start(position)
         assert again.start(position) == position
         made = live.accepts(loss)
@@ -117,19 +120,22 @@ def test_a_run_that_reads_its_record_again_decides_the_same(tmp_path_factory, lo
             live.note("skip", update=update, position=position, samples=4)
         else:
             metrics.go_back(saved[0])
-            metrics.write("rollback", update=saved[0], position=position, samples=4)
+            values = {"update": saved[0], "position": position, "samples": 4}
+            metrics.write("rollback", **values)
             update, position = saved
-            live.recall(folder, True, Agreement(1))
+            live.recall(metrics.decisive, Agreement(1))
+            live.note("rollback", **values)
     metrics.close()
 
 
 def test_decisions_outlive_the_updates_after_which_they_were_made(tmp_path):
-    metrics = Metrics(tmp_path, True, 0)
+    metrics = Metrics(tmp_path, True, 0, 100)
     for update in range(1, 21):
         metrics.write("update", update=update, loss=3.0, grad_norm=1.0)
     metrics.write("skip", update=20, position=80, samples=4)
     metrics.close()
-    Metrics(tmp_path, True, 10).close()  # resumed from an earlier checkpoint
+    record = Metrics(tmp_path, True, 10, 100)  # resumed from an earlier checkpoint
+    record.close()
     watched = Health(HealthSection())
-    watched.recall(tmp_path, True, Agreement(1))
+    watched.recall(record.decisive, Agreement(1))
     assert watched.start(80) == 84

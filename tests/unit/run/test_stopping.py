@@ -32,11 +32,32 @@ def test_nothing_asked_nothing_done(stopping):
     assert stopping().verdict().stop is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_each_signal_is_named(stopping, number):
     one = stopping()
     signal.raise_signal(number)
     assert one.verdict().stop == f"signal {number.name}"
+
+
+def test_a_terminal_that_was_closed_under_nohup_stops_nothing(stopping):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        one = stopping()
+        signal.raise_signal(signal.SIGHUP)
+        assert one.verdict().stop is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_answered_at_once_and_once():
+    said = []
+    one = Stopping(None, alone, tell=said.append)
+    try:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        one.close()
+    assert said == ["\nSIGINT: this update is finished and saved first; once more, after 5 s, ends at once"]
 
 
 def test_one_request_that_comes_twice_in_a_row_is_one(stopping):
