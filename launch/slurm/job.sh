@@ -25,7 +25,9 @@ ranks() {
   while megagpt status "$run" >"$work/status"; code=$?; [ $code -eq 3 ]; do sleep 5; done # it ended before its ranks
   cat "$work/status"
   [ $code -eq 75 ] || exit $code
-  case $(scontrol show job "$SLURM_JOB_ID") in
+  local shown
+  until shown=$(scontrol show job "$SLURM_JOB_ID"); do sleep 5; done # SLURM's controller may be down for a while
+  case $shown in
     *Requeue=0*) exit 1 ;; # where RequeueExit names 75, it would start even this job again
   esac
   scontrol requeue "$SLURM_JOB_ID"

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests import training
@@ -35,15 +36,28 @@ class SlowDisk:
 def power_on(cluster, host):
     """Boot a host; its SLURM daemon starts too where there is one."""
     cluster.make("boot", str(host))
-
-    def answers():
-        with cluster.start(host, "true") as process:
-            process.communicate()
-        return process.returncode == 0
-
-    until(answers, 120)
+    until(lambda: answers(cluster, host, "true"), 30)
     if Path(cluster.env["SLURM_CONF"]).exists():
         cluster.run(host, "slurmd", "-N", f"node{host}")
+
+
+@contextmanager
+def without_controller(cluster):
+    """SLURM's controller is down for a while; jobs are not."""
+    cluster.run(1, "pkill", "-x", "slurmctld")
+    try:
+        until(lambda: not answers(cluster, 1, "pgrep", "-x", "slurmctld"), 60)
+        yield
+    finally:
+        cluster.run(1, "slurmctld")
+        until(lambda: answers(cluster, 1, "scontrol", "ping"), 60)
+
+
+def answers(cluster, host, *words):
+    """Whether a command on a host goes well."""
+    with cluster.start(host, *words, seconds=30) as process:
+        process.communicate()
+    return process.returncode == 0
 
 
 def until(holds, seconds):

@@ -10,7 +10,7 @@ import pytest
 from megagpt.run import status
 from tests import training
 from tests.cluster.conftest import LENGTH
-from tests.cluster.faults import SlowDisk, power_on, until
+from tests.cluster.faults import SlowDisk, power_on, until, without_controller
 
 CONFIG = training.ROOT / "ds_configs/zero1.json"
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=20")
@@ -159,6 +159,8 @@ def test_a_chain_of_jobs_ends_when_the_run_is_done(slurm, runs, same, tmp_path):
     run = recipe.with_suffix("")
     until(lambda: (run / "status.json").exists() and status.read(run).state == "running", PATIENCE)
     jobs[0].signal()  # while the ranks still start: they make an update, and save
+    with without_controller(slurm):
+        until(lambda: status.read(run).state == "requeue", PATIENCE)
     assert jobs[0].ends() == ("FAILED", "1:0", "0")  # RequeueExit does not look at --no-requeue
     disk.quick()
     assert [job.ends() for job in jobs[1:]] == [("COMPLETED", "0:0", "0"), *[("CANCELLED", "0:0", "0")] * 2]
