@@ -39,6 +39,11 @@ _NEVER = (
     _Never(f"{_ZERO}.zenflow", (None,), "ZenFlow trains other weights: ten times the step, measured against AdamW"),
     _Never(f"{_OPTIMIZER}.super_offload", (False,), "SuperOffload is for CUDA superchips only, and not proven here"),
     _Never(f"{_ZERO}.compute_grad_norm", (True,), "every update logs and clips by the norm of the gradient"),
+    _Never(
+        f"{_ZERO}.round_robin_gradients",
+        (False,),
+        "DeepSpeed then looks for each weight where another is, and checkpoints would hold them under wrong names",
+    ),
     _Never(f"{_ZERO}.legacy_stage1", (False,), "DeepSpeed ignores it"),
     _Never(f"{_ZERO}.elastic_checkpoint", (False,), "megagpt resumes on any layout by itself"),
     _Never("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),
@@ -82,8 +87,8 @@ _NEVER = (
 )
 
 
-def refusals(view: View, recipe: Recipe, stage: int, world_size: int) -> Iterator[Problem]:
-    """Every refused value and combination on so many ranks. `stage` is the ZeRO stage that will run."""
+def refusals(view: View, recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    """Every refused value and combination on so many ranks."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
         if not any(value is harmless or value == harmless for harmless in never.harmless):
@@ -93,7 +98,7 @@ def refusals(view: View, recipe: Recipe, stage: int, world_size: int) -> Iterato
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated, world_size)
-    yield from _muon(view, recipe, stage)
+    yield from _muon(view, recipe)
 
 
 def _device(view: View, key: str) -> str:
@@ -144,22 +149,11 @@ def _zeropp(view: View, stage: int, world_size: int) -> Iterator[Problem]:
         yield view.problem(what, [*used, *offloaded], "keep one of the two")
 
 
-def _muon(view: View, recipe: Recipe, stage: int) -> Iterator[Problem]:
-    if recipe.optimizer.type != "muon" or stage == 0:
-        return
-    what = f"muon is not proven at ZeRO stage {stage}: partitioned matrices cannot be orthogonalised whole"
-    rows: list[Row] = [("optimizer.type", "muon", recipe.place("optimizer.type"))]
-    if recipe.precision != "fp32":  # which is why the stage is not the stated one
-        rows.append(("precision", recipe.precision, recipe.place("precision") or "default"))
-        do = "set precision to fp32, or optimizer.type to adamw"
-    elif view.number("pipeline.stages", 1) > 1:
-        do = "take pipeline away, or set optimizer.type to adamw"
-    elif view.number("tensor_parallel.autotp_size", 1) > 1:
-        do = "take tensor_parallel away, or set optimizer.type to adamw"
-    else:
-        do = f"set {STAGE} to 0, or optimizer.type to adamw"
-    between = [STAGE] if view.given(STAGE) else []
-    yield view.problem(what, between, do, defaults=rows)
+def _muon(view: View, recipe: Recipe) -> Iterator[Problem]:
+    if recipe.optimizer.type == "muon" and view.number(f"{_OPTIMIZER}.ratio", 1.0) < 1:
+        what = "partial offload is not for muon: DeepSpeed steps what stays on the device with an AdamW of its own"
+        rows: list[Row] = [("optimizer.type", "muon", recipe.place("optimizer.type"))]
+        yield view.problem(what, [f"{_OPTIMIZER}.ratio"], "take ratio away", defaults=rows)
 
 
 def layout_dependent(view: View) -> Iterator[str]:

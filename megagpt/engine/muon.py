@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+
+from megagpt.engine.exchange import Exchange, batches
 
 _A, _B, _C = (
     3.4445,
@@ -65,47 +68,55 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False, "momentum": momentum})
         rest = [group for group in self.param_groups if not group["muon"]]
         self._adamw = torch.optim.AdamW(rest, **adamw)
-        # the same dictionaries, so that a schedule on this optimizer reaches both, and the same state
-        self._adamw.param_groups = rest
-        for group in rest:
+        for group in rest:  # the same dictionaries, so that a schedule on this optimizer reaches both
             for key, value in self._adamw.defaults.items():
                 group.setdefault(key, value)
-        self._adamw.state = self.state
+        self.exchanges: dict[torch.Tensor, Exchange] = {}
+        """by a flat tensor of ZeRO's how the matrices in it are made whole; other parameters are matrices themselves"""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; the gradients of matrices are used up."""
+        # looked up each time: ZeRO steps one group after the other, and load_state_dict makes all anew
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.state = self.state
         self._adamw.step()
         for group in self.param_groups:
             if group["muon"]:
                 self._step_matrices(group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of both halves."""
-        super().load_state_dict(state_dict)
-        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
-        self._adamw.state = self.state
-
     def _step_matrices(self, group: dict[str, Any]) -> None:
         """Equal shapes go through the iteration together: a few large products instead of many small ones."""
-        same_shape: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                same_shape[tuple(parameter.shape)].append(parameter)
-        for (rows, columns), parameters in same_shape.items():
-            directions = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
-            split = directions.view(-1, rows // group["parts"], columns)
-            scale = max(1.0, split.size(1) / columns) ** 0.5  # the reference's factor for tall matrices
-            updates = orthogonalise(split).view(-1, rows, columns)
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        solve = partial(updates, parts=group["parts"])
+        whole: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            direction = self._direction(parameter, group["momentum"])
+            if parameter in self.exchanges:
+                self.exchanges[parameter].put_updates(direction, solve)
+            else:
+                whole[parameter.shape].append(direction)
+        for shape, directions in whole.items():
+            for batch in batches(directions, shape.numel()):
+                for direction, update in zip(batch, solve(torch.stack(batch)), strict=True):
+                    direction.copy_(update)
+        for parameter in parameters:
+            assert parameter.grad is not None  # as above
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(parameter.grad, alpha=-group["lr"])
 
     def _direction(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
-        """The gradient with Nesterov momentum."""
+        """The gradient with Nesterov momentum, in the place of the gradient."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None  # the caller has looked
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return torch.lerp(gradient, buffer, momentum)
+        return gradient.lerp_(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
+
+
+def updates(directions: torch.Tensor, parts: int) -> torch.Tensor:
+    """What Muon takes from matrices [number, rows, columns], at rate 1; each is `parts` matrices one below another."""
+    rows, columns = directions.shape[1:]
+    split = directions.reshape(-1, rows // parts, columns)
+    scale = max(1.0, split.size(1) / columns) ** 0.5  # the reference's factor for tall matrices
+    return orthogonalise(split).mul_(scale).view(-1, rows, columns)

@@ -6,14 +6,20 @@ CPUAdam, want nvcc or a C++ compiler of the right version at first use, and all 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from megagpt.engine.exchange import Exchange, Matrix
+from megagpt.engine.flats import flats
 from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
+from megagpt.engine.tensor import Parts
 from megagpt.model.layers import MLP, Attention
+from megagpt.model.shards import cut_of
+from megagpt.recipe import ModelSection
 from megagpt.recipe.sections import OptimizerSection
 
 
@@ -25,6 +31,20 @@ def build(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
         assert section.muon_momentum is not None  # the recipe has checked it
         return Muon(groups, section.muon_momentum, fused=True, **adamw)
     return torch.optim.AdamW(groups, fused=True, **adamw)
+
+
+def connect(engine: Any, names: Mapping[Any, str], section: ModelSection, parts: Parts) -> None:
+    """Tell Muon how the matrices in a DeepSpeed engine's flat tensors are made whole; nothing for other optimizers.
+
+    `names` gives the engine's parameters their names in `GPT`.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if not isinstance(inner, Muon):
+        return
+    for flat in flats(engine.optimizer):
+        if inner.param_groups[flat.number]["muon"]:
+            matrices = [Matrix(whole_shape(p), cut_of(names[p], section, parts.degree)) for p in flat.parameters]
+            inner.exchanges[flat.stretch] = Exchange(matrices, flat.fragments(), flat.group, parts, engine.device)
 
 
 def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
@@ -45,7 +65,7 @@ def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]
     ]
     if section.type == "muon":
         shared = {"lr": section.muon_lr, "weight_decay": section.weight_decay, "muon": True}
-        parts = max(block_matrices.values())
+        parts = max(block_matrices.values(), default=1)  # a stage of a pipeline may have no block
         groups += [{"params": qkv, "parts": parts, **shared}, {"params": matrices, "parts": 1, **shared}]
     return [group for group in groups if group["params"]]
 

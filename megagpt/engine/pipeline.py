@@ -59,6 +59,8 @@ class PipelineEngine:
             config=config,
             dist_init_required=False,
         )[0]
+        parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
+        optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
 
     def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:

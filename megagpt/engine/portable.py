@@ -22,7 +22,7 @@ from torch import Tensor
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Layout
 from megagpt.engine import loss_scale, schedule
-from megagpt.engine.shares import Share, Shares, shares_of
+from megagpt.engine.shares import MOMENTS, Share, Shares, shares_of
 from megagpt.engine.side_state import random_state, set_random_state
 from megagpt.errors import UserError
 from megagpt.files import Write
@@ -33,7 +33,6 @@ from megagpt.model.shards import cut_of
 from megagpt.recipe import ModelSection
 
 _SUMMARY = f"{FOLDER}/state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Portable:
     def _checksums(self, shares: Shares, which: list[Share]) -> tuple[dict[str, int], dict[str, int]]:
         """`kind:name` → checksum over all ranks' stretches, and how many elements went into it; collective."""
         shapes = self._shapes()
-        keys = [f"{kind}:{name}" for kind in (WEIGHT, *_MOMENTS) for name in shapes]
+        keys = [f"{kind}:{name}" for kind in (WEIGHT, *MOMENTS) for name in shapes]
         sums, counts = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
         for share in which:
             places: Tensor | int = share.start

@@ -19,7 +19,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from megagpt.engine.flats import flats
 from megagpt.model.pieces import WEIGHT
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def shares_of(engine: Any, names: Mapping[Any, str]) -> Shares:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     one = next(iter(names))
     if hasattr(one, "ds_id"):
-        return _Partitioned(names, inner)
+        return _Partitioned(names, inner, engine.optimizer)
     if hasattr(one, "_hp_mapping"):
         return _Flat(names, inner)
     return _Whole(names, inner)
@@ -134,8 +137,9 @@ class _Flat:
 class _Partitioned:
     """ZeRO stage 3: each rank holds one even, padded part of every parameter; it may be swapped out to NVMe."""
 
-    def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
         self._names, self.optimizer = names, optimizer
+        self._flats = {parameter: flat.stretch for flat in flats(wrapper) for parameter in flat.parameters}
 
     def all(self) -> list[Share]:
         shares = []
@@ -150,7 +154,8 @@ class _Partitioned:
         return self.all()
 
     def kinds(self, share: Share) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq") if self.optimizer.state else ()
+        # by name: what is swapped out has no shape
+        return tuple(kind for kind in MOMENTS if kind in self.optimizer.state.get(self._flats[share.parameter], {}))
 
     def get(self, share: Share, kind: str) -> Tensor:
         held = self._padded(share, kind)

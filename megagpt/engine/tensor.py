@@ -7,6 +7,7 @@ build process groups of its own over all ranks of the world, which leaves no pla
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -156,6 +157,21 @@ def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
     fill(model, "", recipe.model, recipe.seed, index, degree)
     connect(model.layers, recipe.model, index, degree, group)
     return model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank among those that hold the other parts of what is cut."""
+
+    group: Any = None
+    index: int = 0
+    degree: int = 1
+
+
+def parts(grid: Any, layout: Layout, rank: int) -> Parts:
+    """The place of a rank in a grid; without tensor parallelism there is none."""
+    degree = layout.tensor_parallel
+    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
 
 
 def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:

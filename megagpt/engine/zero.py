@@ -59,6 +59,8 @@ class ZeroEngine:
             mpu=self._grid,
             dist_init_required=False,
         )[0]
+        parts = tensor.parts(self._grid, resolved.layout, rank.rank)
+        optimizers.connect(self._engine, self._names(), recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 _SMALLEST_CHUNK = 512  # tokens; below it the matrix products lose more than the memory gains
+MATRICES_AT_ONCE = 1 << 24
+"""Elements of matrices that Muon orthogonalises together, unless one has more: enough to keep a device busy"""
 
 
 def _linears_per_block(section: ModelSection) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megagpt import recipe as recipes
 from megagpt.data.sidecar import read_sidecar
 from megagpt.model import cost
-from megagpt.plan import machine
+from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def traffic(resolved: Resolved) -> Traffic:
     layout, section = resolved.layout, resolved.recipe.model
     zero = Zero(resolved)
     stages = range(layout.pipeline_stages)
-    most = max(held(section, layout, stage).total for stage in stages)
+    ranks = [held(section, layout, stage) for stage in stages]
+    most = max(rank.total for rank in ranks)
+    gathered, joined = max(muon.traffic(zero, rank) for rank in ranks) if zero.muon else (0, 0)
     hidden = layout.micro_batch * section.seq_len // layout.sequence_parallel * section.d_model * zero.element
     blocks = -(-section.n_layer // layout.pipeline_stages)
     again = layout.recomputed_blocks / section.n_layer
@@ -116,8 +118,8 @@ def traffic(resolved: Resolved) -> Traffic:
     kv_width = section.n_kv_head * (section.d_model // section.n_head)
     exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and mixed values, keys and values
     return Traffic(
-        data_parallel=int(_data_parallel(zero, most)),
-        tensor_parallel=int(layout.accumulation * blocks * sums * ring * hidden),
+        data_parallel=int(_data_parallel(zero, most)) + gathered,
+        tensor_parallel=int(layout.accumulation * blocks * sums * ring * hidden) + joined,
         pipeline=layout.accumulation * hidden * min(layout.pipeline_stages - 1, 2),
         sequence_parallel=int(
             layout.accumulation * blocks * (2 + again) * _ring(layout.sequence_parallel) * exchanged
@@ -143,9 +145,11 @@ def _ring(ranks: int) -> float:
 
 
 def disk(resolved: Resolved, tokens: int | None) -> Disk:
-    """A checkpoint holds an fp32 weight and its moments; a corpus 2 or 4 bytes a token."""
+    """A checkpoint holds an fp32 weight and its moments, of Muon's matrices one; a corpus 2 or 4 bytes a token."""
     recipe = resolved.recipe
     one, kept = MASTER_AND_MOMENTS * cost.parameters(recipe.model), recipe.checkpoint.keep_last
+    if recipe.optimizer.type == "muon":
+        one -= _FP32 * sum(map(muon.elements, cost.shapes(recipe.model)))
     endless = kept is None or recipe.checkpoint.keep_every is not None
     width = 2 if recipe.model.vocab_size < _SMALL_VOCABULARY else 4
     read = None if tokens is None else tokens * width

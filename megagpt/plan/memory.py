@@ -77,6 +77,7 @@ def _moments(resolved: Resolved, stage: int, on_cpu: bool) -> list[Memory]:
         at("the first block's backward pass", _under_way(sizes, zero, mine), sizes.buffers, kept + work, 0),
         at("the last block's backward pass", sizes.gradients, sizes.buffers, one + activations.working(shape), 0),
         at("the step", sizes.gradients, sizes.step, 0, 0),
+        at("the step of Muon's matrices", 0, sizes.matrices, 0, 0),
     ]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.model import cost
 from megagpt.model.shards import cut_of
+from megagpt.plan import muon
 
 if TYPE_CHECKING:
     from megagpt.ds_config import Layout, Resolved
@@ -79,6 +80,8 @@ class States:
     """for reducing gradients and gathering weights, in the passes"""
     step: int
     """in place of the activations, when gradients are reduced and the optimizer steps"""
+    matrices: int = 0
+    """in place of activations and gradients, when Muon makes matrices whole"""
     host: int = 0
     pinned: int = 0
     """the part of it that is page-locked"""
@@ -91,7 +94,7 @@ class Zero:
     def __init__(self, resolved: Resolved) -> None:
         self._keys: Mapping[str, Any] = resolved.config.get("zero_optimization", {})
         self.layout, self.precision = resolved.layout, resolved.recipe.precision or "fp32"
-        self.muon = resolved.recipe.optimizer.type == "muon"
+        self.muon, self.section = resolved.recipe.optimizer.type == "muon", resolved.recipe.model
         self.element = _ELEMENT[self.precision]
         self.shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
         self.accumulates = resolved.layout.accumulation > 1
@@ -152,23 +155,22 @@ def states(zero: Zero, mine: Held) -> States:
     """What a rank with these parameters holds."""
     stage = zero.layout.zero_stage
     if stage == 0:
-        return _whole(zero, mine)
-    if stage == 3:
-        return _partitioned(zero, mine)
-    if zero.device("optimizer") != "none":
-        return _flat_offloaded(zero, mine)
-    return _bf16(zero, mine) if stage == 1 and zero.precision == "bf16" else _flat(zero, mine)
+        found = _whole(zero, mine)
+    elif stage == 3:
+        found = _partitioned(zero, mine)
+    elif zero.device("optimizer") != "none":
+        found = _flat_offloaded(zero, mine)
+    else:
+        found = _bf16(zero, mine) if stage == 1 and zero.precision == "bf16" else _flat(zero, mine)
+    return muon.applied(found, zero, mine) if zero.muon else found
 
 
 def _whole(zero: Zero, mine: Held) -> States:
     """Stage 0, fp32: torch's own tensors, and the engine's copy of the gradients while it reduces them."""
     weights = _FP32 * mine.total
-    matrices = (
-        sum(math.prod(s) for name, s in mine.shapes.items() if len(s) == 2 and _in_block(name)) if zero.muon else 0
-    )
     return States(
         weights=weights,
-        optimizer=2 * weights - _FP32 * matrices,  # Muon keeps one moment of them
+        optimizer=2 * weights,
         gradients=weights,
         kept_gradients=weights if zero.accumulates else 0,
         buffers=0,
@@ -275,7 +277,3 @@ def _live(zero: Zero, mine: Held) -> int:
 
 def _share(size: int, zero: Zero) -> int:
     return -(-size // zero.shards)
-
-
-def _in_block(name: str) -> bool:
-    return name.count(".") > 2

@@ -35,7 +35,8 @@ LLAMA = (
 SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
 DOCUMENTS = ("data.document_mask=true", "data.eod=5")  # which half of the sequences hold, some of them twice
 BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
-MUON = ("optimizer.type=muon", "optimizer.muon_lr=5.0e-3")
+# three blocks: of two, on two ranks, the border lies between two matrices
+MUON = ("optimizer.type=muon", "optimizer.muon_lr=5.0e-3", "optimizer.clip=1.5", "model.n_layer=3")
 
 # eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
 # rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
@@ -120,6 +121,23 @@ CASES: tuple[Case, ...] = (
     *(Case(f"zero0-muon-{n}ranks", n, zero(0, 3), MUON) for n in (1, 2, 4)),
     Case("zero0-muon-llama-recompute-2ranks", 2, zero(0, 6) | _again("auto"), (*MUON, *LLAMA, "optimizer.clip=1.0")),
     Case("ulysses2-zero0-muon", 2, _ulysses(2, zero(0)), MUON),
+    Case("zero1-muon-2ranks", 2, zero(1), MUON),
+    Case("zero2-muon-accumulate3-4ranks", 4, zero(2, 1), MUON),
+    Case("zero1-muon-llama-4ranks", 4, zero(1), (*MUON, *LLAMA, "optimizer.clip=1.0")),
+    Case("zero2-muon-offload-2ranks", 2, zero(2, 3, offload_optimizer=CPU), MUON),
+    Case("zero3-muon-llama-4ranks", 4, zero(3, 1, sub_group_size=20_000), (*MUON, *LLAMA, "optimizer.clip=1.0")),
+    Case("zero3-muon-offload-parameters-2ranks", 2, zero(3, 3, **OFFLOADED), MUON),
+    Case("zero3-muon-nvme-2ranks", 2, zero(3, 3, offload_optimizer=NVME, offload_param=NVME), MUON),
+    Case("zero1-muon-bf16-2ranks", 2, zero(1, 3), (*MUON, *BF16)),
+    Case("zero2-muon-bf16-2ranks", 2, zero(2, 3), (*MUON, *BF16)),
+    Case("zero3-muon-bf16-2ranks", 2, zero(3, 3), (*MUON, *BF16)),
+    Case("zero2-muon-fp16-2ranks", 2, zero(2, 3), (*MUON, *FP16)),
+    Case("pipeline2-data2-muon", 4, _pipeline(2, 2), (*FOUR, *MUON)),
+    Case("pipeline2-muon-bf16", 2, _pipeline(2, 2), (*FOUR, *MUON, *BF16)),
+    Case("pipeline2-tensor2-muon", 4, _tensor(2, _pipeline(2, 2)), (*FOUR, *MUON)),
+    Case("tensor2-zero2-muon-llama-data2", 4, _tensor(2, zero(2, 2)), (*MUON, *LLAMA, "optimizer.clip=1.0")),
+    Case("tensor2-zero3-muon", 2, _tensor(2, zero(3)), MUON),
+    Case("ulysses2-zero2-muon", 2, _ulysses(2, zero(2)), MUON),
     Case("zero1-bf16-1rank", 1, zero(1), BF16),
     Case("zero2-bf16-offload-2ranks", 2, zero(2, 2, offload_optimizer=CPU), BF16),
     Case("zero3-bf16-llama-recompute-2ranks", 2, zero(3, 2) | _again("auto"), (*BF16, *LLAMA)),

@@ -30,7 +30,7 @@ RECIPES = {
     "fp32": _DEEP,
     "bf16": (*_DEEP, "precision=bf16"),
     "fp16": (*_DEEP, "precision=fp16"),
-    "muon": (*_DEEP, "optimizer.type=muon", "optimizer.muon_lr=2.0e-3"),
+    "muon": (*_DEEP, *layouts.MUON, "optimizer.muon_lr=2.0e-3"),
 }
 # the loss scale doubles every nine updates: what is saved is a count in the middle of them
 SCALE, WINDOW = 15, 9

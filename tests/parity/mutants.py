@@ -180,7 +180,8 @@ _BUGS: dict[str, tuple[int, Any, str, Wrapper]] = {
 }
 MUTANTS = {f"mutant-{id}": Mutant(_case(id, bug[0]), *bug[1:]) for id, bug in _BUGS.items()}
 MUTANTS |= {
-    f"mutant-{id}": Mutant(Case(f"mutant-{id}", 2, config), *bug)
-    for id, (config, *bug) in mutants_parallel.BUGS.items()
+    f"mutant-{id}": Mutant(Case(f"mutant-{id}", 2, config, recipe), *bug)
+    for bugs, recipe in ((mutants_parallel.BUGS, ()), (mutants_parallel.MUON_BUGS, layouts.MUON))
+    for id, (config, *bug) in bugs.items()
 }
 SEEDS = tuple(Case(f"seed-{seed}", 2, layouts.zero(seed % 4, 3), (f"seed={seed}",)) for seed in range(100, 120))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import layouts
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.data.loader import Batch
-from megagpt.engine import optimizer, tensor
+from megagpt.engine import muon, optimizer, tensor
+from megagpt.engine.exchange import Exchange
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.model.layers import Attention, PositionEmbedding
@@ -74,6 +76,19 @@ def _first_part(original: Wrapper, ulysses: Ulysses, batch: Batch) -> Batch:
     return Batch(*(value.chunk(ulysses._degree, dim=1)[0] for value in batch))
 
 
+def _each_its_own(original: Wrapper, exchange: Exchange, flat: torch.Tensor, *args: Any) -> None:
+    with patch.object(exchange, "_send", lambda source, target, *_: target.zero_()):
+        original(exchange, flat, *args)
+
+
+def _parts_apart(original: Wrapper, exchange: Exchange, parts: torch.Tensor, cut: Any, solve: Any) -> Any:
+    return solve(parts)
+
+
+def _as_one(original: Wrapper, directions: torch.Tensor, parts: int) -> torch.Tensor:
+    return original(directions, 1)
+
+
 BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "pipeline-averages-micro-batches": (PIPELINE, Stages, "_loss", _mean_of_means),
     "pipeline-drops-the-last-micro-batch": (PIPELINE, Stages, "feed", _last_ignored),
@@ -86,4 +101,9 @@ BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "sequence-parts-all-begin-at-0": (SEQUENCE, Ulysses, "connect", _at_the_start),
     "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "connect", _blind_to_the_others),
     "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),
+}
+MUON_BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
+    "muon-sees-its-own-stretch-of-a-matrix": (layouts.zero(2, 3), Exchange, "put_updates", _each_its_own),
+    "muon-takes-tensor-parts-for-matrices": (TENSOR, Exchange, "_solved", _parts_apart),
+    "muon-takes-q-k-and-v-for-one-matrix": (layouts.zero(3, 3), muon, "updates", _as_one),
 }

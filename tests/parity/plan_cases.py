@@ -13,6 +13,7 @@ SMALL = {
     "stage3_prefetch_bucket_size": 50_000,
     "stage3_param_persistence_threshold": 1000,
 }
+SHORT = ("model.seq_len=16", "model.vocab_size=128", "model.n_layer=4")  # the step takes most
 DEEPER = ("model.n_layer=10",)
 TENSOR = {"tensor_parallel": {"autotp_size": 2}}
 AGAIN = {"activation_checkpointing": {"number_checkpoints": "auto"}}
@@ -29,7 +30,10 @@ CASES: tuple[Case, ...] = tuple(
     Case(f"plan-{name}", WORLD, config, (*MODEL, *words))
     for name, config, words in (
         ("zero0", _zero(0, 1), ()),
-        ("zero0-muon-once", _zero(0, 3), MUON),
+        ("zero0-muon-once", _zero(0, 3), (*MUON, *SHORT)),
+        ("zero1-muon-once", _zero(1, 3), (*MUON, *SHORT)),
+        ("zero3-muon", _zero(3, 1), (*MUON, *SHORT)),
+        ("tensor2-muon-once", {**_zero(2, 6), **TENSOR}, (*MUON, *SHORT)),
         ("zero0-recompute", _zero(0, 3) | AGAIN, LLAMA),
         ("zero1-once", _zero(1, 3), LLAMA),
         ("zero1-offload-bf16", _zero(1, 1, offload_optimizer=CPU), BF16),

@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megagpt.distributed import Agreement, Rank
 from megagpt.engine.build import build
+from megagpt.engine.exchange import Exchange
 from megagpt.engine.start import start
 
 
@@ -34,6 +35,8 @@ def main(job: dict[str, Any]) -> None:
     rank = Rank(rank=0, world_size=WORLD)
     torch.distributed.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     start(rank)
+    # the fake group gives nothing to a rank that sends nothing, as one at a border of two matrices does
+    Exchange._send = lambda _, source, target, *sizes: target.zero_()  # type: ignore[method-assign]
     for case in CASES:
         if case.id in job["cases"]:
             faulthandler.dump_traceback_later(job["seconds"], exit=True)

@@ -41,8 +41,12 @@ MOVES = (
     ("zero1-1rank", "zero3-4ranks", "fp16"),
     ("zero3-2ranks", "pipeline2", "fp16"),
     ("pipeline2-data2", "zero2-2ranks", "fp16"),
-    ("zero0-1rank", "zero0-4ranks", "muon"),
-    ("zero0-4ranks", "zero0-2ranks", "muon"),
+    ("zero1-4ranks", "zero0-1rank", "muon"),
+    ("zero0-1rank", "zero3-4ranks", "muon"),
+    ("zero3-2ranks", "pipeline2-data2", "muon"),
+    ("pipeline2-tensor2", "zero2-offload-2ranks", "muon"),
+    ("zero0-4ranks", "tensor2-zero2", "muon"),
+    ("zero3-nvme-2ranks", "zero0-2ranks", "muon"),
 )
 HALF = ("bf16", "fp16")
 

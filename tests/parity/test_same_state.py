@@ -13,6 +13,8 @@ IDS = (
     "pipeline4-llama",
     "pipeline2-data2",
     "pipeline2-tensor2",
+    "pipeline2-tensor2-muon",
+    "tensor2-zero3-muon",
     "tensor2-zero1-llama-data2",
     "ulysses2-tensor2",
     "ulysses2-zero2-llama-data2",

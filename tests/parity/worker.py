@@ -77,7 +77,8 @@ def check_moved(engine: Any) -> None:
     wrapper = engine._engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     # not through DeepSpeed's safe_get_*: with two parameter groups it finds the moments of the first one only
-    moments = [state["exp_avg"] for state in inner.state.values() if "exp_avg" in state]
+    kinds = ("exp_avg", "momentum_buffer")
+    moments = [state[kind] for state in inner.state.values() for kind in kinds if kind in state]
     assert moments
     for moment in moments:
         assert not moment.numel() or moment.abs().max() > 0

@@ -181,17 +181,12 @@ WORDS = {
         "megagpt: two places set the learning rate\n  optimizer.lr         6.0e-4   r.yaml:6\n"
         "  optimizer.params.lr  1.0e-4   command line\n  do: say optimizer.lr=VALUE (the recipe owns it)",
     ),
-    "muon at stage 1": (
-        (*MUON, "ds.zero_optimization.stage=1"),
-        "megagpt: muon is not proven at ZeRO stage 1: partitioned matrices cannot be orthogonalised whole\n"
-        '  zero_optimization.stage  1        command line\n  optimizer.type           "muon"   command line\n'
-        "  do: set zero_optimization.stage to 0, or optimizer.type to adamw",
-    ),
-    "muon in low precision": (
-        (*MUON, "precision=bf16"),
-        "megagpt: muon is not proven at ZeRO stage 1: partitioned matrices cannot be orthogonalised whole\n"
-        '  optimizer.type  "muon"   command line\n  precision       "bf16"   command line\n'
-        "  do: set precision to fp32, or optimizer.type to adamw",
+    "muon with partial offload": (
+        (*MUON, "ds.zero_optimization={stage: 3, offload_optimizer: {device: cpu, ratio: 0.5}}"),
+        "megagpt: partial offload is not for muon: DeepSpeed steps what stays on the device with an AdamW of its own\n"
+        "  zero_optimization.offload_optimizer.ratio  0.5      command line\n"
+        '  optimizer.type                             "muon"   command line\n'
+        "  do: take ratio away",
     ),
     "a scheduler for wsd, which DeepSpeed has not": (
         ("schedule.type=wsd", "schedule.decay_updates=5", "ds.scheduler.type=WarmupDecayLR"),

@@ -211,6 +211,7 @@ NEVER = {
     "zero_optimization.offload_optimizer.super_offload": True,
     "zero_optimization.compute_grad_norm": False,
     "zero_optimization.legacy_stage1": True,
+    "zero_optimization.round_robin_gradients": True,
     "zero_optimization.elastic_checkpoint": True,
     "torch_autocast.enabled": True,
     "bf16.bf16_master_weights_and_grads": True,
