@@ -18,7 +18,7 @@ class Needs:
     """What is asked of every host; empty parts were not asked.
 
     `corpora` are prefixes. `checkpoint` is the bytes of one, with the room that saving insists on, and `keep_last` how
-    many are kept (None: all). `operators` must load, `gpu_operators` too where there is a GPU. Of each rank are the
+    many are kept (None: all). `operators` must load, `gpu_operators` are tried where there is a GPU. Of each rank are the
     bytes in `host` memory beside a GPU, in that of a host without one (`host_alone`), on the `device`, and at `nvme`.
     """
 
@@ -54,17 +54,19 @@ def of(recipe: Path | None, config: Path | None, overrides: Sequence[str], world
         raise UserError("these words change a recipe, but none is given", " ".join(words), "give --recipe")
     given: dict[str, Any] = {"recipe": str(recipe or ""), "config": str(config or "")}
     files = [str(path) for path in (recipe, config) if path]
+    muon = False
     if recipe is not None:
         from megagpt import recipe as recipes
 
         read = recipes.load(recipe, words)
+        muon = read.optimizer.type == "muon"
         named = read.data.tokenizer or ""  # else the name of an encoding
         files += [named] if named.endswith((".model", ".json")) else []
         given |= _of_recipe(read)
         if config is not None:
             given |= _sizes(config, read, words, world)
     if config is not None:
-        given |= _of_config(config, words)
+        given |= _of_config(config, words, muon)
     return Needs(**given, files=tuple(files))
 
 
@@ -93,8 +95,8 @@ def _sizes(config: Path, recipe: Recipe, words: Sequence[str], world: int) -> di
     }  # fmt: skip
 
 
-def _of_config(path: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Operators and folders, which do not depend on the recipe."""
+def _of_config(path: Path, words: Sequence[str], muon: bool) -> dict[str, Any]:
+    """Operators and folders, which do not depend on the recipe but for its optimizer."""
     from megagpt.ds_config.reading import read_json
 
     tree = read_json(path)
@@ -104,10 +106,11 @@ def _of_config(path: Path, words: Sequence[str]) -> dict[str, Any]:
     zero = _section(tree.values, "zero_optimization")
     parts = [_section(zero, f"offload_{what}") for what in ("optimizer", "param")]
     folders = [str(part.get("nvme_path", "")) for part in parts if part.get("device") == "nvme"]
+    on_device = parts[0].get("device", "none") == "none"
     quantized = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")
     return {
         "operators": ("async_io",) if folders else (),
-        "gpu_operators": ("quantizer",) if quantized else (),
+        "gpu_operators": (*(["fused_adam"] if on_device and not muon else []), *(["quantizer"] if quantized else [])),
         "offloads": any(part.get("device", "none") != "none" for part in parts),
         "nvme": folders[0] if folders else "",
     }

@@ -152,7 +152,10 @@ def _tried(host: Host, visit: Visit) -> Iterator[Finding]:
         do = "install a C++ compiler, ninja and libaio's headers (Debian: g++ ninja-build libaio-dev)"
         if name in visit.needs.gpu_operators:
             do = "install nvcc of the CUDA that torch is built for, and a C++ compiler, and export CUDA_HOME"
-        yield bad("operators", what, do, host)
+        if name == "fused_adam":
+            yield odd("operators", f"{what}; torch's own takes its place", do, host)
+        else:
+            yield bad("operators", what, do, host)
     at, python = host.probe.get("at", ""), host.facts["python"]["executable"]
     if at.startswith(BUILDING) and (why := stopped(host.probe)):
         name = at.removeprefix(BUILDING)

@@ -28,6 +28,11 @@ def offloaded(config: Mapping[str, Any], what: str) -> str:
     return str(section.get("device") or "none")
 
 
+def steps_on_gpu(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer steps on a GPU, or whatever accelerator there is, and not on the host."""
+    return operators.device() != "cpu" and offloaded(config, "optimizer") == "none"
+
+
 def ready(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
     """The config with what NVMe needs: a folder of the run's own, and buffers that fit the model if it names none.
 

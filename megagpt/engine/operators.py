@@ -7,7 +7,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import op_builder
 
-_BUILDERS = {"async_io": "AsyncIOBuilder", "quantizer": "QuantizerBuilder"}
+_BUILDERS = {"async_io": "AsyncIOBuilder", "fused_adam": "FusedAdamBuilder", "quantizer": "QuantizerBuilder"}
 
 
 def load(name: str) -> Any:

@@ -1,17 +1,15 @@
-"""The optimizer of a recipe, over a GPT's parameters: torch's fused AdamW, or Muon.
-
-It runs on GPUs and, for an offloaded optimizer, on CPUs, and nothing is compiled for it: DeepSpeed's own, FusedAdam and
-CPUAdam, want nvcc or a C++ compiler of the right version at first use, and all ranks wait for one that builds.
-"""
+"""The optimizer of a recipe, over a GPT's parameters: DeepSpeed's fused Adam on GPUs, torch's on CPUs; or Muon."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from megagpt.engine import operators
 from megagpt.engine.exchange import Exchange, Matrix
 from megagpt.engine.flats import flats
 from megagpt.engine.materialise import whole_shape
@@ -22,14 +20,18 @@ from megagpt.model.shards import cut_of
 from megagpt.recipe import ModelSection
 from megagpt.recipe.sections import OptimizerSection
 
+log = logging.getLogger(__name__)
 
-def build(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not."""
+
+def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch.optim.Optimizer:
+    """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not. `on_gpu`: it steps there."""
     groups = _groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
     if section.type == "muon":
         assert section.muon_momentum is not None  # the recipe has checked it
         return Muon(groups, section.muon_momentum, fused=True, **adamw)
+    if on_gpu and (fused := _deepspeed_fused_adam()) is not None:
+        return fused(groups, adam_w_mode=True, **adamw)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 
@@ -82,3 +84,15 @@ def _block_matrices(model: nn.Module) -> dict[str, int]:
                 if len(whole_shape(weight)) == 2:
                     parts[part] = module.group + 2 if isinstance(module, Attention) and ".qkv." in part else 1
     return parts
+
+
+def _deepspeed_fused_adam() -> Any:
+    """DeepSpeed's FusedAdam if its operator can be built here, else None (said in the log)."""
+    from deepspeed.ops.adam import FusedAdam
+
+    try:
+        operators.load("fused_adam")
+    except Exception as error:  # a missing nvcc, compiler or header: torch's own fused kernel needs none
+        log.warning("DeepSpeed's fused Adam cannot be built (%s); torch's fused AdamW takes its place", error)
+        return None
+    return FusedAdam

@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, replicas, tensor
+from megagpt.engine import loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.base import Accept
@@ -48,7 +48,7 @@ class PipelineEngine:
         self._ulysses = Ulysses(layout, rank.rank)
         self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank, recipe.document_end)
         self._ulysses.connect(self._stages, self._stages.documents, recipe.model.seq_len)
-        optimizer = optimizers.build(recipe.optimizer, self._stages)
+        optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu=offload.steps_on_gpu(resolved.config))
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = native.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}

@@ -45,7 +45,7 @@ class ZeroEngine:
         config = offload.ready(native.config(resolved), recipe, shards)
         self._swap = offload.swap_folders(config, rank.rank)
         model = self._model(recipe, config)
-        optimizer = optimizers.build(recipe.optimizer, model)
+        optimizer = optimizers.build(recipe.optimizer, model, on_gpu=offload.steps_on_gpu(config))
         self._clip: _ClipBeforeStep | None = None
         if resolved.layout.zero_stage == 0:
             # stage 0 in fp32 neither reports the norm nor clips by a way that could

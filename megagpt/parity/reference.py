@@ -34,7 +34,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
     masters.to(dtype).float()
     model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(arithmetic)
     initial = {name: value.detach().clone() for name, value in masters.named_parameters()}
-    optimizer = optimizers.build(recipe.optimizer, masters)
+    optimizer = optimizers.build(recipe.optimizer, masters, on_gpu=False)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses, norms, rates, tokens = [], [], [], []
     evaluations = [_loss(model, held_out, _valid(held_out)).item()]

@@ -36,10 +36,10 @@ def _last_ignored(original: Wrapper, stages: Stages, batches: list[Batch], *args
     return original(stages, [*kept, Batch(last.input_ids, torch.full_like(last.labels, -100))], *args)
 
 
-def _tied_counted_twice(original: Wrapper, section: Any, model: nn.Module) -> Any:
+def _tied_counted_twice(original: Wrapper, section: Any, model: nn.Module, *, on_gpu: bool) -> Any:
     for parameter in model.parameters():
         parameter.ds_pipe_replicated = False
-    return original(section, model)
+    return original(section, model, on_gpu=on_gpu)
 
 
 def _parts_counted_once(original: Wrapper, module: nn.Module, *args: Any) -> Any:

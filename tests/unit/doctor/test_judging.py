@@ -288,6 +288,11 @@ def test_an_operator_whose_build_does_not_end(visit):
 
 
 ODD = {
+    "an operator that there is a substitute for": (
+        probe(operators={"fused_adam": {"seconds": 1.0, "error": "no nvcc"}}),
+        ("operators", "fused_adam cannot be built: no nvcc; torch's own takes its place",
+         "install nvcc of the CUDA that torch is built for, and a C++ compiler, and export CUDA_HOME"),
+    ),
     "a lock that nothing waits for": (
         second(lambda host: host.facts["locks"].append(LOCK)),
         ("operators", "async_io is locked by a build that has died: /ext/async_io/lock; this layout does without it",
