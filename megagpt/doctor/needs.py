@@ -18,8 +18,8 @@ class Needs:
     """What is asked of every host; empty parts were not asked.
 
     `corpora` are prefixes. `checkpoint` is the bytes of one, with the room that saving insists on, and `keep_last` how
-    many are kept (None: all). `operators` must load, `gpu_operators` are tried where there is a GPU. Of each rank are the
-    bytes in `host` memory beside a GPU, in that of a host without one (`host_alone`), on the `device`, and at `nvme`.
+    many are kept (None: all). `operators` must load, `gpu_operators` are tried where there is a GPU. Of each rank are
+    the bytes in `host` memory beside a GPU, in that of a host without one (`host_alone`), on the `device`, at `nvme`.
     """
 
     recipe: str = ""

@@ -31,7 +31,7 @@ def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch
         assert section.muon_momentum is not None  # the recipe has checked it
         return Muon(groups, section.muon_momentum, fused=True, **adamw)
     if on_gpu and (fused := _deepspeed_fused_adam()) is not None:
-        return fused(groups, adam_w_mode=True, **adamw)  # type: ignore[no-any-return]
+        return fused(groups, adam_w_mode=True, **adamw)
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 

@@ -50,8 +50,8 @@ def host(number):
 @pytest.fixture
 def visit():
     needs = Needs(
-        "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB), gpu_operators=("fused_adam", "quantizer"),
-        offloads=True, host=8 * GB, host_alone=20 * GB, device=30 * GB,
+        "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB),
+        gpu_operators=("fused_adam", "quantizer"), offloads=True, host=8 * GB, host_alone=20 * GB, device=30 * GB,
     )  # fmt: skip
     launch = Launch(True, {"node1": 15, "node2": 15}, ())
     requirements = ("torch<2.14,>=2.13", "deepspeed<0.20,>=0.19.8", "numpy<3,>=2")
