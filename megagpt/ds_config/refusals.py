@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from megagpt.ds_config.view import View
 from megagpt.errors import Problem
-from megagpt.recipe import Recipe
-from megagpt.recipe.wording import Row
 
 _ZERO = "zero_optimization"
 STAGE = f"{_ZERO}.stage"
@@ -64,6 +62,11 @@ _NEVER = (
             "profile",
         )
     ),
+    _Never(
+        f"{_OPTIMIZER}.ratio",
+        (1,),
+        "what stays on the device is stepped by an AdamW of DeepSpeed's own, in part without the schedule",
+    ),
     _Never("data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over the sequence ranks"),
     _Never("data_efficiency.enabled", (False,), "it would be ignored: the data order is the recipe's"),
     _Never("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
@@ -87,7 +90,7 @@ _NEVER = (
 )
 
 
-def refusals(view: View, recipe: Recipe, world_size: int) -> Iterator[Problem]:
+def refusals(view: View, world_size: int) -> Iterator[Problem]:
     """Every refused value and combination on so many ranks."""
     for never in _NEVER:
         value = view.get(never.key, never.harmless[0])
@@ -98,7 +101,6 @@ def refusals(view: View, recipe: Recipe, world_size: int) -> Iterator[Problem]:
     stated = view.number(STAGE, 0)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated, world_size)
-    yield from _muon(view, recipe)
 
 
 def _device(view: View, key: str) -> str:
@@ -121,9 +123,6 @@ def _offload(view: View, stage: int) -> Iterator[Problem]:
         do = f"set {STAGE} to 3, or the device to cpu"
         what = "offload to NVMe needs ZeRO stage 3"
         yield view.problem(what, [*between, f"{_OPTIMIZER}.device"], do)
-    if view.number(f"{_OPTIMIZER}.ratio", 1.0) < 1 and 0 < stage < 3:
-        do = f"set {STAGE} to 3, or take ratio away"
-        yield view.problem("partial offload needs ZeRO stage 3", [*between, f"{_OPTIMIZER}.ratio"], do)
     for key, device in ((_PARAM, param), (_OPTIMIZER, optimizer)):
         if device == "nvme" and not view.number(f"{key}.nvme_path", None):
             do = f"give {key}.nvme_path: a directory on the local disk of every node"
@@ -147,13 +146,6 @@ def _zeropp(view: View, stage: int, world_size: int) -> Iterator[Problem]:
     if used and offloaded:
         what = "ZeRO++ with offload does not train: the loss stays constant (DeepSpeed #6926)"
         yield view.problem(what, [*used, *offloaded], "keep one of the two")
-
-
-def _muon(view: View, recipe: Recipe) -> Iterator[Problem]:
-    if recipe.optimizer.type == "muon" and view.number(f"{_OPTIMIZER}.ratio", 1.0) < 1:
-        what = "partial offload is not for muon: DeepSpeed steps what stays on the device with an AdamW of its own"
-        rows: list[Row] = [("optimizer.type", "muon", recipe.place("optimizer.type"))]
-        yield view.problem(what, [f"{_OPTIMIZER}.ratio"], "take ratio away", defaults=rows)
 
 
 def layout_dependent(view: View) -> Iterator[str]:

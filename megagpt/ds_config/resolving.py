@@ -54,7 +54,7 @@ def load(
 def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None, list[str], list[Problem]]:
     cut = degrees(view)
     stage, notes = _stage(view, recipe, cut)
-    problems = [*refusals(view, recipe, world_size), *impossible(view, recipe, cut)]
+    problems = [*refusals(view, world_size), *impossible(view, recipe, cut)]
     problems += against_recomputation(view, recipe.model.n_layer)
     ranks, rest = divmod(world_size, cut.ranks)
     if rest:

@@ -15,11 +15,8 @@ import torch
 
 from megagpt.engine.exchange import Exchange, batches
 
-_A, _B, _C = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic coefficients of the reference: steepest at 0, five steps suffice
+# quintic coefficients of the reference: steepest at 0, five steps suffice
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -168,7 +168,6 @@ def test_a_second_owner_is_refused_with_both_places_and_values(told, lines, mess
     told(lines, message)
 
 
-MUON = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
 WORDS = {
     "unknown key": (
         ("ds.zero_optimization.stag=3",),
@@ -180,13 +179,6 @@ WORDS = {
         ("ds.optimizer.params.lr=1e-4",),
         "megagpt: two places set the learning rate\n  optimizer.lr         6.0e-4   r.yaml:6\n"
         "  optimizer.params.lr  1.0e-4   command line\n  do: say optimizer.lr=VALUE (the recipe owns it)",
-    ),
-    "muon with partial offload": (
-        (*MUON, "ds.zero_optimization={stage: 3, offload_optimizer: {device: cpu, ratio: 0.5}}"),
-        "megagpt: partial offload is not for muon: DeepSpeed steps what stays on the device with an AdamW of its own\n"
-        "  zero_optimization.offload_optimizer.ratio  0.5      command line\n"
-        '  optimizer.type                             "muon"   command line\n'
-        "  do: take ratio away",
     ),
     "a scheduler for wsd, which DeepSpeed has not": (
         ("schedule.type=wsd", "schedule.decay_updates=5", "ds.scheduler.type=WarmupDecayLR"),

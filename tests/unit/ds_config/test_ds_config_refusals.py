@@ -42,13 +42,6 @@ COMBINATIONS = {
         "  d.json:2  zero_optimization.offload_param.device\n"
         "  do: give zero_optimization.offload_param.nvme_path: a directory on the local disk of every node",
     ),
-    "partial offload below stage 3": (
-        ['"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}'],
-        "megagpt: partial offload needs ZeRO stage 3\n"
-        "  zero_optimization.stage                    1     d.json:2\n"
-        "  zero_optimization.offload_optimizer.ratio  0.5   d.json:2\n"
-        "  do: set zero_optimization.stage to 3, or take ratio away",
-    ),
     "ZeRO++ below stage 3": (
         ['"zero_optimization": {"stage": 2, "zero_quantized_gradients": true}'],
         "megagpt: ZeRO++ is ignored below ZeRO stage 3\n"
@@ -209,6 +202,7 @@ NEVER = {
     "bf16.check_grad_overflow": False,
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.offload_optimizer.super_offload": True,
+    "zero_optimization.offload_optimizer.ratio": 0.5,
     "zero_optimization.compute_grad_norm": False,
     "zero_optimization.legacy_stage1": True,
     "zero_optimization.round_robin_gradients": True,
