@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from megagpt.data.decoding import Decoder
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import Document, Fragment, whole
+from megagpt.data.documents import Fragment
 from megagpt.data.long_line import LongLine
 from megagpt.data.oddities import Oddities, Place
 from megagpt.data.opening import opened
 from megagpt.data.parquet import row_groups, rows
 from megagpt.data.pieces import Stretch
 from megagpt.data.sniffing import Kind
-from megagpt.data.sources import Source
 from megagpt.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -55,14 +54,6 @@ def key_of(text_key: str) -> tuple[str, ...]:
         what = f"the text key `{text_key}` holds an empty name"
         raise UserError(what, "--text-key", "write a key, or several with a dot between them: body.text")
     return key
-
-
-def whole_documents(sources: Sequence[Source], key: tuple[str, ...], odd: Oddities) -> Iterator[Document]:
-    """All documents of the sources, one after the other. Raises as `read` does."""
-    for number, source in enumerate(sources):
-        for fragment in whole(read(Stretch(number, source), key, odd)):
-            name = f"{source.path}:{fragment.line}" if fragment.line else source.path
-            yield Document(name, fragment.text, fragment.key)
 
 
 def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:

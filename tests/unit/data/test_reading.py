@@ -11,9 +11,10 @@ from megagpt.data import pieces, reading
 from megagpt.data.documents import whole
 from megagpt.data.oddities import OddInput, Oddities, Place
 from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read, whole_documents
+from megagpt.data.reading import read
 from megagpt.data.sources import find_sources
 from megagpt.errors import UserError
+from tests.unit.data.whole import whole_documents
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 

@@ -15,10 +15,11 @@ from pyarrow import parquet
 from megagpt.data import opening, pieces
 from megagpt.data.oddities import Oddities, Place
 from megagpt.data.pieces import cut
-from megagpt.data.reading import read, whole_documents
+from megagpt.data.reading import read
 from megagpt.data.sniffing import KNOWN
 from megagpt.data.sources import DEFAULT, find_sources
 from megagpt.errors import UserError
+from tests.unit.data.whole import whole_documents
 
 COMPRESSORS = {
     ".gz": gzip.compress,
