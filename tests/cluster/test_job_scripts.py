@@ -159,6 +159,7 @@ def test_a_chain_of_jobs_ends_when_the_run_is_done(slurm, runs, same, tmp_path):
     run = recipe.with_suffix("")
     until(lambda: (run / "status.json").exists() and status.read(run).state == "running", PATIENCE)
     jobs[0].signal()  # while the ranks still start: they make an update, and save
+    until(lambda: (run / "STOP").exists() or status.read(run).state == "requeue", PATIENCE)  # SLURM has passed it on
     with without_controller(slurm):
         until(lambda: status.read(run).state == "requeue", PATIENCE)
     assert jobs[0].ends() == ("FAILED", "1:0", "0")  # RequeueExit does not look at --no-requeue
