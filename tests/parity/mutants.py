@@ -131,8 +131,8 @@ def _slow_rest(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [groups[0], {**groups[1], "lr": groups[1]["lr"] / 10}]
 
 
-def _other_beta(original: Wrapper, *args: Any) -> Any:
-    built = original(*args)
+def _other_beta(original: Wrapper, *args: Any, **more: Any) -> Any:
+    built = original(*args, **more)
     for group in built.param_groups:
         group["betas"] = (group["betas"][0], 0.999)
     return built

@@ -47,7 +47,9 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path):
     run.stdout.close()
     run.stderr.close()
     assert run.wait(timeout=60) == 0
-    assert (tmp_path / "logs/rank-0.log").read_text().startswith("ours\na library prints\n")
+    log = (tmp_path / "logs/rank-0.log").read_text()
+    assert log.startswith("ours\n")
+    assert "a library prints\n" in log  # where Python's own buffer puts it
 
 
 def test_lines_of_a_run_are_aligned():

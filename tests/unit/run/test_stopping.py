@@ -18,6 +18,7 @@ def alone(*flags):
 @pytest.fixture
 def stopping():
     made = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
     def make(max_minutes=None, any_rank=alone, request=None):
         made.append(Stopping(max_minutes, any_rank, request))
@@ -26,6 +27,7 @@ def stopping():
     yield make
     for one in reversed(made):
         one.close()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_nothing_asked_nothing_done(stopping):
