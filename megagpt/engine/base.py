@@ -62,6 +62,10 @@ class Engine(Protocol):
         """Each parameter whole, by its name in `GPT`, in fp32 on the host. Tied ones come once."""
         ...
 
+    def release(self) -> None:
+        """Free what the engine holds; the process group stays, for another engine."""
+        ...
+
     def close(self) -> None:
         """Leave the process group."""
         ...
