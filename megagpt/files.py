@@ -15,6 +15,19 @@ Write = Callable[[str, bytes], None]
 """Writes the bytes of one file of a checkpoint, named relative to it."""
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text that may come from anybody.
+
+    Raises:
+        ValueError: The text is not JSON, or nests deeper than Python's parser goes. `json.loads` alone raises
+            RecursionError for the latter, which callers that expect a damaged file do not catch.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+
+
 @dataclass(frozen=True)
 class Written:
     """What a file holds: its size and CRC-32."""
