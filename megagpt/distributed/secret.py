@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.errors import MachineError, UserError
+from megagpt.files import parse_json
 
 VARIABLE = "MEGAGPT_JOB_SECRET"
 SET = f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
@@ -96,9 +97,9 @@ def find(path: Path) -> JobKey | str:
         if why := _unsafe(os.fstat(descriptor)):
             return why
         try:
-            content = json.loads(file.read(_MOST))
+            content = parse_json(file.read(_MOST))
             secret, address, port = bytes.fromhex(content["secret"]), content["address"], content["port"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError):
             return "it is not a key file"
     if len(secret) != 32 or not isinstance(address, str) or not isinstance(port, int) or not 0 < port < 65536:
         return "it is not a key file"

@@ -177,8 +177,8 @@ def test_the_launcher_says_which_rank_it_is_of_how_many(environment, place):
 def tasks(command, lines, model, tmp_path, monkeypatch):
     """Start tasks as srun does: each is told its number, the hosts of the step, and nothing of MPI."""
 
-    def start(count, only=None, **limits):
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    def start(count, only=None, port=None, **limits):
+        monkeypatch.setenv("MASTER_PORT", str(port or free_port()))
         options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
         started = []
         for number in range(count) if only is None else [only]:
@@ -228,17 +228,16 @@ def test_tasks_without_a_common_folder_share_the_secret_of_the_environment(tasks
     assert ["prepared in" in output for output in outputs] == [True, False]
 
 
-def test_a_pickle_sent_to_the_port_of_a_job_runs_nothing_and_the_job_completes(tasks, expected, tmp_path, monkeypatch):
+def test_a_pickle_sent_to_the_port_of_a_job_runs_nothing_and_the_job_completes(tasks, expected, tmp_path):
     """The attack that was seen: read the greeting, claim to be task 1, and send a pickle that runs a command."""
     port = free_port()
-    monkeypatch.setattr("tests.unit.prepare.test_ranks.free_port", lambda: port)
-    (first,) = tasks(2, only=0)
+    (first,) = tasks(2, only=0, port=port)
     attack = Bomb(tmp_path / "owned").messages()
     strangers = []
     for message in attack:
         strangers.append(wait_for_port(port))
         strangers[-1].sendall(message)
-    (second,) = tasks(2, only=1)
+    (second,) = tasks(2, only=1, port=port)
     outputs = [finish(task)[0] for task in (first, second)]
     for stranger in strangers:
         stranger.close()
