@@ -12,7 +12,7 @@ import numpy as np
 from megagpt.data.indexed import Reader
 from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import UserError
+from megagpt.errors import UserError, without_controls
 
 _MOST_LENGTHS = 1_000_000  # looked at for the distribution, evenly spread
 _MOST_IDS = 1_000  # of a document that are shown
@@ -31,7 +31,8 @@ class Shown:
     def __str__(self) -> str:
         head = f"{self.kind} {self.number:,}: {self.tokens:,} tokens"
         more = " …" if self.tokens > len(self.ids) else ""
-        return f"{head}\n{self.text if self.text is not None else ' '.join(map(str, self.ids))}{more}"
+        shown = " ".join(map(str, self.ids)) if self.text is None else without_controls(self.text)
+        return f"{head}\n{shown}{more}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError
+from megagpt.files import parse_json
 
 VERSION = 1
 
@@ -57,7 +58,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     """Read the sidecar, or None where there is none. Raises UserError if it cannot be understood."""
     do = f"run `megagpt prepare` again, or remove {path.name} to use the corpus unverified"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -87,7 +87,9 @@ def _difference(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float
 
     Raises MachineError where the folder does not hold the same function.
     """
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     ours.to(getattr(torch, dtype)).float()
     shape = (2, min(ours.section.seq_len, 256))
     ids = torch.randint(ours.section.vocab_size, shape, generator=torch.Generator().manual_seed(0))
