@@ -24,19 +24,28 @@ Between = Callable[[int, Callable[[Samples], float]], None]
 
 
 def train(
-    recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samples, between: Between = lambda *_: None
+    recipe: Recipe,
+    updates: Sequence[Samples],
+    total: int,
+    held_out: Samples,
+    between: Between = lambda *_: None,
+    *,
+    exact: bool = False,
 ) -> Curve:
     """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
     In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
     Before each update `between` is called with its number, counted from 1, and a function that measures the loss.
+    With `exact` the model has the weights of low precision, but computes in fp32: the difference is what rounding does.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # lest small gradients vanish
+    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # or small gradients would vanish
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
     masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+    if exact:
+        model.float()
     initial = {name: p.clone() for name, p in masters.items()}
     section = recipe.optimizer
     optimizer, peaks = _optimizer(recipe, masters)
@@ -56,7 +65,7 @@ def train(
         norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), section.clip or float("inf")).item())
         optimizer.step()
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(masters[name])
+            parameter.data.copy_(masters[name].to(dtype))
         losses.append(loss.item())
     evaluations.append(_loss(recipe, model, held_out).item())
     final = {name: p.detach() for name, p in masters.items()}
