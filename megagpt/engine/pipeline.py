@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, replicas, tensor
+from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.base import Accept
@@ -62,6 +62,7 @@ class PipelineEngine:
         parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
         optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
+        grad_norm.configure(self._engine.optimizer)
 
     def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""

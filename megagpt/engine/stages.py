@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ class Stages(PipelineModule):
         for batch in batches:
             self._labels = batch.labels
             yield batch
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """Return what holds the gradient of the tied matrix, and the process group of the stages that share it.
+
+        DeepSpeed 0.19.8 sums `weight.grad` (pipe/engine.py, `_exec_reduce_tied_grads`). In bf16 with an offloaded
+        optimizer that is None, since ZeRO accumulates in `weight.grad_accum`: each copy would train by itself.
+        """
+        pairs = super().get_tied_weights_and_groups()
+        accumulated = [getattr(weight, "grad_accum", None) for weight, _ in pairs]
+        return [
+            (weight if gradient is None else SimpleNamespace(grad=gradient), group)
+            for (weight, group), gradient in zip(pairs, accumulated, strict=True)
+        ]
 
     def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
         """What DeepSpeed cuts: modules, and a tied embedding at both ends."""

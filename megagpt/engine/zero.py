@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, replicas, tensor
+from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
 from megagpt.engine.base import Accept
@@ -62,6 +62,7 @@ class ZeroEngine:
         parts = tensor.parts(self._grid, resolved.layout, rank.rank)
         optimizers.connect(self._engine, self._names(), recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
+        grad_norm.configure(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
@@ -182,11 +183,11 @@ class _ClipBeforeStep:
 
     def __init__(self, model: GPT, optimizer: Any, limit: float | None) -> None:
         self._parameters, self._optimizer, self._limit = list(model.parameters()), optimizer, limit
-        self.norm: torch.Tensor | float = 0.0
+        self.norm = 0.0
         optimizer.register_step_pre_hook(self)
 
     def __call__(self, *_: Any) -> None:
-        self.norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit or float("inf"))
+        self.norm = grad_norm.clip(self._parameters, self._limit)
         self._optimizer.overflow = not math.isfinite(self.norm)
         if self._optimizer.overflow:
             for parameter in self._parameters:

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,6 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     used: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     failures: list[str] = field(default_factory=list)
-    processor_seconds: float = 0.0
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.outcomes.most_common())
@@ -88,7 +88,11 @@ class Report:
 
 
 def fuzz(
-    cases: range, seed: int, folder: Path, planted: Callable[[], Any] | None = None, say: Callable[[str], None] = print
+    cases: range,
+    seed: int,
+    folder: Path,
+    planted: Callable[[], Any] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Draw and run cases by their numbers; failures are made smaller.
 
@@ -97,13 +101,16 @@ def fuzz(
         seed: of the draws.
         folder: where checkpoints and logs are written.
         planted: a context manager that plants a bug in each rank, for tests of the fuzzer itself.
-        say: is called with each failure.
+        say: is called with a line for each case, and with each failure.
     """
     report = Report()
     for number in cases:
         switches = draws.draw(random.Random(f"{seed}-{number}"))
         name = f"fuzz-{seed}-{number}"
+        begun = time.monotonic()
         outcome = play(switches, name, folder, planted)
+        worlds = [one["world"] for one in (switches, draws.second(switches)) if one is not None]
+        say(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
         report.outcomes[outcome.kind] += 1
         kinds = report.used[switches["precision"]]
         for kind, value in outcome.used.items():
@@ -356,7 +363,8 @@ def main() -> int:
     torch.set_num_threads(1)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        report = fuzz(range(options.first, options.first + options.cases), options.seed, Path(name))
+        cases = range(options.first, options.first + options.cases)
+        report = fuzz(cases, options.seed, Path(name), say=partial(print, flush=True))
     print(report)
     print(f"{time.monotonic() - begun:,.0f} s")
     return 1 if report.failures else 0
