@@ -34,7 +34,7 @@ from tests.parity.draws import SECOND, Switches
 from tests.parity.fuzz_rank import Part, Step
 
 STILL = 20.0  # seconds in which no rank uses the processor: they wait for each other for ever
-GRACE = 3.0  # seconds that other ranks get to report why they fail, after one has
+GRACE = 1.5  # seconds that other ranks get to report why they fail, after one has
 TICKS = 10  # of processor time, each a hundredth of a second, that counts as none
 TRIALS = 60  # runs that making one failure smaller may take
 SAME, REFUSED, WRONG, FAILED, HUNG = "same", "refused", "wrong", "failed", "hung"
@@ -88,27 +88,25 @@ class Report:
 
 
 def fuzz(
-    cases: range,
-    seed: int,
-    folder: Path,
-    planted: Callable[[], Any] | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    cases: range, seed: int, folder: Path, *, smaller: bool = True, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Draw and run cases by their numbers; failures are made smaller.
+    """Draw and run cases by their numbers.
 
     Args:
         cases: numbers of the cases; a case depends on its number and the seed alone.
         seed: of the draws.
         folder: where checkpoints and logs are written.
-        planted: a context manager that plants a bug in each rank, for tests of the fuzzer itself.
+        smaller: whether each failure is made smaller.
         say: is called with a line for each case, and with each failure.
+
+    Returns:
+        What the cases came to.
     """
     report = Report()
     for number in cases:
-        switches = draws.draw(random.Random(f"{seed}-{number}"))
-        name = f"fuzz-{seed}-{number}"
+        switches, name = draws.draw(random.Random(f"{seed}-{number}")), f"fuzz-{seed}-{number}"
         begun = time.monotonic()
-        outcome = play(switches, name, folder, planted)
+        outcome = play(switches, name, folder)
         worlds = [one["world"] for one in (switches, draws.second(switches)) if one is not None]
         say(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
         report.outcomes[outcome.kind] += 1
@@ -116,19 +114,20 @@ def fuzz(
         for kind, value in outcome.used.items():
             kinds[kind] = max(kinds.get(kind, 0.0), value)
         if not outcome.good:
-            small, last = shrink(switches, outcome, lambda one, name=name: play(one, name, folder, planted))
-            report.failures.append(f"{outcome.kind}: {name}\n{shown(small, name)}\n{last.text}")
+            if smaller:
+                switches, outcome = shrink(switches, outcome, lambda one, name=name: play(one, name, folder))
+            report.failures.append(f"{outcome.kind}: {name}\n{shown(switches, name)}\n{outcome.text}")
             say(report.failures[-1])
     return report
 
 
-def play(switches: Switches, name: str, folder: Path, planted: Callable[[], Any] | None = None) -> Outcome:
+def play(switches: Switches, name: str, folder: Path, planted: str | None = None) -> Outcome:
     """Run one case, on one layout or on two, and compare it with plain PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as inner:
         return _play(switches, name, Path(inner), planted)
 
 
-def _play(switches: Switches, name: str, folder: Path, planted: Callable[[], Any] | None) -> Outcome:
+def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> Outcome:
     parts = _parts(switches, name, folder, planted)
     reasons = [_refusal(part) for part in parts]
     expected: Expected | None = None
@@ -151,7 +150,7 @@ def _play(switches: Switches, name: str, folder: Path, planted: Callable[[], Any
     return Outcome(REFUSED, str(reasons)) if expected is None else _compare(reports, expected)
 
 
-def _parts(switches: Switches, name: str, folder: Path, planted: Callable[[], Any] | None) -> list[Part]:
+def _parts(switches: Switches, name: str, folder: Path, planted: str | None) -> list[Part]:
     steps = steps_of(switches)
     common = {"labels": switches["labels"], "total": switches["total"], "planted": planted}
     other = draws.second(switches)
@@ -359,12 +358,14 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=40, help="cases to draw")
     parser.add_argument("--seed", type=int, default=1, help="seed of the draws")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--as-drawn", action="store_true", help="do not make failures smaller")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         cases = range(options.first, options.first + options.cases)
-        report = fuzz(cases, options.seed, Path(name), say=partial(print, flush=True))
+        say = partial(print, flush=True)
+        report = fuzz(cases, options.seed, Path(name), smaller=not options.as_drawn, say=say)
     print(report)
     print(f"{time.monotonic() - begun:,.0f} s")
     return 1 if report.failures else 0

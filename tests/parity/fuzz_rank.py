@@ -7,21 +7,25 @@ import math
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
+from megagpt.engine.side_state import SideState
 from megagpt.engine.start import start, stop
 from megagpt.errors import UserError
 from megagpt.files import into
 from megagpt.recipe import Recipe
-from tests.parity import layouts, needs
+from tests.parity import layouts, mutants, needs
 from tests.parity.layouts import Case
 from tests.parity.skip_worker import Planted
 
@@ -42,8 +46,8 @@ class Part:
     folder: Path
     load: Path | None = None
     save: Path | None = None
-    planted: Callable[[], Any] | None = None
-    """a context manager that plants a bug, for tests of the fuzzer itself"""
+    planted: str | None = None
+    """a bug of mutants.py, or "hang", to test the fuzzer itself"""
 
 
 def samples(recipe: Recipe, labels: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,12 +105,22 @@ def _report(part: Part) -> dict[str, Any]:
     try:
         resolved = layouts.resolve(part.case, part.folder)
         start(rank)
-        if part.planted is None:
-            return _train(part, resolved, rank)
-        with part.planted():
+        with _planted(part.planted):
             return _train(part, resolved, rank)
     except UserError as error:
         return {"refused": str(error)}
+
+
+def _planted(name: str | None) -> AbstractContextManager[Any]:
+    if name is None:
+        return nullcontext()
+    if name == "hang":
+        return patch.object(SideState, "restore", _wait_for_ever)
+    return mutants.MUTANTS[name].planted()
+
+
+def _wait_for_ever(*_: Any) -> None:
+    threading.Event().wait()
 
 
 def _train(part: Part, resolved: Any, rank: Rank) -> dict[str, Any]:
