@@ -63,7 +63,7 @@ LAYOUT: Mapping[str, tuple[Any, ...]] = {
     "on_host": (False, True),
     "initial_scale_power": (None, 12, 24),  # fp16 alone
     "reduce_bucket_size": (None, 1, 5, 300, 20_000),
-    "allgather_bucket_size": (None, 1, 7, 300, 20_000),
+    "allgather_bucket_size": (None, 0, 1, 2, 300, 20_000),
     "overlap_comm": (None, False, True),
     "contiguous_gradients": (None, False),
     "reduce_scatter": (None, False),

@@ -219,7 +219,7 @@ def _wait(ranks: Sequence[Any], part: Part) -> Outcome | None:
         codes = [rank.exitcode for rank in ranks]
         if not any(code is None or code for code in codes):
             return None
-        return Outcome(FAILED if any(codes) else HUNG, _stacks(ranks, part))
+        return Outcome(FAILED, _stacks(ranks, part, 900)) if any(codes) else Outcome(HUNG, _stacks(ranks, part, 4_000))
     finally:
         for rank in ranks:
             if rank.exitcode is None:
@@ -236,14 +236,14 @@ def _ticks(rank: Any) -> int:
     return 0
 
 
-def _stacks(ranks: Sequence[Any], part: Part) -> str:
-    """The ends of the ranks' logs, with the stacks of those that still run."""
+def _stacks(ranks: Sequence[Any], part: Part, size: int) -> str:
+    """The last characters of the ranks' logs, with the stacks of those that still run."""
     for rank in ranks:
         if rank.exitcode is None:
             os.kill(rank.pid, signal.SIGUSR1)
     time.sleep(0.5)
     logs = [part.folder / f"rank-{rank}.log" for rank in range(len(ranks))]
-    return "\n".join(f"--- {log.name}\n{log.read_text()[-2500:]}" for log in logs if log.exists())
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-size:]}" for log in logs if log.exists())
 
 
 def _expected(parts: Sequence[Part]) -> Expected:
