@@ -70,6 +70,7 @@ LAYOUT: Mapping[str, tuple[Any, ...]] = {
     "allgather_partitions": (None, False),
     "use_multi_rank_bucket_allreduce": (None, False),
     "prescale_gradients": (None, True),
+    "gradient_predivide_factor": (None, 2.0),
     "sub_group_size": (None, 1, 50, 5_000),
     "stage3_prefetch_bucket_size": (None, 0, 1, 1_000),
     "stage3_param_persistence_threshold": (None, 0, 200),
@@ -80,7 +81,7 @@ LAYOUT: Mapping[str, tuple[Any, ...]] = {
     "zero_hpz_partition_size": (None, 2, 4),
 }
 _ZERO = tuple(LAYOUT)[tuple(LAYOUT).index("reduce_bucket_size") :]
-_TOP = ("prescale_gradients",)  # of the ZeRO switches those that stand outside the section
+_TOP = ("prescale_gradients", "gradient_predivide_factor")  # of the ZeRO switches those that stand outside the section
 _SELDOM = {"documents", "qk_norm", "logit_softcap", "init", "d_ff", "weight_decay", "betas", "bad", "total", "floor",
            "precision", "optimizer", "offload", "on_host", "recomputed", "evaluate", "global_size", *_ZERO}  # fmt: skip
 
@@ -89,6 +90,10 @@ def draw(chance: random.Random) -> Switches:
     """One recipe and its layout; in every third draw a second layout, to which a checkpoint is moved."""
     switches = {name: _one(name, values, chance) for name, values in (*MODEL.items(), *TRAINING.items())}
     switches |= _layout(switches, chance)
+    if switches["optimizer"] == "muon" and switches["precision"] != "fp32":
+        switches["init"] = (
+            "normal"  # gradients of zero_projections begin at zero: Muon makes rounding as large as they are
+        )
     if chance.random() < 1 / 3:
         switches |= {SECOND + name: value for name, value in _layout(switches, chance).items()}
     return switches
@@ -120,6 +125,10 @@ def _layout(recipe: Switches, chance: random.Random) -> Switches:
         layout["offload"] = "none" if layout["stage"] == 0 else min(layout["offload"], "optimizer", key=_OFFLOADS.index)
     elif layout["offload"] != "none" or world % (layout["zero_hpz_partition_size"] or 1):
         layout["zero_hpz_partition_size"] = None
+    if layout["stage"] > 1 and layout["reduce_scatter"] is None:
+        layout |= {"prescale_gradients": None, "gradient_predivide_factor": None}
+    if layout["stage"] < 3 and layout["allgather_bucket_size"] == 1:
+        layout["allgather_bucket_size"] = 2
     share = recipe["global_size"] // (world // (way[0] * way[1] * way[2]))
     if layout["micro"] and share % layout["micro"]:
         layout["micro"] = chance.choice([count for count in range(1, share + 1) if share % count == 0])
