@@ -1,6 +1,7 @@
 """One rank that trains layouts, with bad updates among the good ones and without. Started by groups.py.
 
-skip_worker.py JOB.json      JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+python -m tests.parity.skip_worker JOB.json
+JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import layouts
-import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
@@ -24,6 +23,7 @@ from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
 from megagpt.files import into
 from megagpt.model.layers import Attention
+from tests.parity import layouts, needs
 
 GOOD, SAVED = range(4), 2  # updates; so many of them are saved
 BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}

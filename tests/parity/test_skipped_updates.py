@@ -2,12 +2,12 @@
 
 import math
 
-import layouts
 import pytest
-from groups import answers_of
-from skip_worker import BAD
 
 from megagpt.parity.curve import TOLERANCES
+from tests.parity import layouts
+from tests.parity.groups import answers_of
+from tests.parity.skip_worker import BAD
 
 IDS = (
     *(f"zero{stage}-accumulate4-3ranks" for stage in range(4)),
@@ -48,7 +48,7 @@ FP16 = [case for case in CASES if "precision=fp16" in case.recipe]
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """By case what held."""
-    return answers_of("skip_worker.py", CASES, tmp_path_factory.mktemp("skips"))
+    return answers_of("skip_worker", CASES, tmp_path_factory.mktemp("skips"))
 
 
 def test_every_named_case_is_there():
