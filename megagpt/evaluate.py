@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import Reader, corpus_file
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.model.loss import IGNORED
 from megagpt.prepare import Options, prepare_command
 from megagpt.run import trained
-from megagpt.yardsticks import Yardsticks, measure
+from megagpt.state import IGNORE_INDEX
+from megagpt.yardsticks import Baselines, measure_baselines
 
 _TOKENS_AT_ONCE = 8192  # per batch: fills the cores, and fits beside the model
 
@@ -37,7 +37,7 @@ class Result:
     loss: float
     perplexity: float
     bits_per_byte: float | None
-    yardsticks: Yardsticks | None
+    yardsticks: Baselines | None
     seconds: float
 
     def __str__(self) -> str:
@@ -71,14 +71,14 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         if not corpus_file(data, ".idx").exists() and Path(data).exists():
             text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", Options(0.0))
             prefix = text.train.prefix
-        corpus = Reader(prefix)
+        corpus = CorpusReader(prefix)
         section = recipe.model
         batch = max(1, _TOKENS_AT_ONCE // section.seq_len)
-        share = Evaluation(corpus, seq_len=section.seq_len, vocab_size=section.vocab_size, micro_batch=batch)
+        share = EvaluationBatches(corpus, seq_len=section.seq_len, vocab_size=section.vocab_size, micro_batch=batch)
         loss = _loss(model, share)
         measured = None
         if yardsticks:
-            measured = measure(Reader(recipe.data.train[0].path), corpus, _needed(tokenizer))
+            measured = measure_baselines(CorpusReader(recipe.data.train[0].path), corpus, _needed(tokenizer))
     return Result(
         run=str(run),
         data=data,
@@ -107,10 +107,10 @@ def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 @torch.no_grad()
-def _loss(trained_model: trained.Trained, share: Evaluation) -> float:
+def _loss(trained_model: trained.Trained, share: EvaluationBatches) -> float:
     model, total, tokens = trained_model.model, 0.0, 0
     device = next(model.parameters()).device
     for input_ids, labels in share.batches():
         total += float(model(input_ids.to(device), labels.to(device), normalizer=1.0).loss)
-        tokens += int((labels != IGNORED).sum())
+        tokens += int((labels != IGNORE_INDEX).sum())
     return total / max(tokens, 1)

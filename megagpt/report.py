@@ -12,7 +12,7 @@ PICTURE = "loss.svg"
 
 
 @dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """Loss in nats per token by tokens trained on: every update, and every validation."""
 
     tokens: list[int]
@@ -21,7 +21,7 @@ class Curve:
     validation_loss: list[float]
 
 
-def read(run: Path) -> Curve:
+def read_curve(run: Path) -> LossCurve:
     """The curve of a run directory. Raises UserError where there is no update on record."""
     if not (run / metrics.NAME).exists():
         raise UserError("there is nothing to report", f"{run / metrics.NAME} does not exist", "name a run directory")
@@ -30,7 +30,7 @@ def read(run: Path) -> Curve:
         raise UserError("there is nothing to report", f"{run / metrics.NAME} holds no update", "train first")
     tokens_at = {record["update"]: record["tokens"] for record in updates}
     validations = [record for record in metrics.read(run, "validation") if record["update"] in tokens_at]
-    return Curve(
+    return LossCurve(
         tokens=[record["tokens"] for record in updates],
         loss=[record["loss"] for record in updates],
         validation_tokens=[tokens_at[record["update"]] for record in validations],
@@ -38,11 +38,11 @@ def read(run: Path) -> Curve:
     )
 
 
-def picture(run: Path) -> Path:
+def draw_as_svg(run: Path) -> Path:
     """Draw the curve as SVG into the run directory; the picture's path."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    curve = read(run)
+    curve = read_curve(run)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(curve.tokens, curve.loss, linewidth=0.8, alpha=0.6, label="training, each update")
@@ -54,11 +54,11 @@ def picture(run: Path) -> Path:
     return run / PICTURE
 
 
-def terminal(run: Path, colour: bool) -> str:
+def draw_as_text(run: Path, colour: bool) -> str:
     """The curve in characters, 88 wide, for a terminal or a log."""
     import plotext
 
-    curve = read(run)
+    curve = read_curve(run)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plot_size(88, 18)

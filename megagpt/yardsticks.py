@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Yardsticks:
+class Baselines:
     """Bits per byte of the validation text by other means.
 
     `unigram` predicts each token by its share in the training text, `xz` has seen the validation text alone,
@@ -26,16 +26,16 @@ class Yardsticks:
     xz_after_training: float
 
 
-def measure(train: Reader, validation: Reader, tokenizer: Tokenizer) -> Yardsticks:
+def measure_baselines(train: CorpusReader, validation: CorpusReader, tokenizer: Tokenizer) -> Baselines:
     """Measure all three; compresses the training text twice, which takes seconds per 10 MB."""
     training_text, text = (_text(corpus, tokenizer) for corpus in (train, validation))
     with ThreadPoolExecutor() as pool:  # lzma leaves Python's lock
         alone, before, both = pool.map(_compressed, (text, training_text, training_text + text))
     bits = 8 / len(text)
-    return Yardsticks(_unigram(train, validation, len(text)), alone * bits, (both - before) * bits)
+    return Baselines(_unigram(train, validation, len(text)), alone * bits, (both - before) * bits)
 
 
-def _unigram(train: Reader, validation: Reader, text_bytes: int) -> float:
+def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> float:
     """Cross-entropy of the validation tokens under the training tokens' shares, each counted once more."""
     size = max(int(train.tokens.max()), int(validation.tokens.max())) + 1
     counts = np.bincount(train.tokens, minlength=size) + 1.0
@@ -50,7 +50,7 @@ def _compressed(text: bytes) -> int:
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
-def _text(corpus: Reader, tokenizer: Tokenizer) -> bytes:
+def _text(corpus: CorpusReader, tokenizer: Tokenizer) -> bytes:
     """The text of a corpus, decoded: the tokenizer is lossless."""
     documents = (corpus.document(number) for number in range(len(corpus.documents) - 1))
     return "".join(tokenizer.decode(document.tolist()) for document in documents).encode()

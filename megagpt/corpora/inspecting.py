@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -70,7 +70,7 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
 
     Raises UserError for a corpus that cannot be opened, a number that is none of its documents', another tokenizer.
     """
-    reader = Reader(prefix)
+    reader = CorpusReader(prefix)
     model = Tokenizer(tokenizer) if tokenizer else None
     sidecar = reader.sidecar
     if model:
@@ -95,17 +95,17 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
     )
 
 
-def _quantiles(reader: Reader) -> dict[str, int]:
+def _quantiles(reader: CorpusReader) -> dict[str, int]:
     count = len(reader.documents) - 1
     if not len(reader):
         return {}
     numbers = np.linspace(0, count - 1, min(count, _MOST_LENGTHS)).astype(np.int64)
-    lengths = reader.begins(numbers + 1) - reader.begins(numbers)
+    lengths = reader.document_starts(numbers + 1) - reader.document_starts(numbers)
     names = {"least": 0, "quarter": 25, "median": 50, "three quarters": 75, "most": 100}
     return {name: int(np.percentile(lengths, share, method="lower")) for name, share in names.items()}
 
 
-def _shown(reader: Reader, number: int, model: Tokenizer | None) -> Shown:
+def _shown(reader: CorpusReader, number: int, model: Tokenizer | None) -> Shown:
     document = reader.document(number)
     ids = tuple(document[:_MOST_IDS].tolist())
     kind = "sample" if reader.packed else "document"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagpt import __version__
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.sidecar import check_one_tokenizer
 from megagpt.errors import MachineError, UserError
 
@@ -35,7 +35,7 @@ class Merged:
 
 def merge(prefixes: Sequence[str], output: str) -> Merged:
     """Write the documents of all corpora as one, in the order given. Raises UserError where they do not go together."""
-    readers = [Reader(prefix) for prefix in prefixes]
+    readers = [CorpusReader(prefix) for prefix in prefixes]
     if os.path.realpath(f"{output}.idx") in (os.path.realpath(f"{prefix}.idx") for prefix in prefixes):
         raise UserError("a corpus cannot be merged into itself", output, "choose another --output")
     for reader in readers:
@@ -43,7 +43,7 @@ def merge(prefixes: Sequence[str], output: str) -> Merged:
     sidecars = [reader.sidecar for reader in readers if reader.sidecar]
     facts = sidecars[0] if len(sidecars) == len(readers) else None
     try:
-        with Writer(output, facts.vocab_size if facts else 0, readers[0].dtype) as writer:
+        with CorpusWriter(output, facts.vocab_size if facts else 0, readers[0].dtype) as writer:
             for reader in readers:
                 _copy(reader, writer)
             if facts:
@@ -51,14 +51,14 @@ def merge(prefixes: Sequence[str], output: str) -> Merged:
                 padding = sum(one.padding for one in sidecars)
                 writer.finish(facts.tokenizer_sha256, facts.eod, made, facts.packed, padding)
             else:
-                writer.finish_unverified()
+                writer.finish_without_sidecar()
     except OSError as error:
         do = "make room, or choose another --output"
         raise MachineError(f"cannot write: {error.strerror}", str(error.filename or output), do) from None
     return Merged(output, writer.documents, writer.tokens, facts is not None, readers[0].packed)
 
 
-def _check_alike(one: Reader, other: Reader) -> None:
+def _check_alike(one: CorpusReader, other: CorpusReader) -> None:
     """Raise UserError where two corpora cannot be one."""
     if one.dtype != other.dtype:
         what = f"the ids are of different types ({one.dtype.name} and {other.dtype.name})"
@@ -71,10 +71,10 @@ def _check_alike(one: Reader, other: Reader) -> None:
         raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both alike, or list both under data.train")
 
 
-def _copy(reader: Reader, writer: Writer) -> None:
+def _copy(reader: CorpusReader, writer: CorpusWriter) -> None:
     total = len(reader.tokens)
     for start in range(0, total, _TOKENS):
-        writer.write_ids(reader.stretch(start, min(_TOKENS, total - start)))
+        writer.write_ids(reader.read_range(start, min(_TOKENS, total - start)))
     # Sequences that end with a block of them may belong to a document of the next: documents come after all.
     for at in range(0, len(reader), _ENTRIES):
         writer.end_sequences(reader.lengths[at : at + _ENTRIES], np.array([], np.int64), 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagpt.data.checksums import joined
-from megagpt.data.indexed import Reader, corpus_file
+from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.sidecar import Sidecar
 from megagpt.files import crc32
 
@@ -53,7 +53,7 @@ def verify(prefix: str, workers: int | None = None) -> Verification:
 
     Raises UserError where the files cannot be opened as a corpus at all.
     """
-    reader = Reader(prefix)
+    reader = CorpusReader(prefix)
     facts = reader.sidecar
     wrong = list(_index(reader))
     cuts = _cuts(reader)
@@ -74,7 +74,7 @@ def verify(prefix: str, workers: int | None = None) -> Verification:
     return Verification(prefix, documents, tokens, tuple(checked), tuple(wrong), reader.packed)
 
 
-def _cuts(reader: Reader) -> list[tuple[int, int]]:
+def _cuts(reader: CorpusReader) -> list[tuple[int, int]]:
     """Where stretches of .bin begin, in bytes, and how long they are: the sidecar's, if it has them."""
     size = len(reader.tokens) * reader.dtype.itemsize
     stretches = reader.sidecar.stretches if reader.sidecar else ()
@@ -85,17 +85,17 @@ def _cuts(reader: Reader) -> list[tuple[int, int]]:
     return list(zip(starts, lengths, strict=True))
 
 
-def _read(reader: Reader, start: int, size: int) -> _Read:
+def _read(reader: CorpusReader, start: int, size: int) -> _Read:
     width, checksum, least, most = reader.dtype.itemsize, 0, 0, 0
     for at in range(start, start + size, _BLOCK):
-        block = reader.stretch(at // width, min(_BLOCK, start + size - at) // width)
+        block = reader.read_range(at // width, min(_BLOCK, start + size - at) // width)
         checksum = zlib.crc32(block, checksum)
         ids = np.frombuffer(block, reader.dtype)
         least, most = min(least, int(ids.min())), max(most, int(ids.max()))
     return _Read(start, size, checksum, least, most)
 
 
-def _index(reader: Reader) -> Iterator[str]:
+def _index(reader: CorpusReader) -> Iterator[str]:
     """What is wrong within the index."""
     offset, width = 0, reader.dtype.itemsize
     for at in range(0, len(reader), _ENTRIES):
@@ -118,7 +118,7 @@ def _index(reader: Reader) -> Iterator[str]:
             return
 
 
-def _checksums(reader: Reader, stretches: list[_Read]) -> Iterator[str]:
+def _checksums(reader: CorpusReader, stretches: list[_Read]) -> Iterator[str]:
     facts = reader.sidecar
     assert facts is not None
     whole = 0
@@ -132,7 +132,7 @@ def _checksums(reader: Reader, stretches: list[_Read]) -> Iterator[str]:
         yield f"{reader.prefix}.idx is not what was written"
 
 
-def _samples(reader: Reader, facts: Sidecar) -> Iterator[str]:
+def _samples(reader: CorpusReader, facts: Sidecar) -> Iterator[str]:
     """What is wrong with packed samples: their lengths, how they end, and how much of them is padding."""
     size, padding = (facts.packed or 0) + 1, 0
     step = max(1, _ENTRIES // size)
@@ -142,7 +142,7 @@ def _samples(reader: Reader, facts: Sidecar) -> Iterator[str]:
             yield f"sample {at + int(other[0]):,} has not {size:,} tokens"
             return
         count = min(step, len(reader) - at)
-        ends = np.frombuffer(reader.stretch(at * size, count * size), reader.dtype).reshape(count, size) == facts.eod
+        ends = np.frombuffer(reader.read_range(at * size, count * size), reader.dtype).reshape(count, size) == facts.eod
         torn = np.flatnonzero(~ends[:, -1] & ends.any(axis=1))
         if torn.size:
             yield f"sample {at + int(torn[0]):,} holds the end of a document, and ends within another"
@@ -152,7 +152,7 @@ def _samples(reader: Reader, facts: Sidecar) -> Iterator[str]:
         yield f"at most {padding:,} tokens are padding, the sidecar speaks of {facts.padding:,}"
 
 
-def _ends(reader: Reader, eod: int) -> Iterator[str]:
+def _ends(reader: CorpusReader, eod: int) -> Iterator[str]:
     """A document that does not end with the end-of-document symbol, the first one, if any."""
     for at in range(0, len(reader.documents) - 1, _ENTRIES):
         bounds = reader.documents[at : at + _ENTRIES + 1]

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megagpt.data.order import Order
+from megagpt.data.order import Sampler
 from megagpt.errors import Problem, UserError
 from megagpt.recipe import Source
 
 
 @dataclass(frozen=True)
-class Taken:
+class SourceUsage:
     """What a run takes from one source: its share of all samples, how many that are, and how often it is read."""
 
     path: str
@@ -22,16 +22,16 @@ class Taken:
     epochs: float
 
 
-def taken(order: Order, sources: Sequence[Source], samples: int) -> list[Taken]:
+def source_usage(order: Sampler, sources: Sequence[Source], samples: int) -> list[SourceUsage]:
     """What the first `samples` data positions take from each source, to within one block of the order."""
     found = []
     for source, tokens, whole, share in zip(sources, order.tokens, order.samples, order.shares, strict=True):
         part = round(samples * share)
-        found.append(Taken(source.path, tokens, share, part, part / whole))
+        found.append(SourceUsage(source.path, tokens, share, part, part / whole))
     return found
 
 
-def table(rows: Sequence[Taken]) -> list[str]:
+def format_table(rows: Sequence[SourceUsage]) -> list[str]:
     """Aligned lines for people, with a head."""
     cells = [("source", "tokens", "share", "samples", "epochs")]
     cells += [(r.path, f"{r.tokens:,}", f"{r.share:.2%}", f"{r.samples:,}", f"{r.epochs:,.2f}") for r in rows]
@@ -42,8 +42,8 @@ def table(rows: Sequence[Taken]) -> list[str]:
     ]
 
 
-def check_limits(
-    rows: Sequence[Taken], sources: Sequence[Source], samples: int, global_batch: int, place: Callable[[str], str]
+def check_max_epochs(
+    rows: Sequence[SourceUsage], sources: Sequence[Source], samples: int, global_batch: int, place: Callable[[str], str]
 ) -> None:
     """Raise UserError for every source that is read more often than its max_epochs; `place` finds a key's line."""
     problems = []

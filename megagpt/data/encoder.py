@@ -8,7 +8,7 @@ from itertools import compress
 from operator import not_
 from typing import cast
 
-from megagpt.data.indexed import dtype_of
+from megagpt.data.indexed import token_dtype
 from megagpt.data.sentencepiece_model import NEWLINE_ID
 from megagpt.data.tokenizer import Tokenizer
 
@@ -16,26 +16,26 @@ _LONGEST = 32  # characters of a word that is worth remembering
 _MOST = 1 << 18  # words remembered: some 60 MB
 
 
-class Encoder:
+class CachedEncoder:
     """Encodes with a tokenizer into ids of the type of .bin, little-endian.
 
-    Where the tokenizer works by words (see `Tokenizer.by_words`), a text's ids are those of its words, which makes
+    Where the tokenizer works by words (see `Tokenizer.is_word_local`), a text's ids are those of its words, which makes
     the memo exact. `width` is the bytes of an id.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._dtype = dtype_of(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self.width = self._dtype.itemsize
         self._code = "H" if self.width == 2 else "i"
         self._memo: dict[str, bytes] = {}
         self.end = self._bytes([tokenizer.eod])
         self._newline = self._bytes([NEWLINE_ID])
-        self.by_words = tokenizer.by_words
+        self.is_word_local = tokenizer.is_word_local
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Ids of each text, without the end-of-document symbol. The texts hold no lone surrogates."""
-        if not self.by_words:
+        if not self.is_word_local:
             return list(map(self._bytes, self._tokenizer.encode_all(texts)))
         if len(self._memo) > _MOST:
             self._memo.clear()

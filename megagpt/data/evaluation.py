@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import Reader
-from megagpt.data.loader import IGNORED, Batch, check_ids
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.loader import Batch, check_vocabulary
 from megagpt.errors import UserError
+from megagpt.state import IGNORE_INDEX
 
 
-class Evaluation:
+class EvaluationBatches:
     """Non-overlapping windows of `seq_len` over a corpus, shared evenly by the data-parallel ranks.
 
     Every token is a label exactly once: the first one follows the end-of-document symbol (where none is known it
@@ -25,7 +26,7 @@ class Evaluation:
 
     def __init__(
         self,
-        corpus: Reader,
+        corpus: CorpusReader,
         *,
         seq_len: int,
         vocab_size: int,
@@ -40,7 +41,7 @@ class Evaluation:
         if corpus.packed:
             do = "validate on a validation part, which is never packed, or prepare the text without --pack"
             raise UserError("the corpus is packed, and not all of its tokens can be predicted", corpus.prefix, do)
-        check_ids(corpus, vocab_size, tokenizer)
+        check_vocabulary(corpus, vocab_size, tokenizer)
         self.prefix, self._corpus = corpus.prefix, corpus
         self._facts = corpus.sidecar
         self._seq_len, self._micro_batch = seq_len, micro_batch
@@ -78,7 +79,7 @@ class Evaluation:
         self._corpus.check_unchanged()
         for numbers in self._mine.tolist():
             inputs = np.zeros((len(numbers), self._seq_len), np.int64)
-            labels = np.full_like(inputs, IGNORED)
+            labels = np.full_like(inputs, IGNORE_INDEX)
             for row, number in enumerate(numbers):
                 if number >= 0:
                     self._fill(number * self._seq_len, inputs[row], labels[row])
@@ -90,16 +91,16 @@ class Evaluation:
     def _fill(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
         """Write the window whose first label is token `start`, and before each label the token that precedes it."""
         count, before = min(self._seq_len, len(self._corpus.tokens) - start), min(start, 1)
-        ids = np.frombuffer(self._corpus.stretch(start - before, before + count), self._corpus.dtype)
+        ids = np.frombuffer(self._corpus.read_range(start - before, before + count), self._corpus.dtype)
         labels[:count] = ids[before:]
         inputs[1 - before : count] = ids[:-1]
         if start == 0 and self._facts:
             inputs[0] = self._facts.eod
         elif start == 0:
-            labels[0] = IGNORED
+            labels[0] = IGNORE_INDEX
 
 
-def together(losses: Sequence[tuple[Evaluation, float]]) -> tuple[float, float | None]:
+def combine_losses(losses: Sequence[tuple[EvaluationBatches, float]]) -> tuple[float, float | None]:
     """Loss and bits per byte over all corpora together, each with its own loss; no bits where a sidecar is missing."""
     tokens = sum(part.tokens for part, _ in losses)
     loss = sum(loss * (part.tokens / tokens) for part, loss in losses)

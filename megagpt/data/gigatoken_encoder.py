@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.encoder import Encoder
-from megagpt.data.sentencepiece_model import EOD_PIECE, ids_and_merges
+from megagpt.data.encoder import CachedEncoder
+from megagpt.data.sentencepiece_model import EOD_PIECE, bpe_vocab_and_merges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -20,8 +20,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _DO = "leave out --engine: sentencepiece encodes with any tokenizer"
 
 
-class GigatokenEncoder(Encoder):
-    """Encodes as `Encoder` does, by another package.
+class GigatokenEncoder(CachedEncoder):
+    """Encodes as `CachedEncoder` does, by another package.
 
     That makes the ids of control symbols out of their spelling; a text that holds one goes by sentencepiece.
     Raises UserError where the package is missing, or for a tokenizer that it is not known to be exact for: with
@@ -63,7 +63,7 @@ class GigatokenEncoder(Encoder):
 
 def check_gigatoken(tokenizer: Tokenizer) -> None:
     """Raise UserError as `GigatokenEncoder` would."""
-    if not tokenizer.by_words:
+    if not tokenizer.is_word_local:
         what = "the engine gigatoken gives sentencepiece's ids only for tokenizers of `megagpt tokenizer train`"
         raise UserError(what, str(tokenizer.path), _DO)
     try:
@@ -77,7 +77,7 @@ def _opened(tokenizer: Tokenizer) -> Any:
     """The engine, from what its own reader of .model files would make of one that is "by words", in half the time."""
     import gigatoken
 
-    ids, merges = ids_and_merges(tokenizer.path.read_bytes())
+    ids, merges = bpe_vocab_and_merges(tokenizer.path.read_bytes())
     symbols = [{"id": ids[symbol], "content": symbol, **_AS_IT_STANDS} for symbol in (*tokenizer.control_symbols, "\n")]
     model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     content = {

@@ -10,24 +10,24 @@ from pathlib import Path
 from megagpt.data.checksums import joined
 
 _STRETCH = 1 << 26  # bytes of .bin that have a checksum of their own
-Stretches = list[tuple[int, int]]
+ChecksummedRanges = list[tuple[int, int]]
 """Bytes, and CRC-32, of stretches one after the other."""
 
 
-class IdFile:
+class BinWriter:
     """A new .bin; or, at byte `start` of one that is there, what this writer writes of it.
 
-    Stretches end where the whole file's do, whoever writes: those of several writers go together.
+    ChecksummedRanges end where the whole file's do, whoever writes: those of several writers go together.
     """
 
     def __init__(self, path: Path, start: int | None = None) -> None:
         self._file = path.open("wb" if start is None else "r+b")
         self._file.seek(start or 0)
         self._room = _STRETCH - (start or 0) % _STRETCH
-        self._stretches: Stretches = []
+        self._stretches: ChecksummedRanges = []
         self._begun = self._crc32 = 0  # of the stretch that is written
 
-    def __enter__(self) -> IdFile:
+    def __enter__(self) -> BinWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +42,7 @@ class IdFile:
             self._end_stretch()
         self._append(view)
 
-    def finish(self) -> Stretches:
+    def finish(self) -> ChecksummedRanges:
         """Have it on the disk; what was written."""
         self._end_stretch()
         self._file.flush()
@@ -62,9 +62,9 @@ class IdFile:
         self._room = self._room or _STRETCH
 
 
-def whole_stretches(parts: Iterable[tuple[int, int]]) -> Stretches:
+def merge_ranges(parts: Iterable[tuple[int, int]]) -> ChecksummedRanges:
     """The stretches of a file out of what its writers wrote, in their order."""
-    whole: Stretches = []
+    whole: ChecksummedRanges = []
     size = checksum = 0
     for more, crc32 in parts:
         size, checksum = size + more, joined(checksum, crc32, more)

@@ -17,7 +17,7 @@ from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens
 _BLOCK = 1 << 16  # entries worked on at a time
 
 
-class IndexFile:
+class IdxWriter:
     """An .idx that grows: `sequences` and `documents` are counted.
 
     Lengths are written where they belong. The ends of documents come after all offsets, whose number is known last:
@@ -34,7 +34,7 @@ class IndexFile:
             self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
             self._files = stack.pop_all()
 
-    def __enter__(self) -> IndexFile:
+    def __enter__(self) -> IdxWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

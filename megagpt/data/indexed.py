@@ -30,7 +30,7 @@ _PROBES, _PROBE_TOKENS = 64, 1024  # places looked at in a corpus, and tokens at
 Tokens = npt.NDArray[np.integer[Any]]
 
 
-def dtype_of(vocab_size: int) -> np.dtype[Any]:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Type of the ids in .bin: uint16 below a vocabulary of 65,500, else int32, as Megatron and its kin have it."""
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
 
@@ -44,7 +44,7 @@ class CorpusChanged(OSError):
     """A corpus is no longer what was opened. No mistake of the command: it may go well on the next start."""
 
 
-class Reader:
+class CorpusReader:
     """A corpus opened by memory map; nothing is copied, and opening costs the same at any size.
 
     `tokens` is all of .bin `[tokens]`; `lengths` (tokens) and `offsets` (bytes) are `[sequences]`, `documents`
@@ -89,7 +89,7 @@ class Reader:
         start = int(self.offsets[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
 
-    def begins(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def document_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where these documents begin, in tokens; one past the last begins where the corpus ends."""
         first = self.documents[numbers]
         there = first < len(self)
@@ -97,7 +97,7 @@ class Reader:
         starts[there] = self.offsets[first[there]] // self.dtype.itemsize
         return starts
 
-    def stretch(self, start: int, count: int) -> bytes:
+    def read_range(self, start: int, count: int) -> bytes:
         """The bytes of `count` tokens from token `start` on, read from the file as it is now.
 
         Raises CorpusChanged where they are no longer there.
@@ -134,7 +134,7 @@ class Reader:
         count = min(_PROBE_TOKENS, len(self.tokens))
         places = _PROBES if len(self.tokens) > _PROBES * _PROBE_TOKENS else -(-len(self.tokens) // _PROBE_TOKENS)
         starts = np.linspace(0, len(self.tokens) - count, places).astype(np.int64).tolist()
-        return np.frombuffer(b"".join(self.stretch(start, count) for start in starts), self.dtype)
+        return np.frombuffer(b"".join(self.read_range(start, count) for start in starts), self.dtype)
 
     def _stat(self) -> tuple[int, int]:
         """Size in bytes, and when .bin was last written to."""

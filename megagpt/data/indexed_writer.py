@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.checksums import joined
-from megagpt.data.id_file import IdFile, Stretches, whole_stretches
-from megagpt.data.index_file import IndexFile
-from megagpt.data.indexed import Tokens, corpus_file, dtype_of
+from megagpt.data.id_file import BinWriter, ChecksummedRanges, merge_ranges
+from megagpt.data.index_file import IdxWriter
+from megagpt.data.indexed import Tokens, corpus_file, token_dtype
 from megagpt.data.sidecar import Sidecar
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
@@ -23,7 +23,7 @@ from megagpt.files import ChecksummedFile
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
 
 
-class Writer:
+class CorpusWriter:
     """Writes documents one by one; memory does not grow with their number.
 
     Use it in a `with` block and call `finish` at the end: until then the files have temporary names, and leaving
@@ -33,22 +33,22 @@ class Writer:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, dtype: np.dtype[Any] | None = None) -> None:
-        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or dtype_of(vocab_size)
+        self.prefix, self.vocab_size, self.dtype = os.fspath(prefix), vocab_size, dtype or token_dtype(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
-        self.others: Stretches = []
+        self.other_ranges: ChecksummedRanges = []
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
-                self.ids = stack.enter_context(IdFile(_partial(self.prefix, ".bin")))
-                self._index = stack.enter_context(IndexFile(_partial(self.prefix, ".idx"), self.dtype))
+                self.bin_file = stack.enter_context(BinWriter(_partial(self.prefix, ".bin")))
+                self._index = stack.enter_context(IdxWriter(_partial(self.prefix, ".idx"), self.dtype))
                 self._files = stack.pop_all()
         except OSError as error:
             do = "choose an output prefix in a folder that you may write to"
             what = f"cannot write the corpus: {error.strerror}"
             raise UserError(what, str(error.filename or self.prefix), do) from None
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> CorpusWriter:
         return self
 
     def __exit__(
@@ -75,7 +75,7 @@ class Writer:
 
     def write_ids(self, ids: bytes | memoryview) -> None:
         """Append ids in the type of .bin, which the caller has checked, of documents that `end_documents` ends."""
-        self.ids.write(ids)
+        self.bin_file.write(ids)
 
     def end_documents(self, tokens: Tokens, text_bytes: int) -> None:
         """End documents of `tokens` tokens each `[documents]`, which together stand for `text_bytes` bytes."""
@@ -107,7 +107,7 @@ class Writer:
         padding: int = 0,
     ) -> Sidecar:
         """Write the index and the sidecar, and give all three files their names. The facts: see `Sidecar`."""
-        stretches = whole_stretches([*self.ids.finish(), *self.others])
+        stretches = merge_ranges([*self.bin_file.finish(), *self.other_ranges])
         sidecar = Sidecar(
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
@@ -128,9 +128,9 @@ class Writer:
         self._publish(".bin", ".json", ".idx")
         return sidecar
 
-    def finish_unverified(self) -> None:
+    def finish_without_sidecar(self) -> None:
         """Write the index, and give it and .bin their names: a corpus without a sidecar."""
-        self.ids.finish()
+        self.bin_file.finish()
         self._index.finish()
         corpus_file(self.prefix, ".json").unlink(missing_ok=True)
         self._publish(".bin", ".idx")
@@ -142,7 +142,7 @@ class Writer:
             _partial(self.prefix, suffix).replace(corpus_file(self.prefix, suffix))
 
 
-def partial_ids(prefix: str) -> Path:
+def partial_bin_path(prefix: str) -> Path:
     """Where .bin is until its corpus is whole."""
     return _partial(prefix, ".bin")
 

@@ -14,18 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import Reader, corpus_file
-from megagpt.data.order import Order, rank_positions
+from megagpt.data.indexed import CorpusReader, corpus_file
+from megagpt.data.order import Sampler, rank_positions
 from megagpt.data.sidecar import check_one_tokenizer
-from megagpt.data.skips import Skips
+from megagpt.data.skips import SkippedRanges
 from megagpt.errors import UserError
+from megagpt.state import IGNORE_INDEX
 
-IGNORED = -100  # a label that takes no part in the loss
 _AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
 _LOOKED_AT = 64  # of those, to see whether they are in memory
 _DOCUMENTS = 64  # whose last token is looked at
 _LENGTHS = 1024  # of sequences that are compared
-_Stretches = tuple[list[int], list[int], list[int]]  # files, bytes, offsets: as os.pread takes them
+_Reads = tuple[list[int], list[int], list[int]]  # files, bytes, offsets: as os.pread takes them
 
 
 class Batch(NamedTuple):
@@ -62,8 +62,8 @@ class Loader:
         skip: Sequence[tuple[int, int]] = (),
         pinned: bool = False,
     ) -> None:
-        self._readers = [Reader(prefix) for prefix, _ in sources]
-        probes = [check_ids(reader, vocab_size, tokenizer) for reader in self._readers]
+        self._readers = [CorpusReader(prefix) for prefix, _ in sources]
+        probes = [check_vocabulary(reader, vocab_size, tokenizer) for reader in self._readers]
         weights = [
             weight * len(reader.tokens) if by_epochs else weight
             for (_, weight), reader in zip(sources, self._readers, strict=True)
@@ -74,7 +74,7 @@ class Loader:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
         packed = [number for number, reader in enumerate(self._readers) if reader.packed]
-        self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
+        self.sampler = Sampler([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
         self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
         self.fingerprint: dict[str, Any] = {
             "seq_len": seq_len,
@@ -86,7 +86,7 @@ class Loader:
         self._by_file = {reader.file: reader for reader in self._readers}
         self._fillers = {r.file: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
         self._kinds = list({reader.dtype for reader in self._readers})
-        self._skips, self._pinned = Skips(skip), pinned
+        self._skips, self._pinned = SkippedRanges(skip), pinned
         self._share = (rank, data_parallel, micro_batch)
         self._shape = (accumulation, micro_batch)
         self._samples = micro_batch * accumulation
@@ -109,7 +109,7 @@ class Loader:
                 os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
         if not self._fillers:
             return [self._batch(micro, micro[:, 1:]) for micro in samples]
-        fillers = np.array([self._fillers.get(file, IGNORED) for file in stretches[0]]).reshape(*self._shape, 1)
+        fillers = np.array([self._fillers.get(file, IGNORE_INDEX) for file in stretches[0]]).reshape(*self._shape, 1)
         return [self._batch(micro, _labels(micro, f)) for micro, f in zip(samples, fillers, strict=True)]
 
     def document_end(self, given: int | None) -> int:
@@ -132,12 +132,12 @@ class Loader:
                 _check_ends(reader, end)
         return end
 
-    def span(self, position: int) -> int:
+    def positions_used(self, position: int) -> int:
         """How many data positions the update at `position` uses up: the global batch, and what is left out by hand."""
         last = self._skips.number(position) + self._global_batch - 1
         return int(self._skips.positions(np.array([last]))[0]) + 1 - position
 
-    def _of_update(self, number: int) -> _Stretches:
+    def _of_update(self, number: int) -> _Reads:
         """This rank's samples of the update that begins at the kept position of this number."""
         if number not in self._updates:
             self._begin_at(number)
@@ -147,18 +147,18 @@ class Loader:
         """Have the updates ready of some 4,096 samples from a kept position on."""
         count = max(1, _AT_ONCE // self._samples)
         positions = self._skips.positions(rank_positions(number, *self._share, self._shape[0] * count))
-        located = self.order.locate(positions.reshape(-1))
+        located = self.sampler.locate(positions.reshape(-1))
         files, widths = self._opened[:, located.source]
-        parts = (files, widths * (self.order.seq_len + 1), located.start * widths)
+        parts = (files, widths * (self.sampler.seq_len + 1), located.start * widths)
         looked_at = slice(None, None, -(-len(files) // _LOOKED_AT))
         self._cached = _are_cached(zip(*(part[looked_at].tolist() for part in parts), strict=True))
         numbers = range(number, number + count * self._global_batch, self._global_batch)
         updates = zip(*(part.reshape(count, -1).tolist() for part in parts), strict=True)
-        self._updates: dict[int, _Stretches] = dict(zip(numbers, updates, strict=True))
+        self._updates: dict[int, _Reads] = dict(zip(numbers, updates, strict=True))
 
-    def _read(self, stretches: _Stretches) -> npt.NDArray[np.int64]:
+    def _read(self, stretches: _Reads) -> npt.NDArray[np.int64]:
         """Samples `[accumulation, micro, seq + 1]`."""
-        readers, length = self._by_file, self.order.seq_len + 1
+        readers, length = self._by_file, self.sampler.seq_len + 1
         try:
             content = b"".join(map(os.pread, *stretches))
         except OSError:
@@ -166,7 +166,9 @@ class Loader:
         files, sizes, offsets = stretches
         if len(content) != sum(sizes):  # once more, by what says what is wrong
             starts = (offset * length // size for size, offset in zip(sizes, offsets, strict=True))
-            content = b"".join(readers[file].stretch(start, length) for file, start in zip(files, starts, strict=True))
+            content = b"".join(
+                readers[file].read_range(start, length) for file, start in zip(files, starts, strict=True)
+            )
         if len(self._kinds) == 1:  # cast together: twice as fast
             ids = np.frombuffer(content, self._kinds[0])
         else:
@@ -193,10 +195,10 @@ def _are_cached(stretches: Iterable[tuple[int, int, int]]) -> bool:
 def _labels(samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Labels of packed samples: what fills them up, an id of `fillers` `[micro, 1]` after itself, is none."""
     inputs, labels = samples[:, :-1], samples[:, 1:]
-    return np.where((inputs == fillers) & (labels == fillers), IGNORED, labels)
+    return np.where((inputs == fillers) & (labels == fillers), IGNORE_INDEX, labels)
 
 
-def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> int:
+def check_vocabulary(reader: CorpusReader, vocab_size: int, tokenizer: str | None = None) -> int:
     """Compare the ids at 64 places spread over the corpus with the model's vocabulary; crc32 of what was seen.
 
     Raises UserError if an id does not fit, or if the corpus says itself that its vocabulary is larger, or that it was
@@ -217,7 +219,7 @@ def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> 
     return zlib.crc32(probe.tobytes())
 
 
-def _check_packed(reader: Reader, seq_len: int) -> None:
+def _check_packed(reader: CorpusReader, seq_len: int) -> None:
     """Raise UserError if a corpus is packed for samples of another length."""
     if reader.packed not in (None, seq_len):
         what = f"the corpus is packed for a seq_len of {reader.packed}, the model has one of {seq_len}"
@@ -225,7 +227,7 @@ def _check_packed(reader: Reader, seq_len: int) -> None:
         raise UserError(what, reader.prefix, do)
 
 
-def _check_ends(reader: Reader, end: int) -> None:
+def _check_ends(reader: CorpusReader, end: int) -> None:
     """Raise UserError if one of 64 documents spread over the corpus does not end with `end`."""
     for number in np.linspace(0, len(reader.documents) - 2, _DOCUMENTS).astype(np.int64).tolist():
         document = reader.document(number)
@@ -236,7 +238,7 @@ def _check_ends(reader: Reader, end: int) -> None:
             )
 
 
-def unverified(reader: Reader) -> str:
+def unverified(reader: CorpusReader) -> str:
     """A sentence for people if the corpus comes without a sidecar, else nothing. It may have been a packed one."""
     if reader.sidecar:
         return ""
@@ -250,7 +252,7 @@ def unverified(reader: Reader) -> str:
     return f"{told}; all its documents have {size:,} tokens, as if packed for a seq_len of {size - 1:,}: read across"
 
 
-def _facts(reader: Reader, weight: float, probe: int) -> dict[str, Any]:
+def _facts(reader: CorpusReader, weight: float, probe: int) -> dict[str, Any]:
     """What tells one corpus from another, wherever it lies."""
     said = reader.sidecar
     facts = {

@@ -22,7 +22,7 @@ _SHORTEST, _LONGEST = 1 << 10, 1 << 30  # slots of a blend's pattern
 _OFFSET, _SAMPLE, _SLOT = 1, 2, 3  # what a key is for
 
 
-class Located(NamedTuple):
+class SampleLocations(NamedTuple):
     """Where samples lie, all `[count]`: number of the source, its epoch, and the first token in its .bin."""
 
     source: npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ class Located(NamedTuple):
     start: npt.NDArray[np.int64]
 
 
-class Order:
+class Sampler:
     """Maps data positions to samples of one or more sources.
 
     `tokens` and `weights` are `[sources]`; a weight is the share of samples, in any unit. The sources numbered in
@@ -76,7 +76,7 @@ class Order:
         """Samples of all sources together: what one pass over the data means for a run's length."""
         return sum(self.samples)
 
-    def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> Located:
+    def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> SampleLocations:
         """Find the samples at these data positions `[count]`; each sample comes once in an epoch of its source."""
         source, rank = self._draw(as_numbers(positions))
         which = source if len(self.tokens) > 1 else source[:1]  # one for all is worked with faster
@@ -87,7 +87,7 @@ class Order:
         sample = permute(index, n, a, b, keys(self.seed, _SAMPLE, place, epoch))
         _, offset = divided(keys(self.seed, _OFFSET, place, epoch), self._spans[which])
         start = offset + sample * self._steps[which]
-        return Located(source, epoch.astype(np.int64), start.astype(np.int64))
+        return SampleLocations(source, epoch.astype(np.int64), start.astype(np.int64))
 
     def _draw(self, positions: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:
         """The source of each position, and how many of its samples are counted before."""

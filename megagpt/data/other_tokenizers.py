@@ -21,7 +21,7 @@ class Vocabulary(Protocol):
     eod: int
     unknown: int | None
     control_symbols: tuple[str, ...]
-    by_words: bool
+    is_word_local: bool
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, never those of control symbols."""
@@ -33,7 +33,7 @@ class Vocabulary(Protocol):
 class HuggingFaceTokenizer:
     """A `tokenizer.json`. What it adds around a text, cuts off or pads is switched off."""
 
-    by_words = False
+    is_word_local = False
 
     def __init__(self, content: bytes, path: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our workers are processes already
@@ -70,7 +70,7 @@ class HuggingFaceTokenizer:
 class TiktokenEncoding:
     """One of tiktoken's encodings."""
 
-    by_words = False
+    is_word_local = False
     unknown: int | None = None  # bytes spell everything out
 
     def __init__(self, name: str) -> None:

@@ -35,7 +35,7 @@ class SentencepieceModel:
         self.unknown = None if self._processor.is_byte(self._processor.piece_to_id("<0x00>")) else unknown
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
-        self.by_words = self._is_by_words(pieces)
+        self.is_word_local = self._is_by_words(pieces)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -68,7 +68,7 @@ class SentencepieceModel:
         )
 
 
-def ids_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def bpe_vocab_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The id of each piece of a BPE model; and which two pieces make one, in the order in which it would make them."""
     read = sentencepiece.SentencePieceProcessor(model_proto=model)
     every = list(range(read.vocab_size()))

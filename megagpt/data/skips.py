@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Skips:
+class SkippedRanges:
     """Stretches of data positions that nobody trains on; each is (first, last), and both are left out.
 
     Every other sample keeps its position: what is left out moves nothing. The positions that are kept are numbered

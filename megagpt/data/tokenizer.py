@@ -61,7 +61,7 @@ class Tokenizer:
 
     `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file. `unknown` is the
     id of what no piece is for (None: bytes spell it out). `control_symbols` are the spellings of ids that no text
-    gives. `by_words`: a text's ids are those of its lines and words, blanks going with the word behind them.
+    gives. `is_word_local`: a text's ids are those of its lines and words, blanks going with the word behind them.
     Raises UserError when the file is missing, is no tokenizer, or has no end-of-document symbol.
     """
 
@@ -70,7 +70,7 @@ class Tokenizer:
         self._vocabulary = vocabulary = _vocabulary(self.path)
         self.sha256, self.vocab_size = vocabulary.sha256, vocabulary.vocab_size
         self.eod, self.unknown = vocabulary.eod, vocabulary.unknown
-        self.control_symbols, self.by_words = vocabulary.control_symbols, vocabulary.by_words
+        self.control_symbols, self.is_word_local = vocabulary.control_symbols, vocabulary.is_word_local
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)  # another process opens the file for itself
@@ -82,7 +82,7 @@ class Tokenizer:
         on long documents, since sentencepiece's BPE slows down with the length of its input.
         """
         text = without_surrogates(text)
-        if not self.by_words:
+        if not self.is_word_local:
             return self.encode_all([text])[0]
         first, *others = self.encode_all(text.split("\n"))
         ids = first
@@ -133,7 +133,7 @@ def train_tokenizer(
     (about 10 bytes a byte of the sample) and the same texts give the same file.
     Raises UserError when there is no text or the vocabulary is too small or too large for it.
     """
-    pieces = sample_pieces(documents, sample_bytes)
+    pieces = sample_lines(documents, sample_bytes)
     if not pieces:
         raise UserError(
             "no text to train a tokenizer on",
@@ -157,15 +157,15 @@ def train_tokenizer(
     return _publish(model.getvalue(), Path(f"{os.fspath(output_prefix)}.model"))
 
 
-def sample_pieces(documents: Iterable[str], sample_bytes: int) -> list[str]:
+def sample_lines(documents: Iterable[str], sample_bytes: int) -> list[str]:
     """Lines of the texts, drawn by the hashes of their places (see `Sample`), `sample_bytes` in all, in their order."""
     sample = Sample(sample_bytes)
-    for place, line in enumerate(line for text in documents for line in lines_of(without_surrogates(text))):
+    for place, line in enumerate(line for text in documents for line in training_lines(without_surrogates(text))):
         sample.offer((0, place), line)
     return sample.texts()
 
 
-def lines_of(text: str) -> Iterator[str]:
+def training_lines(text: str) -> Iterator[str]:
     """What is learned from a text: lines that are not blank, at most 2,000 characters each."""
     for match in _PIECE.finditer(text):
         if not match[0].isspace():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.data.loader import IGNORED, Batch
+from megagpt.data.loader import Batch
 from megagpt.ds_config import Resolved
 from megagpt.recipe import ModelSection
+from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _VOCAB_SIZE, _SEQ_LEN = 64, 128, 32
 MICRO = 2  # samples of a micro-batch
@@ -68,4 +69,4 @@ def samples(section: ModelSection, number: int, first: int) -> Batch:
         rows.append(torch.where(noise, torch.randint(size, (length + 1,), generator=generator), row))
         tails.append(torch.arange(length) >= length - int(torch.randint(3 * length // 4, (), generator=generator)))
     ids = torch.stack(rows)
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(tails), IGNORED))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(tails), IGNORE_INDEX))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megagpt.ds_config import Layout, Resolved
 
 _FP32 = 4
-_SMALL_VOCABULARY = 65_500  # ids of a smaller one take 2 bytes in .bin, of others 4: data/indexed.py, dtype_of
+_SMALL_VOCABULARY = 65_500  # ids of a smaller one take 2 bytes in .bin, of others 4: data/indexed.py, token_dtype
 
 
 @dataclass(frozen=True)

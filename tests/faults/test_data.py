@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from megagpt import recipe as recipes
-from megagpt.data.indexed import Reader
-from megagpt.data.order import Order
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
 from megagpt.prepare import Options, prepare_command
 from tests import training
@@ -112,8 +112,8 @@ def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_ra
     prepare_command([str(text)], tmp_path / "data/text.model", packed, Options(0.05, pack=32))
     changes = (f"data.train={packed}.train", "data.document_mask=true", "length.updates=6", "evaluation.every=null")
     training.finish(own, *changes, world=2)
-    corpus = Reader(f"{packed}.train")
-    starts = Order([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
+    corpus = CorpusReader(f"{packed}.train")
+    starts = Sampler([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
     samples = [corpus.sequence(start // 33).tolist() for start in starts]
     labels = [sum((a, b) != (1, 1) for a, b in itertools.pairwise(sample)) for sample in samples]
     assert len(set(labels)) > 1

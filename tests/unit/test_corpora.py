@@ -11,8 +11,8 @@ from megagpt import corpora
 from megagpt.cli import main
 from megagpt.corpora import merging, verifying
 from megagpt.data import id_file, indexed_writer
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
 from megagpt.errors import UserError
 
@@ -29,7 +29,7 @@ def megatron():
 
 
 def write(prefix, documents=DOCUMENTS, vocab_size=50, sha="f" * 64):
-    with Writer(prefix, vocab_size) as writer:
+    with CorpusWriter(prefix, vocab_size) as writer:
         for ids in documents:
             writer.add_document(ids, 3 * len(ids))
         writer.finish(sha, EOD, {"by": "a test"})
@@ -162,7 +162,7 @@ def test_merging_gives_the_bytes_of_megatrons_own(tmp_path, monkeypatch, megatro
     merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
     assert (result.documents, result.tokens, result.verified) == (8, 24, True)
-    assert Reader(tmp_path / "ours").sidecar.text_bytes == 72
+    assert CorpusReader(tmp_path / "ours").sidecar.text_bytes == 72
     assert corpora.verify(str(tmp_path / "ours")).wrong == ()
 
 
@@ -199,7 +199,7 @@ def test_corpora_that_do_not_go_together_are_refused(tmp_path):
 
 
 def write_packed(prefix, samples, seq_len=3, padding=1):
-    with Writer(prefix, 50) as writer:
+    with CorpusWriter(prefix, 50) as writer:
         for ids in samples:
             writer.add_document(ids, 3 * len(ids))
         writer.finish("f" * 64, EOD, {"by": "a test"}, seq_len, padding)
@@ -245,7 +245,7 @@ def test_packed_corpora_of_one_length_are_merged_to_one(tmp_path, megatron):
     assert str(corpora.merge(prefixes, str(tmp_path / "ours"))) == f"{tmp_path}/ours: 5 samples, 20 tokens"
     merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
-    facts = Reader(tmp_path / "ours").sidecar
+    facts = CorpusReader(tmp_path / "ours").sidecar
     assert (facts.packed, facts.padding, facts.documents) == (3, 2, 5)
     assert corpora.verify(str(tmp_path / "ours")).wrong == ()
 

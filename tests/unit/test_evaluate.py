@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megagpt import cli, evaluate, generate, recipe, report, yardsticks
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model import weights
@@ -62,7 +62,7 @@ def whole_loss(run, tokens, eod):
 
 def test_the_loss_is_over_every_token_and_bits_count_every_byte(run):
     result = evaluate.evaluate(run)
-    corpus = Reader(run.parent / "text.validation")
+    corpus = CorpusReader(run.parent / "text.validation")
     tokens = corpus.tokens.tolist()
     texts = [Tokenizer(run.parent / "text.model").decode(corpus.document(n).tolist()) for n in range(len(corpus))]
     assert result.tokens == len(tokens)
@@ -83,9 +83,9 @@ def test_a_text_file_is_evaluated_as_it_is(run, tmp_path):
 
 
 def test_yardsticks_are_what_they_say(run):
-    train, validation = (Reader(run.parent / f"text.{part}") for part in ("train", "validation"))
+    train, validation = (CorpusReader(run.parent / f"text.{part}") for part in ("train", "validation"))
     tokenizer = Tokenizer(run.parent / "text.model")
-    measured = yardsticks.measure(train, validation, tokenizer)
+    measured = yardsticks.measure_baselines(train, validation, tokenizer)
     training_text, text = (
         b"".join(tokenizer.decode(corpus.document(n).tolist()).encode() for n in range(len(corpus)))
         for corpus in (train, validation)
@@ -126,7 +126,7 @@ def test_generation_is_the_same_for_the_same_seed_and_follows_the_prompt(run, ca
 
 
 def test_the_report_holds_the_figures_of_the_record(run, capsys):
-    curve = report.read(run)
+    curve = report.read_curve(run)
     assert curve.loss == [6.0 / update for update in range(1, 13)]
     assert curve.tokens == [128 * update for update in range(1, 13)]
     assert (curve.validation_tokens, curve.validation_loss) == ([1536], [0.75])

@@ -6,8 +6,8 @@ import warnings
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -36,12 +36,12 @@ def make_corpus(tmp_path):
 
     def make(documents, vocab_size=50_000, eod=1, verified=True):
         prefix = tmp_path / f"corpus-{next(numbers)}"
-        with Writer(prefix, vocab_size) as writer:
+        with CorpusWriter(prefix, vocab_size) as writer:
             for ids in documents:
                 writer.add_document(ids, 3 * len(ids))
             writer.finish("0" * 64, eod)
         if not verified:
             prefix.with_name(prefix.name + ".json").unlink()
-        return Reader(prefix)
+        return CorpusReader(prefix)
 
     return make

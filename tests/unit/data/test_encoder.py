@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import encoder as encoder_module
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.tokenizer import Tokenizer
 from tests.unit.data.test_tokenizer import AWKWARD, foreign_model
 
@@ -27,8 +27,8 @@ def ids(encoded):
 @given(batches=st.lists(st.lists(TEXT, max_size=5), max_size=4), most=st.sampled_from([0, 5, 1000]))
 @settings(max_examples=300)
 def test_words_give_the_ids_of_the_whole(tokenizer, batches, most):
-    encoder = Encoder(tokenizer)
-    assert encoder.by_words
+    encoder = CachedEncoder(tokenizer)
+    assert encoder.is_word_local
     with_memo = []
     for texts in batches:
         before, encoder_module._MOST = encoder_module._MOST, most
@@ -40,7 +40,7 @@ def test_words_give_the_ids_of_the_whole(tokenizer, batches, most):
 
 
 def test_words_give_the_ids_of_the_whole_on_documents(tokenizer, texts):
-    encoder = Encoder(tokenizer)
+    encoder = CachedEncoder(tokenizer)
     for _ in range(2):  # cold and warm
         assert ids(encoder.encode(texts)) == [whole(tokenizer, text) for text in texts]
 
@@ -62,7 +62,7 @@ def trained(path, **changes):
 
 
 def test_a_model_whose_ids_may_depend_on_the_whole_text_is_given_whole_texts(tmp_path):
-    assert trained(tmp_path / "like-ours.model").by_words
+    assert trained(tmp_path / "like-ours.model").is_word_local
     others = [
         {"model_type": "unigram"},
         {"add_dummy_prefix": True},
@@ -75,15 +75,15 @@ def test_a_model_whose_ids_may_depend_on_the_whole_text_is_given_whole_texts(tmp
     ]
     for number, change in enumerate(others):
         model = trained(tmp_path / f"{number}.model", **change)
-        assert not model.by_words, change
+        assert not model.is_word_local, change
         text = "fox  and\n  the =  == x "
-        assert ids(Encoder(model).encode([text])) == [whole(model, text)]
-    assert not Tokenizer(foreign_model(tmp_path / "foreign.model")).by_words
+        assert ids(CachedEncoder(model).encode([text])) == [whole(model, text)]
+    assert not Tokenizer(foreign_model(tmp_path / "foreign.model")).is_word_local
 
 
 def test_a_large_vocabulary_takes_four_bytes_an_id(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "vocab_size", 65_500)
-    encoder = Encoder(tokenizer)
+    encoder = CachedEncoder(tokenizer)
     assert encoder.width == 4
     assert np.frombuffer(encoder.encode(["the end"])[0], "<i4").tolist() == tokenizer.encode("the end")
     assert np.frombuffer(encoder.end, "<i4").tolist() == [tokenizer.eod]

@@ -6,14 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.evaluation import Evaluation, together
+from megagpt.data.evaluation import EvaluationBatches, combine_losses
 from megagpt.errors import UserError
 
 ANY_FIXTURE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def evaluation(corpus, **changes):
-    return Evaluation(corpus, **{"seq_len": 8, "vocab_size": 50_000, "micro_batch": 3, **changes})
+    return EvaluationBatches(corpus, **{"seq_len": 8, "vocab_size": 50_000, "micro_batch": 3, **changes})
 
 
 def pairs(batches):
@@ -94,9 +94,9 @@ def test_what_cannot_be_evaluated_is_named(make_corpus):
 
 def test_the_loss_over_several_corpora_is_that_over_all_their_tokens(make_corpus):
     parts = [evaluation(make_corpus([range(10)])), evaluation(make_corpus([range(30)]))]
-    loss, bits = together([(parts[0], 2.0), (parts[1], 4.0)])
+    loss, bits = combine_losses([(parts[0], 2.0), (parts[1], 4.0)])
     assert loss == pytest.approx((10 * 2 + 30 * 4) / 40)
     assert bits == pytest.approx((10 * 2 + 30 * 4) / (3 * 40) / math.log(2))
     alone = evaluation(make_corpus([range(7)]))
-    assert together([(alone, 2.34567)]) == (2.34567, alone.bits_per_byte(2.34567))
-    assert together([(parts[0], 2.0), (evaluation(make_corpus([range(30)], verified=False)), 4.0)])[1] is None
+    assert combine_losses([(alone, 2.34567)]) == (2.34567, alone.bits_per_byte(2.34567))
+    assert combine_losses([(parts[0], 2.0), (evaluation(make_corpus([range(30)], verified=False)), 4.0)])[1] is None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.data import id_file
-from megagpt.data.id_file import IdFile, whole_stretches
+from megagpt.data.id_file import BinWriter, merge_ranges
 
 
 @given(content=st.binary(max_size=120), cuts=st.lists(st.integers(0, 120), max_size=4), stretch=st.integers(1, 50))
@@ -20,11 +20,11 @@ def test_stretches_of_several_writers_go_together(tmp_path_factory, content, cut
         patch.setattr(id_file, "_STRETCH", stretch)
         path.touch()
         for start, end in itertools.pairwise(bounds):
-            with IdFile(path, start) as file:
+            with BinWriter(path, start) as file:
                 file.write(content[start : (start + end) // 2])
                 file.write(content[(start + end) // 2 : end])
                 parts += file.finish()
-        whole = whole_stretches(parts)
+        whole = merge_ranges(parts)
     assert path.read_bytes() == content
     cut = [content[at : at + stretch] for at in range(0, len(content), stretch)]
     assert whole == [(len(part), zlib.crc32(part)) for part in cut]
@@ -33,7 +33,7 @@ def test_stretches_of_several_writers_go_together(tmp_path_factory, content, cut
 @pytest.mark.parametrize("start", [2**31 - 6, 2**32 - 6, 2**40])
 def test_a_writer_begins_beyond_what_32_bits_count(tmp_path, start):
     (tmp_path / "c.bin").touch()
-    with IdFile(tmp_path / "c.bin", start) as file:
+    with BinWriter(tmp_path / "c.bin", start) as file:
         file.write(b"twelve bytes")
         parts = file.finish()
     assert (tmp_path / "c.bin").stat().st_size == start + 12  # sparse

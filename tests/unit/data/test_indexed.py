@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import id_file, index_file, indexed_writer
-from megagpt.data.indexed import Reader, dtype_of
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader, token_dtype
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.errors import UserError
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 40_000), max_size=20), max_size=12)
 
 
 def write(prefix, documents, vocab_size=50_000):
-    with Writer(prefix, vocab_size) as writer:
+    with CorpusWriter(prefix, vocab_size) as writer:
         for ids in documents:
             writer.add_document(ids, 2 * len(ids))
         return writer.finish("f" * 64, 1)
@@ -64,7 +64,7 @@ def test_we_read_what_megatron_writes(megatron, tmp_path, kind):
         if ids != [1, 2, 3]:
             builder.end_document()
     builder.finalize(str(tmp_path / "c.idx"))
-    reader = Reader(tmp_path / "c")
+    reader = CorpusReader(tmp_path / "c")
     assert reader.dtype == kind
     assert [reader.sequence(i).tolist() for i in range(len(reader))] == [[1, 2, 3], [], [100], [4, 5]]
     assert [reader.document(i).tolist() for i in range(3)] == [[1, 2, 3], [100], [4, 5]]
@@ -96,7 +96,7 @@ def test_the_sidecar_tells_what_the_format_cannot(tmp_path):
         "packed": None,
         "padding": 0,
     }
-    assert Reader(tmp_path / "c").sidecar == sidecar
+    assert CorpusReader(tmp_path / "c").sidecar == sidecar
 
 
 @given(sizes=st.lists(st.integers(0, 30), max_size=8), stretch=st.integers(1, 40))
@@ -116,11 +116,11 @@ def test_a_sidecar_of_before_there_were_stretches_is_read(tmp_path):
     path = tmp_path / "c.json"
     old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("stretches", "made")}
     path.write_text(json.dumps(old))
-    assert Reader(tmp_path / "c").sidecar.stretches == ()
+    assert CorpusReader(tmp_path / "c").sidecar.stretches == ()
 
 
 def test_ids_take_two_bytes_below_a_vocabulary_of_65500():
-    assert [dtype_of(size).str for size in (2, 65_499, 65_500, 65_536)] == ["<u2", "<u2", "<i4", "<i4"]
+    assert [token_dtype(size).str for size in (2, 65_499, 65_500, 65_536)] == ["<u2", "<u2", "<i4", "<i4"]
 
 
 def test_index_blocks_join_without_a_seam(tmp_path, megatron, monkeypatch):
@@ -140,7 +140,7 @@ def test_documents_that_end_together_give_the_index_of_each_alone(tmp_path_facto
     folder = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_file, "_BLOCK", block)
-        with Writer(folder / "together", 100) as writer:
+        with CorpusWriter(folder / "together", 100) as writer:
             for lengths, apart in parts:
                 if apart:
                     some = [length for length in lengths if length]
@@ -149,19 +149,19 @@ def test_documents_that_end_together_give_the_index_of_each_alone(tmp_path_facto
                     writer.end_sequences(np.array([], np.int64), ends - len(some), 0)
                 else:
                     writer.end_documents(np.array(lengths, np.int64), 0)
-            writer.finish_unverified()
-    with Writer(folder / "alone", 100) as writer:
+            writer.finish_without_sidecar()
+    with CorpusWriter(folder / "alone", 100) as writer:
         for lengths, _ in parts:
             for length in lengths:
                 writer.end_documents(np.array([length]), 0)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
     assert content(folder / "together") == content(folder / "alone")
 
 
 def test_a_sequence_too_long_for_the_index_becomes_several(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 4)
     write(tmp_path / "c", [range(10), range(4), []])
-    reader = Reader(tmp_path / "c")
+    reader = CorpusReader(tmp_path / "c")
     assert reader.lengths.tolist() == [4, 4, 2, 4]
     assert reader.documents.tolist() == [0, 3, 4, 4]
     assert [reader.document(i).tolist() for i in range(3)] == [list(range(10)), list(range(4)), []]
@@ -170,14 +170,14 @@ def test_a_sequence_too_long_for_the_index_becomes_several(tmp_path, monkeypatch
 @pytest.mark.parametrize("documents", [[], [[], []]], ids=["no documents", "empty documents"])
 def test_a_corpus_of_no_tokens_can_be_written_and_opened(tmp_path, documents):
     write(tmp_path / "c", documents)
-    reader = Reader(tmp_path / "c")
+    reader = CorpusReader(tmp_path / "c")
     assert (len(reader), len(reader.tokens), len(reader.documents)) == (0, 0, len(documents) + 1)
     assert all(reader.document(i).tolist() == [] for i in range(len(documents)))
 
 
 def test_arrays_outlive_the_reader(tmp_path):
     write(tmp_path / "c", [list(range(10_000))] * 50)
-    reader = Reader(tmp_path / "c")
+    reader = CorpusReader(tmp_path / "c")
     tokens, lengths = reader.sequence(3), reader.lengths
     del reader
     gc.collect()
@@ -188,12 +188,12 @@ def test_arrays_outlive_the_reader(tmp_path):
 def test_the_map_cannot_be_written_to(tmp_path):
     write(tmp_path / "c", [[1, 2]])
     with pytest.raises(ValueError, match="read-only"):
-        Reader(tmp_path / "c").tokens[0] = 5
+        CorpusReader(tmp_path / "c").tokens[0] = 5
 
 
 @pytest.mark.parametrize("ids", [[50_000], [1, -1], np.array([70_000]), np.array([-1], np.int8)])
 def test_ids_outside_the_vocabulary_are_refused_not_wrapped(tmp_path, ids):
-    with Writer(tmp_path / "c", 50_000) as writer:
+    with CorpusWriter(tmp_path / "c", 50_000) as writer:
         writer.add_document([5], 1)
         with pytest.raises(UserError) as error:
             writer.add_document(ids, 1)
@@ -205,7 +205,7 @@ def test_ids_outside_the_vocabulary_are_refused_not_wrapped(tmp_path, ids):
 
 def test_what_is_not_finished_leaves_nothing_behind(tmp_path):
     def interrupted():
-        with Writer(tmp_path / "c", 100) as writer:
+        with CorpusWriter(tmp_path / "c", 100) as writer:
             writer.add_document([5], 1)
             assert (tmp_path / "c.bin.partial").exists()
             raise KeyboardInterrupt
@@ -235,29 +235,29 @@ def test_parts_of_two_corpora_never_form_one(tmp_path, monkeypatch, fails_at):
 def test_a_finished_corpus_replaces_an_older_one(tmp_path):
     write(tmp_path / "c", [[1, 2, 3]])
     write(tmp_path / "c", [[4, 5]])
-    assert Reader(tmp_path / "c").tokens.tolist() == [4, 5]
+    assert CorpusReader(tmp_path / "c").tokens.tolist() == [4, 5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        Writer(tmp_path / "file" / "c", 100)
+        CorpusWriter(tmp_path / "file" / "c", 100)
     assert str(error.value) == (
         f"megagpt: cannot write the corpus: File exists\n  {tmp_path / 'file'}\n"
         "  do: choose an output prefix in a folder that you may write to"
     )
     (tmp_path / "c.bin.partial").mkdir()
     with pytest.raises(UserError, match="Is a directory"):
-        Writer(tmp_path / "c", 100)
+        CorpusWriter(tmp_path / "c", 100)
 
 
 def test_offsets_beyond_four_gigabytes_are_kept(tmp_path, megatron):
     """A sparse .bin: documents beyond 2³¹ tokens and 2³² bytes, with marks where they begin and end."""
     lengths = [2**31 + 5, 3, 2**31 - 1, 2]
-    with Writer(tmp_path / "c", 50_000) as writer:
+    with CorpusWriter(tmp_path / "c", 50_000) as writer:
         writer.end_documents(np.array(lengths), 0)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
     starts = np.cumsum([0, *lengths])
     with (tmp_path / "c.bin").open("r+b") as file:
         file.truncate(2 * int(starts[-1]))
@@ -266,7 +266,7 @@ def test_offsets_beyond_four_gigabytes_are_kept(tmp_path, megatron):
             file.write(struct.pack("<H", number))
             file.seek(2 * (start + lengths[number - 1] - 1))
             file.write(struct.pack("<H", 10 * number))
-    reader, theirs = Reader(tmp_path / "c"), megatron.IndexedDataset(str(tmp_path / "c"))
+    reader, theirs = CorpusReader(tmp_path / "c"), megatron.IndexedDataset(str(tmp_path / "c"))
     assert [len(reader.document(n)) for n in range(4)] == lengths
     assert [(int(reader.document(n)[0]), int(reader.document(n)[-1])) for n in range(4)] == [
         (number, 10 * number) for number in (1, 2, 3, 4)

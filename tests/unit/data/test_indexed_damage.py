@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.errors import UserError
 
 AGAIN = "make the corpus with `megagpt prepare`, or copy it again"
@@ -16,7 +16,7 @@ SIDECAR = "run `megagpt prepare` again, or remove c.json to use the corpus unver
 
 @pytest.fixture
 def corpus(tmp_path):
-    with Writer(tmp_path / "c", 1000) as writer:
+    with CorpusWriter(tmp_path / "c", 1000) as writer:
         for ids in ([1, 2, 3], [4, 5]):
             writer.add_document(ids, 9)
         writer.finish("0" * 64, 0)
@@ -25,7 +25,7 @@ def corpus(tmp_path):
 
 def message(corpus):
     with pytest.raises(UserError) as error:
-        Reader(corpus)
+        CorpusReader(corpus)
     return str(error.value)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import HEADER, MAGIC, Reader
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import HEADER, MAGIC, CorpusReader
 from megagpt.data.loader import Loader
 
 SEQUENCE = 1 << 20
@@ -42,15 +42,15 @@ def test_tokens_beyond_what_32_bits_count_are_read_where_they_are(large, width, 
     edge = edge // width if unit == "bytes" else edge
     ids = list(range(1, 17))
     prefix = large(width, edge + 2 * SEQUENCE, {edge - 8: ids})
-    reader = Reader(prefix)
+    reader = CorpusReader(prefix)
     assert reader.tokens[edge - 8 : edge + 8].tolist() == ids
-    assert np.frombuffer(reader.stretch(edge - 8, 16), reader.dtype).tolist() == ids
+    assert np.frombuffer(reader.read_range(edge - 8, 16), reader.dtype).tolist() == ids
     assert reader.document(edge // SEQUENCE)[:8].tolist() == ids[8:]
 
     loader = Loader([(prefix, 1.0)], seq_len=SEQUENCE // 4, seed=3, vocab_size=100, micro_batch=1)
-    n = loader.order.samples_per_epoch
+    n = loader.sampler.samples_per_epoch
     assert n == reader.tokens.size // (SEQUENCE // 4) - 1
-    starts = loader.order.locate(range(n)).start
+    starts = loader.sampler.locate(range(n)).start
     assert np.array_equal(np.sort(starts), starts.min() + np.arange(n) * (SEQUENCE // 4))
     (hit,) = np.flatnonzero((starts <= edge - 8) & (edge + 8 <= starts + SEQUENCE // 4))
     (batch,) = loader.batches(int(hit))
@@ -58,7 +58,7 @@ def test_tokens_beyond_what_32_bits_count_are_read_where_they_are(large, width, 
     assert batch.input_ids[0, at : at + 16].tolist() == ids
     assert int(batch.input_ids.sum()) == sum(ids)
 
-    whole = Evaluation(reader, seq_len=SEQUENCE, vocab_size=100, micro_batch=1)
+    whole = EvaluationBatches(reader, seq_len=SEQUENCE, vocab_size=100, micro_batch=1)
     assert whole.tokens == edge + 2 * SEQUENCE - 1
 
 

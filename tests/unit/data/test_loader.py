@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.evaluation import Evaluation
+from megagpt.data.evaluation import EvaluationBatches
 from megagpt.data.indexed import CorpusChanged, corpus_file
 from megagpt.data.loader import Loader, _are_cached
 from megagpt.errors import UserError
@@ -36,7 +36,7 @@ def samples(batches):
 
 
 def named_by_the_order(data, corpora, positions):
-    located = data.order.locate(positions)
+    located = data.sampler.locate(positions)
     places = zip(located.source, located.start, strict=True)
     return [corpora[source].tokens[start : start + 17].tolist() for source, start in places]
 
@@ -127,7 +127,7 @@ def test_what_comes_does_not_depend_on_what_was_asked_before(corpora, positions)
 
 def test_an_epoch_trains_every_window_once(corpora):
     data = loader(corpora[:1], micro_batch=1)
-    firsts = [samples(data.batches(position))[0][0] for position in range(data.order.samples_per_epoch)]
+    firsts = [samples(data.batches(position))[0][0] for position in range(data.sampler.samples_per_epoch)]
     assert np.array_equal(np.diff(sorted(firsts)), np.full(len(firsts) - 1, 16))
 
 
@@ -210,7 +210,7 @@ def test_skipped_positions_are_left_out_and_no_other_sample_moves(corpora, layou
         steps = zip(*(rank.batches(position) for rank in ranks), strict=True)
         together = [sample for step in steps for sample in samples(step)]
         assert together == named_by_the_order(ranks[0], corpora, expected)
-        position += ranks[0].span(position)
+        position += ranks[0].positions_used(position)
         assert position == expected[-1] + 1
     assert samples(ranks[0].batches(40)) == samples(ranks[0].batches(71))  # a checkpoint may lie inside
 
@@ -257,7 +257,7 @@ def test_a_corpus_that_changes_under_a_run_is_named_and_no_crash(corpora, how, w
         data = loader(corpora)
         read = lambda: [data.batches(0) for _ in corpora]  # noqa: E731  # one is looked at each time
     else:
-        data = Evaluation(corpora[0], seq_len=16, vocab_size=50_000, micro_batch=4)
+        data = EvaluationBatches(corpora[0], seq_len=16, vocab_size=50_000, micro_batch=4)
         read = lambda: list(data.batches())  # noqa: E731
     read()
     break_(how)(path)
@@ -315,7 +315,7 @@ def test_no_file_appears_beside_the_data(corpora, tmp_path):
 
 def test_weights_may_count_times_through_a_source(corpora):
     data = loader(corpora, weights=(1.0, 2.0), by_epochs=True)  # 5,000 tokens once, 1,500 twice
-    assert data.order.shares == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
+    assert data.sampler.shares == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
     assert data.fingerprint != loader(corpora, weights=(1.0, 2.0)).fingerprint
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.order import Order, pattern, rank_positions
+from megagpt.data.order import Sampler, pattern, rank_positions
 from megagpt.errors import UserError
 
 SOURCES = st.lists(st.tuples(st.integers(9, 400), st.floats(0.3, 3)), min_size=1, max_size=4)
@@ -14,7 +14,7 @@ SOURCES = st.lists(st.tuples(st.integers(9, 400), st.floats(0.3, 3)), min_size=1
 @given(tokens=st.integers(9, 3000), seed=st.integers(0, 2**64))
 @settings(max_examples=100)
 def test_an_epoch_holds_each_window_once_and_all_lie_inside(tokens, seed):
-    order = Order([tokens], [1.0], 8, seed)
+    order = Sampler([tokens], [1.0], 8, seed)
     n = order.samples_per_epoch
     assert n == max(1, tokens // 8 - 1)
     offsets = []
@@ -30,7 +30,7 @@ def test_an_epoch_holds_each_window_once_and_all_lie_inside(tokens, seed):
 
 
 def test_epochs_differ_in_order_and_in_their_cut():
-    order = Order([100_000], [1.0], 64, 1)
+    order = Sampler([100_000], [1.0], 64, 1)
     n = order.samples_per_epoch
     epochs = [order.locate(range(epoch * n, (epoch + 1) * n)).start for epoch in range(40)]
     offsets = [int(starts.min()) for starts in epochs]
@@ -40,7 +40,7 @@ def test_epochs_differ_in_order_and_in_their_cut():
 
 
 def test_seeds_differ_and_the_same_seed_does_not():
-    one, same, other = (Order([10_000], [1.0], 16, seed).locate(range(100)).start for seed in (1, 1, 2))
+    one, same, other = (Sampler([10_000], [1.0], 16, seed).locate(range(100)).start for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert np.mean(one == other) < 0.1
 
@@ -49,7 +49,7 @@ def test_seeds_differ_and_the_same_seed_does_not():
 @settings(max_examples=25)
 def test_each_source_gives_its_samples_once_an_epoch_wherever_one_begins(sources, seed, skipped):
     tokens, weights = zip(*sources, strict=True)
-    order = Order(tokens, weights, 8, seed)
+    order = Sampler(tokens, weights, 8, seed)
     blocks = -(-(skipped + 2000) // order.block)
     located = order.locate(range(blocks * order.block))
     for source, n in enumerate(order.samples):
@@ -75,7 +75,7 @@ def test_a_blocks_slots_are_within_a_thousandth_of_the_weights(weights):
 
 def test_every_prefix_of_a_blend_is_within_one_block_of_the_weights():
     weights = np.array([0.7, 0.2, 0.1])
-    order = Order([5000, 9000, 300], weights, 8, 3)
+    order = Sampler([5000, 9000, 300], weights, 8, 3)
     assert order.block == 4096
     counts = np.stack([order.locate(range(20_000)).source == source for source in range(3)]).cumsum(axis=1)
     prefix = np.arange(1, 20_001)
@@ -88,7 +88,7 @@ def test_every_prefix_of_a_blend_is_within_one_block_of_the_weights():
 
 
 def test_a_block_is_shuffled_anew_each_time():
-    source = Order([5000, 5000], [0.5, 0.5], 8, 3).locate(range(2048)).source.reshape(2, 1024)
+    source = Sampler([5000, 5000], [0.5, 0.5], 8, 3).locate(range(2048)).source.reshape(2, 1024)
     agree = np.mean(source[0] == source[1])
     assert abs(agree - 0.5) < 0.07
     changes = np.mean(source[0, 1:] != source[0, :-1])
@@ -96,7 +96,7 @@ def test_a_block_is_shuffled_anew_each_time():
 
 
 def test_a_far_position_is_found_at_once():
-    order = Order([10**12, 10**9], [0.9, 0.1], 1024, 5)
+    order = Sampler([10**12, 10**9], [0.9, 0.1], 1024, 5)
     located = order.locate([10**15, 10**15 + 1])
     assert np.array_equal(located.start[1:], order.locate([10**15 + 1]).start)
     assert (located.start >= 0).all()
@@ -139,5 +139,5 @@ def test_ranks_and_micro_batches_share_the_same_global_batch(position, layout):
 )
 def test_sources_that_cannot_be_ordered_are_named(tokens, weights, message):
     with pytest.raises(UserError) as error:
-        Order(tokens, weights, 8, 1)
+        Sampler(tokens, weights, 8, 1)
     assert str(error.value) == f"megagpt: {message}"

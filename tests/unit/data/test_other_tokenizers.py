@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -50,7 +50,7 @@ def encoding(monkeypatch):
 @given(texts=st.lists(TEXT.map("".join), max_size=4))
 def test_a_tokenizer_json_gives_its_ids_and_never_a_control_symbols(hugging_face, texts):
     model = Tokenizer(hugging_face)
-    encoded = [np.frombuffer(ids, "<u2").tolist() for ids in Encoder(model).encode(texts)]
+    encoded = [np.frombuffer(ids, "<u2").tolist() for ids in CachedEncoder(model).encode(texts)]
     plain = tokenizers.Tokenizer.from_file(str(hugging_face))
     plain.no_truncation()
     plain.no_padding()
@@ -64,7 +64,7 @@ def test_a_tokenizer_json_gives_its_ids_and_never_a_control_symbols(hugging_face
 
 def test_a_tokenizer_jsons_facts_are_those_of_its_file(hugging_face):
     model = Tokenizer(hugging_face)
-    assert (model.vocab_size, model.eod, model.unknown, model.by_words) == (284, 1, None, False)
+    assert (model.vocab_size, model.eod, model.unknown, model.is_word_local) == (284, 1, None, False)
     assert model.control_symbols == ("<s>", END)
     assert model.decode([model.eod, *model.encode("the fox"), model.eod]) == "the fox"
     assert model.sha256 == hashlib.sha256(hugging_face.read_bytes()).hexdigest()

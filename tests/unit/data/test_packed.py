@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt import yardsticks
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import Reader, corpus_file
-from megagpt.data.indexed_writer import Writer
-from megagpt.data.loader import IGNORED, Loader
-from megagpt.data.order import Order
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import CorpusReader, corpus_file
+from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.data.loader import Loader
+from megagpt.data.order import Sampler
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.prepare.packing import pack
 from megagpt.recipe import ModelSection
+from megagpt.state import IGNORE_INDEX
 
 SEQ_LEN, EOD = 16, 1
 LENGTHS = [9, 17, 5, 40, 3, 3, 8, 12, 18, 2, 2, 11, 16, 15, 7, 4, 6]
@@ -32,11 +33,11 @@ def packed(make_corpus, tmp_path):
         documents.append([*range(first, first + length - 1), EOD])
         first += length
     prefix = tmp_path / "packed"
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         summary = pack(make_corpus(documents), writer, SEQ_LEN, EOD, tmp_path)
         writer.text_bytes = 3 * first
         writer.finish("0" * 64, EOD, None, SEQ_LEN, summary.padding)
-    return Reader(prefix)
+    return CorpusReader(prefix)
 
 
 def loader(corpora, weights=(1.0, 1.0), **changes):
@@ -54,7 +55,7 @@ def refused(call, *arguments, **named):
 def test_an_epoch_of_a_packed_source_is_each_of_its_samples_once(sources, seed):
     tokens = [count * 9 if is_packed else count * 8 + 9 for count, is_packed in sources]
     packed = [number for number, (_, is_packed) in enumerate(sources) if is_packed]
-    order = Order(tokens, [1.0] * len(sources), 8, seed, packed)
+    order = Sampler(tokens, [1.0] * len(sources), 8, seed, packed)
     located = order.locate(range(order.block * 130))
     for number in packed:
         count = sources[number][0]
@@ -62,7 +63,7 @@ def test_an_epoch_of_a_packed_source_is_each_of_its_samples_once(sources, seed):
         for epoch in range(3):
             starts = located.start[(located.source == number) & (located.epoch == epoch)]
             assert sorted(starts.tolist()) == [9 * sample for sample in range(count)]
-    plain = Order(tokens, [1.0] * len(sources), 8, seed).locate(range(130))
+    plain = Sampler(tokens, [1.0] * len(sources), 8, seed).locate(range(130))
     kept = ~np.isin(plain.source, packed)
     assert np.array_equal(plain.start[kept], located.start[:130][kept])
 
@@ -70,16 +71,16 @@ def test_an_epoch_of_a_packed_source_is_each_of_its_samples_once(sources, seed):
 def test_a_batch_holds_whole_samples_and_no_label_is_padding(packed):
     data = loader([packed], micro_batch=2, accumulation=3)
     seen, labels = [], 0
-    assert data.order.samples_per_epoch == len(packed) > 12
+    assert data.sampler.samples_per_epoch == len(packed) > 12
     for position in range(0, len(packed) - 5, 6):
         for batch in data.batches(position):
             assert [part.dtype for part in batch] == [torch.int64] * 2
             for inputs, label in zip(*(part.tolist() for part in batch), strict=True):
                 # What the labels hide is known here: an end after an end.
-                whole = [inputs[0], *(EOD if token == IGNORED else token for token in label)]
+                whole = [inputs[0], *(EOD if token == IGNORE_INDEX else token for token in label)]
                 assert whole[:-1] == inputs
                 hidden = [(a, b) == (EOD, EOD) for a, b in itertools.pairwise(whole)]
-                assert [token == IGNORED for token in label] == hidden
+                assert [token == IGNORE_INDEX for token in label] == hidden
                 seen.append(whole)
                 labels += len(label) - sum(hidden)
     everything = [packed.sequence(number).tolist() for number in range(len(packed))]
@@ -92,10 +93,10 @@ def test_every_end_of_text_is_a_label_and_every_end_of_padding_is_none(packed):
     """What is hidden is the padding, and each rest of a document that is its end alone, after another end."""
     data = loader([packed])
     labels = [token for n in range(len(packed)) for token in data.batches(n)[0].labels[0].tolist()]
-    hidden = labels.count(IGNORED)
+    hidden = labels.count(IGNORE_INDEX)
     rests = 3 + 1  # of 18 and 35 tokens: one more than one or two samples
     assert 0 < packed.sidecar.padding <= hidden <= packed.sidecar.padding + rests
-    ids = [token for token in labels if token not in (IGNORED, EOD)]
+    ids = [token for token in labels if token not in (IGNORE_INDEX, EOD)]
     assert len(set(ids)) == len(ids)
 
 
@@ -104,7 +105,7 @@ def test_packed_and_other_sources_blend(packed, make_corpus):
     data = loader([packed, other], micro_batch=64)
     found = {0: 0, 1: 0}
     (batch,) = data.batches(0)
-    located = data.order.locate(range(64))
+    located = data.sampler.locate(range(64))
     for row, (source, start) in enumerate(zip(located.source, located.start, strict=True)):
         ids = (packed, other)[source].tokens[start : start + SEQ_LEN + 1].tolist()
         found[source] += 1
@@ -138,7 +139,7 @@ def test_the_end_of_documents_is_what_a_packed_corpus_says(packed):
 
 
 def test_a_packed_corpus_is_not_validated_on(packed):
-    assert refused(Evaluation, packed, seq_len=16, vocab_size=50_000, micro_batch=4) == (
+    assert refused(EvaluationBatches, packed, seq_len=16, vocab_size=50_000, micro_batch=4) == (
         f"the corpus is packed, and not all of its tokens can be predicted\n  {packed.prefix}\n"
         "  do: validate on a validation part, which is never packed, or prepare the text without --pack"
     )
@@ -164,7 +165,7 @@ def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, ma
 def test_a_sidecar_of_other_samples_is_refused(packed):
     path = corpus_file(packed.prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "packed": 17}))
-    assert refused(Reader, packed.prefix) == (
+    assert refused(CorpusReader, packed.prefix) == (
         f"the sidecar speaks of samples of 18 tokens, the corpus has others\n  {path}\n  do: prepare the corpus again"
     )
 

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.tokenizer import Tokenizer, sample_pieces, train_tokenizer
+from megagpt.data.tokenizer import Tokenizer, sample_lines, train_tokenizer
 from megagpt.errors import UserError
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
@@ -80,7 +80,7 @@ def test_a_document_without_line_ends_is_learned_from(tmp_path):
 
 def test_the_sample_is_bounded_spread_over_the_whole_and_in_order():
     documents = [f"{d:02d} line {n:03d}\n" * 1 for d in range(50) for n in range(200)]
-    sample = sample_pieces(documents, 12_000)  # of 110,000 bytes
+    sample = sample_lines(documents, 12_000)  # of 110,000 bytes
     assert 11_900 < sum(map(len, sample)) <= 12_000
     assert sample == sorted(sample)
     per_document = [sum(piece.startswith(f"{d:02d}") for piece in sample) for d in range(50)]
@@ -90,7 +90,7 @@ def test_the_sample_is_bounded_spread_over_the_whole_and_in_order():
 
 @given(st.text(alphabet="ab \n", max_size=60).map(lambda text: text * 100))
 def test_pieces_are_short_and_lose_only_newlines_and_blank_stretches(text):
-    pieces = sample_pieces([text], 10**9)
+    pieces = sample_lines([text], 10**9)
     assert all(len(piece) <= 2000 and "\n" not in piece for piece in pieces)
     assert "".join(pieces).replace(" ", "") == text.replace(" ", "").replace("\n", "")
 
