@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.indexed import CorpusReader
-from megagpt.data.sidecar import check_one_tokenizer
+from megagpt.data.sidecar import check_same_tokenizer
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -74,7 +74,7 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
     model = Tokenizer(tokenizer) if tokenizer else None
     sidecar = reader.sidecar
     if model:
-        check_one_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
+        check_same_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
     count = len(reader.documents) - 1
     wrong = [number for number in documents if not 0 <= number < count]
     if wrong:

@@ -11,7 +11,7 @@ import numpy as np
 from megagpt import __version__
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.indexed_writer import CorpusWriter
-from megagpt.data.sidecar import check_one_tokenizer
+from megagpt.data.sidecar import check_same_tokenizer
 from megagpt.errors import MachineError, UserError
 
 _TOKENS, _ENTRIES = 1 << 20, 1 << 20  # copied at a time
@@ -64,7 +64,7 @@ def _check_alike(one: CorpusReader, other: CorpusReader) -> None:
         what = f"the ids are of different types ({one.dtype.name} and {other.dtype.name})"
         raise UserError(what, f"{one.prefix}\n{other.prefix}", "prepare both with one tokenizer")
     if other.sidecar:
-        check_one_tokenizer(one.prefix, one.sidecar, other.prefix, other.sidecar.tokenizer_sha256)
+        check_same_tokenizer(one.prefix, one.sidecar, other.prefix, other.sidecar.tokenizer_sha256)
     if one.packed != other.packed:
         cuts = [f"packed for seq_len {reader.packed}" if reader.packed else "not packed" for reader in (one, other)]
         what = f"one corpus is {cuts[0]}, the other {cuts[1]}"

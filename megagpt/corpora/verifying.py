@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.data.checksums import joined
+from megagpt.data.checksums import combine_crc32
 from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.sidecar import Sidecar
 from megagpt.files import crc32
@@ -123,7 +123,7 @@ def _checksums(reader: CorpusReader, stretches: list[_Read]) -> Iterator[str]:
     assert facts is not None
     whole = 0
     for one in stretches:
-        whole = joined(whole, one.crc32, one.size)
+        whole = combine_crc32(whole, one.crc32, one.size)
     if whole != facts.bin_crc32:
         damaged = [one for one, (_, good) in zip(stretches, facts.stretches, strict=False) if one.crc32 != good]
         where = ", ".join(f"bytes {one.start:,} to {one.start + one.size:,}" for one in damaged)

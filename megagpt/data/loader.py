@@ -16,7 +16,7 @@ import torch
 
 from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.order import Sampler, rank_positions
-from megagpt.data.sidecar import check_one_tokenizer
+from megagpt.data.sidecar import check_same_tokenizer
 from megagpt.data.skips import SkippedRanges
 from megagpt.errors import UserError
 from megagpt.state import IGNORE_INDEX
@@ -82,8 +82,8 @@ class Loader:
             "sources": [_facts(*source) for source in zip(self._readers, weights, probes, strict=True)],
         }
         self._in_turn = itertools.cycle(self._readers)
-        self._opened = np.array([(reader.file, reader.dtype.itemsize) for reader in self._readers]).T
-        self._by_file = {reader.file: reader for reader in self._readers}
+        self._opened = np.array([(reader.fd, reader.dtype.itemsize) for reader in self._readers]).T
+        self._by_file = {reader.fd: reader for reader in self._readers}
         self._fillers = {r.file: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
         self._kinds = list({reader.dtype for reader in self._readers})
         self._skips, self._pinned = SkippedRanges(skip), pinned
@@ -128,7 +128,7 @@ class Loader:
             raise UserError(f"{what} which token ends a document", said or "data.document_mask", do)
         (end,) = ends
         for reader in self._readers:
-            if reader.file not in self._fillers:  # a document longer than a sample ends elsewhere
+            if reader.fd not in self._fillers:  # a document longer than a sample ends elsewhere
                 _check_ends(reader, end)
         return end
 
@@ -206,7 +206,7 @@ def check_vocabulary(reader: CorpusReader, vocab_size: int, tokenizer: str | Non
     """
     if reader.sidecar and tokenizer and Path(tokenizer).is_file():
         sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-        check_one_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
+        check_same_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
     do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
     if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
         what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"

@@ -175,7 +175,7 @@ def _filled(
     targets = before + np.repeat(shift, chunks)
     spans = np.stack([begins, targets, targets + lengths]) * reader.dtype.itemsize
     for begin, target, end in spans.T.tolist():
-        if os.preadv(reader.file, [ids[target:end]], begin) != end - target:
+        if os.preadv(reader.fd, [ids[target:end]], begin) != end - target:
             do = "type the command again"
             raise MachineError("a file was cut short while it was read", f"{reader.prefix}.bin", do)
     return ids

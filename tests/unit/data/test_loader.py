@@ -82,14 +82,14 @@ def test_the_coming_samples_are_asked_for_ahead_unless_all_are_in_memory(corpora
 
 def test_whether_samples_are_in_memory_is_asked_of_the_file_system(make_corpus):
     corpus = make_corpus([range(20_000)])
-    os.fsync(corpus.file)
-    os.posix_fadvise(corpus.file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.fsync(corpus.fd)
+    os.posix_fadvise(corpus.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     said = []
     for _ in range(2):
-        said.append(_are_cached([(corpus.file, 100, 0), (corpus.file, 100, 30_000)]))
-        os.pread(corpus.file, 40_000, 0)
+        said.append(_are_cached([(corpus.fd, 100, 0), (corpus.fd, 100, 30_000)]))
+        os.pread(corpus.fd, 40_000, 0)
     assert said in ([False, True], [True, True], [False, False])  # a disk; memory only; one that cannot tell
-    assert not _are_cached([(corpus.file, 100, 39_950)])  # there is no such
+    assert not _are_cached([(corpus.fd, 100, 39_950)])  # there is no such
 
 
 def test_pinned_batches_are_pinned_one_by_one(corpora, monkeypatch):
