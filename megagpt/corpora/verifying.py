@@ -77,7 +77,7 @@ def verify(prefix: str, workers: int | None = None) -> Verification:
 def _cuts(reader: CorpusReader) -> list[tuple[int, int]]:
     """Where stretches of .bin begin, in bytes, and how long they are: the sidecar's, if it has them."""
     size = len(reader.tokens) * reader.dtype.itemsize
-    stretches = reader.sidecar.stretches if reader.sidecar else ()
+    stretches = reader.sidecar.bin_ranges if reader.sidecar else ()
     lengths = [length for length, _ in stretches]
     if sum(lengths) != size:
         lengths = [min(_STRETCH, size - start) for start in range(0, size, _STRETCH)]
@@ -125,7 +125,7 @@ def _checksums(reader: CorpusReader, stretches: list[_Read]) -> Iterator[str]:
     for one in stretches:
         whole = combine_crc32(whole, one.crc32, one.size)
     if whole != facts.bin_crc32:
-        damaged = [one for one, (_, good) in zip(stretches, facts.stretches, strict=False) if one.crc32 != good]
+        damaged = [one for one, (_, good) in zip(stretches, facts.bin_ranges, strict=False) if one.crc32 != good]
         where = ", ".join(f"bytes {one.start:,} to {one.start + one.size:,}" for one in damaged)
         yield f"{reader.prefix}.bin is not what was written" + (f": {where}" if where else "")
     if crc32(corpus_file(reader.prefix, ".idx")) != facts.idx_crc32:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megagpt.data.id_file import BinWriter, ChecksummedRanges
 from megagpt.data.indexed_writer import CorpusWriter, partial_bin_path
-from megagpt.data.permutation import as_numbers, keys, permute, sides
+from megagpt.data.permutation import as_uint64, derive_keys, permute, radices
 from megagpt.data.shards import ROW, Record, Rows
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
@@ -168,8 +168,8 @@ def _order(count: int, key: int, shuffle: bool) -> Numbers:
     """The numbers below `count`, shuffled by a key if so asked."""
     if not shuffle or count < 2:
         return np.arange(count)
-    a, b = (as_numbers([side]) for side in sides(count))
-    numbers = permute(np.arange(count, dtype=np.uint64), as_numbers([count]), a, b, keys(_SEED, key))
+    a, b = (as_uint64([side]) for side in radices(count))
+    numbers = permute(np.arange(count, dtype=np.uint64), as_uint64([count]), a, b, derive_keys(_SEED, key))
     return numbers.astype(np.int64)
 
 

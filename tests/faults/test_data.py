@@ -74,7 +74,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
         said = process.communicate(timeout=240)[1]
     assert process.returncode == 2
     assert re.search(
-        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), and its max_epochs is 9", said
+        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), but its max_epochs is 9", said
     )
 
 
@@ -86,7 +86,7 @@ def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_
         os.truncate(corpus, 100)
         assert not {0, 2, None} & {*both.wait(180)}
         said = both.printed(0) + both.printed(1)
-    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in said
+    assert f"{corpus} has changed while it was in use: it had {len(content):,} bytes, now has 100" in said
     corpus.write_bytes(content)
     training.finish(own, world=2)
     assert training.curve(tmp_path / "run")[-1]["update"] == 100

@@ -1,4 +1,4 @@
-"""A tokenizer trained once, Megatron's own reader and writer, and a way to make a corpus out of ids."""
+"""Fixtures: a tokenizer trained once, Megatron's own reader and writer, and corpora made from ids."""
 
 import itertools
 import warnings
@@ -24,14 +24,14 @@ def tokenizer(texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def megatron():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns about every GPU package that is not there
+        warnings.simplefilter("ignore")  # it warns about every GPU package that is missing
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
 @pytest.fixture
 def make_corpus(tmp_path):
-    """Write documents of ids, each standing for three bytes an id, and open them."""
+    """Return a function that writes documents of ids, with three bytes of text per id, and opens the corpus."""
     numbers = itertools.count()
 
     def make(documents, vocab_size=50_000, eod=1, verified=True):
