@@ -78,7 +78,7 @@ def check_gigatoken(tokenizer: Tokenizer) -> None:
 
 
 def _build_engine(tokenizer: Tokenizer) -> Any:
-    """Build the engine that gigatoken's reader of .model files would build from a word-local model, in half the time."""
+    """Build what gigatoken's own reader of .model files would build from a word-local model, in half the time."""
     import gigatoken
 
     ids, merges = bpe_vocab_and_merges(tokenizer.path.read_bytes())
