@@ -1,4 +1,4 @@
-"""Honest yardsticks for bits per byte: what needs no neural network makes of the same validation text."""
+"""Baselines for bits per byte: what methods without a neural network achieve on the same validation text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from megagpt.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Baselines:
-    """Bits per byte of the validation text by other means.
+    """Bits per byte of the validation text by other methods.
 
-    `unigram` predicts each token by its share in the training text, `xz` has seen the validation text alone,
-    `xz_after_training` has read the training text first, as the model has.
+    Attributes:
+        unigram: predicts each token by its frequency in the training text.
+        xz: compresses the validation text alone with xz.
+        xz_after_training: compresses the training text first, which the model has read too, then the validation text.
     """
 
     unigram: float
@@ -27,16 +29,25 @@ class Baselines:
 
 
 def measure_baselines(train: CorpusReader, validation: CorpusReader, tokenizer: Tokenizer) -> Baselines:
-    """Measure all three; compresses the training text twice, which takes seconds per 10 MB."""
+    """Measure all baselines. The training text is compressed twice, which takes seconds per 10 MB.
+
+    Args:
+        train: corpus that the model was trained on.
+        validation: corpus to predict.
+        tokenizer: tokenizer of both.
+    """
     training_text, text = (_text(corpus, tokenizer) for corpus in (train, validation))
-    with ThreadPoolExecutor() as pool:  # lzma leaves Python's lock
-        alone, before, both = pool.map(_compressed, (text, training_text, training_text + text))
+    with ThreadPoolExecutor() as pool:  # lzma releases the GIL
+        alone, before, both = pool.map(_compressed_bytes, (text, training_text, training_text + text))
     bits = 8 / len(text)
     return Baselines(_unigram(train, validation, len(text)), alone * bits, (both - before) * bits)
 
 
 def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> float:
-    """Cross-entropy of the validation tokens under the training tokens' shares, each counted once more."""
+    """Return the cross-entropy of the validation tokens under add-one smoothed training frequencies, in bits per byte.
+
+    Padding of a packed training corpus is not counted.
+    """
     size = max(int(train.tokens.max()), int(validation.tokens.max())) + 1
     counts = np.bincount(train.tokens, minlength=size) + 1.0
     if train.sidecar:
@@ -45,12 +56,12 @@ def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> 
     return float(nats) / math.log(2) / text_bytes
 
 
-def _compressed(text: bytes) -> int:
-    """Bytes after `xz -9e`, whose window of 64 MiB holds the whole default corpus."""
+def _compressed_bytes(text: bytes) -> int:
+    """Return the size after `xz -9e`, whose window of 64 MiB holds the whole default corpus."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def _text(corpus: CorpusReader, tokenizer: Tokenizer) -> bytes:
-    """The text of a corpus, decoded: the tokenizer is lossless."""
-    documents = (corpus.document(number) for number in range(len(corpus.documents) - 1))
+    """Decode the text of a corpus (exact, since the tokenizer is lossless)."""
+    documents = (corpus.document(index) for index in range(len(corpus.documents) - 1))
     return "".join(tokenizer.decode(document.tolist()) for document in documents).encode()

@@ -179,7 +179,7 @@ def test_foreign_corpora_are_merged_without_a_sidecar(tmp_path, megatron, capsys
     assert not (tmp_path / "ours.json").exists()
 
 
-def test_corpora_that_do_not_go_together_are_rejection(tmp_path):
+def test_incompatible_corpora_are_rejected(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", sha="e" * 64)
     wide = write(tmp_path / "wide", vocab_size=70_000)
     output = str(tmp_path / "c")

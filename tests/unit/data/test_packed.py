@@ -138,14 +138,14 @@ def test_a_packed_corpus_defines_the_end_of_document_token(packed):
     assert "the corpora disagree" in rejection(loader([packed]).document_end, 5)
 
 
-def test_a_packed_corpus_is_not_validated_on(packed):
+def test_a_packed_corpus_cannot_be_evaluated(packed):
     assert rejection(EvaluationBatches, packed, seq_len=16, vocab_size=50_000, micro_batch=4) == (
         f"the corpus is packed, so not all of its tokens can be predicted\n  {packed.prefix}\n"
         "  do: evaluate on a validation part, which is never packed, or prepare the text without --pack"
     )
 
 
-def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, make_corpus):
+def test_a_packed_corpus_without_its_sidecar_is_noted(packed, make_corpus):
     path = corpus_file(packed.prefix, ".json")
     path.unlink()
     unverified = f"{packed.prefix}: unverified, since it has no packed.json"
@@ -163,7 +163,7 @@ def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, ma
         assert ("as if it was packed" in loader([other]).notes[0]) == (len(documents) == 9)
 
 
-def test_a_sidecar_of_other_samples_is_rejection(packed):
+def test_a_sidecar_with_other_sample_sizes_is_rejected(packed):
     path = corpus_file(packed.prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "packed": 17}))
     assert rejection(CorpusReader, packed.prefix) == (
@@ -182,7 +182,7 @@ def test_the_unigram_baseline_does_not_count_padding(packed, make_corpus):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_a_change_in_one_document_of_a_sample_leaves_the_bits_of_the_others(packed, position):
+def test_documents_of_a_sample_do_not_affect_each_other(packed, position):
     """Run batches of the loader through a model that masks attention at document boundaries."""
     section = ModelSection(
         n_layer=2, n_head=2, d_model=16, vocab_size=50_000, seq_len=SEQ_LEN, position=position, norm="rmsnorm"
