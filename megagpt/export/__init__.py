@@ -62,7 +62,9 @@ def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) ->
     partial = output.with_name(f"{output.name}.partial")
     files.remove_folder(partial)
     theirs.save_pretrained(partial)
-    tokenizer = vocabularies.save(transformers, model.recipe.data.tokenizer, partial, model.recipe.model.seq_len)
+    tokenizer = vocabularies.save_tokenizer(
+        transformers, model.recipe.data.tokenizer, partial, model.recipe.model.seq_len
+    )
     difference = _difference(transformers, model.model, partial, kept)
     if output.is_dir():
         output.rmdir()
