@@ -28,6 +28,8 @@ class Compression(Enum):
 
 
 _READ = 1 << 10  # bytes of a zstandard file at a time, which may become many thousand times as many
+_XZ_MEMORY = 1 << 28  # bytes; `xz -9` needs a quarter of that
+_XZ_READ = 1 << 16
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
@@ -70,7 +72,7 @@ def _decompressed(raw: IO[bytes], compression: Compression, path: str) -> IO[byt
     if compression is Compression.BZIP2:
         return bz2.open(raw)
     if compression is Compression.XZ:
-        return lzma.open(raw)
+        return cast("IO[bytes]", io.BufferedReader(_Xz(raw, path), 1 << 17))
     if compression is Compression.ZSTANDARD:
         return cast("IO[bytes]", io.BufferedReader(_Zstandard(raw, path), 1 << 17))
     return raw
@@ -112,6 +114,55 @@ class _Zstandard(io.RawIOBase):
         count = min(len(view), len(self._left))
         view[:count], self._left = self._left[:count], self._left[count:]
         return count
+
+
+class _Xz(io.RawIOBase):
+    """All streams of an xz file. `lzma.open` would take up to 4 GiB, as much as the file asks for."""
+
+    def __init__(self, raw: IO[bytes], path: str) -> None:
+        self._raw, self._path = raw, path
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._ended:
+            block, fresh = b"", self._stream.eof
+            if fresh:
+                block = self._next_stream()
+            elif self._stream.needs_input:
+                block = self._raw.read(_XZ_READ)
+                if not block:
+                    raise EOFError("the file ends within a stream")
+            if not (fresh and not block) and (text := self._decompress(block, len(view), fresh)):
+                view[: len(text)] = text
+                return len(text)
+        return 0
+
+    def _next_stream(self) -> bytes:
+        """The first bytes of the next stream, after padding; none if there is no other stream."""
+        block = self._stream.unused_data
+        while not (block := block.lstrip(b"\0")):
+            if not (block := self._raw.read(_XZ_READ)):
+                self._ended = True
+                return b""
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        return block
+
+    def _decompress(self, block: bytes, most: int, fresh: bool) -> bytes:
+        try:
+            return self._stream.decompress(block, most)
+        except lzma.LZMAError as error:
+            if "Memory usage limit" in str(error):
+                what = f"decompressing this file takes more than {_XZ_MEMORY >> 20} MiB of memory"
+                raise UserError(what, self._path, "compress it again, with `xz -9` or less") from None
+            if not fresh:
+                raise
+            self._ended = True  # what follows the last stream is not xz: the lzma module passes over it, too
+            return b""
 
 
 def _damaged(path: str, error: Exception) -> UserError:
