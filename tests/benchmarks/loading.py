@@ -83,7 +83,7 @@ def _batches(blend: list[tuple[str, float]], cache: Path) -> None:
 
 
 def _start_up(prefix: str, cache: Path) -> None:
-    """Measure the time until the first batch can be loaded. Megatron also writes index files that a second start reads."""
+    """Measure the time until the first batch can be loaded. Megatron also writes files, which a restart reads."""
     epoch = 10_000_000 * 1_000 // SEQ_LEN
     best = {}
     for epochs in (1.0, 3.5):
