@@ -146,8 +146,8 @@ def _compare(
 def done(run: Path) -> int:
     """The update at which a run was done; 0 while it is not."""
     try:
-        return int(json.loads((run / DONE).read_text())["update"])
-    except (OSError, ValueError, KeyError):
+        return int(files.parse_json((run / DONE).read_text())["update"])
+    except (OSError, ValueError, TypeError, KeyError):
         return 0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.errors import UserError
+from megagpt import files
+from megagpt.errors import UserError, without_controls
 from megagpt.run import metrics
 
 PICTURE = "loss.svg"
@@ -55,10 +57,13 @@ def draw_as_svg(run: Path) -> Path:
     axes = figure.add_subplot()
     axes.plot(curve.tokens, curve.loss, linewidth=0.8, alpha=0.6, label="training, each update")
     axes.plot(curve.validation_tokens, curve.validation_loss, marker="o", label="validation")
-    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=run.name)
+    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token")
+    axes.set_title(without_controls(run.name), parse_math=False)  # a name is no formula
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run / PICTURE)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg")
+    files.replace_text(run / PICTURE, svg.getvalue())
     return run / PICTURE
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.sidecar import check_same_tokenizer
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import UserError
+from megagpt.errors import UserError, without_controls
 
 _MAX_LENGTHS = 1_000_000  # documents in the length statistics, spread evenly
 _MAX_IDS = 1_000  # ids that are shown of a document
@@ -37,7 +37,7 @@ class DocumentExcerpt:
     kind: str = "document"
 
     def __str__(self) -> str:
-        content = self.text if self.text is not None else " ".join(map(str, self.ids))
+        content = without_controls(self.text) if self.text is not None else " ".join(map(str, self.ids))
         ellipsis = " …" if self.tokens > len(self.ids) else ""
         return f"{self.kind} {self.number:,}: {self.tokens:,} tokens\n{content}{ellipsis}"
 

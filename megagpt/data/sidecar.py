@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError
+from megagpt.files import parse_json
 
 VERSION = 1
 _UINT16_VOCAB_LIMIT = 65_500  # as in Megatron-LM
@@ -72,7 +73,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     """Read a sidecar file; None if there is none. Raises UserError if it is invalid."""
     do = f"run `megagpt prepare` again, or remove {path.name} to use the corpus unverified"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -116,7 +116,9 @@ def _check_logits(transformers: Any, ours: GPT, folder: Path, dtype: str) -> flo
 
     Returns the largest difference, relative to the largest logit. Raises MachineError if it is too large.
     """
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     ours.to(getattr(torch, dtype)).float()
     shape = (2, min(ours.section.seq_len, 256))
     ids = torch.randint(ours.section.vocab_size, shape, generator=torch.Generator().manual_seed(0))

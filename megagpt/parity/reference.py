@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,8 +45,11 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
-        limit = recipe.optimizer.clip or float("inf")
-        norms.append(torch.nn.utils.clip_grad_norm_(masters.parameters(), limit).item())
+        # in fp64: in fp32 the norm of a long vector is off by more than layouts may differ
+        gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+        torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
+        norms.append(norm.item())
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):

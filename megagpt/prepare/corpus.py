@@ -24,7 +24,7 @@ from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import odd_places, workplace
+from megagpt.prepare import odd_places, plain, workplace
 from megagpt.prepare.duplicates import first_copies
 from megagpt.prepare.encoding import Job, PieceError
 from megagpt.prepare.engines import check_engine
@@ -140,6 +140,7 @@ def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceErr
     return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
 
 
+@plain.register
 class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
 
