@@ -16,7 +16,7 @@ from megagpt.data.indexed import Reader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.loss import IGNORED
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare import PrepareOptions, prepare_command
 from megagpt.run import trained
 from megagpt.yardsticks import Yardsticks, measure
 
@@ -69,7 +69,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
     with tempfile.TemporaryDirectory() as scratch:
         prefix = data
         if not corpus_file(data, ".idx").exists() and Path(data).exists():
-            text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", Options(0.0))
+            text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", PrepareOptions(0.0))
             prefix = text.train.prefix
         corpus = Reader(prefix)
         section = recipe.model

@@ -7,7 +7,7 @@ import codecs
 _REPLACEMENT = "\ufffd"
 
 
-class Decoder:
+class Utf8Decoder:
     """Decodes block after block, with U+FFFD in place of what is no UTF-8."""
 
     def __init__(self) -> None:

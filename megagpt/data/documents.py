@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-DEFAULT_FRACTION = 0.04
+DEFAULT_VALIDATION_FRACTION = 0.04
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Document:
     key: str = ""
 
 
-class Fragment(NamedTuple):
+class TextFragment(NamedTuple):
     """A stretch of a document's text. The one that ends the document is `last`, and most are its only one.
 
     `line` counts from 1 where the document is a line of a file; `key` is the document's (see `Document`).
@@ -36,7 +36,7 @@ class Fragment(NamedTuple):
     key: str = ""
 
 
-def whole(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+def join_fragments(fragments: Iterable[TextFragment]) -> Iterator[TextFragment]:
     """Each document as one fragment."""
     begun: list[str] = []
     for fragment in fragments:
@@ -46,12 +46,12 @@ def whole(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
             begun = []
 
 
-def digest_of(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     """Hash of a text or key, 16 bytes."""
     return hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
 
 
-def in_validation(digest: bytes, fraction: float) -> bool:
+def is_validation(digest: bytes, fraction: float) -> bool:
     """Whether the document with this hash belongs to the validation part that takes `fraction` of all documents.
 
     Decided by the hash alone: adding documents moves none, a larger fraction keeps those of a smaller.

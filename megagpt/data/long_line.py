@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from megagpt.data.decoding import Decoder
+from megagpt.data.decoding import Utf8Decoder
 from megagpt.errors import MachineError
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -28,7 +28,7 @@ _UNITS = re.compile(
 )
 
 
-class LongLine:
+class LongJsonLine:
     """A line that begins with `head`, read to its end within the `with` block.
 
     `skeleton` is text; `size` (bytes) is the whole line's, and `broken` counts its places that are no UTF-8. Strings
@@ -56,7 +56,7 @@ class LongLine:
             raise
         self.skeleton = "".join(self._parts)
 
-    def __enter__(self) -> LongLine:
+    def __enter__(self) -> LongJsonLine:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,7 +79,7 @@ class LongLine:
                 yield decoder.decode(self._store.read(min(BLOCK, end - at)))
 
     def _read(self, block: bytes, file: IO[bytes]) -> None:
-        decoder, ended = Decoder(), False
+        decoder, ended = Utf8Decoder(), False
         while not ended:
             self.size += len(block)
             ended = not block or block.endswith(b"\n")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from megagpt.errors import UserError
 
 
-class Line(NamedTuple):
+class ManifestEntry(NamedTuple):
     """What a line asks for, and `where` it stands (`file:line`)."""
 
     name: str
@@ -25,14 +25,14 @@ class Line(NamedTuple):
     where: str
 
 
-class Lines:
+class ManifestReader:
     """Reads manifests, and remembers what they say of each corpus."""
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}  # where each corpus is first named
         self._weights: dict[str, tuple[float, str]] = {}  # and its weight, and where that stands
 
-    def read(self, path: Path) -> Iterator[Line]:
+    def read(self, path: Path) -> Iterator[ManifestEntry]:
         """The lines of a manifest. Raises UserError where it cannot be read, or a line is wrong."""
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -52,7 +52,7 @@ class Lines:
             raise UserError(what, place, "give every corpus a name and a weight, or none a weight")
         return {corpus: weight for corpus, (weight, _) in self._weights.items()}
 
-    def _line(self, name: str, columns: list[str], where: str) -> Line:
+    def _line(self, name: str, columns: list[str], where: str) -> ManifestEntry:
         if not name or len(columns) > 2:
             what = f"this line has {1 + len(columns)} columns" if name else "this line names no file"
             raise UserError(what, where, "write PATH, or PATH <tab> NAME, or PATH <tab> NAME <tab> WEIGHT")
@@ -65,7 +65,7 @@ class Lines:
         if weight:
             self._weigh(corpus, weight, where)
         self._first.setdefault(corpus, where)
-        return Line(name, corpus, where)
+        return ManifestEntry(name, corpus, where)
 
     def _weigh(self, corpus: str, text: str, where: str) -> None:
         try:

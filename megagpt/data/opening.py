@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megagpt.data.remote import is_remote, missing, remote_file
+from megagpt.data.remote import is_remote, missing_package, open_remote
 from megagpt.errors import UserError
 
 
@@ -36,13 +36,13 @@ _MAGIC = {
 }
 
 
-def compression_of(head: bytes) -> Compression:
+def detect_compression(head: bytes) -> Compression:
     """What the first bytes of a file say that it is compressed with."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
 @contextmanager
-def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
+def open_decompressed(path: str, compression: Compression) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed: all members or frames of it.
 
     Raises UserError when the file cannot be opened or read, or is damaged, also while it is read in the block.
@@ -50,7 +50,7 @@ def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
     try:
         with ExitStack() as stack:
             if is_remote(path):
-                raw = stack.enter_context(remote_file(path))
+                raw = stack.enter_context(open_remote(path))
             else:
                 raw = stack.enter_context(Path(path).open("rb"))
             yield stack.enter_context(_decompressed(raw, compression, path))
@@ -83,7 +83,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise missing("zstandard", "zst", path) from None
+            raise missing_package("zstandard", "zst", path) from None
         self._raw, self._error = raw, zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new()

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megagpt.data.remote import is_remote, missing, remote_file
+from megagpt.data.remote import is_remote, missing_package, open_remote
 from megagpt.errors import UserError
 
 _ROWS = 1024  # read at a time
 
 
-def row_groups(path: str) -> int:
+def count_row_groups(path: str) -> int:
     """How many row groups the file has. Raises UserError for a file that is damaged."""
     return int(_file(path).num_row_groups)
 
 
-class Row(NamedTuple):
+class ParquetRow(NamedTuple):
     """A row by its number in the file, from 1: whether the column is `there`, and its value; of a text also how many
     places of it were no UTF-8, and are U+FFFD now.
     """
@@ -27,18 +27,18 @@ class Row(NamedTuple):
     broken: int = 0
 
 
-def rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator[Row]:
+def read_rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator[ParquetRow]:
     """The rows of the row groups `first` to `end`. Raises UserError for a file that is damaged."""
     file = _file(path)
     number = sum(file.metadata.row_group(group).num_rows for group in range(first))
     if not _has(file.schema_arrow, key):
         for row in range(sum(file.metadata.row_group(group).num_rows for group in range(first, end))):
-            yield Row(number + row + 1, False)
+            yield ParquetRow(number + row + 1, False)
         return
     for group in range(first, end):
         for value, broken in _values(file, path, group, key):
             number += 1
-            yield Row(number, value is not None, value, broken)
+            yield ParquetRow(number, value is not None, value, broken)
 
 
 def _values(file: Any, path: str, group: int, key: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
@@ -85,10 +85,10 @@ def _file(path: str) -> Any:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise missing("pyarrow", "parquet", path) from None
+        raise missing_package("pyarrow", "parquet", path) from None
     try:
         if is_remote(path):
-            return parquet.ParquetFile(remote_file(path))
+            return parquet.ParquetFile(open_remote(path))
         return parquet.ParquetFile(path, memory_map=False)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from None

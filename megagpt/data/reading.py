@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megagpt.data.decoding import Decoder
+from megagpt.data.decoding import Utf8Decoder
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import Fragment
-from megagpt.data.long_line import LongLine
-from megagpt.data.oddities import Oddities, Place
-from megagpt.data.opening import opened
-from megagpt.data.parquet import row_groups, rows
-from megagpt.data.pieces import Stretch
-from megagpt.data.sniffing import Kind
+from megagpt.data.documents import TextFragment
+from megagpt.data.long_line import LongJsonLine
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.data.opening import open_decompressed
+from megagpt.data.parquet import count_row_groups, read_rows
+from megagpt.data.pieces import InputRange
+from megagpt.data.sniffing import FileFormat
 from megagpt.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -26,28 +26,30 @@ _DECODER = json.JSONDecoder()
 _CUT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # up to the last place where a document may be fragmented
 
 
-def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None = None) -> Iterator[Fragment]:
+def read_fragments(
+    stretch: InputRange, key: tuple[str, ...], odd: InputWarnings, folder: Path | None = None
+) -> Iterator[TextFragment]:
     """Fragments of the documents of a stretch. `key` leads to the text in each JSON line.
 
     What cannot be read as text is noted in `odd` and passed over or replaced. Long lines lie in `folder` meanwhile
-    (None: where temporary files do). Raises UserError where the file cannot be read at all, OddInput where `odd` is
+    (None: where temporary files do). Raises UserError where the file cannot be read at all, InputError where `odd` is
     strict.
     """
     source = stretch.source
-    if source.kind is Kind.DEFAULT:
+    if source.kind is FileFormat.DEFAULT_CORPUS:
         for document in default_corpus().documents:
-            yield Fragment(document.text, key=document.key)
-    elif source.kind is Kind.PARQUET:
+            yield TextFragment(document.text, key=document.key)
+    elif source.kind is FileFormat.PARQUET:
         yield from _rows(stretch, key, odd)
     else:
-        with opened(source.path, source.compression) as file:
-            if source.kind is Kind.TEXT:
-                yield from _text(file, Place(stretch.number, 0), odd)
+        with open_decompressed(source.path, source.compression) as file:
+            if source.kind is FileFormat.TEXT:
+                yield from _text(file, InputLocation(stretch.number, 0), odd)
             else:
                 yield from _lines(file, stretch, key, odd, folder)
 
 
-def key_of(text_key: str) -> tuple[str, ...]:
+def parse_text_key(text_key: str) -> tuple[str, ...]:
     """The names that a text key, such as `a.b`, leads through. Raises UserError where one is empty."""
     key = tuple(text_key.split("."))
     if "" in key:
@@ -56,14 +58,14 @@ def key_of(text_key: str) -> tuple[str, ...]:
     return key
 
 
-def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
+def _text(file: IO[bytes], place: InputLocation, odd: InputWarnings) -> Iterator[TextFragment]:
     """A file that is one document."""
-    yield from _fragments(_decoded(file, place, odd), Fragment(""))
+    yield from _fragments(_decoded(file, place, odd), TextFragment(""))
 
 
-def _decoded(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[str]:
+def _decoded(file: IO[bytes], place: InputLocation, odd: InputWarnings) -> Iterator[str]:
     """The text of a file, a block at a time."""
-    decoder = Decoder()
+    decoder = Utf8Decoder()
     block = file.read(_BLOCK)
     if block.startswith(_BOM):
         odd.note("byte_order_marks", place)
@@ -78,7 +80,7 @@ def _decoded(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[str]:
     yield text
 
 
-def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
+def _fragments(blocks: Iterable[str], document: TextFragment) -> Iterator[TextFragment]:
     """A document's text, which comes in blocks, in fragments that are the `document`'s."""
     begun = ""  # what came after the last cut
     for block in blocks:
@@ -90,22 +92,22 @@ def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
     yield document._replace(text=begun)
 
 
-def _of_line(text: str, number: int) -> Iterable[Fragment]:
+def _of_line(text: str, number: int) -> Iterable[TextFragment]:
     """The document of a line or row; a long one in fragments, as what is worked on takes many times its size."""
     if len(text) <= _BLOCK:
-        return (Fragment(text, line=number),)
-    return _fragments((text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)), Fragment("", line=number))
+        return (TextFragment(text, line=number),)
+    return _fragments((text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)), TextFragment("", line=number))
 
 
 def _lines(
-    file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None
-) -> Iterator[Fragment]:
+    file: IO[bytes], stretch: InputRange, key: tuple[str, ...], odd: InputWarnings, folder: Path | None
+) -> Iterator[TextFragment]:
     """The documents of the lines that begin in the stretch."""
     at, number = _first_line(file, stretch), 0
     # Bytes, cut at \n only: str.splitlines would also cut at U+2028 inside a text.
     while (stretch.end is None or at < stretch.end) and (line := file.readline(_LONGEST)):
         number += 1
-        place = Place(stretch.number, number)
+        place = InputLocation(stretch.number, number)
         if at == 0 and line.startswith(_BOM):
             odd.note("byte_order_marks", place)
             line, at = line.removeprefix(_BOM), len(_BOM)
@@ -115,16 +117,16 @@ def _lines(
             if text is not None:
                 yield from _of_line(text, number)
             continue
-        with LongLine(line, file, folder) as long:
+        with LongJsonLine(line, file, folder) as long:
             at += long.size
             odd.note("invalid_utf8", place, long.broken)
             text = _value(long.skeleton, key, place, odd, long.column)
             if text is not None:
-                yield from _fragments(long.text(text), Fragment("", line=number))
+                yield from _fragments(long.text(text), TextFragment("", line=number))
     odd.lines[stretch.number] = number
 
 
-def _first_line(file: IO[bytes], stretch: Stretch) -> int:
+def _first_line(file: IO[bytes], stretch: InputRange) -> int:
     """Where the first line that begins in the stretch does: there the file is then, if there is one."""
     if not stretch.start:
         return 0
@@ -136,17 +138,19 @@ def _first_line(file: IO[bytes], stretch: Stretch) -> int:
     return at
 
 
-def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
+def _text_of(raw: bytes, key: tuple[str, ...], place: InputLocation, odd: InputWarnings) -> str | None:
     """The text of a JSON line; None, and a note, where it has none."""
     try:
         line = raw.decode()
     except UnicodeDecodeError:
-        line, broken = Decoder().decode(raw, final=True)
+        line, broken = Utf8Decoder().decode(raw, final=True)
         odd.note("invalid_utf8", place, broken)
     return _value(line, key, place, odd, lambda at: at + 1)
 
 
-def _value(line: str, key: tuple[str, ...], place: Place, odd: Oddities, column: Callable[[int], int]) -> str | None:
+def _value(
+    line: str, key: tuple[str, ...], place: InputLocation, odd: InputWarnings, column: Callable[[int], int]
+) -> str | None:
     """The string that the key leads to; None, and a note, where there is none. `column` of a place is for people."""
     if line.isspace():
         return None
@@ -177,19 +181,19 @@ def _parsed(line: str) -> Any:
     return json.loads(line)
 
 
-def _rows(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
+def _rows(stretch: InputRange, key: tuple[str, ...], odd: InputWarnings) -> Iterator[TextFragment]:
     """The documents of row groups of a table. A place's line is the row's number in the whole file."""
     path = stretch.source.path
-    end = row_groups(path) if stretch.end is None else stretch.end
-    for row in rows(path, stretch.start, end, key):
-        place = Place(stretch.number, row.number)
+    end = count_row_groups(path) if stretch.end is None else stretch.end
+    for row in read_rows(path, stretch.start, end, key):
+        place = InputLocation(stretch.number, row.number)
         odd.note("invalid_utf8", place, row.broken)
         text = _string(row.there, row.value, key, place, odd)
         if text is not None:
             yield from _of_line(text, row.number)
 
 
-def _string(there: bool, value: Any, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
+def _string(there: bool, value: Any, key: tuple[str, ...], place: InputLocation, odd: InputWarnings) -> str | None:
     """The value if it is a string; None, and a note, if not, or if there was none."""
     if not there:
         odd.note("no_text", place, detail=f'no key "{".".join(key)}"')

@@ -17,12 +17,12 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def file_system(path: str) -> tuple[Any, str]:
+def open_filesystem(path: str) -> tuple[Any, str]:
     """The file system of fsspec for a remote path, and the path within it. Raises UserError where it cannot be used."""
     try:
         import fsspec
     except ImportError:
-        raise missing("fsspec", "remote", path) from None
+        raise missing_package("fsspec", "remote", path) from None
     try:
         system, inner = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:  # the store's own package is missing, or there is no such store
@@ -30,19 +30,19 @@ def file_system(path: str) -> tuple[Any, str]:
     return system, inner
 
 
-def is_web(system: Any) -> bool:
+def is_http(system: Any) -> bool:
     """Whether a file system is of web servers, which have no folders, and of which some only send whole files."""
     return "http" in system.protocol
 
 
-def remote_file(path: str) -> IO[bytes]:
+def open_remote(path: str) -> IO[bytes]:
     """Open a remote file. Whatever goes wrong is an OSError, then and later."""
-    return cast("IO[bytes]", io.BufferedReader(_File(*file_system(path)), _BUFFER))
+    return cast("IO[bytes]", io.BufferedReader(_File(*open_filesystem(path)), _BUFFER))
 
 
-def gives_parts(path: str) -> bool:
+def supports_ranges(path: str) -> bool:
     """Whether a remote file of some size can be read from the middle on. Raises OSError."""
-    system, inner = file_system(path)
+    system, inner = open_filesystem(path)
     with _File(system, inner) as file:
         if not file.streams:
             file.seek(1)
@@ -50,7 +50,7 @@ def gives_parts(path: str) -> bool:
         return not file.streams
 
 
-def missing(package: str, extra: str, path: str) -> UserError:
+def missing_package(package: str, extra: str, path: str) -> UserError:
     """Say that a file needs a package of an extra."""
     return UserError(f"reading this needs the package {package}", path, f'pip install "megagpt[{extra}]"')
 
@@ -61,7 +61,7 @@ class _File(io.RawIOBase):
     def __init__(self, system: Any, inner: str) -> None:
         self._system, self._inner, self._at, self.streams = system, inner, 0, False
         self._file = _tried(lambda: system.open(inner, "rb"))
-        if is_web(system) and self._file.size is None:
+        if is_http(system) and self._file.size is None:
             _tried(self._stream)
 
     def readable(self) -> bool:
@@ -93,7 +93,7 @@ class _File(io.RawIOBase):
         try:
             return bytes(self._file.read(count))
         except ValueError:
-            if self.streams or not is_web(self._system):
+            if self.streams or not is_http(self._system):
                 raise
         self._stream()
         return bytes(self._file.read(count))

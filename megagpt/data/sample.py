@@ -12,7 +12,7 @@ Place = tuple[int, int]
 """Where a text stands: two numbers of its own, by which texts are ordered."""
 
 
-class Sample:
+class BoundedSample:
     """At most `limit` bytes of texts, spread over all that are offered.
 
     Each text draws a number from the hash of its place; the smallest stay, up to the first text that does not fit.
@@ -31,7 +31,7 @@ class Sample:
         if number < self.below:
             self._keep(number, place, text.encode())
 
-    def add(self, other: Sample) -> None:
+    def add(self, other: BoundedSample) -> None:
         """Take another sample's texts in, too."""
         self.below = min(self.below, other.below)
         for number, place, text in other._kept:

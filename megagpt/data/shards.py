@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.oddities import Oddities, Place
+from megagpt.data.oddities import InputLocation, InputWarnings
 from megagpt.files import ChecksummedFile
 
-ROW = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
+ROW_DTYPE = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
 _ROW = struct.Struct("<qq?16s")
 Rows = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """Facts of a whole shard. `text_bytes` are of its documents; the sizes (bytes) and CRC-32 are of its files."""
 
     number: int
@@ -37,7 +37,7 @@ class Record:
     bin_bytes: int
     bin_crc32: int
     rows_crc32: int
-    oddities: Oddities
+    oddities: InputWarnings
 
 
 class ShardWriter:
@@ -81,13 +81,13 @@ class ShardWriter:
             file.write(b"".join(new))
             new.clear()
 
-    def finish(self, oddities: Oddities) -> Record:
+    def finish(self, oddities: InputWarnings) -> ShardRecord:
         """Name the files, and write the record when they are on the disk."""
         self.flush()
         for file, suffix in ((self._bin, "bin"), (self._rows, "rows")):
             file.sync()
             self._partial(suffix).replace(self._folder / f"{self._number}.{suffix}")
-        record = Record(
+        record = ShardRecord(
             self._number, self.documents, self.tokens, self.text_bytes, self._bin_bytes,
             self._bin.crc32, self._rows.crc32, oddities,
         )  # fmt: skip
@@ -102,15 +102,15 @@ class ShardWriter:
         return self._folder / f"{self._number}.{suffix}.{os.getpid()}.partial"
 
 
-def read_record(folder: Path, number: int) -> Record | None:
+def read_shard_record(folder: Path, number: int) -> ShardRecord | None:
     """The record of a whole shard, or None where there is none or its files are not what it says."""
     try:
         content: dict[str, Any] = json.loads((folder / f"{number}.json").read_bytes())
         odd = content.pop("oddities")
-        first = {kind: Place(*place) for kind, place in odd["first"].items()}
+        first = {kind: InputLocation(*place) for kind, place in odd["first"].items()}
         lines = {int(source): count for source, count in odd["lines"].items()}
-        record = Record(**content, oddities=Oddities(odd["strict"], odd["counts"], first, lines))
+        record = ShardRecord(**content, oddities=InputWarnings(odd["strict"], odd["counts"], first, lines))
         sizes = [(folder / f"{number}.{suffix}").stat().st_size for suffix in ("bin", "rows")]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return record if sizes == [record.bin_bytes, record.documents * ROW.itemsize] else None
+    return record if sizes == [record.bin_bytes, record.documents * ROW_DTYPE.itemsize] else None

@@ -8,45 +8,45 @@ import re
 from enum import Enum
 from pathlib import PurePath
 
-from megagpt.data.opening import Compression, compression_of, opened
+from megagpt.data.opening import Compression, detect_compression, open_decompressed
 from megagpt.errors import UserError
 
 
-class Kind(Enum):
+class FileFormat(Enum):
     """How a file holds documents."""
 
     TEXT = "text"  # one document
     LINES = "lines"  # a JSON object a line
     PARQUET = "parquet"  # a row of a table
-    DEFAULT = "default"  # the default corpus, which is no file
+    DEFAULT_CORPUS = "default"  # the default corpus, which is no file
 
 
 _SUFFIXES = {
-    ".txt": Kind.TEXT,
-    ".md": Kind.TEXT,
-    ".jsonl": Kind.LINES,
-    ".ndjson": Kind.LINES,
-    ".json": Kind.LINES,
-    ".parquet": Kind.PARQUET,
+    ".txt": FileFormat.TEXT,
+    ".md": FileFormat.TEXT,
+    ".jsonl": FileFormat.LINES,
+    ".ndjson": FileFormat.LINES,
+    ".json": FileFormat.LINES,
+    ".parquet": FileFormat.PARQUET,
 }
-KNOWN = ".txt, .md, .jsonl, .parquet (also .gz, .zst, .xz, .bz2)"
+SUPPORTED_SUFFIXES = ".txt, .md, .jsonl, .parquet (also .gz, .zst, .xz, .bz2)"
 _HEAD = 1 << 16  # bytes that are looked at
 _OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')  # how one begins
 _ONE_VALUE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*\n)")  # a list of objects, or one over several lines
 
 
-def known_name(name: str) -> bool:
+def has_supported_suffix(name: str) -> bool:
     """Whether a file of this name is taken out of a folder."""
     return _by_name(name) is not None
 
 
-def looked_at(path: str) -> tuple[Kind, Compression]:
+def detect_format(path: str) -> tuple[FileFormat, Compression]:
     """What the file is. Raises UserError for what cannot be read, or holds no text."""
-    with opened(path, Compression.NONE) as file:
+    with open_decompressed(path, Compression.NONE) as file:
         head = file.read(_HEAD)
-    compression = compression_of(head)
+    compression = detect_compression(head)
     if compression is not Compression.NONE:
-        with opened(path, compression) as file:
+        with open_decompressed(path, compression) as file:
             head = file.read(_HEAD)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         do = "convert it: iconv --from-code UTF-16 --to-code UTF-8 FILE (or UTF-32)"
@@ -54,21 +54,21 @@ def looked_at(path: str) -> tuple[Kind, Compression]:
     if head.startswith(b"PAR1"):
         if compression is not Compression.NONE:
             raise UserError("a parquet file within a compressed one is not read", path, "decompress it")
-        return Kind.PARQUET, compression
+        return FileFormat.PARQUET, compression
     named = _by_name(path)
-    if named is Kind.LINES and _ONE_VALUE.match(head):
+    if named is FileFormat.LINES and _ONE_VALUE.match(head):
         do = "write each document as a line: jq --compact-output '.[]' FILE (or '.', if it is no list)"
         raise UserError("this is one JSON value, not one a line", path, do)
-    if named is not Kind.LINES and _begins_with_an_object(head):
-        return Kind.LINES, compression
-    if named is Kind.PARQUET or (named is None and _is_binary(head)):
+    if named is not FileFormat.LINES and _begins_with_an_object(head):
+        return FileFormat.LINES, compression
+    if named is FileFormat.PARQUET or (named is None and _is_binary(head)):
         suffix = PurePath(path).suffix or "no ending"
-        do = f"give {KNOWN} files, or a file of text under any name"
+        do = f"give {SUPPORTED_SUFFIXES} files, or a file of text under any name"
         raise UserError(f"this is neither text nor parquet ({suffix})", path, do)
-    return named or Kind.TEXT, compression
+    return named or FileFormat.TEXT, compression
 
 
-def _by_name(path: str) -> Kind | None:
+def _by_name(path: str) -> FileFormat | None:
     suffixes = [suffix.lower() for suffix in PurePath(path).suffixes]
     if suffixes and suffixes[-1] in [kind.value for kind in Compression if kind.value]:
         suffixes.pop()

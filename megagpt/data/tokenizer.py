@@ -12,7 +12,7 @@ from typing import Any
 import sentencepiece
 
 from megagpt.data.other_tokenizers import HuggingFaceTokenizer, Vocabulary, tiktoken_encoding
-from megagpt.data.sample import Sample
+from megagpt.data.sample import BoundedSample
 from megagpt.data.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 from megagpt.errors import UserError
 
@@ -159,7 +159,7 @@ def train_tokenizer(
 
 def sample_pieces(documents: Iterable[str], sample_bytes: int) -> list[str]:
     """Lines of the texts, drawn by the hashes of their places (see `Sample`), `sample_bytes` in all, in their order."""
-    sample = Sample(sample_bytes)
+    sample = BoundedSample(sample_bytes)
     for place, line in enumerate(line for text in documents for line in lines_of(without_surrogates(text))):
         sample.offer((0, place), line)
     return sample.texts()

@@ -13,31 +13,31 @@ import numpy as np
 
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import DEFAULT_FRACTION
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.data.indexed import Reader, corpus_file, dtype_of
 from megagpt.data.indexed_writer import Writer
-from megagpt.data.oddities import AtPlace
-from megagpt.data.pieces import Piece, cut
-from megagpt.data.reading import key_of
-from megagpt.data.shards import Record
-from megagpt.data.sniffing import Kind
-from megagpt.data.sources import Source
+from megagpt.data.oddities import LocatedError
+from megagpt.data.pieces import Chunk, split_into_chunks
+from megagpt.data.reading import parse_text_key
+from megagpt.data.shards import ShardRecord
+from megagpt.data.sniffing import FileFormat
+from megagpt.data.sources import InputFile
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import odd_places, workplace
-from megagpt.prepare.duplicates import first_copies
-from megagpt.prepare.encoding import Job, PieceError
+from megagpt.prepare.duplicates import mark_first_copies
+from megagpt.prepare.encoding import ChunkError, EncodeJob
 from megagpt.prepare.engines import check_engine
-from megagpt.prepare.joining import Choice, joined, writing
+from megagpt.prepare.joining import DocumentSelection, merge_shards, report_write_errors
 from megagpt.prepare.packing import pack
-from megagpt.prepare.pool import encode_all
-from megagpt.prepare.progress import shown
+from megagpt.prepare.pool import encode_chunks
+from megagpt.prepare.progress import show_progress
 from megagpt.prepare.ranks import Ranks
-from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
+from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary, WarningCount
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
 
     `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
@@ -45,7 +45,7 @@ class Options:
     None of `workers` is as many as there are cores; neither their number nor the `engine` changes what is written.
     """
 
-    validation_fraction: float = DEFAULT_FRACTION
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION
     workers: int | None = None
     text_key: str = "text"
     strict: bool = False
@@ -56,17 +56,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Work:
+class CorpusJob:
     """One corpus that is to be made: of what, with which tokenizer, where to, and where its shards lie meanwhile."""
 
-    sources: Sequence[Source]
+    sources: Sequence[InputFile]
     model: Tokenizer
     output: str
-    options: Options
+    options: PrepareOptions
     folder: Path
 
 
-def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
+def write_corpus(work: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
     """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share to shards, and then joins its share.
 
     Where the ranks do not see one folder, the first one is sent all shards, and joins them alone.
@@ -75,8 +75,8 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     """
     begin = time.perf_counter()
     options = work.options
-    key, fraction = key_of(options.text_key), options.validation_fraction
-    job = Job(work.folder, work.model, fraction, key, options.strict, options.engine)
+    key, fraction = parse_text_key(options.text_key), options.validation_fraction
+    job = EncodeJob(work.folder, work.model, fraction, key, options.strict, options.engine)
     one_folder = ranks.see_one(work.folder.parent)
     pieces = ranks.first(lambda: _begun(work))
     held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
@@ -93,78 +93,82 @@ def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary
     return ranks.first(lambda: _finished(work, Ranks(), len(pieces), failures, begin))
 
 
-def _begun(work: Work) -> list[Piece]:
+def _begun(work: CorpusJob) -> list[Chunk]:
     """All pieces of the input, once the folder of their shards is there."""
-    check_fraction(work.options.validation_fraction, f"{work.output}.validation")
+    check_validation_fraction(work.options.validation_fraction, f"{work.output}.validation")
     check_engine(work.options.engine, work.model)
-    with writing(work.folder):
-        workplace.follow(work.folder, _plan(work))
-    return cut(work.sources)
+    with report_write_errors(work.folder):
+        workplace.resume_or_reset(work.folder, _plan(work))
+    return split_into_chunks(work.sources)
 
 
-def _held(work: Work, pieces: Sequence[Piece], follow: bool) -> list[int]:
+def _held(work: CorpusJob, pieces: Sequence[Chunk], follow: bool) -> list[int]:
     """The numbers of the pieces whose shards this rank has."""
     if follow:
         work.folder.parent.mkdir(parents=True, exist_ok=True)
-        workplace.follow(work.folder, _plan(work))
-    return list(workplace.records(work.folder, len(pieces)))
+        workplace.resume_or_reset(work.folder, _plan(work))
+    return list(workplace.completed_records(work.folder, len(pieces)))
 
 
 def _encoded(
-    job: Job, pieces: Sequence[Piece], workers: int | None, ranks: Ranks, out: TextIO | None
-) -> tuple[list[Record], PieceError | None]:
+    job: EncodeJob, pieces: Sequence[Chunk], workers: int | None, ranks: Ranks, out: TextIO | None
+) -> tuple[list[ShardRecord], ChunkError | None]:
     """The records of this rank's pieces, or the first piece that failed."""
     count = workers or (len(os.sched_getaffinity(0)) if ranks.size == 1 else 1)
     try:
-        with shown(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
-            return encode_all(job, pieces, count, progress.add), None
-    except PieceError as failure:
-        if not isinstance(failure.cause, UserError | AtPlace):
+        with show_progress(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
+            return encode_chunks(job, pieces, count, progress.add), None
+    except ChunkError as failure:
+        if not isinstance(failure.cause, UserError | LocatedError):
             raise
         return [], failure
 
 
-def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
+def _finished(
+    work: CorpusJob, ranks: Ranks, pieces: int, failures: Sequence[ChunkError], begin: float
+) -> PrepareSummary:
     """Publish the corpora from the shards. Raises what the first piece that failed, if any, failed by."""
-    records = ranks.first(lambda: workplace.records(work.folder, pieces))
+    records = ranks.first(lambda: workplace.completed_records(work.folder, pieces))
     if failures:
         failure = min(failures, key=lambda failure: failure.number)
-        if not isinstance(failure.cause, AtPlace):
+        if not isinstance(failure.cause, LocatedError):
             raise failure.cause
         earlier = [record.oddities for number, record in records.items() if number < failure.number]
-        raise odd_places.located(failure.cause, earlier, work.sources)
-    odd = odd_places.told([record.oddities for record in records.values()], work.sources)
+        raise odd_places.locate(failure.cause, earlier, work.sources)
+    odd = odd_places.summarize([record.oddities for record in records.values()], work.sources)
     parts, packing, copies, unknown = _joined(work, ranks, list(records.values()), odd)
     validation = parts[1] if len(parts) > 1 else None
     seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
+    return PrepareSummary(describe_inputs(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
 
 
 class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
 
     parts: list[PartSummary]
-    packing: Packing | None
+    packing: PackingSummary | None
     copies: int
     unknown: int
 
 
-def _joined(work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]) -> _Joined:
+def _joined(work: CorpusJob, ranks: Ranks, records: Sequence[ShardRecord], odd: Sequence[WarningCount]) -> _Joined:
     options, model = work.options, work.model
-    with writing(work.folder):
-        keep = ranks.first(lambda: first_copies(work.folder, records)) if options.deduplicate else None
+    with report_write_errors(work.folder):
+        keep = ranks.first(lambda: mark_first_copies(work.folder, records)) if options.deduplicate else None
         kept = np.memmap(keep, np.bool_, "r") if keep else None
     prefixes = {False: str(work.folder / "unpacked") if options.pack else f"{work.output}.train"}
     if options.validation_fraction:
         prefixes[True] = f"{work.output}.validation"
-    choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
-    with joined(prefixes, model, choice, ranks) as (writers, unknown):
+    choice = DocumentSelection(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
+    with merge_shards(prefixes, model, choice, ranks) as (writers, unknown):
         return ranks.first(
             lambda: _published(work, list(writers.values()), sum(r.documents for r in records), unknown, odd)
         )
 
 
-def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]) -> _Joined:
+def _published(
+    work: CorpusJob, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[WarningCount]
+) -> _Joined:
     """Give the files their names, if training and validation can use them."""
     model, options = work.model, work.options
     parts = [
@@ -174,18 +178,18 @@ def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: i
     try:
         _check_parts(parts, options.validation_fraction, odd)
     except UserError:
-        workplace.remove(work.folder)
+        workplace.remove_folder(work.folder)
         raise
     copies = documents - sum(part.documents for part in parts)
     made = _made(options, odd) | {"copies_left_out": copies, "unknown": unknown}
-    with writing(work.folder):
+    with report_write_errors(work.folder):
         packing = _packed(work, writers[0], parts[0], made) if options.pack else None
         for writer in writers[1:] if packing else writers:
             writer.finish(model.sha256, model.eod, made)
     return _Joined(parts, packing, copies, unknown)
 
 
-def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
+def _packed(work: CorpusJob, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> PackingSummary:
     """Publish the training part packed, from what was written of it as it came."""
     model, seq_len = work.model, work.options.pack
     assert seq_len is not None
@@ -198,16 +202,16 @@ def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, obj
     return packing
 
 
-def description(sources: Sequence[Source]) -> str:
+def describe_inputs(sources: Sequence[InputFile]) -> str:
     """A line that says what is read."""
-    if sources[0].kind is Kind.DEFAULT:
+    if sources[0].kind is FileFormat.DEFAULT_CORPUS:
         return default_corpus().description
     size = sum(source.size for source in sources) / 1e6
     what = sources[0].path if len(sources) == 1 else f"{len(sources):,} files, {sources[0].path} the first"
     return f"text from {what} ({size:,.1f} MB)"
 
 
-def check_fraction(fraction: float, prefix: str) -> None:
+def check_validation_fraction(fraction: float, prefix: str) -> None:
     """Raise UserError for a fraction out of range, or when an older validation part would meet its own documents."""
     if not 0 <= fraction < 1:
         what = f"the validation fraction is {fraction}"
@@ -218,7 +222,7 @@ def check_fraction(fraction: float, prefix: str) -> None:
         raise UserError(what, str(old), "remove it, choose another --output, or a --validation-fraction above 0")
 
 
-def _plan(work: Work) -> dict[str, object]:
+def _plan(work: CorpusJob) -> dict[str, object]:
     """All that the shards depend on."""
     return {
         "version": 2,
@@ -230,7 +234,7 @@ def _plan(work: Work) -> dict[str, object]:
     }
 
 
-def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
+def _made(options: PrepareOptions, odd: Sequence[WarningCount]) -> dict[str, object]:
     """What the sidecar says about the making: nothing of who worked, since the bytes do not depend on it."""
     return {
         "by": f"megagpt {__version__}",
@@ -239,7 +243,7 @@ def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[Oddity]) -> None:
+def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[WarningCount]) -> None:
     """Raise UserError for a part without tokens: training would only stumble over it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:

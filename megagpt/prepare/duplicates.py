@@ -8,29 +8,29 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.shards import Record
-from megagpt.prepare.joining import digests
-from megagpt.prepare.workplace import mapped
+from megagpt.data.shards import ShardRecord
+from megagpt.prepare.joining import document_digests
+from megagpt.prepare.workplace import create_memmap
 
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
 _TOGETHER = 1 << 20  # entries sorted at a time: some 60 MB
 _MOST_FILES = 256
 
 
-def first_copies(folder: Path, records: Sequence[Record]) -> Path:
+def mark_first_copies(folder: Path, records: Sequence[ShardRecord]) -> Path:
     """Which of all documents, in the order of the input, are the first of their text: a file of bools in `folder`.
 
     The hashes are dealt to files by their leading bits, so that copies meet in one file, which is sorted by itself.
     """
     count = sum(record.documents for record in records)
     path = folder / "keep"
-    keep = mapped(path, np.bool_, count)
+    keep = create_memmap(path, np.bool_, count)
     keep[:] = True
     files = min(_MOST_FILES, -(-count // _TOGETHER))
     paths = [folder / f"hashes.{number}" for number in range(files)]
     with ExitStack() as stack:
         opened = [stack.enter_context(hashes.open("wb")) for hashes in paths]
-        for first, digest in digests(folder, records):
+        for first, digest in document_digests(folder, records):
             entries = np.empty(len(digest), _ENTRY)
             entries["high"], entries["low"] = digest.T
             entries["document"] = first + np.arange(len(digest))

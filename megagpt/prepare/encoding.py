@@ -9,26 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.data.documents import Fragment, digest_of, in_validation, whole
+from megagpt.data.documents import TextFragment, is_validation, join_fragments, text_digest
 from megagpt.data.encoder import Encoder
 from megagpt.data.indexed_writer import MAX_SEQUENCE
-from megagpt.data.oddities import Oddities, Place
-from megagpt.data.pieces import Piece
-from megagpt.data.reading import read
-from megagpt.data.shards import Record, ShardWriter
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.data.pieces import Chunk
+from megagpt.data.reading import read_fragments
+from megagpt.data.shards import ShardRecord, ShardWriter
 from megagpt.data.tokenizer import Tokenizer, replace_surrogates
 from megagpt.errors import MachineError
-from megagpt.prepare.engines import EngineCheck, encoder_of
+from megagpt.prepare.engines import EngineCheck, create_encoder
 
 _BATCH, _BATCH_DOCUMENTS = 1 << 19, 4096  # characters, and documents, encoded at a time at most
 
 Counts = tuple[int, int, int, int]
-Report = Callable[[int, int, int, int], None]
+ProgressCallback = Callable[[int, int, int, int], None]
 """Is told of so many more documents, tokens, bytes of text, and bytes of input that is done."""
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What every worker needs to know."""
 
     folder: Path
@@ -39,7 +39,7 @@ class Job:
     engine: str
 
 
-class PieceError(Exception):
+class ChunkError(Exception):
     """A piece that could not be encoded, and why."""
 
     def __init__(self, number: int, cause: BaseException) -> None:
@@ -47,27 +47,27 @@ class PieceError(Exception):
         self.number, self.cause = number, cause
 
 
-class PieceEncoder:
+class ChunkEncoder:
     """Encodes pieces one after the other, keeping the tokenizer and its memo."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EncodeJob) -> None:
         self._job = job
         tokenizer = job.tokenizer
-        self._encoder = encoder_of(job.engine, tokenizer)
+        self._encoder = create_encoder(job.engine, tokenizer)
         self._check = EngineCheck(job.engine, tokenizer)
         marks = {"\0": "nul", "\u2581": "lower_blocks"} | dict.fromkeys(tokenizer.control_symbols, "control_symbols")
         self._marks = {mark.encode(): kind for mark, kind in marks.items()}
 
-    def encode(self, piece: Piece, report: Report) -> Record:
-        """Write the piece's shard. Raises PieceError."""
-        odd = Oddities(self._job.strict)
+    def encode(self, piece: Chunk, report: ProgressCallback) -> ShardRecord:
+        """Write the piece's shard. Raises ChunkError."""
+        odd = InputWarnings(self._job.strict)
         self._check.begin()
         try:
             with _no_collecting(), ShardWriter(self._job.folder, piece.number) as shard:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
-                    fragments = read(stretch, self._job.text_key, odd, self._job.folder)
-                    for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
+                    fragments = read_fragments(stretch, self._job.text_key, odd, self._job.folder)
+                    for batch in _batches(fragments if self._encoder.by_words else join_fragments(fragments)):
                         before = sink.done()
                         self._add(batch, stretch.number, sink, odd)
                         shard.flush()
@@ -77,26 +77,26 @@ class PieceEncoder:
                 report(0, 0, 0, piece.size)
                 return record
         except OSError as error:
-            raise PieceError(piece.number, cannot_write(error, self._job.folder)) from None
+            raise ChunkError(piece.number, write_error(error, self._job.folder)) from None
         except Exception as error:
-            raise PieceError(piece.number, error) from error
+            raise ChunkError(piece.number, error) from error
 
-    def _add(self, batch: list[Fragment], source: int, documents: _Documents, odd: Oddities) -> None:
+    def _add(self, batch: list[TextFragment], source: int, documents: _Documents, odd: InputWarnings) -> None:
         texts = [fragment.text for fragment in batch]
         try:
             raws = list(map(str.encode, texts))
         except UnicodeEncodeError:
             for number, fragment in enumerate(batch):
                 texts[number], count = replace_surrogates(fragment.text)
-                odd.note("lone_surrogates", Place(source, fragment.line), count)
+                odd.note("lone_surrogates", InputLocation(source, fragment.line), count)
             raws = list(map(str.encode, texts))
         together = b"".join(raws)
         for mark, kind in self._marks.items():
             if mark in together:  # so seldom that the common case must not look at each text
                 for fragment, raw in zip(batch, raws, strict=True):
-                    odd.note(kind, Place(source, fragment.line), raw.count(mark))
+                    odd.note(kind, InputLocation(source, fragment.line), raw.count(mark))
         encoded = self._encoder.encode(texts)
-        self._check.look(texts, (Place(source, fragment.line) for fragment in batch), encoded)
+        self._check.look(texts, (InputLocation(source, fragment.line) for fragment in batch), encoded)
         for fragment, raw, ids in zip(batch, raws, encoded, strict=True):
             documents.add(fragment, source, raw, ids)
 
@@ -116,12 +116,12 @@ def _no_collecting() -> Iterator[None]:
 class _Documents:
     """Puts encoded fragments together into the documents of a shard."""
 
-    def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: Oddities) -> None:
+    def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: InputWarnings) -> None:
         self._shard, self._fraction, self._odd = shard, fraction, odd
         self._end, self._width = encoder.end, encoder.width
         self._begun: tuple[hashlib._Hash, int, int, bool] | None = None  # a document's hash, sizes, if blank so far
 
-    def add(self, fragment: Fragment, source: int, raw: bytes, ids: bytes) -> None:
+    def add(self, fragment: TextFragment, source: int, raw: bytes, ids: bytes) -> None:
         """Append a fragment with its text in UTF-8 and its ids."""
         md5, text_bytes, id_bytes, blank = self._begun or (hashlib.md5(usedforsecurity=False), 0, 0, True)
         md5.update(raw)
@@ -138,11 +138,11 @@ class _Documents:
             id_bytes += self._width
         tokens = id_bytes // self._width
         if blank:
-            self._odd.note("blank" if text_bytes else "empty", Place(source, fragment.line))
+            self._odd.note("blank" if text_bytes else "empty", InputLocation(source, fragment.line))
         if tokens > MAX_SEQUENCE:
-            self._odd.note("long", Place(source, fragment.line))
+            self._odd.note("long", InputLocation(source, fragment.line))
         digest = md5.digest()
-        held_out = in_validation(digest_of(fragment.key) if fragment.key else digest, self._fraction)
+        held_out = is_validation(text_digest(fragment.key) if fragment.key else digest, self._fraction)
         self._shard.end_document(tokens, text_bytes, held_out, digest)
 
     def done(self) -> tuple[int, int, int]:
@@ -152,8 +152,8 @@ class _Documents:
         return self._shard.documents, tokens, self._shard.text_bytes + text_bytes
 
 
-def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:
-    batch: list[Fragment] = []
+def _batches(fragments: Iterator[TextFragment]) -> Iterator[list[TextFragment]]:
+    batch: list[TextFragment] = []
     size = 0
     for fragment in fragments:
         batch.append(fragment)
@@ -165,7 +165,7 @@ def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:
         yield batch
 
 
-def cannot_write(error: OSError, folder: Path) -> MachineError:
+def write_error(error: OSError, folder: Path) -> MachineError:
     """The failure to write, in the user's words."""
     do = "make room or choose another --output, then type the command again: it goes on where it stopped"
     return MachineError(f"cannot write: {error.strerror}", str(error.filename or folder), do)

@@ -10,7 +10,7 @@ import numpy as np
 from megagpt.data.encoder import Encoder
 from megagpt.data.gigatoken_encoder import GigatokenEncoder, check_gigatoken
 from megagpt.data.indexed import dtype_of
-from megagpt.data.oddities import AtPlace, Place
+from megagpt.data.oddities import InputLocation, LocatedError
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -27,19 +27,19 @@ def check_engine(engine: str, tokenizer: Tokenizer) -> None:
         check_gigatoken(tokenizer)
 
 
-def encoder_of(engine: str, tokenizer: Tokenizer) -> Encoder:
+def create_encoder(engine: str, tokenizer: Tokenizer) -> Encoder:
     """The encoder of a name that has been checked."""
     return GigatokenEncoder(tokenizer) if engine == "gigatoken" else Encoder(tokenizer)
 
 
-class EngineDiffers(AtPlace):
+class EngineMismatch(LocatedError):
     """An engine gave a document other ids than sentencepiece: `theirs` and `ours` are the tokens around the first."""
 
-    def __init__(self, place: Place, engine: str, theirs: str, ours: str) -> None:
+    def __init__(self, place: InputLocation, engine: str, theirs: str, ours: str) -> None:
         super().__init__(place, engine, theirs, ours)
         self._engine, self._theirs, self._ours = engine, theirs, ours
 
-    def told(self, where: str) -> UserError:
+    def to_user_error(self, where: str) -> UserError:
         """The error for people."""
         what = f"{self._engine} cuts a document otherwise than sentencepiece does"
         width = max(len(self._engine), len("sentencepiece")) + 1
@@ -62,8 +62,8 @@ class EngineCheck:
         """A shard begins."""
         self._left = 0 if self._engine == "sentencepiece" else _CHECKED
 
-    def look(self, texts: Iterable[str], places: Iterable[Place], encoded: Iterable[bytes]) -> None:
-        """Compare what stands at the head of the shard. Raises EngineDiffers."""
+    def look(self, texts: Iterable[str], places: Iterable[InputLocation], encoded: Iterable[bytes]) -> None:
+        """Compare what stands at the head of the shard. Raises EngineMismatch."""
         for text, place, ids in zip(texts, places, encoded, strict=True):
             if self._left <= 0:
                 return
@@ -72,7 +72,7 @@ class EngineCheck:
             if ours != theirs:
                 pairs = zip(ours, theirs, strict=False)
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-                raise EngineDiffers(place, self._engine, *(self._cut(cut, same) for cut in (theirs, ours)))
+                raise EngineMismatch(place, self._engine, *(self._cut(cut, same) for cut in (theirs, ours)))
 
     def _cut(self, ids: Sequence[int], at: int) -> str:
         """The tokens around one of them, as `tokenizer inspect` shows them."""

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from megagpt.data.id_file import IdFile, Stretches
 from megagpt.data.indexed_writer import Writer, partial_ids
 from megagpt.data.permutation import as_numbers, keys, permute, sides
-from megagpt.data.shards import ROW, Record, Rows
+from megagpt.data.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
-from megagpt.prepare.encoding import cannot_write
+from megagpt.prepare.encoding import write_error
 from megagpt.prepare.ranks import Ranks
 
-BLOCK = 1 << 16  # documents that are looked at together; a shuffle mixes them, and the blocks
+BLOCK_DOCUMENTS = 1 << 16  # documents that are looked at together; a shuffle mixes them, and the blocks
 _BYTES = 1 << 20  # copied at a time
 _SEED = 0x6D656761  # of the shuffle: the same input gives the same order
 Numbers = npt.NDArray[np.int64]
@@ -40,14 +40,14 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DocumentSelection:
     """Which documents of the shards in `folder` are copied, and in what order.
 
     `keep` says it of all documents, in the order of the input; None: all. An id has `width` bytes.
     """
 
     folder: Path
-    records: Sequence[Record]
+    records: Sequence[ShardRecord]
     width: int
     keep: npt.NDArray[np.bool_] | None
     shuffle: bool
@@ -73,8 +73,8 @@ class Choice:
 
 
 @contextmanager
-def joined(
-    prefixes: Mapping[bool, str], model: Tokenizer, choice: Choice, ranks: Ranks
+def merge_shards(
+    prefixes: Mapping[bool, str], model: Tokenizer, choice: DocumentSelection, ranks: Ranks
 ) -> Iterator[tuple[Mapping[bool, Writer], int]]:
     """The parts PREFIX, by whether they are for validation, with all chosen documents; and how many ids are unknown.
 
@@ -90,7 +90,7 @@ def joined(
         starts = {part: ranks.sum_before(partial(choice.id_bytes, share, part)) for part in prefixes}
 
         def copied() -> tuple[dict[bool, Stretches], int]:
-            with writing(choice.folder):
+            with report_write_errors(choice.folder):
                 if ranks.rank == 0:
                     _index(choice, blocks, writers)
                     return {}, _copy(choice, share, {part: one.ids for part, one in writers.items()}, model.unknown)
@@ -112,15 +112,17 @@ def _open(prefixes: Mapping[bool, str], vocab_size: int, stack: ExitStack, write
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def report_write_errors(folder: Path) -> Iterator[None]:
     """Where what cannot be written is said in the user's words."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(error, folder) from None
+        raise write_error(error, folder) from None
 
 
-def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, IdFile], unknown: int | None) -> int:
+def _copy(
+    choice: DocumentSelection, blocks: Sequence[_Block], parts: Mapping[bool, IdFile], unknown: int | None
+) -> int:
     """Copy the ids of the blocks into their part, and count those that are `unknown`. Memory does not grow."""
     unknowns = 0
     for block in blocks:
@@ -137,7 +139,7 @@ def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, IdFile]
     return unknowns
 
 
-def _index(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, Writer]) -> None:
+def _index(choice: DocumentSelection, blocks: Sequence[_Block], parts: Mapping[bool, Writer]) -> None:
     """End the documents of the blocks in their part."""
     for block in blocks:
         rows = _rows(choice.folder, block)
@@ -146,20 +148,20 @@ def _index(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, Writer
             part.end_documents(chosen["tokens"], int(chosen["text_bytes"].sum()))
 
 
-def _blocks(folder: Path, records: Sequence[Record], width: int) -> Iterator[_Block]:
+def _blocks(folder: Path, records: Sequence[ShardRecord], width: int) -> Iterator[_Block]:
     first = 0
     for record in records:
         start = 0
-        for row in range(0, record.documents, BLOCK):
-            block = _Block(record.number, row, min(BLOCK, record.documents - row), first + row, start)
+        for row in range(0, record.documents, BLOCK_DOCUMENTS):
+            block = _Block(record.number, row, min(BLOCK_DOCUMENTS, record.documents - row), first + row, start)
             yield block
-            if row + BLOCK < record.documents:
+            if row + BLOCK_DOCUMENTS < record.documents:
                 start += int(_rows(folder, block)["tokens"].sum()) * width
         first += record.documents
 
 
 def _rows(folder: Path, block: _Block) -> Rows:
-    return np.fromfile(folder / f"{block.number}.rows", ROW, block.count, offset=block.row * ROW.itemsize)
+    return np.fromfile(folder / f"{block.number}.rows", ROW_DTYPE, block.count, offset=block.row * ROW_DTYPE.itemsize)
 
 
 def _order(count: int, key: int, shuffle: bool) -> Numbers:
@@ -171,7 +173,7 @@ def _order(count: int, key: int, shuffle: bool) -> Numbers:
     return numbers.astype(np.int64)
 
 
-def _ids(rows: Rows, chosen: Numbers, start: int, ids: int, choice: Choice) -> Iterator[bytes]:
+def _ids(rows: Rows, chosen: Numbers, start: int, ids: int, choice: DocumentSelection) -> Iterator[bytes]:
     """The ids of the chosen documents of `rows`, whose own begin at byte `start` of the open file `ids`."""
     if not len(chosen):
         return
@@ -190,7 +192,7 @@ def _ids(rows: Rows, chosen: Numbers, start: int, ids: int, choice: Choice) -> I
             begin += len(block)
 
 
-def digests(folder: Path, records: Sequence[Record]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+def document_digests(folder: Path, records: Sequence[ShardRecord]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """The hashes of all documents, block by block: the number of the first, and two uint64 each `[count, 2]`."""
     for block in _blocks(folder, records, 1):
         digest = np.ascontiguousarray(_rows(folder, block)["digest"])

@@ -18,22 +18,22 @@ import numpy.typing as npt
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.errors import MachineError
-from megagpt.prepare.summary import Packing
-from megagpt.prepare.workplace import mapped
+from megagpt.prepare.summary import PackingSummary
+from megagpt.prepare.workplace import create_memmap
 
 _ENTRIES, _TOKENS = 1 << 16, 1 << 20  # documents or chunks looked at together, and tokens copied together, about
 Numbers = npt.NDArray[np.int64]
 _Held = tuple["_Held", int, int] | None  # what a sample held before, and then so many chunks of this length
 
 
-class Mix(NamedTuple):
+class SampleGroup(NamedTuple):
     """So many `samples` that hold chunks of the same lengths `[chunks]` (tokens), in this order."""
 
     samples: int
     lengths: Numbers
 
 
-def best_fit(counts: Sequence[int]) -> list[Mix]:
+def best_fit(counts: Sequence[int]) -> list[SampleGroup]:
     """How chunks fill samples. `counts[length]` are there of each length; the last length is the sample's.
 
     Chunks of one length are placed together, and so are samples that held the same: time and memory depend on the
@@ -65,7 +65,7 @@ def best_fit(counts: Sequence[int]) -> list[Mix]:
             put(room - rest * length, 1 if rest else 0, (held, length, rest))
             put(room, samples - full - (rest > 0), held)
             left -= full * each + rest
-    return [Mix(samples, _lengths(held)) for room in rooms for samples, held in samples_of[room] if held]
+    return [SampleGroup(samples, _lengths(held)) for room in rooms for samples, held in samples_of[room] if held]
 
 
 def _lengths(held: _Held) -> Numbers:
@@ -77,7 +77,7 @@ def _lengths(held: _Held) -> Numbers:
     return np.repeat(lengths[::-1], times[::-1])
 
 
-def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -> Packing:
+def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -> PackingSummary:
     """Write all tokens of a corpus, each once, as samples of `seq_len + 1` tokens, one sequence each.
 
     A sample that is not full is filled with `eod`: what follows the end of its last document. Samples are mixed in
@@ -87,18 +87,18 @@ def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -
     size, path = seq_len + 1, folder / "places"
     documents, before, after, counts = _measured(reader, size)
     mixes = best_fit(counts.tolist())
-    places = mapped(path, np.int64, int(counts.sum()))
-    turns = _Turns(counts)
+    places = create_memmap(path, np.int64, int(counts.sum()))
+    turns = _SegmentCursor(counts)
     for begins, lengths in _chunks(reader, size):
         places[turns.take(lengths)] = begins
-    turns = _Turns(counts)
+    turns = _SegmentCursor(counts)
     for chosen in _in_proportion(mixes, size):
         lengths = np.concatenate([np.tile(mix.lengths, mix.samples) for mix in chosen])
         writer.write_ids(_filled(reader, chosen, lengths, places[turns.take(lengths)], size, eod))
         samples = sum(mix.samples for mix in chosen)
         writer.end_sequences(np.full(samples, size), np.arange(samples) + 1, 0)
     path.unlink()
-    return Packing(seq_len, writer.documents, writer.tokens - len(reader.tokens), documents, before, after)
+    return PackingSummary(seq_len, writer.documents, writer.tokens - len(reader.tokens), documents, before, after)
 
 
 def _measured(reader: Reader, size: int) -> tuple[int, float, int, Numbers]:
@@ -135,7 +135,7 @@ def _chunks(reader: Reader, size: int) -> Iterator[tuple[Numbers, Numbers]]:
             yield begins, np.minimum(bounds[document + 1] - begins, size)
 
 
-class _Turns:
+class _SegmentCursor:
     """Numbers chunks by their length, and those of one length as they come."""
 
     def __init__(self, counts: Numbers) -> None:
@@ -151,7 +151,7 @@ class _Turns:
         return numbers
 
 
-def _in_proportion(mixes: Sequence[Mix], size: int) -> Iterator[list[Mix]]:
+def _in_proportion(mixes: Sequence[SampleGroup], size: int) -> Iterator[list[SampleGroup]]:
     """All samples in blocks of about a million tokens, each with about the same share of every mix."""
     samples = np.array([mix.samples for mix in mixes])
     blocks = -(-int(samples.sum()) * size // _TOKENS)
@@ -159,12 +159,12 @@ def _in_proportion(mixes: Sequence[Mix], size: int) -> Iterator[list[Mix]]:
     done = np.zeros_like(samples)
     for block in range(1, blocks + 1):
         due = (samples * block + shift) // blocks
-        yield [Mix(int((due - done)[n]), mixes[n].lengths) for n in np.flatnonzero(due > done).tolist()]
+        yield [SampleGroup(int((due - done)[n]), mixes[n].lengths) for n in np.flatnonzero(due > done).tolist()]
         done = due
 
 
 def _filled(
-    reader: Reader, chosen: Sequence[Mix], lengths: Numbers, begins: Numbers, size: int, eod: int
+    reader: Reader, chosen: Sequence[SampleGroup], lengths: Numbers, begins: Numbers, size: int, eod: int
 ) -> memoryview:
     """The ids of samples, of which chunks of these lengths `[chunks]` begin there in the corpus."""
     samples = sum(mix.samples for mix in chosen)

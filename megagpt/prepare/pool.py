@@ -14,57 +14,60 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from megagpt.data.oddities import AtPlace
-from megagpt.data.pieces import Piece
-from megagpt.data.shards import Record
+from megagpt.data.oddities import LocatedError
+from megagpt.data.pieces import Chunk
+from megagpt.data.shards import ShardRecord
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare.encoding import Job, PieceEncoder, PieceError, Report
+from megagpt.prepare.encoding import ChunkEncoder, ChunkError, EncodeJob, ProgressCallback
 
 # A new interpreter each: this process may have threads, which a fork does not survive.
 _SPAWN = multiprocessing.get_context("spawn")
 
 _R = TypeVar("_R")
-Make = Callable[[], Callable[[Any, Report], Any]]
+WorkerFactory = Callable[[], Callable[[Any, ProgressCallback], Any]]
 
 if TYPE_CHECKING:
     Pipe = Connection[Any, Any]  # a plain class when it runs
 
 
-class Task(NamedTuple):
+class ChunkTask(NamedTuple):
     """A piece, and what else whoever works on it is given."""
 
-    piece: Piece
+    piece: Chunk
     given: Any = None
 
 
-def encode_all(job: Job, pieces: Sequence[Piece], workers: int, report: Report) -> list[Record]:
+def encode_chunks(job: EncodeJob, pieces: Sequence[Chunk], workers: int, report: ProgressCallback) -> list[ShardRecord]:
     """Encode the pieces, in this process or in several, and return their records in any order.
 
-    After a failure no new piece is begun. Raises PieceError for the first piece, in their order, that failed.
+    After a failure no new piece is begun. Raises ChunkError for the first piece, in their order, that failed.
     """
-    return list(results(partial(_encoding, job), map(Task, pieces), min(workers, len(pieces)), report))
+    return list(run_tasks(partial(_encoding, job), map(ChunkTask, pieces), min(workers, len(pieces)), report))
 
 
-def _encoding(job: Job) -> Callable[[Task, Report], Record]:
-    encoder = PieceEncoder(job)
+def _encoding(job: EncodeJob) -> Callable[[ChunkTask, ProgressCallback], ShardRecord]:
+    encoder = ChunkEncoder(job)
     return lambda task, report: encoder.encode(task.piece, report)
 
 
-def results(
-    make: Callable[[], Callable[[Task, Report], _R]], tasks: Iterable[Task], workers: int, report: Report
+def run_tasks(
+    make: Callable[[], Callable[[ChunkTask, ProgressCallback], _R]],
+    tasks: Iterable[ChunkTask],
+    workers: int,
+    report: ProgressCallback,
 ) -> Iterator[_R]:
     """What comes of each task, as it comes; a task is asked for when somebody is there to do it.
 
-    Each worker calls `make` once, and what that gives for every task. Fails as `encode_all` does.
+    Each worker calls `make` once, and what that gives for every task. Fails as `encode_chunks` does.
     """
     if workers <= 1:
         work = make() if workers else None
         yield from (work(task, report) for task in tasks if work)
         return
-    failures: list[PieceError] = []
+    failures: list[ChunkError] = []
     waiting = iter(tasks)
     with _started(make, workers) as pool:
-        busy: dict[Pipe, Piece] = {}
+        busy: dict[Pipe, Chunk] = {}
         idle = list(pool)
         while True:
             while idle and not failures and (task := next(waiting, None)):
@@ -78,7 +81,7 @@ def results(
                     report(*message)
                     continue
                 del busy[connection]
-                if isinstance(message, PieceError):
+                if isinstance(message, ChunkError):
                     failures.append(message)
                 else:
                     idle.append(connection)
@@ -87,8 +90,8 @@ def results(
         raise min(failures, key=lambda failure: failure.number)
 
 
-def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Any:
-    """What the worker says; that it died is a PieceError."""
+def _received(connection: Pipe, piece: Chunk, process: SpawnProcess) -> Any:
+    """What the worker says; that it died is a ChunkError."""
     try:
         return connection.recv()
     except (EOFError, OSError):
@@ -96,11 +99,11 @@ def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Any:
         code = process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         do = "type the command again (`prepare` goes on where it stopped); if memory was short, with fewer --workers"
-        return PieceError(piece.number, MachineError(f"a worker died ({how}) at this input", str(piece), do))
+        return ChunkError(piece.number, MachineError(f"a worker died ({how}) at this input", str(piece), do))
 
 
 @contextmanager
-def _started(make: Make, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
+def _started(make: WorkerFactory, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
     """Worker processes by the connection to each, ended with the block."""
     pool: dict[Pipe, SpawnProcess] = {}
     try:
@@ -118,21 +121,21 @@ def _started(make: Make, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
             process.join()
 
 
-def _work(connection: Pipe, make: Make) -> None:
+def _work(connection: Pipe, make: WorkerFactory) -> None:
     """The life of a worker: a task comes, what it gives goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command ends its workers
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     work = make()
     while True:
         try:
-            task: Task = connection.recv()
+            task: ChunkTask = connection.recv()
         except EOFError:
             return
         try:
             connection.send(work(task, lambda *counts: connection.send(counts)))
-        except PieceError as error:
-            known = isinstance(error.cause, UserError | AtPlace)
-            connection.send(error if known else PieceError(task.piece.number, RuntimeError(traceback.format_exc())))
+        except ChunkError as error:
+            known = isinstance(error.cause, UserError | LocatedError)
+            connection.send(error if known else ChunkError(task.piece.number, RuntimeError(traceback.format_exc())))
 
 
 def _end_with_the_command() -> None:

@@ -46,7 +46,7 @@ class Progress:
         return line + (f", {100 * share:.0f} %, {_clock(seconds * (1 - share) / share)} to go" if share else "")
 
 
-class _Lines(Progress):
+class _PlainProgress(Progress):
     """A plain line every ten seconds."""
 
     def __init__(self, total: int, out: TextIO) -> None:
@@ -61,12 +61,12 @@ class _Lines(Progress):
 
 
 @contextmanager
-def shown(total: int, out: TextIO | None) -> Iterator[Progress]:
+def show_progress(total: int, out: TextIO | None) -> Iterator[Progress]:
     """A progress over `total` bytes of input that is shown on `out`; None: not at all."""
     if out is None:
         yield Progress(total)
     elif not out.isatty():
-        yield _Lines(total, out)
+        yield _PlainProgress(total, out)
     else:
         from rich.console import Console  # here, as it takes longer to load than a small corpus to prepare
         from rich.live import Live

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WARNING_KINDS
 
 
 @dataclass(frozen=True)
-class Oddity:
+class WarningCount:
     """One kind of what was unusual: how often, and the first place (`file`, or `file:line`)."""
 
     kind: str
@@ -18,11 +18,11 @@ class Oddity:
     first: str
 
     def __str__(self) -> str:
-        return f"odd: {self.count:,} {KINDS[self.kind]}" + (f" (first: {self.first})" if self.first else "")
+        return f"odd: {self.count:,} {WARNING_KINDS[self.kind]}" + (f" (first: {self.first})" if self.first else "")
 
 
 @dataclass(frozen=True)
-class Quality:
+class TokenizerQuality:
     """How a tokenizer does on some text that it has `seen` or not; `lost` documents do not come back from their ids."""
 
     text_bytes: int
@@ -47,7 +47,7 @@ class TokenizerSummary:
     vocab_size: int
     documents: int
     text_bytes: int
-    quality: Quality
+    quality: TokenizerQuality
     seconds: float
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class PartSummary:
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackingSummary:
     """What packing made of the training part: samples of `seq_len + 1` tokens, of which `padding` hold no text.
 
     `cut_before` of its documents are broken where samples are cut at a fixed length, on the average of where the first
@@ -106,8 +106,8 @@ class PrepareSummary:
     source: str
     train: PartSummary
     validation: PartSummary | None
-    packing: Packing | None
-    oddities: tuple[Oddity, ...]
+    packing: PackingSummary | None
+    oddities: tuple[WarningCount, ...]
     copies: int  # of earlier documents, left out
     unknown: int  # ids that stand for what the tokenizer has no piece for
     seconds: float
@@ -124,14 +124,14 @@ class PrepareSummary:
 
 
 @dataclass(frozen=True)
-class Corpora:
+class PreparedCorpora:
     """What `prepare` did, corpus by corpus; `data`: of several ones, what a recipe's section of that name says."""
 
     corpora: tuple[PrepareSummary, ...]
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, made: Sequence[PrepareSummary], weights: Sequence[float | None]) -> Corpora:
+    def of(cls, made: Sequence[PrepareSummary], weights: Sequence[float | None]) -> PreparedCorpora:
         """The corpora, blended by their weights; without weights, each is read as often as the others."""
         validation = [one.validation.prefix for one in made if one.validation]
         data: dict[str, Any] = {"train": [{"path": one.train.prefix} for one in made]}

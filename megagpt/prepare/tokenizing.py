@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.reading import key_of
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
+from megagpt.data.reading import parse_text_key
+from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
-from megagpt.prepare.corpus import description
-from megagpt.prepare.sampling import drawn_from
-from megagpt.prepare.summary import Quality, TokenizerSummary
+from megagpt.prepare.corpus import describe_inputs
+from megagpt.prepare.sampling import sample_inputs
+from megagpt.prepare.summary import TokenizerQuality, TokenizerSummary
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-_COLOURS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
+_COLORS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
 
 
 def train_tokenizer_command(
     inputs: Sequence[str],
     vocab_size: int,
     output: str | os.PathLike[str],
-    validation_fraction: float = DEFAULT_FRACTION,
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION,
     text_key: str = "text",
     workers: int | None = None,
 ) -> TokenizerSummary:
@@ -40,19 +40,19 @@ def train_tokenizer_command(
     """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        sources = find_sources(inputs, Path(scratch) / "stdin")
+        sources = find_input_files(inputs, Path(scratch) / "stdin")
         count = workers or len(os.sched_getaffinity(0))
-        drawn = drawn_from(sources, key_of(text_key), validation_fraction, count)
+        drawn = sample_inputs(sources, parse_text_key(text_key), validation_fraction, count)
     path = train_tokenizer(drawn.lines, vocab_size, output)
     unseen = drawn.unseen.texts()
     quality = _quality(Tokenizer(path), unseen or drawn.seen.texts(), seen=not unseen)
     seconds = time.perf_counter() - begin
-    source = description(sources)
+    source = describe_inputs(sources)
     return TokenizerSummary(str(path), source, vocab_size, drawn.documents, drawn.text_bytes, quality, seconds)
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedText:
     """A text cut into tokens: the id and the text of each (U+FFFD where bytes of one character are apart)."""
 
     tokens: tuple[tuple[int, str], ...]
@@ -61,13 +61,13 @@ class Tokens:
     def __str__(self) -> str:
         return "|".join(text for _, text in self.tokens) + f"\n{self._figures()}"
 
-    def coloured(self) -> Text:
+    def colored(self) -> Text:
         """The text with a colour for each token."""
         from rich.text import Text
 
         shown = Text()
         for number, (_, text) in enumerate(self.tokens):
-            shown.append(text.replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])
+            shown.append(text.replace("\n", "⏎\n"), _COLORS[number % len(_COLORS)])
         return shown.append(f"\n{self._figures()}")
 
     def _figures(self) -> str:
@@ -75,14 +75,16 @@ class Tokens:
         return f"{len(self.tokens):,} tokens, {ratio:.2f} bytes per token"
 
 
-def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> Tokens:
+def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> TokenizedText:
     """Cut a text into tokens."""
     model = Tokenizer(tokenizer)
     ids = model.encode(text)
-    return Tokens(tuple((number, model.decode([number])) for number in ids), len(without_surrogates(text).encode()))
+    return TokenizedText(
+        tuple((number, model.decode([number])) for number in ids), len(without_surrogates(text).encode())
+    )
 
 
-def _quality(model: Tokenizer, texts: Sequence[str], seen: bool) -> Quality:
+def _quality(model: Tokenizer, texts: Sequence[str], seen: bool) -> TokenizerQuality:
     tokens = text_bytes = unknown = lost = 0
     for text in texts:
         ids = model.encode(text)
@@ -90,4 +92,4 @@ def _quality(model: Tokenizer, texts: Sequence[str], seen: bool) -> Quality:
         text_bytes += len(text.encode())
         unknown += ids.count(model.unknown) if model.unknown is not None else 0
         lost += model.decode(ids) != text
-    return Quality(text_bytes, seen, text_bytes / max(tokens, 1), unknown / max(tokens, 1), len(texts), lost)
+    return TokenizerQuality(text_bytes, seen, text_bytes / max(tokens, 1), unknown / max(tokens, 1), len(texts), lost)

@@ -13,16 +13,16 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.shards import Record, read_record
+from megagpt.data.shards import ShardRecord, read_shard_record
 from megagpt.errors import UserError
 
 
-def workplace_of(output: str) -> Path:
+def work_directory(output: str) -> Path:
     """The folder beside OUTPUT where its shards lie until it is whole."""
     return Path(output + ".prepare")
 
 
-class Workplace:
+class WorkDirectory:
     """A folder beside the output, locked within the `with` block.
 
     It outlives a command that fails with shards done, so that the command typed again goes on; else it is removed.
@@ -32,7 +32,7 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> WorkDirectory:
         try:
             self._lock = self._locked()
         except OSError as error:
@@ -44,7 +44,7 @@ class Workplace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not any(self.folder.glob("*/*.json")):
-            remove(self.folder)
+            remove_folder(self.folder)
         self._lock.close()
 
     def _locked(self) -> IO[str]:
@@ -72,7 +72,7 @@ class Workplace:
             return False
 
 
-def follow(folder: Path, plan: dict[str, Any]) -> None:
+def resume_or_reset(folder: Path, plan: dict[str, Any]) -> None:
     """Make the folder of one corpus's shards. Keep what is there if it was done under the same plan; else remove it."""
     path, text = folder / "plan", json.dumps(plan)
     folder.mkdir(exist_ok=True)
@@ -83,13 +83,13 @@ def follow(folder: Path, plan: dict[str, Any]) -> None:
     path.write_text(text)
 
 
-def records(folder: Path, count: int) -> dict[int, Record]:
+def completed_records(folder: Path, count: int) -> dict[int, ShardRecord]:
     """The records of the whole shards among the first `count`, by number."""
-    found = {number: read_record(folder, number) for number in range(count)}
+    found = {number: read_shard_record(folder, number) for number in range(count)}
     return {number: record for number, record in found.items() if record}
 
 
-def mapped(path: Path, kind: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
+def create_memmap(path: Path, kind: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
     """A new file of so many entries, mapped to be written.
 
     It takes its room on the disk first, or raises OSError: a write to a map that finds the disk full kills the process.
@@ -100,6 +100,6 @@ def mapped(path: Path, kind: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
     return np.memmap(path, kind, "r+")
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder and all in it."""
     shutil.rmtree(folder, ignore_errors=True)

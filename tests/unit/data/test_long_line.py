@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import long_line, reading
-from megagpt.data.documents import whole
-from megagpt.data.long_line import LongLine
-from megagpt.data.oddities import OddInput, Oddities
-from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import join_fragments
+from megagpt.data.long_line import LongJsonLine
+from megagpt.data.oddities import InputError, InputWarnings
+from megagpt.data.pieces import InputRange
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import MachineError
 
 UNITS = [
@@ -54,14 +54,16 @@ def lines(draw):
 
 def found(path, key, strict):
     """Documents and oddities; of those that are errors, the first."""
-    odd = Oddities(strict)
+    odd = InputWarnings(strict)
     try:
-        fragments = list(read(Stretch(0, find_sources([str(path)], None)[0]), tuple(key.split(".")), odd))
-    except OddInput as error:
+        fragments = list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), tuple(key.split(".")), odd)
+        )
+    except InputError as error:
         # Of a string that is no longer than a head, more may be shown here than is in its place.
         return error.kind, error.place, error.kind == "not_a_string" or error.detail
-    assert all(fragment.last for fragment in whole(fragments))
-    return [(one.text, one.line) for one in whole(fragments)], odd
+    assert all(fragment.last for fragment in join_fragments(fragments))
+    return [(one.text, one.line) for one in join_fragments(fragments)], odd
 
 
 def text_of(line, key):
@@ -112,12 +114,12 @@ def test_what_is_wrong_with_a_long_line_is_told_as_of_a_short_one(tmp_path, monk
     path = tmp_path / "a.jsonl"
     path.write_bytes(line.replace(b"%s", rb"\\4e2d" * (1 << 20)) + b"\n")
     assert found(path, "text", strict=False)[0] == []
-    with pytest.raises(OddInput) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(True)))
+    with pytest.raises(InputError) as error:
+        list(read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(True)))
     assert error.value.detail == detail
     monkeypatch.setattr(reading, "_LONGEST", 1 << 30)
-    with pytest.raises(OddInput) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(True)))
+    with pytest.raises(InputError) as error:
+        list(read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(True)))
     assert error.value.detail == detail
 
 
@@ -126,7 +128,7 @@ def test_long_strings_lie_on_the_disk(tmp_path):
     text = "\\u4e2d\\ud83d\\ude00 \\\\x" * 500_000
     path = tmp_path / "line"
     path.write_text(f'{{"text": "{text}", "list": ["{text}", 1, "{text}"]}}\n')
-    with path.open("rb") as file, LongLine(file.readline(100), file, tmp_path) as line:
+    with path.open("rb") as file, LongJsonLine(file.readline(100), file, tmp_path) as line:
         assert len(line.skeleton) < 1200
         assert line.size == path.stat().st_size
         value = json.loads(line.skeleton)
@@ -143,7 +145,9 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     store = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115, closed by the reader
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: store)
     with pytest.raises(MachineError) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(), tmp_path))
+        list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(), tmp_path)
+        )
     assert str(error.value) == (
         "megagpt: cannot put the text of a long line aside: No space left on device\n"
         f"  {tmp_path}\n  do: make room there, then type the command again"

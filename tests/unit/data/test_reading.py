@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megagpt.data import pieces, reading
-from megagpt.data.documents import whole
-from megagpt.data.oddities import OddInput, Oddities, Place
-from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import join_fragments
+from megagpt.data.oddities import InputError, InputLocation, InputWarnings
+from megagpt.data.pieces import InputRange
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import UserError
 from tests.unit.data.whole import whole_documents
 
@@ -24,10 +24,10 @@ def jsonl(*texts):
 
 
 def documents(*paths, odd=None, key="text"):
-    sources = find_sources([str(path) for path in paths], None)
+    sources = find_input_files([str(path) for path in paths], None)
     return [
         (document.name.split("/")[-1], document.text)
-        for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())
+        for document in whole_documents(sources, tuple(key.split(".")), odd or InputWarnings())
     ]
 
 
@@ -52,9 +52,9 @@ def test_every_line_is_in_one_piece_however_a_file_is_cut(tmp_path_factory, line
     path.write_text(content, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "_SMALLEST", size)
-        cut = pieces.cut(find_sources([str(path)], None))
-    odd = Oddities()
-    found = [f.text for piece in cut for stretch in piece.stretches for f in read(stretch, ("text",), odd)]
+        cut = pieces.split_into_chunks(find_input_files([str(path)], None))
+    odd = InputWarnings()
+    found = [f.text for piece in cut for stretch in piece.stretches for f in read_fragments(stretch, ("text",), odd)]
     assert found == lines
     assert len(cut) == max(1, -(-len(content.encode()) // size))
 
@@ -63,7 +63,7 @@ def test_small_files_share_a_piece_and_a_large_text_is_never_cut(tmp_path, monke
     monkeypatch.setattr(pieces, "_SMALLEST", 100)
     for name, size in (("a.txt", 40), ("b.txt", 60), ("c.txt", 1), ("d.txt", 500), ("e.jsonl", 150)):
         (tmp_path / name).write_bytes(b"x" * size)
-    cut = pieces.cut(find_sources([str(tmp_path)], None))
+    cut = pieces.split_into_chunks(find_input_files([str(tmp_path)], None))
     spans = [[(s.source.path[-6:], s.start, s.end) for s in piece.stretches] for piece in cut]
     assert spans == [
         [("/a.txt", 0, None), ("/b.txt", 0, None)],
@@ -83,11 +83,11 @@ def test_a_text_read_in_fragments_is_the_text(tmp_path_factory, text, block, bro
     path = tmp_path_factory.mktemp("text") / "a.txt"
     raw = text.encode() + b"\xf0\x9f\x91"[:broken]
     path.write_bytes(raw)
-    odd = Oddities()
+    odd = InputWarnings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK", block)
-        (piece,) = pieces.cut(find_sources([str(path)], None))
-        fragments = list(read(piece.stretches[0], ("text",), odd))
+        (piece,) = pieces.split_into_chunks(find_input_files([str(path)], None))
+        fragments = list(read_fragments(piece.stretches[0], ("text",), odd))
     assert "".join(fragment.text for fragment in fragments) == raw.decode(errors="replace")
     assert [fragment.last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
     for fragment, after in itertools.pairwise(fragments):
@@ -107,8 +107,10 @@ def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, 
         path.write_bytes(jsonl("one", text, "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK", block)
-        fragments = list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities()))
-    assert [(one.text, one.line) for one in whole(fragments)] == [("one", 1), (text, 2), ("two", 3)]
+        fragments = list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings())
+        )
+    assert [(one.text, one.line) for one in join_fragments(fragments)] == [("one", 1), (text, 2), ("two", 3)]
     fragments = [fragment for fragment in fragments if fragment.line == 2]
     for fragment, after in itertools.pairwise(fragments):
         assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
@@ -119,7 +121,7 @@ def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, 
 def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl("one") + b"\n  \n" + jsonl("two"))
-    odd = Oddities()
+    odd = InputWarnings()
     assert documents(tmp_path, odd=odd) == [("a.txt", "hello"), ("b.jsonl:1", "one"), ("b.jsonl:4", "two")]
     assert odd.counts == {"byte_order_marks": 2}
     assert odd.lines == {1: 4}
@@ -128,10 +130,10 @@ def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):
 def test_broken_bytes_are_replaced_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xef\xbf\xbd")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n' + jsonl("fine"))
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(tmp_path, odd=odd) == ["caf\ufffd \ufffd\ufffd", "\ufffd", "fine"]
     assert odd.counts == {"invalid_utf8": 3}
-    assert odd.first == {"invalid_utf8": Place(0, 0)}
+    assert odd.first == {"invalid_utf8": InputLocation(0, 0)}
 
 
 BROKEN = [
@@ -149,18 +151,18 @@ BROKEN = [
 def test_a_broken_line_is_passed_over_counted_and_an_error_when_strict(tmp_path, line, kind, detail):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("good") + line + b"\n" + jsonl("better"))
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(path, odd=odd) == ["good", "better"]
-    assert (odd.counts, odd.first) == ({kind: 1}, {kind: Place(0, 2)})
-    with pytest.raises(OddInput) as error:
-        texts(path, odd=Oddities(strict=True))
-    assert (error.value.kind, error.value.place) == (kind, Place(0, 2))
+    assert (odd.counts, odd.first) == ({kind: 1}, {kind: InputLocation(0, 2)})
+    with pytest.raises(InputError) as error:
+        texts(path, odd=InputWarnings(strict=True))
+    assert (error.value.kind, error.value.place) == (kind, InputLocation(0, 2))
     assert error.value.detail.startswith(detail)
 
 
 def test_the_text_may_stand_within_other_keys(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": {"b": "deep"}}\n{"a": "b"}\n{"a": {"b": {}}}\n')
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(tmp_path / "a.jsonl", key="a.b", odd=odd) == ["deep"]
     assert odd.counts == {"no_text": 1, "not_a_string": 1}
 
@@ -168,10 +170,10 @@ def test_the_text_may_stand_within_other_keys(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("x"))
-    (piece,) = pieces.cut(find_sources([str(path)], None))
+    (piece,) = pieces.split_into_chunks(find_input_files([str(path)], None))
     path.unlink()
     with pytest.raises(UserError) as error:
-        list(read(piece.stretches[0], ("text",), Oddities()))
+        list(read_fragments(piece.stretches[0], ("text",), InputWarnings()))
     assert str(error.value) == (
         f"megagpt: cannot read the file: No such file or directory\n  {path}\n"
         "  do: check that it is there and that you may read it"
@@ -184,11 +186,11 @@ def test_lines_beyond_four_gigabytes_are_found(tmp_path):
         file.write(jsonl("first"))
         file.seek(2**32)
         file.write(b"\n" + jsonl("second", "third"))
-    (source,) = find_sources([str(path)], None)
-    cut = pieces.cut([source])
+    (source,) = find_input_files([str(path)], None)
+    cut = pieces.split_into_chunks([source])
     stretches = [stretch for piece in cut for stretch in piece.stretches]
     assert [stretch.start for stretch in stretches[1:]] == [stretch.end for stretch in stretches[:-1]]
     assert (stretches[0].start, stretches[-1].end) == (0, source.size)
     assert stretches[-1].start <= 2**32 < stretches[-1].end
-    beyond = pieces.Stretch(0, source, 2**32, source.size)
-    assert [fragment.text for fragment in read(beyond, ("text",), Oddities())] == ["second", "third"]
+    beyond = pieces.InputRange(0, source, 2**32, source.size)
+    assert [fragment.text for fragment in read_fragments(beyond, ("text",), InputWarnings())] == ["second", "third"]

@@ -11,10 +11,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megagpt.data.oddities import Oddities
-from megagpt.data.pieces import cut
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import UserError
 
 LINES = [f"line {number} " + "word " * 200 for number in range(6_000)]  # 7 MB: more than is asked for at a time
@@ -82,12 +82,12 @@ def server(request, folder):
 
 
 def texts(address):
-    pieces = cut(find_sources([address], None))
+    pieces = split_into_chunks(find_input_files([address], None))
     found = [
         fragment.text
         for piece in pieces
         for stretch in piece.stretches
-        for fragment in read(stretch, ("text",), Oddities())
+        for fragment in read_fragments(stretch, ("text",), InputWarnings())
     ]
     return found, len(pieces)
 
@@ -120,10 +120,10 @@ def test_files_of_a_web_server_are_read(server):
 def test_a_web_file_that_changes_is_another_one(folder, server):
     _, address = server
     (folder / "b.txt").write_text("one")
-    (before,) = find_sources([f"{address}/b.txt"], None)
-    assert find_sources([f"{address}/b.txt"], None) == [before]
+    (before,) = find_input_files([f"{address}/b.txt"], None)
+    assert find_input_files([f"{address}/b.txt"], None) == [before]
     (folder / "b.txt").write_text("two")
     os.utime(folder / "b.txt", (1e9, 1e9))
-    (after,) = find_sources([f"{address}/b.txt"], None)
+    (after,) = find_input_files([f"{address}/b.txt"], None)
     (folder / "b.txt").unlink()
     assert (after.size, after.state == before.state) == (before.size, False)

@@ -6,7 +6,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.data.sample import Sample
+from megagpt.data.sample import BoundedSample
 
 TEXTS = st.lists(st.text("aé中", max_size=9), max_size=40)
 
@@ -27,7 +27,7 @@ def by_the_rule(texts, limit):
 
 @given(texts=TEXTS, limit=st.integers(0, 200), data=st.data())
 def test_it_does_not_depend_on_order_or_parts(texts, limit, data):
-    whole, parts = Sample(limit), [Sample(limit) for _ in range(3)]
+    whole, parts = BoundedSample(limit), [BoundedSample(limit) for _ in range(3)]
     for number in data.draw(st.permutations(range(len(texts)))):
         data.draw(st.sampled_from(parts)).offer((3, number), texts[number])
     for part in data.draw(st.permutations(parts)):
@@ -37,10 +37,10 @@ def test_it_does_not_depend_on_order_or_parts(texts, limit, data):
 
 @given(texts=TEXTS, limit=st.integers(0, 200), cut=st.integers(0, 40))
 def test_what_is_above_the_number_that_it_tells_need_not_be_offered(texts, limit, cut):
-    first = Sample(limit)
+    first = BoundedSample(limit)
     for number, text in enumerate(texts[:cut]):
         first.offer((3, number), text)
-    second = Sample(limit, first.below)
+    second = BoundedSample(limit, first.below)
     for number, text in enumerate(texts[cut:], min(cut, len(texts))):
         second.offer((3, number), text)
     first.add(second)

@@ -13,11 +13,11 @@ import zstandard
 from pyarrow import parquet
 
 from megagpt.data import opening, pieces
-from megagpt.data.oddities import Oddities, Place
-from megagpt.data.pieces import cut
-from megagpt.data.reading import read
-from megagpt.data.sniffing import KNOWN
-from megagpt.data.sources import DEFAULT, find_sources
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
+from megagpt.data.sniffing import SUPPORTED_SUFFIXES
+from megagpt.data.sources import DEFAULT_CORPUS, find_input_files
 from megagpt.errors import UserError
 from tests.unit.data.whole import whole_documents
 
@@ -35,8 +35,8 @@ PLAIN = {
 
 
 def texts(*inputs, key="text", odd=None):
-    sources = find_sources([str(given) for given in inputs], None)
-    return [document.text for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())]
+    sources = find_input_files([str(given) for given in inputs], None)
+    return [document.text for document in whole_documents(sources, tuple(key.split(".")), odd or InputWarnings())]
 
 
 def refused(*inputs):
@@ -51,15 +51,15 @@ def test_files_and_folders_are_found_in_order(tmp_path):
     for name in ("b.txt", "sub/a.md", "a.jsonl", "c.txt.gz", "picture.png", ".notes.txt", ".hidden/c.txt", "d.gz"):
         (tmp_path / "books" / name).write_text(name)
     (tmp_path / "Z.TXT").write_text("zed")
-    found = find_sources([str(tmp_path / "Z.TXT"), str(tmp_path / "books")], None)
+    found = find_input_files([str(tmp_path / "Z.TXT"), str(tmp_path / "books")], None)
     names = ["Z.TXT", "books/a.jsonl", "books/b.txt", "books/c.txt.gz", "books/sub/a.md"]
     assert [source.path for source in found] == [str(tmp_path / name) for name in names]
     assert [source.size for source in found] == [3, 7, 5, 8, 8]
 
 
-@pytest.mark.parametrize("inputs", [[], [DEFAULT]])
+@pytest.mark.parametrize("inputs", [[], [DEFAULT_CORPUS]])
 def test_the_default_corpus_stands_for_itself(inputs):
-    assert [source.path for source in find_sources(inputs, None)] == [DEFAULT]
+    assert [source.path for source in find_input_files(inputs, None)] == [DEFAULT_CORPUS]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -105,7 +105,7 @@ def test_content_says_what_a_file_is_where_its_name_does_not(tmp_path):
         ending = name[1:] if "." in name else "no ending"
         assert refused(tmp_path / name) == (
             f"this is neither text nor parquet ({ending})\n  {tmp_path / name}\n"
-            f"  do: give {KNOWN} files, or a file of text under any name"
+            f"  do: give {SUPPORTED_SUFFIXES} files, or a file of text under any name"
         )
 
 
@@ -147,9 +147,9 @@ def test_what_comes_through_pipes_is_read_whole_and_twice(tmp_path):
         os.mkfifo(tmp_path / name)
         threading.Thread(target=(tmp_path / name).write_bytes, args=(raw,), daemon=True).start()
     (tmp_path / "spools").mkdir()
-    sources = find_sources([str(tmp_path / name) for name in ("one", "two")], tmp_path / "spools" / "stdin")
+    sources = find_input_files([str(tmp_path / name) for name in ("one", "two")], tmp_path / "spools" / "stdin")
     for _ in range(2):
-        assert [one.text for one in whole_documents(sources, ("text",), Oddities())] == lines * 2
+        assert [one.text for one in whole_documents(sources, ("text",), InputWarnings())] == lines * 2
     assert refused("/dev/null") == "this is no file\n  /dev/null\n  do: give files, folders, patterns, or a pipe"
 
 
@@ -170,7 +170,7 @@ def test_a_manifest_lists_files_and_names_corpora(tmp_path):
         (tmp_path / name).write_text(name)
     manifest = tmp_path / "list"
     manifest.write_text(f"\ufeff# files\nb.txt\tbooks\n\n{tmp_path}/a.txt\nc.txt\tweb_2\n")
-    found = find_sources([f"@{manifest}"], None)
+    found = find_input_files([f"@{manifest}"], None)
     assert [(source.path[-5:], source.corpus) for source in found] == [
         ("b.txt", "books"),
         ("a.txt", ""),
@@ -228,10 +228,10 @@ def test_weights_of_a_manifest_are_of_corpora(tmp_path):
         (tmp_path / name).write_text(name)
     manifest = tmp_path / "list"
     manifest.write_text("a.txt\tone\t3\r\nb.txt\tone\r\nc.txt \t two\t0.5\r\nb.txt\tone\t3.0\r\n")
-    found = find_sources([f"@{manifest}"], None)
+    found = find_input_files([f"@{manifest}"], None)
     assert [(source.corpus, source.weight) for source in found] == [("one", 3), ("one", 3), ("two", 0.5), ("one", 3)]
     with pytest.raises(UserError) as error:
-        find_sources([f"@{manifest}", str(tmp_path / "a.txt")], None)
+        find_input_files([f"@{manifest}", str(tmp_path / "a.txt")], None)
     assert error.value.problems[0].where == f"INPUT\n{manifest}:1: a weight"
 
 
@@ -242,18 +242,18 @@ def rows(tmp_path, column, kind=None, **options):
 
 
 def test_a_column_of_a_parquet_file_is_read(tmp_path):
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(rows(tmp_path, ["one", None, "", "é"]), odd=odd) == ["one", "", "é"]
-    assert (odd.counts, odd.first) == ({"no_text": 1}, {"no_text": Place(0, 2)})
+    assert (odd.counts, odd.first) == ({"no_text": 1}, {"no_text": InputLocation(0, 2)})
     deep = [{"body": {"en": "deep", "n": 1}}, {"body": None}, None, {"body": {"en": "x", "n": 2}}]
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(rows(tmp_path, deep), key="text.body.en", odd=odd) == ["deep", "x"]
     assert odd.counts == {"no_text": 2}
-    odd = Oddities()
+    odd = InputWarnings()
     assert texts(rows(tmp_path, [1, 2]), odd=odd) == []
     assert odd.counts == {"not_a_string": 2}
     for key in ("absent", "text.deeper"):
-        odd = Oddities()
+        odd = InputWarnings()
         assert texts(rows(tmp_path, ["a", "b"]), key=key, odd=odd) == []
         assert odd.counts == {"no_text": 2}
 
@@ -265,9 +265,9 @@ def test_every_row_is_in_one_piece_however_a_file_is_cut(tmp_path, monkeypatch):
         monkeypatch.setattr(pieces, "_SMALLEST", size)
         found = [
             (fragment.line, fragment.text)
-            for piece in cut(find_sources([str(path)], None))
+            for piece in split_into_chunks(find_input_files([str(path)], None))
             for stretch in piece.stretches
-            for fragment in read(stretch, ("text",), Oddities())
+            for fragment in read_fragments(stretch, ("text",), InputWarnings())
         ]
         assert found == list(enumerate(column, 1))
 
@@ -293,7 +293,7 @@ def test_stores_are_read_by_their_address(tmp_path):
     assert texts(f"file://{tmp_path}/e.txt") == ["here"]
     for address in ("memory://bucket/none.txt", "memory://bucket/*.xz"):
         assert refused(address) == (
-            f"no text file is there\n  {address}\n  do: correct the address; {KNOWN} files are taken from a folder"
+            f"no text file is there\n  {address}\n  do: correct the address; {SUPPORTED_SUFFIXES} files are taken from a folder"
         )
     assert refused("nowhere://a").startswith("cannot open this store: ")
 
@@ -324,15 +324,15 @@ def test_inputs_that_cannot_be_read_are_named_before_anything_is_read(tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "good.txt").write_text("good")
     with pytest.raises(UserError) as error:
-        find_sources([str(tmp_path / "good.txt"), str(tmp_path / name)], None)
-    assert str(error.value) == "megagpt: " + message.format(path=tmp_path / name, known=KNOWN)
+        find_input_files([str(tmp_path / "good.txt"), str(tmp_path / name)], None)
+    assert str(error.value) == "megagpt: " + message.format(path=tmp_path / name, known=SUPPORTED_SUFFIXES)
 
 
 def test_a_file_that_is_cut_while_zstandard_holds_much_is_read_to_its_end(tmp_path, monkeypatch):
     text = "abc" * 1_000_000  # what one small block of the file becomes is far more than one read of it
     (tmp_path / "a.txt.zst").write_bytes(COMPRESSORS[".zst"](text.encode()) * 2)
     assert texts(tmp_path / "a.txt.zst") == [text * 2]
-    assert opening.compression_of(b"BZh9") is opening.Compression.BZIP2
+    assert opening.detect_compression(b"BZh9") is opening.Compression.BZIP2
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -342,7 +342,7 @@ def test_what_a_small_compressed_file_becomes_is_never_held_whole(tmp_path, endi
     size = 0
     tracemalloc.start()
     try:
-        with opening.opened(str(path), opening.compression_of(path.read_bytes()[:9])) as file:
+        with opening.open_decompressed(str(path), opening.detect_compression(path.read_bytes()[:9])) as file:
             while block := file.read(1 << 20):
                 size += len(block)
         assert size == 85_000_000

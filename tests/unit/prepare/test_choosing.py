@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import pieces
-from megagpt.data.documents import digest_of, in_validation
+from megagpt.data.documents import is_validation, text_digest
 from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import Options, duplicates, joining, prepare_command
+from megagpt.prepare import PrepareOptions, duplicates, joining, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 
@@ -24,9 +24,13 @@ def prepared(texts, model, folder, **options):
     path = folder / "text.jsonl"
     path.write_text(jsonl(texts))
     with pytest.MonkeyPatch.context() as patch:  # several shards, blocks and files of hashes out of a few documents
-        for module, name, value in ((pieces, "_SMALLEST", 700), (joining, "BLOCK", 7), (duplicates, "_TOGETHER", 10)):
+        for module, name, value in (
+            (pieces, "_SMALLEST", 700),
+            (joining, "BLOCK_DOCUMENTS", 7),
+            (duplicates, "_TOGETHER", 10),
+        ):
             patch.setattr(module, name, value)
-        summary = prepare_command([str(path)], model, folder / "c", Options(0.3, workers=1, **options))
+        summary = prepare_command([str(path)], model, folder / "c", PrepareOptions(0.3, workers=1, **options))
     return [documents(folder / f"c.{part}", model) for part in ("train", "validation")], summary
 
 
@@ -39,8 +43,8 @@ def test_each_text_is_kept_once_where_it_came_first(model, tmp_path_factory, num
     texts = [f"text {number}" for number in [*range(40), *numbers]]
     (train, validation), summary = prepared(texts, model, tmp_path_factory.mktemp("c"), deduplicate=True)
     once = list(dict.fromkeys(texts))
-    assert train == [text for text in once if not in_validation(digest_of(text), 0.3)]
-    assert validation == [text for text in once if in_validation(digest_of(text), 0.3)]
+    assert train == [text for text in once if not is_validation(text_digest(text), 0.3)]
+    assert validation == [text for text in once if is_validation(text_digest(text), 0.3)]
     assert summary.copies == len(texts) - len(once)
     assert summary.train.text_bytes == sum(map(len, train))
 
@@ -92,6 +96,6 @@ def test_a_tokenizer_without_pieces_for_some_characters_tells_how_many(tmp_path)
 
     path = tmp_path / "a.txt"
     path.write_text("the quick 中 brown")
-    summary = prepare_command([str(path)], foreign_model(tmp_path / "foreign.model"), tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], foreign_model(tmp_path / "foreign.model"), tmp_path / "c", PrepareOptions(0))
     assert summary.unknown == 1
     assert f"unknown: {1 / summary.train.tokens:.3%} of tokens" in str(summary)

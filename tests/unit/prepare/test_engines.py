@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from megagpt.data import gigatoken_encoder, pieces
-from megagpt.data.oddities import Place
+from megagpt.data.oddities import InputLocation
 from megagpt.errors import UserError
-from megagpt.prepare import Options, prepare_command
-from megagpt.prepare.engines import EngineDiffers
+from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.engines import EngineMismatch
 from tests.unit.prepare.conftest import content, finish, jsonl
 
-GIGATOKEN = Options(0.1, workers=1, engine="gigatoken")
+GIGATOKEN = PrepareOptions(0.1, workers=1, engine="gigatoken")
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,17 @@ def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, mo
 
 
 def test_what_differs_can_come_from_a_worker():
-    error = pickle.loads(pickle.dumps(EngineDiffers(Place(1, 5), "e", "a|b", "ab")))
-    assert error.place == Place(1, 5)
-    assert str(error.told("here")).splitlines()[1:4] == ["  here", "  sentencepiece: ab", "  e:             a|b"]
+    error = pickle.loads(pickle.dumps(EngineMismatch(InputLocation(1, 5), "e", "a|b", "ab")))
+    assert error.place == InputLocation(1, 5)
+    assert str(error.to_user_error("here")).splitlines()[1:4] == [
+        "  here",
+        "  sentencepiece: ab",
+        "  e:             a|b",
+    ]
 
 
 def test_an_unknown_engine_is_refused(mixed, model, tmp_path):
     with pytest.raises(UserError) as error:
-        prepare_command([str(mixed)], model, tmp_path / "c", Options(engine="warp"))
+        prepare_command([str(mixed)], model, tmp_path / "c", PrepareOptions(engine="warp"))
     assert str(error.value) == ("megagpt: there is no engine warp\n  --engine\n  do: choose sentencepiece or gigatoken")
     assert not list(Path(tmp_path).iterdir())

@@ -10,9 +10,9 @@ from megagpt import corpora
 from megagpt.data import indexed_writer
 from megagpt.data.indexed import Reader
 from megagpt.data.loader import Loader
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import Options, encoding, prepare_command
+from megagpt.prepare import PrepareOptions, encoding, prepare_command
 
 WORD = " 1234567890123456789012345678901"  # a token a character: digits are split
 MORE = 100
@@ -37,9 +37,9 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
             file.write(block.encode())
         file.write((WORD * (words % 32_768) + WORD[:rest]).encode())
         file.write(b'"}\n{"text": "after"}\n')
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers=1))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
-    assert [str(one) for one in summary.oddities] == [f"odd: 1 {KINDS['long']} (first: {path}:2)"]
+    assert [str(one) for one in summary.oddities] == [f"odd: 1 {WARNING_KINDS['long']} (first: {path}:2)"]
 
     reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))

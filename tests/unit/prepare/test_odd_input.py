@@ -9,10 +9,10 @@ from pyarrow import parquet
 
 from megagpt.data import pieces
 from megagpt.data.indexed import Reader
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import Options, encoding, prepare_command
+from megagpt.prepare import PrepareOptions, encoding, prepare_command
 from tests.unit.prepare.conftest import jsonl
 
 GOOD = jsonl(["good"]).encode()
@@ -46,15 +46,15 @@ def test_an_odd_line_is_counted_and_told_or_an_error(
     path = tmp_path / "a.jsonl"
     path.write_bytes(5 * GOOD + odd + 3 * GOOD)
     if workers == 1:
-        summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers))
-        assert str(summary).splitlines()[3] == f"odd: {count} {KINDS[kind]} (first: {path}:6)"
+        summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers))
+        assert str(summary).splitlines()[3] == f"odd: {count} {WARNING_KINDS[kind]} (first: {path}:6)"
         reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
         documents = [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
         assert documents == ["good"] * 5 + [kept] * (kept is not None) + ["good"] * 3
         assert all(tokenizer.eod not in reader.document(n)[:-1] for n in range(len(documents)))
     with pytest.raises(UserError) as error:
-        prepare_command([str(path)], model, tmp_path / "s", Options(0, workers, strict=True))
-    what = KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
+        prepare_command([str(path)], model, tmp_path / "s", PrepareOptions(0, workers, strict=True))
+    what = WARNING_KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
     assert str(error.value) == (
         f"megagpt: odd input: {what}\n  {path}:6\n  do: mend it, or leave out --strict to have such counted"
     )
@@ -67,7 +67,7 @@ STRICT = "  do: mend it, or leave out --strict to have such counted"
 def strictly(path, model, prefix, **options):
     """What the first oddity is told as, when oddities are errors."""
     with pytest.raises(UserError) as error:
-        prepare_command([str(path)], model, prefix, Options(0, 1, strict=True, **options))
+        prepare_command([str(path)], model, prefix, PrepareOptions(0, 1, strict=True, **options))
     assert not list(prefix.parent.glob(f"{prefix.name}.*.idx"))
     return str(error.value)
 
@@ -80,8 +80,8 @@ def kept_of(prefix, model):
 def test_a_byte_order_mark_before_lines_is_removed_and_told(model, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD * 2)
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
-    assert str(summary).splitlines()[3] == f"odd: 1 {KINDS['byte_order_marks']} (first: {path}:1)"
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
+    assert str(summary).splitlines()[3] == f"odd: 1 {WARNING_KINDS['byte_order_marks']} (first: {path}:1)"
     assert kept_of(tmp_path / "c", model) == ["good", "good"]
     assert strictly(path, model, tmp_path / "s") == (
         f"megagpt: odd input: byte order marks at the head of a file\n  {path}:1\n{STRICT}"
@@ -102,11 +102,11 @@ TEXTS = [
 def test_an_odd_text_file_is_named(model, tmp_path, kind, content, kept):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
-    assert str(summary).splitlines()[3] == f"odd: 1 {KINDS[kind]} (first: {path})"
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
+    assert str(summary).splitlines()[3] == f"odd: 1 {WARNING_KINDS[kind]} (first: {path})"
     assert kept_of(tmp_path / "c", model) == [kept]
     assert strictly(path, model, tmp_path / "s") == (
-        f"megagpt: odd input: {KINDS[kind].split(', ')[0]}\n  {path}\n{STRICT}"
+        f"megagpt: odd input: {WARNING_KINDS[kind].split(', ')[0]}\n  {path}\n{STRICT}"
     )
 
 
@@ -133,18 +133,18 @@ ROWS = [
 def test_an_odd_row_of_a_table_is_named(model, tmp_path, kind, column, kept, detail):
     path = table(tmp_path / "a.parquet", column)
     (tmp_path / "b.txt").write_text("z")
-    summary = prepare_command([str(path), str(tmp_path / "b.txt")], model, tmp_path / "c", Options(0))
+    summary = prepare_command([str(path), str(tmp_path / "b.txt")], model, tmp_path / "c", PrepareOptions(0))
     row, count = (1, 2) if kind == "not_a_string" else (4, 1)
-    assert str(summary).splitlines()[3] == f"odd: {count} {KINDS[kind]} (first: {path}:{row})"
+    assert str(summary).splitlines()[3] == f"odd: {count} {WARNING_KINDS[kind]} (first: {path}:{row})"
     assert "".join(kept_of(tmp_path / "c", model)) == kept + "z"
-    what = KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
+    what = WARNING_KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
     assert strictly(path, model, tmp_path / "s") == f"megagpt: odd input: {what}\n  {path}:{row}\n{STRICT}"
 
 
 def test_an_odd_line_of_a_compressed_file_is_named(model, tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(GOOD * 2) + gzip.compress(line("\ud800")))
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
     assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [("lone_surrogates", 1, f"{path}:3")]
     assert strictly(path, model, tmp_path / "s") == f"megagpt: odd input: lone surrogates\n  {path}:3\n{STRICT}"
 
@@ -157,7 +157,7 @@ def test_a_table_that_is_damaged_within_is_named_and_not_the_output(model, tmp_p
     raw[20_000:22_000] = bytes(byte ^ 0x5A for byte in raw[20_000:22_000])
     path.write_bytes(raw)
     with pytest.raises(UserError) as error:
-        prepare_command([str(path)], model, tmp_path / "c", Options(0, 1))
+        prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, 1))
     what, where, do = str(error.value).splitlines()
     assert what.startswith("megagpt: the parquet file cannot be read: ")
     assert (where, do) == (f"  {path}", "  do: copy or make it again")
@@ -166,7 +166,7 @@ def test_a_table_that_is_damaged_within_is_named_and_not_the_output(model, tmp_p
 def test_a_text_file_is_looked_at_as_well(model, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfa\n\0 \xff \xe2\x96\x81\n<eod>")
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
     kinds = ["invalid_utf8", "byte_order_marks", "nul", "lower_blocks", "control_symbols"]
     assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [(kind, 1, str(path)) for kind in kinds]
 
@@ -176,7 +176,7 @@ def test_a_document_too_long_for_one_sequence_becomes_several_or_an_error(model,
     monkeypatch.setattr("megagpt.data.indexed_writer.MAX_SEQUENCE", 4)
     path = tmp_path / "a.jsonl"
     path.write_text(jsonl(["q", "qqqqqqqqqqqq", "z"]))
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
     reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
     assert max(reader.lengths) == 4
     assert tokenizer.decode(reader.document(1)) == "qqqqqqqqqqqq"
@@ -189,7 +189,7 @@ def test_a_document_too_long_for_one_sequence_becomes_several_or_an_error(model,
 def test_the_summary_reads_well(model, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(GOOD + b"x\ny\n" + line(""))
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
     tokens = len(Reader(tmp_path / "c.train").tokens)
     assert str(summary) == "\n".join(
         [

@@ -8,7 +8,7 @@ import pytest
 
 from megagpt import corpora
 from megagpt.data.indexed import Reader
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 SEQ_LEN = 100
@@ -24,13 +24,13 @@ def lines(texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unpacked(lines, model, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("unpacked") / "c"
-    return prepare_command([str(lines)], model, prefix, Options(0.2))
+    return prepare_command([str(lines)], model, prefix, PrepareOptions(0.2))
 
 
 @pytest.fixture(scope="module")
 def packed(lines, model, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("packed") / "c"
-    return prepare_command([str(lines)], model, prefix, Options(0.2, workers=1, pack=SEQ_LEN)), content(prefix)
+    return prepare_command([str(lines)], model, prefix, PrepareOptions(0.2, workers=1, pack=SEQ_LEN)), content(prefix)
 
 
 def start(command, lines, model, prefix, workers=1, **limits):

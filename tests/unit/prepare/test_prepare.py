@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from megagpt.data.documents import digest_of, in_validation
+from megagpt.data.documents import is_validation, text_digest
 from megagpt.data.indexed import Reader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import Options, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
+from megagpt.prepare import PrepareOptions, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
 from megagpt.recipe.sections import DataSection
 from tests.unit.prepare.conftest import content, finish, jsonl
 
@@ -26,11 +26,11 @@ def stored(prefix, tokenizer):
 
 
 def test_every_document_is_in_one_part_and_comes_back(source, texts, model, tmp_path):
-    summary = prepare_command([source], model, tmp_path / "c", Options(0.2))
+    summary = prepare_command([source], model, tmp_path / "c", PrepareOptions(0.2))
     tokenizer = Tokenizer(model)
     train, validation = (stored(tmp_path / f"c.{part}", tokenizer) for part in ("train", "validation"))
-    assert train == [text for text in texts if not in_validation(digest_of(text), 0.2)]
-    assert validation == [text for text in texts if in_validation(digest_of(text), 0.2)]
+    assert train == [text for text in texts if not is_validation(text_digest(text), 0.2)]
+    assert validation == [text for text in texts if is_validation(text_digest(text), 0.2)]
     assert 0 < len(validation) < len(train)
     assert not set(train) & set(validation)
     for part, kept in ((summary.train, train), (summary.validation, validation)):
@@ -45,7 +45,7 @@ def test_the_bytes_are_those_of_megatrons_preprocess_data(source, texts, model, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    prepare_command([source], model, tmp_path / "ours", Options(0, workers=2))
+    prepare_command([source], model, tmp_path / "ours", PrepareOptions(0, workers=2))
     tokenizer = Tokenizer(model)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for text in texts:
@@ -63,7 +63,7 @@ def test_copies_of_a_text_never_straddle_the_split(texts, model, tmp_path):
         folder.mkdir(parents=True)
         for number, text in enumerate(texts[:60]):
             (folder / f"{name}{number}.txt").write_text(text)
-    prepare_command([str(tmp_path / "text")], model, tmp_path / "c", Options(0.3))
+    prepare_command([str(tmp_path / "text")], model, tmp_path / "c", PrepareOptions(0.3))
     tokenizer = Tokenizer(model)
     train, validation = (stored(tmp_path / f"c.{part}", tokenizer) for part in ("train", "validation"))
     assert len(train) + len(validation) == 2 * len(texts[:60])
@@ -75,7 +75,7 @@ def test_the_tokenizer_has_not_seen_the_validation_part(tmp_path):
     documents = [f"zebra{n} " * 50 if n % 2 else f"quokka{n} " * 50 for n in range(200)]
     path = tmp_path / "text.jsonl"
     path.write_text(jsonl(documents))
-    held_out = [text for text in documents if in_validation(digest_of(text), 0.5)]
+    held_out = [text for text in documents if is_validation(text_digest(text), 0.5)]
     assert 60 < len(held_out) < 140
     summary = train_tokenizer_command([str(path)], 300, tmp_path / "t", 0.5)
     assert summary.documents == 200 - len(held_out)
@@ -101,7 +101,7 @@ def test_the_default_corpus_is_prepared_by_its_name_or_by_none(tmp_path):
 
 def refused(inputs, model, output, fraction=0.04, **options):
     with pytest.raises(UserError) as error:
-        prepare_command(inputs, model, output, Options(fraction, **options))
+        prepare_command(inputs, model, output, PrepareOptions(fraction, **options))
     return str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_prepared_is_said(source, model, tmp_path):
 
 
 def test_an_older_validation_part_is_not_trained_on_unseen(source, model, tmp_path):
-    prepare_command([source], model, tmp_path / "c", Options(0.2))
+    prepare_command([source], model, tmp_path / "c", PrepareOptions(0.2))
     assert refused([source], model, tmp_path / "c", 0) == (
         "megagpt: an older validation part is there, and its documents would now be trained on too\n"
         f"  {tmp_path / 'c'}.validation.idx\n"
@@ -157,7 +157,7 @@ def test_preparing_imports_no_torch():
 
 
 def test_standard_input_is_prepared_like_a_file(command, source, texts, model, tmp_path):
-    prepare_command([source], model, tmp_path / "file", Options(0.2))
+    prepare_command([source], model, tmp_path / "file", PrepareOptions(0.2))
     with open(source) as text:
         finish(
             command(
@@ -186,7 +186,7 @@ def test_a_manifest_that_names_corpora_gives_one_each(command, texts, model, tmp
     ]
     for name, files in (("first", ["a"]), ("second", ["b", "a"])):
         alone = tmp_path / f"alone-{name}"
-        prepare_command([str(tmp_path / f"{file}.jsonl") for file in files], model, alone, Options(0.2))
+        prepare_command([str(tmp_path / f"{file}.jsonl") for file in files], model, alone, PrepareOptions(0.2))
         assert content(tmp_path / f"c.{name}") == content(alone)
 
 
@@ -194,7 +194,7 @@ def test_the_weights_of_a_manifest_become_a_blend_that_a_recipe_takes(texts, mod
     for name, some in (("a", texts[:30]), ("b", texts[30:])):
         (tmp_path / f"{name}.jsonl").write_text(jsonl(some))
     (tmp_path / "list").write_text("a.jsonl\tweb\t0.75\nb.jsonl\tbooks\t3\n")
-    made = prepare_corpora([f"@{tmp_path}/list"], model, tmp_path / "c", Options(0, workers=1))
+    made = prepare_corpora([f"@{tmp_path}/list"], model, tmp_path / "c", PrepareOptions(0, workers=1))
     shown = str(made)
     assert shown[shown.index("for a recipe:") :].splitlines() == [
         "for a recipe:",

@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 
-from megagpt.data.pieces import cut
-from megagpt.data.sources import find_sources
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import progress
-from megagpt.prepare.encoding import Job, PieceEncoder
+from megagpt.prepare.encoding import ChunkEncoder, EncodeJob
 from tests.unit.prepare.conftest import PROGRAM, finish, jsonl
 
 
@@ -20,7 +20,7 @@ def test_plain_lines_say_how_far_it_is(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    with progress.shown(40_000_000, out) as seen:
+    with progress.show_progress(40_000_000, out) as seen:
         for second in (4, 8, 12, 16, 23):
             now[0] = second
             seen.add(documents=1000, tokens=2_000_000, text_bytes=6_000_000, input_bytes=4_000_000)
@@ -66,10 +66,10 @@ def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, mo
 def test_a_long_document_is_counted_while_it_is_worked_on(texts, model, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(texts * 120))
-    (piece,) = cut(find_sources([str(path)], None))
+    (piece,) = split_into_chunks(find_input_files([str(path)], None))
     reports = []
-    job = Job(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
-    record = PieceEncoder(job).encode(piece, lambda *counts: reports.append(counts))
+    job = EncodeJob(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
+    record = ChunkEncoder(job).encode(piece, lambda *counts: reports.append(counts))
     assert path.stat().st_size > 2 << 20
     assert len([text for _, _, text, _ in reports if text]) > 2
     assert [sum(column) for column in zip(*reports, strict=True)] == [

@@ -15,7 +15,7 @@ import pytest
 from megagpt.data import pieces
 from megagpt.distributed import free_port, from_mpi_or_slurm
 from megagpt.errors import MachineError
-from megagpt.prepare import Options, prepare_command, sockets
+from megagpt.prepare import PrepareOptions, prepare_command, sockets
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
@@ -34,12 +34,12 @@ def lines(texts, tmp_path):
 
 @pytest.fixture
 def expected(lines, model, tmp_path):
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1))
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1))
     return content(tmp_path / "alone")
 
 
 def test_ranks_pack_the_same_bytes(command, lines, model, tmp_path):
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, pack=64))
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, pack=64))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--pack", 64)
     finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
     assert content(tmp_path / "c") == content(tmp_path / "alone")
@@ -54,7 +54,7 @@ def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
     command, lines, model, tmp_path, monkeypatch, ranks, chosen
 ):
     monkeypatch.setattr(pieces, "_SMALLEST", 5000 if chosen else 1 << 30)
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, **chosen))
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, **chosen))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     options += tuple(f"--{name}" for name in chosen)
     places = tmp_path / "places"

@@ -76,6 +76,6 @@ def test_a_text_is_shown_in_tokens(model, capsys):
     count = len(Tokenizer(model).encode("the people"))
     assert cut.replace("|", "") == "the people"
     assert figures == f"{count} tokens, {10 / count:.2f} bytes per token"
-    coloured = tokens.coloured()
-    assert coloured.plain.startswith("the people⏎\nand ")
-    assert len({span.style for span in coloured.spans}) > 1
+    colored = tokens.colored()
+    assert colored.plain.startswith("the people⏎\nand ")
+    assert len({span.style for span in colored.spans}) > 1

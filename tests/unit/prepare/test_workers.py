@@ -12,8 +12,8 @@ import pytest
 from megagpt.data import pieces
 from megagpt.data.indexed import Reader
 from megagpt.errors import UserError
-from megagpt.prepare import Options, prepare_command
-from megagpt.prepare.workplace import Workplace, mapped, workplace_of
+from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.workplace import WorkDirectory, create_memmap, work_directory
 from tests.unit.prepare.conftest import alive, content, finish, jsonl, wait_for
 
 
@@ -35,7 +35,7 @@ def expected(large, model, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("expected") / "c"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "_SMALLEST", 1 << 30)
-        prepare_command([str(large)], model, prefix, Options(0.1, workers=1))
+        prepare_command([str(large)], model, prefix, PrepareOptions(0.1, workers=1))
     return content(prefix)
 
 
@@ -113,7 +113,7 @@ def test_workers_do_not_outlive_a_killed_command(command, large, model, tmp_path
 
 
 def test_the_second_of_two_commands_refuses(command, large, model, tmp_path):
-    with Workplace(workplace_of(str(tmp_path / "c"))):
+    with WorkDirectory(work_directory(str(tmp_path / "c"))):
         _, errors = finish(start(command, large, model, tmp_path / "c"), 2)
     assert errors == (
         f"megagpt: another `megagpt prepare` (process {os.getpid()}) is writing this corpus\n"
@@ -145,7 +145,7 @@ def test_what_was_done_for_another_plan_is_not_used(command, large, model, tmp_p
     wait_for(tmp_path / "c.prepare/shards", "2.json", process)
     process.kill()
     process.communicate()
-    prepare_command([str(other)], model, tmp_path / "c", Options(0))
+    prepare_command([str(other)], model, tmp_path / "c", PrepareOptions(0))
     assert Reader(tmp_path / "c.train").sidecar.text_bytes == 1400
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["c.train.bin", "c.train.idx", "c.train.json"]
 
@@ -164,11 +164,11 @@ def test_a_map_that_the_disk_has_no_room_for_is_an_error_and_no_dead_process(tmp
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        whole = mapped(tmp_path / "small", np.int64, 1000)
+        whole = create_memmap(tmp_path / "small", np.int64, 1000)
         whole[:] = 7
         assert np.fromfile(tmp_path / "small", np.int64).tolist() == [7] * 1000
         with pytest.raises(OSError, match="No space left on device"):
-            mapped(tmp_path / "large", np.int64, 1_000_000)
+            create_memmap(tmp_path / "large", np.int64, 1_000_000)
         del whole
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
