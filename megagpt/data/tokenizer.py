@@ -161,7 +161,7 @@ def sample_pieces(documents: Iterable[str], sample_bytes: int) -> list[str]:
     """Lines of the texts, drawn by the hashes of their places (see `Sample`), `sample_bytes` in all, in their order."""
     sample = BoundedSample(sample_bytes)
     for place, line in enumerate(line for text in documents for line in lines_of(without_surrogates(text))):
-        sample.offer((0, place), line)
+        sample.add((0, place), line)
     return sample.texts()
 
 

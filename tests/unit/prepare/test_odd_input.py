@@ -42,7 +42,7 @@ ODD = [
 def test_an_odd_line_is_counted_and_told_or_an_error(
     model, tmp_path, monkeypatch, kind, odd, count, kept, detail, workers
 ):
-    monkeypatch.setattr(pieces, "_SMALLEST", 40)  # so that the line is counted over several pieces
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 40)  # so that the line is counted over several pieces
     path = tmp_path / "a.jsonl"
     path.write_bytes(5 * GOOD + odd + 3 * GOOD)
     if workers == 1:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megagpt.data.indexed import Reader
 from megagpt.data.indexed_writer import Writer
 from megagpt.prepare import packing
-from megagpt.prepare.packing import _in_proportion, best_fit, pack
+from megagpt.prepare.packing import _interleave, best_fit, pack
 
 EOD = 1
 LENGTHS = st.integers(1, 24).flatmap(
@@ -78,7 +78,7 @@ def test_samples_are_copied_some_at_a_time_and_chunks_looked_at_so(monkeypatch, 
     monkeypatch.setattr(packing, "_ENTRIES", 50)
     monkeypatch.setattr(packing, "_TOKENS", 20 * longest)
     mixes = best_fit([0, *np.random.default_rng(4).integers(0, 9, longest).tolist()])
-    blocks = list(_in_proportion(mixes, longest))
+    blocks = list(_interleave(mixes, longest))
     assert max(sum(mix.samples for mix in block) for block in blocks) <= 60
     copied = Counter()
     for samples, lengths in (mix for block in blocks for mix in block):
@@ -88,7 +88,7 @@ def test_samples_are_copied_some_at_a_time_and_chunks_looked_at_so(monkeypatch, 
         expected[tuple(lengths.tolist())] += samples
     assert copied == expected
     reader = write(tmp_path / "c", documents_of([20_000, 3, 5] + [2] * 120), 30_000)
-    assert max(len(begins) for begins, _ in packing._chunks(reader, 10)) == 50
+    assert max(len(begins) for begins, _ in packing._segments(reader, 10)) == 50
 
 
 def test_a_plan_does_not_grow_with_the_number_of_chunks():

@@ -66,7 +66,7 @@ def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, mo
 def test_a_long_document_is_counted_while_it_is_worked_on(texts, model, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(texts * 120))
-    (piece,) = split_into_chunks(find_input_files([str(path)], None))
+    (chunk,) = split_into_chunks(find_input_files([str(path)], None))
     reports = []
     job = EncodeJob(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
     record = ChunkEncoder(job).encode(piece, lambda *counts: reports.append(counts))

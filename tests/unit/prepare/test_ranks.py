@@ -53,7 +53,7 @@ CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
 def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
     command, lines, model, tmp_path, monkeypatch, ranks, chosen
 ):
-    monkeypatch.setattr(pieces, "_SMALLEST", 5000 if chosen else 1 << 30)
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 5000 if chosen else 1 << 30)
     prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, **chosen))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     options += tuple(f"--{name}" for name in chosen)

@@ -34,7 +34,7 @@ def expected(large, model, tmp_path_factory):
     """The bytes that one process writes in one piece."""
     prefix = tmp_path_factory.mktemp("expected") / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_SMALLEST", 1 << 30)
+        patch.setattr(pieces, "_MIN_BYTES", 1 << 30)
         prepare_command([str(large)], model, prefix, PrepareOptions(0.1, workers=1))
     return content(prefix)
 
