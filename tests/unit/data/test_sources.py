@@ -161,7 +161,8 @@ def test_patterns_find_files_in_order(tmp_path):
     assert texts(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "odd[1].txt", "sub/d.txt"]
     assert texts(tmp_path / "odd[1].txt") == ["odd[1].txt"]
     assert refused(tmp_path / "*.jsonl") == (
-        f"no file matches this pattern\n  {tmp_path}/*.jsonl\n  do: correct it, and quote it so that the shell does not expand it"
+        f"no file matches this pattern\n  {tmp_path}/*.jsonl\n"
+        "  do: correct it, and quote it so that the shell does not expand it"
     )
 
 
@@ -293,7 +294,8 @@ def test_remote_files_are_read_by_their_address(tmp_path):
     assert texts(f"file://{tmp_path}/e.txt") == ["here"]
     for address in ("memory://bucket/none.txt", "memory://bucket/*.xz"):
         assert refused(address) == (
-            f"no text file was found there\n  {address}\n  do: correct the address; of a folder, {SUPPORTED_SUFFIXES} files are read"
+            f"no text file was found there\n  {address}\n"
+            f"  do: correct the address; of a folder, {SUPPORTED_SUFFIXES} files are read"
         )
     assert refused("nowhere://a").startswith("cannot open this store: ")
 
@@ -317,7 +319,8 @@ def test_the_error_names_a_missing_package(tmp_path, monkeypatch, package, extra
     [
         ("missing", "there is no such file or folder\n  {path}\n"
             "  do: correct the path, or use `default` for the default corpus"),
-        ("empty", "the folder contains no text files\n  {path}\n  do: put {known} files into it, or use another folder"),
+        ("empty", "the folder contains no text files\n  {path}\n"
+            "  do: put {known} files into it, or use another folder"),
     ],
 )  # fmt: skip
 def test_inputs_that_do_not_exist_are_reported_before_anything_is_read(tmp_path, name, message):

@@ -22,6 +22,7 @@ def line(text):
     return json.dumps({"text": text}).encode() + b"\n"
 
 
+STRICT = "  do: correct the input, or omit --strict to count such input as a warning"
 # kind, the line, the number of warnings, the text in the corpus (None: no document), the detail of the error
 UNUSUAL_LINES = [
     ("broken_json", b'{"text": }\n', 1, None, "Expecting value at column 10"),
@@ -42,7 +43,7 @@ UNUSUAL_LINES = [
 )
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_unusual_line_is_counted_and_reported_and_an_error_with_strict(
-    model, tmp_path, monkeypatch, kind, warning, count, kept, detail, workers
+    model, tmp_path, monkeypatch, kind, unusual, count, kept, detail, workers
 ):
     monkeypatch.setattr(pieces, "_MIN_BYTES", 40)  # so that line numbers are counted over several chunks
     path = tmp_path / "a.jsonl"
@@ -57,13 +58,8 @@ def test_an_unusual_line_is_counted_and_reported_and_an_error_with_strict(
     with pytest.raises(UserError) as error:
         prepare_command([str(path)], model, tmp_path / "s", PrepareOptions(0, workers, strict=True))
     what = WARNING_KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
-    assert str(error.value) == (
-        f"megagpt: unusual input: {what}\n  {path}:6\n  do: correct the input, or omit --strict to count such input as a warning"
-    )
+    assert str(error.value) == (f"megagpt: unusual input: {what}\n  {path}:6\n{STRICT}")
     assert not list(tmp_path.glob("s.*.idx"))
-
-
-STRICT = "  do: correct the input, or omit --strict to count such input as a warning"
 
 
 def strict_error(path, model, prefix, **options):

@@ -81,7 +81,7 @@ def test_samples_and_segments_are_processed_in_batches(monkeypatch, tmp_path, lo
     blocks = list(_interleave(groups, longest))
     assert max(sum(group.samples for group in block) for block in blocks) <= 60
     copied = Counter()
-    for samples, lengths in (mix for block in blocks for group in block):
+    for samples, lengths in (group for block in blocks for group in block):
         copied[tuple(lengths.tolist())] += samples
     expected = Counter()
     for samples, lengths in groups:
