@@ -44,7 +44,7 @@ class PrepareOptions:
         validation_fraction: The fraction of the documents that go to the validation part.
         workers: Number of processes; None means one per core.
         text_key: The key of the text in JSON lines or table rows; dots separate nested keys.
-        strict: Raise an error at the first unusual input, in place of a warning.
+        strict: Raise an error at the first unusual input, instead of a warning.
         deduplicate: Omit exact copies of earlier documents.
         shuffle: Shuffle the documents, in the same order every time.
         engine: The tokenizer implementation, see `engines.ENGINES`.

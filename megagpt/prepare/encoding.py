@@ -36,7 +36,7 @@ class EncodeJob:
         tokenizer: The tokenizer.
         validation_fraction: The fraction of the documents that go to the validation part.
         text_key: The keys that lead to the text in a JSON line or table row, outermost first.
-        strict: Raise an error at the first unusual input, in place of a warning.
+        strict: Raise an error at the first unusual input, instead of a warning.
         engine: The tokenizer implementation, see `engines.ENGINES`.
     """
 

@@ -1,9 +1,9 @@
 """Benchmark of the peak memory of a process of `prepare` and `tokenizer train`, for several kinds of large input.
 
 usage: python tests/benchmarks/memory.py [--workers 2] [--megabytes 1000] [--documents 10000000] [--long 500] [CASE…]
-Cases: large (one file of lines), tiny (documents of a few bytes), tokenizer (trained on large), and a single document as
-a text file (long), as a line (line), as a compressed line (gzip) and as a row of a table (row: not bounded, since a
-value is read as a whole).
+Cases: large (one file of lines), tiny (documents of a few bytes), tokenizer (trained on large), and a single document
+as a text file (long), as a line (line), as a compressed line (gzip) and as a row of a table (row: not bounded, since
+a value is read as a whole).
 This file imports little, since the memory of this process would be counted for its children.
 """
 
