@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.data.oddities import InputLocation, InputWarnings
-from megagpt.files import ChecksummedFile, crc32
+from megagpt.files import ChecksummedFile, crc32, parse_json
 
 ROW_DTYPE = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
 _ROW = struct.Struct("<qq?16s")
@@ -133,7 +133,7 @@ def read_shard_record(folder: Path, number: int) -> ShardRecord | None:
     The content of the files is not read; `is_intact` compares it with the checksums.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / f"{number}.json").read_bytes())
+        content: dict[str, Any] = parse_json((folder / f"{number}.json").read_bytes())
         warnings = content.pop("warnings")
         first = {kind: InputLocation(*location) for kind, location in warnings["first"].items()}
         lines = {int(file): count for file, count in warnings["lines"].items()}

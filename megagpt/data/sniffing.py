@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from enum import Enum
 from pathlib import PurePath
 
 from megagpt.data.opening import Compression, detect_compression, open_decompressed
 from megagpt.errors import UserError
+from megagpt.files import parse_json
 
 
 class FileFormat(Enum):
@@ -81,8 +81,8 @@ def _starts_with_object(head: bytes) -> bool:
     if not newline and len(head) == _HEAD_BYTES:
         return _OBJECT_START.match(line.decode(errors="replace")) is not None
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line), dict)
+    except ValueError:
         return False
 
 

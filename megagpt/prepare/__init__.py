@@ -84,7 +84,7 @@ def prepare_corpora(
         UserError: As `prepare_command`.
         MachineError: As `prepare_command`.
     """
-    with joined_ranks() as ranks:
+    with joined_ranks(work_directory(os.fspath(output)).parent) as ranks:
         prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), ranks, out)
         return prepared if ranks.rank == 0 else None
 

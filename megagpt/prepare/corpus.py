@@ -14,8 +14,8 @@ import numpy as np
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
-from megagpt.data.indexed import Reader, corpus_file, dtype_of
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader, corpus_file, token_dtype
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.oddities import LocatedError, WarningCount, locate_error, summarize_warnings
 from megagpt.data.pieces import Chunk, split_into_chunks
 from megagpt.data.reading import parse_text_key
@@ -24,7 +24,7 @@ from megagpt.data.sniffing import FileFormat
 from megagpt.data.sources import InputFile
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare import workplace
+from megagpt.prepare import plain, workplace
 from megagpt.prepare.duplicates import mark_first_copies
 from megagpt.prepare.encoding import ChunkError, EncodeJob
 from megagpt.prepare.engines import check_engine
@@ -229,6 +229,7 @@ def _finish(job: CorpusJob, ranks: Ranks, chunks: int, begin: float) -> PrepareS
     )
 
 
+@plain.register
 class _Published(NamedTuple):
     """The published parts, training first; the number of copies that were omitted, and the number of unknown ids."""
 
@@ -250,7 +251,7 @@ def _merge(
     prefixes = {False: str(job.folder / "unpacked") if options.pack else f"{job.output}.train"}
     if options.validation_fraction:
         prefixes[True] = f"{job.output}.validation"
-    id_bytes = dtype_of(tokenizer.vocab_size).itemsize
+    id_bytes = token_dtype(tokenizer.vocab_size).itemsize
     selection = DocumentSelection(job.folder, records, id_bytes, keep, options.shuffle)
     documents = sum(record.documents for record in records)
     with merge_shards(prefixes, tokenizer, selection, ranks) as (writers, unknown):
@@ -258,7 +259,7 @@ def _merge(
 
 
 def _publish(
-    job: CorpusJob, writers: Sequence[Writer], documents: int, unknown: int, warnings: Sequence[WarningCount]
+    job: CorpusJob, writers: Sequence[CorpusWriter], documents: int, unknown: int, warnings: Sequence[WarningCount]
 ) -> _Published:
     """Rename the files to their final names, if training and validation can use them."""
     tokenizer, options = job.tokenizer, job.options
@@ -280,13 +281,13 @@ def _publish(
     return _Published(parts, packing, copies, unknown)
 
 
-def _pack(job: CorpusJob, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> PackingSummary:
+def _pack(job: CorpusJob, unpacked: CorpusWriter, part: PartSummary, made: dict[str, object]) -> PackingSummary:
     """Publish a packed copy of the training part, which `unpacked` has written."""
     tokenizer, seq_len = job.tokenizer, job.options.pack
     assert seq_len is not None
-    unpacked.finish_unverified()
-    with Writer(part.prefix, tokenizer.vocab_size) as writer:
-        packing = pack(Reader(unpacked.prefix), writer, seq_len, tokenizer.eod, job.folder)
+    unpacked.finish_without_sidecar()
+    with CorpusWriter(part.prefix, tokenizer.vocab_size) as writer:
+        packing = pack(CorpusReader(unpacked.prefix), writer, seq_len, tokenizer.eod, job.folder)
         writer.text_bytes = part.text_bytes
         facts = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
         writer.finish(tokenizer.sha256, tokenizer.eod, made | {"packing": facts}, seq_len, packing.padding)

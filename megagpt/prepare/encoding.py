@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.data.documents import TextFragment, is_validation, join_fragments, text_digest
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.indexed_writer import MAX_SEQUENCE
 from megagpt.data.oddities import InputLocation, InputWarnings
 from megagpt.data.pieces import Chunk
@@ -84,7 +84,7 @@ class ChunkEncoder:
                 documents = _DocumentAssembler(shard, self._encoder, self._job.validation_fraction, warnings)
                 for part in chunk.ranges:
                     fragments = read_fragments(part, self._job.text_key, warnings, self._job.folder)
-                    if not self._encoder.by_words:
+                    if not self._encoder.is_word_local:
                         fragments = join_fragments(fragments)
                     for batch in _batches(fragments):
                         before = documents.totals()
@@ -139,7 +139,7 @@ class _DocumentAssembler:
     """Assembles encoded fragments into the documents of a shard."""
 
     def __init__(
-        self, shard: ShardWriter, encoder: Encoder, validation_fraction: float, warnings: InputWarnings
+        self, shard: ShardWriter, encoder: CachedEncoder, validation_fraction: float, warnings: InputWarnings
     ) -> None:
         self._shard, self._validation_fraction, self._warnings = shard, validation_fraction, warnings
         self._end_of_document, self._id_bytes = encoder.end, encoder.width

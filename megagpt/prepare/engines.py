@@ -10,9 +10,9 @@ from itertools import takewhile
 
 import numpy as np
 
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.gigatoken_encoder import GigatokenEncoder, check_gigatoken
-from megagpt.data.indexed import dtype_of
+from megagpt.data.indexed import token_dtype
 from megagpt.data.oddities import InputLocation, LocatedError
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -38,9 +38,9 @@ def check_engine(engine: str, tokenizer: Tokenizer) -> None:
         check_gigatoken(tokenizer)
 
 
-def create_encoder(engine: str, tokenizer: Tokenizer) -> Encoder:
+def create_encoder(engine: str, tokenizer: Tokenizer) -> CachedEncoder:
     """Create the encoder of an engine, which has passed `check_engine`, for a tokenizer."""
-    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else Encoder(tokenizer)
+    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else CachedEncoder(tokenizer)
 
 
 class EngineMismatch(LocatedError):
@@ -72,7 +72,7 @@ class EngineCheck:
 
     def __init__(self, engine: str, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
-        self._dtype = dtype_of(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self.start_shard()
 
     def start_shard(self) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.id_file import IdFile, Stretches
-from megagpt.data.indexed_writer import Writer, partial_ids
-from megagpt.data.permutation import as_numbers, keys, permute, sides
+from megagpt.data.id_file import BinWriter, ChecksummedRanges
+from megagpt.data.indexed_writer import CorpusWriter, partial_bin_path
+from megagpt.data.permutation import as_uint64, derive_keys, permute, radices
 from megagpt.data.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
@@ -101,7 +101,7 @@ class DocumentSelection:
 @contextmanager
 def merge_shards(
     prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: Ranks
-) -> Iterator[tuple[Mapping[bool, Writer], int]]:
+) -> Iterator[tuple[Mapping[bool, CorpusWriter], int]]:
     """Write the selected documents to the parts of a corpus. Collective.
 
     Each rank writes the ids of its documents directly to their final offsets in the files. The first rank creates the
@@ -117,26 +117,26 @@ def merge_shards(
         The writer of each part on the first rank, and the number of unknown ids in all parts.
     """
     with ExitStack() as stack:
-        writers: dict[bool, Writer] = {}
+        writers: dict[bool, CorpusWriter] = {}
 
         def open_writers() -> None:
             for part, prefix in prefixes.items():
-                writers[part] = stack.enter_context(Writer(prefix, tokenizer.vocab_size))
+                writers[part] = stack.enter_context(CorpusWriter(prefix, tokenizer.vocab_size))
 
         ranks.first(open_writers)
         blocks = selection.blocks()
         own = ranks.share(blocks)
         starts = {part: ranks.sum_before(partial(selection.total_id_bytes, own, part)) for part in prefixes}
 
-        def copy_own() -> tuple[dict[bool, Stretches], int]:
+        def copy_own() -> tuple[dict[bool, ChecksummedRanges], int]:
             with report_write_errors(selection.folder):
                 if ranks.rank == 0:
                     _write_index(selection, blocks, writers)
-                    files = {part: writer.ids for part, writer in writers.items()}
+                    files = {part: writer.bin_file for part, writer in writers.items()}
                     return {}, _copy_ids(selection, own, files, tokenizer.unknown)
                 with ExitStack() as opened:
                     files = {
-                        part: opened.enter_context(IdFile(partial_ids(prefix), starts[part]))
+                        part: opened.enter_context(BinWriter(partial_bin_path(prefix), starts[part]))
                         for part, prefix in prefixes.items()
                     }
                     unknown = _copy_ids(selection, own, files, tokenizer.unknown)
@@ -144,7 +144,7 @@ def merge_shards(
 
         (_, unknown), *others = ranks.each(copy_own)
         for part, writer in writers.items():
-            writer.others = [written for ranges, _ in others for written in ranges[part]]
+            writer.other_ranges = [written for ranges, _ in others for written in ranges[part]]
         yield writers, unknown + sum(count for _, count in others)
 
 
@@ -172,7 +172,9 @@ def document_digests(folder: Path, records: Sequence[ShardRecord]) -> Iterator[t
         yield block.first, digest.view("<u8").reshape(-1, 2)
 
 
-def _write_index(selection: DocumentSelection, blocks: Sequence[DocumentBlock], writers: Mapping[bool, Writer]) -> None:
+def _write_index(
+    selection: DocumentSelection, blocks: Sequence[DocumentBlock], writers: Mapping[bool, CorpusWriter]
+) -> None:
     """Add the documents of all blocks to the index of their part."""
     for block in blocks:
         rows = _read_rows(selection.folder, block)
@@ -182,7 +184,7 @@ def _write_index(selection: DocumentSelection, blocks: Sequence[DocumentBlock], 
 
 
 def _copy_ids(
-    selection: DocumentSelection, blocks: Sequence[DocumentBlock], files: Mapping[bool, IdFile], unknown: int | None
+    selection: DocumentSelection, blocks: Sequence[DocumentBlock], files: Mapping[bool, BinWriter], unknown: int | None
 ) -> int:
     """Copy the ids of some blocks to the files of their parts, and return how many of them are the id `unknown`."""
     unknown_count = 0
@@ -243,6 +245,6 @@ def _permutation(count: int, key: int, shuffle: bool) -> Integers:
     """Return the integers below `count`, permuted by `key` if `shuffle` is set."""
     if not shuffle or count < 2:
         return np.arange(count)
-    a, b = (as_numbers([side]) for side in sides(count))
-    permuted = permute(np.arange(count, dtype=np.uint64), as_numbers([count]), a, b, keys(_SHUFFLE_SEED, key))
+    a, b = (as_uint64([side]) for side in radices(count))
+    permuted = permute(np.arange(count, dtype=np.uint64), as_uint64([count]), a, b, derive_keys(_SHUFFLE_SEED, key))
     return permuted.astype(np.int64)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.errors import MachineError
 from megagpt.prepare.summary import PackingSummary
 from megagpt.prepare.workplace import create_memmap
@@ -98,7 +98,7 @@ def _lengths(content: _Content) -> Integers:
     return np.repeat(lengths[::-1], counts[::-1])
 
 
-def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -> PackingSummary:
+def pack(reader: CorpusReader, writer: CorpusWriter, seq_len: int, eod: int, folder: Path) -> PackingSummary:
     """Write all tokens of a corpus, each exactly once, as samples of `seq_len + 1` tokens, one sequence per sample.
 
     Samples that are not full are padded with `eod`, which also follows the end of their last document. The groups of
@@ -135,7 +135,7 @@ def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -
     return PackingSummary(seq_len, writer.documents, padding, documents, cut_before, cut_after)
 
 
-def _measure(reader: Reader, size: int) -> tuple[int, float, int, Integers]:
+def _measure(reader: CorpusReader, size: int) -> tuple[int, float, int, Integers]:
     """Count the documents, the documents split without and with packing, and the segments by length `[size + 1]`."""
     documents, cut_before, cut_after, counts = 0, 0.0, 0, np.zeros(size + 1, np.int64)
     for bounds in _document_bounds(reader):
@@ -151,14 +151,14 @@ def _measure(reader: Reader, size: int) -> tuple[int, float, int, Integers]:
     return documents, cut_before, cut_after, counts
 
 
-def _document_bounds(reader: Reader) -> Iterator[Integers]:
+def _document_bounds(reader: CorpusReader) -> Iterator[Integers]:
     """Yield, in batches, the tokens at which documents begin, followed by the end of the last document of the batch."""
     documents = len(reader.documents) - 1
     for first in range(0, documents, _ENTRIES):
-        yield reader.begins(np.arange(first, min(first + _ENTRIES, documents) + 1))
+        yield reader.document_starts(np.arange(first, min(first + _ENTRIES, documents) + 1))
 
 
-def _segments(reader: Reader, size: int) -> Iterator[tuple[Integers, Integers]]:
+def _segments(reader: CorpusReader, size: int) -> Iterator[tuple[Integers, Integers]]:
     """Yield, in batches, the begins and lengths of all segments, in tokens."""
     for bounds in _document_bounds(reader):
         counts = -(-np.diff(bounds) // size)  # segments per document
@@ -199,7 +199,7 @@ def _interleave(groups: Sequence[SampleGroup], size: int) -> Iterator[list[Sampl
 
 
 def _fill_samples(
-    reader: Reader, batch: Sequence[SampleGroup], lengths: Integers, begins: Integers, size: int, eod: int
+    reader: CorpusReader, batch: Sequence[SampleGroup], lengths: Integers, begins: Integers, size: int, eod: int
 ) -> memoryview:
     """Return the ids of a batch of samples.
 
@@ -222,7 +222,7 @@ def _fill_samples(
     targets = before + np.repeat(shift, segments)
     ranges = np.stack([begins, targets, targets + lengths]) * reader.dtype.itemsize
     for begin, target, end in ranges.T.tolist():
-        if os.preadv(reader.file, [ids[target:end]], begin) != end - target:
+        if os.preadv(reader.fd, [ids[target:end]], begin) != end - target:
             what = "a file was truncated while it was read"
             raise MachineError(what, f"{reader.prefix}.bin", "run the command again")
     return ids

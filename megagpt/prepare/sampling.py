@@ -13,7 +13,7 @@ from megagpt.data.pieces import Chunk, split_into_chunks
 from megagpt.data.reading import read_fragments
 from megagpt.data.sample import BoundedSample
 from megagpt.data.sources import InputFile
-from megagpt.data.tokenizer import SAMPLE_BYTES, lines_of, without_surrogates
+from megagpt.data.tokenizer import SAMPLE_BYTES, training_lines, without_surrogates
 from megagpt.prepare.encoding import ChunkError, ProgressCallback
 from megagpt.prepare.pool import ChunkTask, run_tasks
 
@@ -122,7 +122,7 @@ class _DocumentSampler:
         self._hash.update(raw)
         self._bytes += len(raw)
         self._head += text[: _HEAD - len(self._head)]
-        for line in lines_of(text):
+        for line in training_lines(text):
             self._lines.add((self._chunk, self._line), line)
             self._line += 1
         if fragment.is_last:

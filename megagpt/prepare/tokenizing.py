@@ -14,6 +14,7 @@ from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.data.reading import parse_text_key
 from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
+from megagpt.errors import without_controls
 from megagpt.prepare.corpus import describe_inputs
 from megagpt.prepare.sampling import sample_inputs
 from megagpt.prepare.summary import TokenizerQuality, TokenizerSummary
@@ -78,7 +79,7 @@ class TokenizedText:
     text_bytes: int
 
     def __str__(self) -> str:
-        return "|".join(text for _, text in self.tokens) + f"\n{self._totals()}"
+        return without_controls("|".join(text for _, text in self.tokens)) + f"\n{self._totals()}"
 
     def colored(self) -> Text:
         """Return the text with a background color for each token."""
@@ -86,7 +87,7 @@ class TokenizedText:
 
         colored = Text()
         for index, (_, text) in enumerate(self.tokens):
-            colored.append(text.replace("\n", "⏎\n"), _COLORS[index % len(_COLORS)])
+            colored.append(without_controls(text).replace("\n", "⏎\n"), _COLORS[index % len(_COLORS)])
         return colored.append(f"\n{self._totals()}")
 
     def _totals(self) -> str:

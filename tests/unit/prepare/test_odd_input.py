@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from megagpt.data import pieces
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -51,7 +51,7 @@ def test_an_unusual_line_is_counted_and_reported_and_an_error_with_strict(
     if workers == 1:
         summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers))
         assert str(summary).splitlines()[3] == f"warning: {count} {WARNING_KINDS[kind]} (first: {path}:6)"
-        reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+        reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
         documents = [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
         assert documents == ["good"] * 5 + [kept] * (kept is not None) + ["good"] * 3
         assert all(tokenizer.eod not in reader.document(n)[:-1] for n in range(len(documents)))
@@ -71,7 +71,7 @@ def strict_error(path, model, prefix, **options):
 
 
 def texts_of(prefix, model):
-    reader, tokenizer = Reader(f"{prefix}.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(f"{prefix}.train"), Tokenizer(model)
     return [tokenizer.decode(reader.document(number)) for number in range(len(reader.documents) - 1)]
 
 
@@ -179,7 +179,7 @@ def test_a_document_too_long_for_one_sequence_is_reported_and_an_error_with_stri
     path = tmp_path / "a.jsonl"
     path.write_text(jsonl(["q", "qqqqqqqqqqqq", "z"]))
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
-    reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     assert max(reader.lengths) == 4
     assert tokenizer.decode(reader.document(1)) == "qqqqqqqqqqqq"
     assert [(warning.kind, warning.count, warning.first) for warning in summary.oddities] == [("long", 1, f"{path}:2")]
@@ -192,7 +192,7 @@ def test_the_summary_lists_all_warnings(model, tmp_path):
     path = tmp_path / "unusual.jsonl"
     path.write_bytes(GOOD + b"x\ny\n" + line(""))
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
-    tokens = len(Reader(tmp_path / "c.train").tokens)
+    tokens = len(CorpusReader(tmp_path / "c.train").tokens)
     assert str(summary) == "\n".join(
         [
             f"text from {path} (0.0 MB)",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megagpt.data import pieces
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.errors import MachineError, UserError
 from megagpt.prepare import PrepareOptions, corpus, prepare_command
 from megagpt.prepare.workplace import WorkDirectory, create_memmap, work_directory
@@ -173,7 +173,7 @@ def test_shards_of_another_plan_are_not_used(command, large, model, tmp_path):
     process.kill()
     process.communicate()
     prepare_command([str(other)], model, tmp_path / "c", PrepareOptions(0))
-    assert Reader(tmp_path / "c.train").sidecar.text_bytes == 1400
+    assert CorpusReader(tmp_path / "c.train").sidecar.text_bytes == 1400
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["c.train.bin", "c.train.idx", "c.train.json"]
 
 
