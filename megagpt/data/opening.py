@@ -29,6 +29,8 @@ class Compression(Enum):
 
 # Bytes of a zstandard file that are decompressed at a time. They can become many thousand times as many.
 _ZSTANDARD_BLOCK = 1 << 10
+_XZ_MEMORY = 1 << 28  # bytes that decompressing an xz file may take; files of `xz -9` need a quarter of that
+_XZ_BLOCK = 1 << 16
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
@@ -77,10 +79,64 @@ def _decompress(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes
     if compression is Compression.BZIP2:
         return bz2.open(raw)
     if compression is Compression.XZ:
-        return lzma.open(raw)
+        return cast("IO[bytes]", io.BufferedReader(_XzReader(raw, path), 1 << 17))
     if compression is Compression.ZSTANDARD:
         return cast("IO[bytes]", io.BufferedReader(_ZstandardReader(raw, path), 1 << 17))
     return raw
+
+
+class _XzReader(io.RawIOBase):
+    """Reads all streams of an xz file. `lzma.open` would allocate up to 4 GiB if the file asks for it."""
+
+    def __init__(self, raw: IO[bytes], path: str) -> None:
+        self._raw, self._path = raw, path
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        self._at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._at_end:
+            block = b""
+            is_new_stream = self._stream.eof
+            if is_new_stream:
+                block = self._start_next_stream()
+                if not block:
+                    continue
+            elif self._stream.needs_input:
+                block = self._raw.read(_XZ_BLOCK)
+                if not block:
+                    raise EOFError("the file ends within a stream")
+            text = self._decompress(block, len(view), is_new_stream)
+            if text:
+                view[: len(text)] = text
+                return len(text)
+        return 0
+
+    def _start_next_stream(self) -> bytes:
+        """Skip the padding after a stream, and return the first bytes of the next one; b"" at the end of the file."""
+        block = self._stream.unused_data
+        while not (block := block.lstrip(b"\0")):
+            block = self._raw.read(_XZ_BLOCK)
+            if not block:
+                self._at_end = True
+                return b""
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        return block
+
+    def _decompress(self, block: bytes, max_length: int, is_new_stream: bool) -> bytes:
+        try:
+            return self._stream.decompress(block, max_length)
+        except lzma.LZMAError as error:
+            if "Memory usage limit" in str(error):
+                what = f"decompressing this file takes more than {_XZ_MEMORY >> 20} MiB of memory"
+                raise UserError(what, self._path, "compress it again, with `xz -9` or less") from None
+            if not is_new_stream:
+                raise
+            self._at_end = True  # what follows the last stream is not xz, and is ignored as the lzma module does
+            return b""
 
 
 class _ZstandardReader(io.RawIOBase):

@@ -64,7 +64,7 @@ def loads(message: bytes) -> Any:
         raise BadMessage("neither JSON nor bytes")
     try:
         return _value(parse_json(content.decode("utf-8", "surrogatepass")))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise BadMessage(str(error)) from None
 
 
