@@ -22,6 +22,8 @@ from megagpt.data import opening
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.manifest import ManifestReader
 from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
 from megagpt.data.sidecar import read_sidecar
 from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer
@@ -334,7 +336,7 @@ def test_html_in_the_name_of_a_run_is_text_in_its_picture(tmp_path):
     run.mkdir()
     event = {"event": "update", "update": 1, "tokens": 10, "loss": 1.0}
     (run / metrics.NAME).write_text(json.dumps(event) + "\n")
-    text = report.picture(run).read_text()
+    text = report.draw_as_svg(run).read_text()
     kinds = {element.tag.rpartition("}")[2] for element in xml.etree.ElementTree.fromstring(text).iter()}
     assert kinds.isdisjoint({"script", "img", "b", "foreignObject", "a"})
     assert "<script" not in text
@@ -358,7 +360,7 @@ def test_escapes_in_texts_names_and_messages_do_not_reach_the_terminal(tmp_path)
     assert shown(str(DocumentExcerpt(1, 2, (1, 2), ESCAPES))) == []
     tokens = TokenizedText(((1, ESCAPES),), 1)
     assert shown(str(tokens)) == []
-    assert shown(tokens.coloured().plain) == []
+    assert shown(tokens.colored().plain) == []
 
 
 def test_escapes_in_a_corpus_do_not_reach_the_terminal(data, tmp_path):

@@ -54,7 +54,7 @@ class Broken:
     """gigatoken, except that it drops the last id of documents that contain a given word."""
 
     def __init__(self, tokenizer, word):
-        self._engine, self._word, self._end = gigatoken_encoder_opened(tokenizer), word, tokenizer.eod
+        self._engine, self._word, self._end = build_engine(tokenizer), word, tokenizer.eod
 
     def encode(self, texts):
         ids = self._engine.encode(texts)
@@ -63,11 +63,11 @@ class Broken:
         return np.delete(ids, last)
 
 
-gigatoken_encoder_opened = gigatoken_encoder._opened
+build_engine = gigatoken_encoder._build_engine
 
 
 def test_a_mismatch_is_an_error_that_names_the_document(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda tokenizer: Broken(tokenizer, b"Zebra"))
+    monkeypatch.setattr(gigatoken_encoder, "_build_engine", lambda tokenizer: Broken(tokenizer, b"Zebra"))
     monkeypatch.setattr(pieces, "_MIN_BYTES", 60)  # at most five lines per shard
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
