@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
 
 
 def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):
     source = tmp_path / "text.jsonl"  # 12 MB are three pieces of work
     source.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in default_corpus().documents))
     model = train_tokenizer_command([str(source)], 500, tmp_path / "t", 0.0).path
-    prepare_command([str(source)], model, tmp_path / "alone", Options(0.2, workers=1))
+    prepare_command([str(source)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1))
     printed = slurm.run(
         1, "srun", "-N", 2, "-n", 3, "megagpt", "prepare", source, "--tokenizer", model, "--output",
         tmp_path / "c", "--validation-fraction", 0.2,

@@ -17,22 +17,22 @@ import pytest
 
 from megagpt import assembly, files, report
 from megagpt import recipe as megagpt_recipe
-from megagpt.corpora.inspecting import Shown
+from megagpt.corpora.inspecting import DocumentExcerpt
 from megagpt.data import opening
-from megagpt.data.indexed import Reader
-from megagpt.data.manifest import Lines
-from megagpt.data.oddities import Oddities
-from megagpt.data.pieces import cut
-from megagpt.data.reading import read
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.manifest import ManifestReader
+from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
 from megagpt.data.sidecar import read_sidecar
-from megagpt.data.sources import find_sources
+from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.doctor import agent
 from megagpt.errors import Problem, UserError, without_controls
 from megagpt.model.pieces import Pieces
-from megagpt.prepare import Options, plain, prepare_command
+from megagpt.prepare import PrepareOptions, plain, prepare_command
 from megagpt.prepare.ranks import _Joined
-from megagpt.prepare.tokenizing import Tokens
+from megagpt.prepare.tokenizing import TokenizedText
 from megagpt.run import checkpoint, metrics, status
 from megagpt.run.console import Console
 from tests import training
@@ -131,7 +131,7 @@ def test_a_pickle_in_place_of_a_corpus(bomb, tmp_path):
     for suffix in (".idx", ".bin"):
         (tmp_path / f"c{suffix}").write_bytes(bomb)
     with pytest.raises(UserError):
-        Reader(str(tmp_path / "c"))
+        CorpusReader(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_checkpoints_manifest_of_another_form(tmp_path, state, listed):
 def test_a_manifest_of_texts_that_names_a_corpus_outside_the_output(tmp_path, corpus):
     (tmp_path / "list").write_text(f"a.txt\t{corpus}\n")
     with pytest.raises(UserError, match="cannot be the name of a corpus"):
-        list(Lines().read(tmp_path / "list"))
+        list(ManifestReader().read(tmp_path / "list"))
 
 
 def test_another_rank_that_names_files_outside_the_folder_of_shards(tmp_path):
@@ -277,28 +277,28 @@ def test_an_xz_file_that_asks_for_four_gigabytes_of_memory(tmp_path):
     path = tmp_path / "a.txt.xz"
     path.write_bytes(content)
     with pytest.raises(UserError, match="takes more than 256 MiB of memory"):
-        find_sources([str(path)], tmp_path / "spool")
+        find_input_files([str(path)], tmp_path / "spool")
 
 
 def test_xz_files_of_several_streams_and_padding_are_read_whole(tmp_path):
     path = tmp_path / "a.xz"
     for ending in (b"", b"\0" * 8, b"\0" * 100_000, b"not xz"):
         path.write_bytes(lzma.compress(b"one\n" * 100_000) + lzma.compress(b"two\n" * 100_000) + ending)
-        with opening.opened(str(path), opening.Compression.XZ) as file:
+        with opening.open_decompressed(str(path), opening.Compression.XZ) as file:
             assert file.read() == b"one\n" * 100_000 + b"two\n" * 100_000
 
 
 BOMB = """\
 import resource, sys
-from megagpt.data.oddities import Oddities
-from megagpt.data.pieces import cut
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from pathlib import Path
 count = 0
-for piece in cut(find_sources([sys.argv[1]], Path(sys.argv[1] + ".spool"))):
-    for stretch in piece.stretches:
-        for fragment in read(stretch, ("text",), Oddities()):
+for chunk in split_into_chunks(find_input_files([sys.argv[1]], Path(sys.argv[1] + ".spool"))):
+    for part in chunk.ranges:
+        for fragment in read_fragments(part, ("text",), InputWarnings()):
             count += len(fragment.text)
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -336,7 +336,7 @@ def test_html_in_the_name_of_a_run_is_text_in_its_picture(tmp_path):
     run.mkdir()
     event = {"event": "update", "update": 1, "tokens": 10, "loss": 1.0}
     (run / metrics.NAME).write_text(json.dumps(event) + "\n")
-    text = report.picture(run).read_text()
+    text = report.draw_as_svg(run).read_text()
     kinds = {element.tag.rpartition("}")[2] for element in xml.etree.ElementTree.fromstring(text).iter()}
     assert kinds.isdisjoint({"script", "img", "b", "foreignObject", "a"})
     assert "<script" not in text
@@ -357,15 +357,15 @@ def test_escapes_in_texts_names_and_messages_do_not_reach_the_terminal(tmp_path)
     assert without_controls(f"\x1b[31mred\x1b[0m{ESCAPES}", colours=True).startswith("\x1b[31mred\x1b[0m\ufffd]0;owned")
     assert shown(str(Problem(ESCAPES, ESCAPES, ESCAPES))) == []
     assert shown(str(UserError(ESCAPES, f"{ESCAPES}.txt"))) == []
-    assert shown(str(Shown(1, 2, (1, 2), ESCAPES))) == []
-    tokens = Tokens(((1, ESCAPES),), 1)
+    assert shown(str(DocumentExcerpt(1, 2, (1, 2), ESCAPES))) == []
+    tokens = TokenizedText(((1, ESCAPES),), 1)
     assert shown(str(tokens)) == []
-    assert shown(tokens.coloured().plain) == []
+    assert shown(tokens.colored().plain) == []
 
 
 def test_escapes_in_a_corpus_do_not_reach_the_terminal(data, tmp_path):
     (tmp_path / f"a{ESCAPES.replace('/', '')}.txt").write_text(f"the {ESCAPES} of the\n")
-    made = prepare_command([str(tmp_path)], data / "text.model", tmp_path / "c", Options(0.0, workers=1))
+    made = prepare_command([str(tmp_path)], data / "text.model", tmp_path / "c", PrepareOptions(0.0, workers=1))
     assert made.train.documents == 1
     program = "import sys; from megagpt.cli import main; sys.exit(main())"
     for words in (
@@ -408,10 +408,10 @@ def test_deep_json_beside_and_in_a_corpus(tmp_path):
         read_sidecar(tmp_path / "c.json")
     text = tmp_path / "a.jsonl"
     text.write_text(f'{{"text": "a"}}\n{{"text": "b", "x": {DEEP}}}\n{{"text": "c"}}\n')
-    odd = Oddities()
-    (piece,) = cut(find_sources([str(text)], tmp_path / "spool"))
-    assert [one.text for one in read(piece.stretches[0], ("text",), odd)] == ["a", "c"]
-    assert odd.counts == {"broken_json": 1}
+    warnings = InputWarnings()
+    (chunk,) = split_into_chunks(find_input_files([str(text)], tmp_path / "spool"))
+    assert [one.text for one in read_fragments(chunk.ranges[0], ("text",), warnings)] == ["a", "c"]
+    assert warnings.counts == {"broken_json": 1}
 
 
 @pytest.mark.parametrize("name", ["t.model", "tokenizer.json"])
