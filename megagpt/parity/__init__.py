@@ -123,12 +123,11 @@ def _real_update(
         watch.enter(PASSES, 1)
         result = _update(engine, _share(batch, one, rank))
     engine.release()
-    loss = None
+    made = RealUpdate(number, result.loss, result.grad_norm, result.made)
     if real_shape.comparable(one):
-        alone = reference.train(one.recipe, [batch], batch).losses[0] if rank.main else 0.0
-        loss = agreement.total(alone)
-    limit = curve.tolerance_of(one.recipe).loss
-    made = RealUpdate(number, result.loss, result.grad_norm, result.made, loss, limit)
+        alone = reference.train(one.recipe, [batch], batch) if rank.main else None
+        loss, norm = (agreement.total(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2))
+        made = replace(made, differences=curve.of_update(one.recipe, (made.loss, made.norm), (loss, norm)))
     return replace(proof, update=made)
 
 
