@@ -276,8 +276,8 @@ def report(run: Run) -> None:
     from megagpt import report as verb
     from megagpt.run import metrics
 
-    print(verb.terminal(run, colour=sys.stdout.isatty()))
-    print(f"picture: {verb.picture(run)}")
+    print(verb.draw_as_text(run, colour=sys.stdout.isatty()))
+    print(f"picture: {verb.draw_as_svg(run)}")
     print(f"time: {metrics.spent(run)}")
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from megagpt.errors import without_controls
+
 _ORDER = (
     "tokenizer", "prepare", "data", "keys", "plan", "hosts", "doctor", "parity",
     "train", "stop", "status", "checkpoints", "report", "evaluate", "generate", "export",
@@ -46,4 +48,4 @@ class InOrder(typer.core.TyperGroup):
 
 def answer(summary: Any, as_json: bool) -> None:
     """Print a verb's figures, for people or as JSON."""
-    print(json.dumps(asdict(summary)) if as_json else str(summary))
+    print(json.dumps(asdict(summary)) if as_json else without_controls(str(summary), colours=True))

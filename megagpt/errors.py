@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,22 @@ EXIT_FAILURE = 1
 EXIT_USER = 2
 EXIT_RUNNING = 3  # of `megagpt status` alone: neither well nor ill yet
 EXIT_REQUEUE = 75  # stopped and saved: sysexits.h's EX_TEMPFAIL, which schedulers requeue on
+
+
+# C0 and C1 control characters but tab and line feed, what turns the direction of text, and lone surrogates
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def without_controls(text: str, colours: bool = False) -> str:
+    """Return text with U+FFFD in place of what a terminal obeys rather than shows.
+
+    Args:
+        text: Text of which parts may come from anybody: a corpus, a file's name, another program's message.
+        colours: Keep sequences that only change colours.
+    """
+    parts = _COLOUR.split(text) if colours else [text]
+    return "".join(part if number % 2 else _CONTROLS.sub("\ufffd", part) for number, part in enumerate(parts))
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Problem:
         lines += [f"  {line}" for line in self.where.splitlines()]
         if self.do:
             lines.append(f"  do: {self.do}")
-        return "\n".join(lines)
+        return without_controls("\n".join(lines))
 
 
 class UserError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagpt.errors import UserError
+
 Write = Callable[[str, bytes], None]
 """Writes the bytes of one file of a checkpoint, named relative to it."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text that may come from anybody.
+
+    Raises:
+        ValueError: The text is not JSON, or nests deeper than Python's parser goes. `json.loads` alone raises
+            RecursionError for the latter, which callers that expect a damaged file do not catch.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Written:
 
 def write(path: Path, data: bytes) -> Written:
     """Write a new file and flush it to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = _opened(path, os.O_TRUNC)
     try:
         view = memoryview(data)
         while view:
@@ -34,6 +50,35 @@ def write(path: Path, data: bytes) -> Written:
     finally:
         os.close(descriptor)
     return Written(len(data), zlib.crc32(data))
+
+
+def open_to_append(path: Path) -> int:
+    """Return a file descriptor that appends to a file, made if it is not there. Raises OSError for a symbolic link."""
+    return _opened(path, os.O_APPEND)
+
+
+def _opened(path: Path, flag: int) -> int:
+    """Open a file to write, unless it is a symbolic link: in a run directory of others it could lead anywhere."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | flag | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    raise OSError(errno.ELOOP, "this is a symbolic link, which is not written through", str(path))
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path, with all symbolic links followed, is outside of a folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def refuse_links_out(run: Path) -> None:
+    """Raise UserError if the run directory holds a symbolic link, other than a checkpoint's folder, that leaves it."""
+    entries = [path for folder in (run, run / "logs") if folder.is_dir() for path in folder.iterdir()]
+    for path in sorted(entries):
+        if path.is_symlink() and leads_out(path, run) and not path.name.startswith("update_"):
+            what = "a symbolic link leads out of the run directory, and is not written through"
+            raise UserError(what, f"{path} -> {path.readlink()}", "remove it, or put the file itself in its place")
 
 
 def into(folder: Path) -> Write:
@@ -71,12 +116,21 @@ def make_folder(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and all in it: from then on its old name is free, whatever stops the rest."""
-    if path.exists():
+    if path.is_symlink():  # only the link: what it leads to may not be ours
+        path.unlink()
+    elif path.exists():
         doomed = path.with_name(f".removed_{path.name.lstrip('.')}")
-        if doomed.exists():
-            shutil.rmtree(doomed)
+        remove_tree(doomed)
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all in it, if it is there; of a symbolic link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from megagpt.files import parse_json
 
 _FILE = Path(__file__).with_name("known_keys.json")
 
@@ -15,13 +16,13 @@ _FILE = Path(__file__).with_name("known_keys.json")
 @lru_cache(maxsize=1)
 def written_keys() -> Mapping[str, Any]:
     """What engine.keys.known_keys() gave, of the DeepSpeed version that `written_for` names."""
-    keys: Mapping[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))["keys"]
+    keys: Mapping[str, Any] = parse_json(_FILE.read_text(encoding="utf-8"))["keys"]
     return keys
 
 
 def other_version() -> str | None:
     """A note where another DeepSpeed is installed than the keys were written down for."""
-    written = json.loads(_FILE.read_text(encoding="utf-8"))["deepspeed"]
+    written = parse_json(_FILE.read_text(encoding="utf-8"))["deepspeed"]
     try:
         installed = version("deepspeed")
     except PackageNotFoundError:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from megagpt.data.loader import IGNORED, Batch
+from megagpt.data.loader import Batch
 from megagpt.ds_config import Layout, Resolved
 from megagpt.model import cost
 from megagpt.recipe import ModelSection
+from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _SEQ_LEN = 64, 32
 _VOCAB_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
@@ -152,4 +153,4 @@ def samples(section: ModelSection, number: int, first: int) -> Batch:
         rows.append(torch.where(noise, torch.randint(size, (length + 1,), generator=generator), row))
         tails.append(torch.arange(length) >= length - int(torch.randint(3 * length // 4, (), generator=generator)))
     ids = torch.stack(rows)
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(tails), IGNORED))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(torch.stack(tails), IGNORE_INDEX))

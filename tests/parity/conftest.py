@@ -1,13 +1,9 @@
 """The parity run: each world size once per session, with just the layouts that were asked for."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from layouts import CASES  # the path has to be there first
-from tables import known, table
+from tests.parity.layouts import CASES
+from tests.parity.tables import known, table
 
 WORST = "largest relative differences"  # in a test's report, which may come from another process
 

@@ -4,8 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-from layouts import CASES
-from tables import table
+from tests.parity.layouts import CASES
+from tests.parity.tables import table
 
 ROOT = Path(__file__).parents[2]
 
