@@ -95,7 +95,8 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
     """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
     hosts = promise.hosts_of(agreement.gather(promise.facts_here({}, {})))
-    watch = Watch(console.log_path.parent, rank.rank, hosts, real.recipe.log.hang_after, console.alarm)
+    folder, seconds = console.log_path.parent, real.recipe.log.hang_after
+    watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
     try:
         yield watch
     finally:
