@@ -63,6 +63,8 @@ class Outcome:
     kind: str
     text: str = ""
     used: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """processor time of the ranks"""
 
     @property
     def good(self) -> bool:
@@ -76,6 +78,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     used: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """processor time of the ranks of all cases that ended by themselves"""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.outcomes.most_common())
@@ -84,7 +88,8 @@ class Report:
             + ", ".join(f"{kind} {value:.0%}" for kind, value in used.items())
             for precision, used in sorted(self.used.items())
         )
-        return "\n".join([f"{sum(self.outcomes.values())} cases: {counts}", *bounds])
+        cases = sum(self.outcomes.values())
+        return "\n".join([f"{cases} cases: {counts}; {self.seconds:,.0f} s of processor time on ranks", *bounds])
 
 
 def fuzz(
@@ -110,6 +115,7 @@ def fuzz(
         worlds = [one["world"] for one in (switches, draws.second(switches)) if one is not None]
         say(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
         report.outcomes[outcome.kind] += 1
+        report.seconds += outcome.seconds
         kinds = report.used[switches["precision"]]
         for kind, value in outcome.used.items():
             kinds[kind] = max(kinds.get(kind, 0.0), value)
@@ -132,6 +138,7 @@ def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> O
     reasons = [_refusal(part) for part in parts]
     expected: Expected | None = None
     reports: list[dict[str, Any]] = []
+    seconds = 0.0
     for part, reason in zip(parts, reasons, strict=True):
         ranks = _start(part)
         if not any(reasons) and expected is None:
@@ -139,15 +146,17 @@ def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> O
         if problem := _wait(ranks, part):
             return problem
         found = [torch.load(part.folder / f"rank-{rank}.pt") for rank in range(part.case.world)]
+        seconds += sum(report["seconds"] for report in found)
         refused = [_without_process(report["refused"]) for report in found]
         if any(refused) or reason:
             if len({*refused, *([reason] if reason else [])}) == 1 and "do: " in refused[0]:
-                return Outcome(REFUSED, refused[0])
+                return Outcome(REFUSED, refused[0], seconds=seconds)
             return Outcome(WRONG, f"ranks do not refuse alike: {refused}, expected {reason}")
         if problem := _unlike(found):
             return problem
         reports.append(found[0])
-    return Outcome(REFUSED, str(reasons)) if expected is None else _compare(reports, expected)
+    assert expected is not None  # no layout is refused
+    return replace(_compare(reports, expected), seconds=seconds)
 
 
 def _parts(switches: Switches, name: str, folder: Path, planted: str | None) -> list[Part]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -86,7 +87,7 @@ def run(environment: dict[str, str], part: Part) -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     code = 0
     try:
-        report = _report(part)
+        report = _report(part) | {"seconds": time.process_time()}
         path = part.folder / f"rank-{number}.pt"
         torch.save(report, path.with_suffix(".new"))
         path.with_suffix(".new").rename(path)
