@@ -81,14 +81,10 @@ def fetch(run: Run, state: TrainState) -> list[Batch]:
 
 
 def make(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
-    """Make the next update, if its loss is acceptable: that is asked between the forward passes and the step."""
-
-    def accepts(loss: float) -> bool:
-        run.watch.enter(STEP, state.update + 1)
-        return run.health.accepts(loss)
-
-    run.watch.enter(PASSES, state.update + 1)
-    return run.engine.train_update(batches, accepts)
+    """Make the next update, unless its loss is refused between the forward passes and the step."""
+    update = state.update + 1
+    run.watch.enter(PASSES, update)
+    return run.engine.train_update(batches, run.health.accepts, lambda: run.watch.enter(STEP, update))
 
 
 def record(run: Run, state: TrainState, result: UpdateResult) -> None:

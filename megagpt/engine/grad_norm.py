@@ -36,8 +36,7 @@ def configure(optimizer: Any) -> None:
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None) -> float:
     """Scale the gradients of whole parameters down to a norm of `limit`, if they exceed it.
 
-    Returns:
-        The norm before clipping. NaN and infinity are returned as they are, and clip to no finite gradient.
+    Returns the norm before clipping, also where it is NaN or infinite.
     """
     parameters = list(parameters)
     squares = [square_sum(parameter.grad) for parameter in parameters if parameter.grad is not None]

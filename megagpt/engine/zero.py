@@ -18,7 +18,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.base import Accept
+from megagpt.engine.base import Accept, AtStep, ignore_step
 from megagpt.engine.materialise import check_device, materialise, recompute
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
@@ -75,7 +75,9 @@ class ZeroEngine:
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
-    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
+    def train_update(
+        self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
+    ) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._total(sum(_valid(batch) for batch in batches))
@@ -91,6 +93,7 @@ class ZeroEngine:
             if number == len(batches):
                 loss = self._sum(total) / parts
                 accepted = accept(loss)
+                at_step()
                 part = part if accepted else part * math.nan  # DeepSpeed steps on no gradient that is not finite
             self._engine.backward(part)
             self._engine.step()

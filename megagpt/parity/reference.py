@@ -45,7 +45,8 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
             group["lr"] = peak * share
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
         # in fp64: in fp32 the norm of a long vector is off by more than layouts may differ
-        norm = torch.stack([parameter.grad.double().norm() for parameter in masters.parameters()]).norm()
+        gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
         norms.append(norm.item())
         optimizer.step()
