@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -140,11 +140,13 @@ def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> O
     reports: list[dict[str, Any]] = []
     seconds = 0.0
     for part, reason in zip(parts, reasons, strict=True):
-        ranks = _start(part)
-        if not any(reasons) and expected is None:
-            expected = _expected(parts)  # while the ranks train
-        if problem := _wait(ranks, part):
-            return problem
+        if any(reasons) and not reason:
+            continue  # the other layout is refused: there is nothing to compare
+        with _started(part) as ranks:
+            if not any(reasons) and expected is None:
+                expected = _expected(parts)  # while the ranks train
+            if problem := _wait(ranks, part):
+                return problem
         found = [torch.load(part.folder / f"rank-{rank}.pt") for rank in range(part.case.world)]
         seconds += sum(report["seconds"] for report in found)
         refused = [_without_process(report["refused"]) for report in found]
@@ -200,41 +202,42 @@ def _without_process(reason: str | None) -> str | None:
     return reason and re.sub(r"-\d+(?=\.(json|yaml))", "", reason)
 
 
-def _start(part: Part) -> list[Any]:
+@contextmanager
+def _started(part: Part) -> Iterator[list[Any]]:
+    """Start the ranks of a part; those that still run at the end are killed."""
     world = part.case.world
     environment = {**ENVIRONMENT, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
     ranks = [forks.process(fuzz_rank.run, {**environment, **place}, part) for place in places]
-    for rank in ranks:
-        rank.start()
-    return ranks
+    try:
+        for rank in ranks:
+            rank.start()
+        yield ranks
+    finally:
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.kill()
+                rank.join()
 
 
 def _wait(ranks: Sequence[Any], part: Part) -> Outcome | None:
-    """Wait for the ranks to end; if one fails or all stand still, the others' stacks are logged and they are killed."""
+    """Wait until all ranks have ended, one has failed, or all stand still; the problem, if there is one."""
     begun = moved = time.monotonic()
     used, ends = 0, math.inf
-    try:
-        while any(rank.exitcode is None for rank in ranks):
-            now, ticks = time.monotonic(), sum(map(_ticks, ranks))
-            if ticks > used + TICKS:
-                used, moved = ticks, now
-            if any(rank.exitcode for rank in ranks):
-                ends = min(ends, now + GRACE)
-            if now - moved > STILL or now > ends or now - begun > fuzz_rank.LIMIT:
-                break
-            time.sleep(0.02)
-        codes = [rank.exitcode for rank in ranks]
-        if not any(code is None or code for code in codes):
-            return None
-        return Outcome(FAILED, _stacks(ranks, part, 900)) if any(codes) else Outcome(HUNG, _stacks(ranks, part, 4_000))
-    finally:
-        for rank in ranks:
-            if rank.exitcode is None:
-                rank.kill()
-            rank.join()
-            rank.close()
+    while any(rank.exitcode is None for rank in ranks):
+        now, ticks = time.monotonic(), sum(map(_ticks, ranks))
+        if ticks > used + TICKS:
+            used, moved = ticks, now
+        if any(rank.exitcode for rank in ranks):
+            ends = min(ends, now + GRACE)
+        if now - moved > STILL or now > ends or now - begun > fuzz_rank.LIMIT:
+            break
+        time.sleep(0.02)
+    codes = [rank.exitcode for rank in ranks]
+    if any(codes):
+        return Outcome(FAILED, _stacks(ranks, part, 900))
+    return Outcome(HUNG, _stacks(ranks, part, 4_000)) if None in codes else None
 
 
 def _ticks(rank: Any) -> int:
