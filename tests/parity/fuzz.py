@@ -1,6 +1,6 @@
-"""Trains random recipes on random layouts, and compares each with plain PyTorch.
+"""Train random recipes on random layouts, and compare each with plain PyTorch.
 
-python -m tests.parity.fuzz --cases N --seed S      prints what failed, made as small as it could be
+python -m tests.parity.fuzz --cases N --seed S      prints each failure, reduced to a small case
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.parity import draws, fuzz_rank, layouts, needs, reference
 from tests.parity.draws import SECOND, Switches
 from tests.parity.fuzz_rank import Part, Step
 
-STILL = 20.0  # seconds in which no rank uses the processor: they wait for each other for ever
+STILL = 20.0  # seconds in which no rank uses the processor: they wait for each other
 GRACE = 1.5  # seconds that other ranks get to report why they fail, after one has
 TICKS = 10  # of processor time, each a hundredth of a second, that counts as none
 TRIALS = 60  # runs that making one failure smaller may take
@@ -93,7 +93,7 @@ class Report:
 
 
 def fuzz(
-    cases: range, seed: int, folder: Path, *, smaller: bool = True, say: Callable[[str], None] = lambda _: None
+    cases: range, seed: int, folder: Path, *, shrink_failures: bool = True, log: Callable[[str], None] = lambda _: None
 ) -> Report:
     """Draw and run cases by their numbers.
 
@@ -101,8 +101,8 @@ def fuzz(
         cases: numbers of the cases; a case depends on its number and the seed alone.
         seed: of the draws.
         folder: where checkpoints and logs are written.
-        smaller: whether each failure is made smaller.
-        say: is called with a line for each case, and with each failure.
+        shrink_failures: whether each failure is reduced to a small case.
+        log: is called with a line for each case, and with each failure.
 
     Returns:
         What the cases came to.
@@ -111,29 +111,29 @@ def fuzz(
     for number in cases:
         switches, name = draws.draw(random.Random(f"{seed}-{number}")), f"fuzz-{seed}-{number}"
         begun = time.monotonic()
-        outcome = play(switches, name, folder)
+        outcome = run_case(switches, name, folder)
         worlds = [one["world"] for one in (switches, draws.second(switches)) if one is not None]
-        say(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
+        log(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
         report.outcomes[outcome.kind] += 1
         report.seconds += outcome.seconds
         kinds = report.used[switches["precision"]]
         for kind, value in outcome.used.items():
             kinds[kind] = max(kinds.get(kind, 0.0), value)
         if not outcome.good:
-            if smaller:
-                switches, outcome = shrink(switches, outcome, lambda one, name=name: play(one, name, folder))
-            report.failures.append(f"{outcome.kind}: {name}\n{shown(switches, name)}\n{outcome.text}")
-            say(report.failures[-1])
+            if shrink_failures:
+                switches, outcome = shrink(switches, outcome, lambda one, name=name: run_case(one, name, folder))
+            report.failures.append(f"{outcome.kind}: {name}\n{format_case(switches, name)}\n{outcome.text}")
+            log(report.failures[-1])
     return report
 
 
-def play(switches: Switches, name: str, folder: Path, planted: str | None = None) -> Outcome:
+def run_case(switches: Switches, name: str, folder: Path, planted: str | None = None) -> Outcome:
     """Run one case, on one layout or on two, and compare it with plain PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as inner:
-        return _play(switches, name, Path(inner), planted)
+        return _run_parts(switches, name, Path(inner), planted)
 
 
-def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> Outcome:
+def _run_parts(switches: Switches, name: str, folder: Path, planted: str | None) -> Outcome:
     parts = _parts(switches, name, folder, planted)
     reasons = [_refusal(part) for part in parts]
     expected: Expected | None = None
@@ -302,12 +302,15 @@ def _compare(reports: Sequence[dict[str, Any]], expected: Expected) -> Outcome:
     ends = [record[0][2], record[-1][2]]
     got = Curve(*map(list, zip(*made, strict=True)), ends, reports[0]["initial"], reports[-1]["weights"])
     rows = compare(expected.recipe, expected.curve, got, expected.tolerance)
-    wrong = [*(str(row) for row in rows if row.too_far), *_others(record, expected.losses, expected.tolerance.loss)]
+    wrong = [
+        *(str(row) for row in rows if row.too_far),
+        *_other_steps(record, expected.losses, expected.tolerance.loss),
+    ]
     used = {kind: (row := worst(rows, kind)).off / row.limit for kind in KINDS}
     return Outcome(WRONG, "\n".join(wrong[:12]), used) if wrong else Outcome(SAME, used=used)
 
 
-def _others(record: Sequence[tuple[Any, ...]], losses: dict[Step, float], bound: float) -> Iterator[str]:
+def _other_steps(record: Sequence[tuple[Any, ...]], losses: dict[Step, float], bound: float) -> Iterator[str]:
     """What is wrong with evaluations, and with updates that were to be made or not."""
     for kind, number, *numbers in record:
         if kind == "update":
@@ -357,7 +360,7 @@ def _simpler(switches: Switches) -> Iterator[Switches]:
         yield from (switches | {name: other} for other in values[1 : values.index(value)])
 
 
-def shown(switches: Switches, name: str) -> str:
+def format_case(switches: Switches, name: str) -> str:
     """A case as a row of layouts.py, with what the row does not hold."""
     parts = [draws.case_of(one, name) for one in (switches, draws.second(switches)) if one is not None]
     rows = (f"Case({case.id!r}, {case.world}, {case.config!r}, {case.recipe!r})," for case in parts)
@@ -376,8 +379,8 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         cases = range(options.first, options.first + options.cases)
-        say = partial(print, flush=True)
-        report = fuzz(cases, options.seed, Path(name), smaller=not options.as_drawn, say=say)
+        log = partial(print, flush=True)
+        report = fuzz(cases, options.seed, Path(name), shrink_failures=not options.as_drawn, log=log)
     print(report)
     print(f"{time.monotonic() - begun:,.0f} s")
     return 1 if report.failures else 0

@@ -112,11 +112,11 @@ def _planted(name: str | None) -> AbstractContextManager[Any]:
     if name is None:
         return nullcontext()
     if name == "hang":
-        return patch.object(SideState, "restore", _wait_for_ever)
+        return patch.object(SideState, "restore", _hang)
     return mutants.MUTANTS[name].planted()
 
 
-def _wait_for_ever(*_: Any) -> None:
+def _hang(*_: Any) -> None:
     threading.Event().wait()
 
 
