@@ -54,7 +54,7 @@ class Broken:
     """gigatoken, but that it drops the last id of a document which holds a word."""
 
     def __init__(self, tokenizer, word):
-        self._engine, self._word, self._end = gigatoken_encoder_opened(tokenizer), word, tokenizer.eod
+        self._engine, self._word, self._end = build_gigatoken_engine(tokenizer), word, tokenizer.eod
 
     def encode(self, texts):
         ids = self._engine.encode(texts)
@@ -63,11 +63,11 @@ class Broken:
         return np.delete(ids, last)
 
 
-gigatoken_encoder_opened = gigatoken_encoder._opened
+build_gigatoken_engine = gigatoken_encoder._build_engine
 
 
 def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda tokenizer: Broken(tokenizer, b"Zebra"))
+    monkeypatch.setattr(gigatoken_encoder, "_build_engine", lambda tokenizer: Broken(tokenizer, b"Zebra"))
     monkeypatch.setattr(pieces, "_SMALLEST", 60)  # five lines a shard, or fewer
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
