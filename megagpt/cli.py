@@ -17,7 +17,7 @@ import typer
 
 from megagpt import __version__
 from megagpt.commands import Config, InOrder, Inputs, Json, Overrides, Run, TextKey, Workers, answer
-from megagpt.data.documents import DEFAULT_FRACTION
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.data_commands import data_app, tokenizer_app
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, UserError, need_linux
 
@@ -61,7 +61,9 @@ def prepare(
         Path, typer.Option(help="a sentencepiece .model, a tokenizer.json, or the name of a tiktoken encoding")
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
-    validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = DEFAULT_FRACTION,
+    validation_fraction: Annotated[
+        float, typer.Option(help="share of the documents held out")
+    ] = DEFAULT_VALIDATION_FRACTION,
     workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="the first odd document is an error")] = False,
@@ -76,7 +78,7 @@ def prepare(
     """Turn text into a memory-mapped corpus. Three files: .bin, .idx, .json. Typed again after a stop, it goes on."""
     from megagpt import prepare as verb
 
-    options = verb.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
+    options = verb.PrepareOptions(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
     made = verb.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if made:  # else another rank has the answer
         answer(made.corpora[0] if len(made.corpora) == 1 else made, as_json)

@@ -43,7 +43,7 @@ def inspect_tokenizer(
     if sys.stdout.isatty() and not as_json:
         from rich.console import Console
 
-        Console().print(tokens.coloured())
+        Console().print(tokens.colored())
     else:
         answer(tokens, as_json)
 
