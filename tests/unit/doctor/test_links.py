@@ -38,7 +38,7 @@ UP = "see whether n is up, runs sshd, and is let through by firewalls: `ssh n tr
          f"install megagpt there, or copy it to {os.getcwd()}"),
         (134, "Fatal Python error", "reach",
          "the doctor's part of this host ended with exit code 134: Fatal Python error",
-         "run `python -m megagpt.doctor` there by hand, and mend what it says"),
+         "run `python -m megagpt host-agent` there by hand, and fix what it reports"),
     ],
 )  # fmt: skip
 def test_how_a_host_is_lost(code, error, check, what, do):

@@ -26,7 +26,7 @@ def config(name):
 
 
 def test_the_keys_written_down_are_deepspeeds():
-    """If not: python -m megagpt.engine.keys > megagpt/ds_config/known_keys.json"""
+    """If not: megagpt deepspeed-keys > megagpt/ds_config/known_keys.json"""
     assert written_keys() == json.loads(json.dumps(known_keys()))
 
 
