@@ -47,7 +47,7 @@ def doctor(
     ] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Find what would stop training here, or on a cluster. Each finding comes with a fix. Exits with 1 if there is any."""
+    """Find what would stop training here, or on a cluster. Each finding comes with a fix; exits with 1 if any."""
     from megagpt import doctor as implementation
 
     options = implementation.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
