@@ -85,10 +85,10 @@ def assemble(
     if recipe.data.document_mask:
         resolved = _with_document_end(resolved, loader)
         recipe = resolved.recipe
-    total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    total = recipes.total_updates(recipe, loader.order.samples_per_epoch)
     samples = total * recipe.batch.global_size
     taken = blend.taken(loader.order, recipe.data.train, samples)
-    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
+    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -100,7 +100,7 @@ def assemble(
     found, damaged = resume.find(store, options.resume)
     branched = found is None and recipe.init_from is not None
     if branched and recipe.init_from:
-        place = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
+        place = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
         found = resume.branch(recipe.init_from, place, store, total)
     if found is not None:
         resume.check(found, facts, options.allow_change, branched)

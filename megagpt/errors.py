@@ -43,7 +43,7 @@ class UserError(Exception):
         super().__init__(what, where, do)
 
     @classmethod
-    def of(cls, problems: Sequence[Problem]) -> UserError:
+    def from_problems(cls, problems: Sequence[Problem]) -> UserError:
         """Build one error from one or more problems."""
         first = problems[0]
         return cls(first.what, first.where, first.do, others=problems[1:])
@@ -58,7 +58,7 @@ class MachineError(UserError):
     exit_code = EXIT_FAILURE
 
 
-def need_linux(what: str) -> None:
+def require_linux(what: str) -> None:
     """Raise UserError on another system: what follows would fail in the middle, at a call that only Linux has."""
     if sys.platform != "linux":
         raise UserError(
@@ -66,7 +66,7 @@ def need_linux(what: str) -> None:
         )
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def closest_match(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like `name`, or None if none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Write = Callable[[str, bytes], None]
+WriteFile = Callable[[str, bytes], None]
 """Writes the bytes of one file of a checkpoint, named relative to it."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """What a file holds: its size and CRC-32."""
 
     bytes: int
     crc32: int
 
 
-def write(path: Path, data: bytes) -> Written:
+def write(path: Path, data: bytes) -> WrittenFile:
     """Write a new file and flush it to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -33,10 +33,10 @@ def write(path: Path, data: bytes) -> Written:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Written(len(data), zlib.crc32(data))
+    return WrittenFile(len(data), zlib.crc32(data))
 
 
-def into(folder: Path) -> Write:
+def folder_writer(folder: Path) -> WriteFile:
     """Writes files into a folder, those above them made."""
 
     def sink(name: str, data: bytes) -> None:

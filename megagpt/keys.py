@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.errors import UserError, nearest
+from megagpt.errors import UserError, closest_match
 from megagpt.recipe import Recipe
 from megagpt.recipe.presets import PRESETS
-from megagpt.recipe.wording import phrase, show
+from megagpt.recipe.wording import describe_schema, format_value
 
 
 @dataclass(frozen=True)
-class Key:
+class RecipeKey:
     """One key: its dotted name, what may stand there, the default ("": must be given), and what it means."""
 
     name: str
@@ -26,7 +26,7 @@ class Key:
 class Keys:
     """Keys in the order of a recipe, and the names of the published shapes for model.preset."""
 
-    keys: tuple[Key, ...]
+    keys: tuple[RecipeKey, ...]
     presets: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ def keys(names: tuple[str, ...] = ()) -> Keys:
     }
     for name, found in wanted.items():
         if not found:
-            near = nearest(name, {part for key in every for part in (key.name, *key.name.split("."))})
+            near = closest_match(name, {part for key in every for part in (key.name, *key.name.split("."))})
             raise UserError(
                 f"no key of a recipe has the name {name}", "", f"try {near}" if near else "name none to see all"
             )
@@ -64,14 +64,16 @@ def _above(name: str) -> Iterator[str]:
     return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
-def _keys(section: Mapping[str, Any], dot: str, definitions: Mapping[str, Any]) -> Iterator[Key]:
+def _keys(section: Mapping[str, Any], dot: str, definitions: Mapping[str, Any]) -> Iterator[RecipeKey]:
     for name, schema in section["properties"].items():
         if "$ref" in schema and "properties" in (inner := _definition(schema, definitions)):
             yield from _keys(inner, f"{dot}{name}.", definitions)
             continue
         help_text = " ".join(schema["description"].split())
-        default = show(schema["default"]) if "default" in schema else ""  # else it is derived, and the help says how
-        yield Key(dot + name, phrase(schema, definitions), default, help_text)
+        default = (
+            format_value(schema["default"]) if "default" in schema else ""
+        )  # else it is derived, and the help says how
+        yield RecipeKey(dot + name, describe_schema(schema, definitions), default, help_text)
         if "$ref" in schema.get("items", {}):
             yield from _keys(_definition(schema["items"], definitions), f"{dot}{name}[].", definitions)
 

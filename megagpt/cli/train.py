@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides
-from megagpt.errors import need_linux
+from megagpt.errors import require_linux
 
 app = typer.Typer()
 
@@ -29,7 +29,7 @@ def train(
     local_rank: LocalRank = 0,
 ) -> None:
     """Train, or resume an interrupted run. Start it with `deepspeed`, torchrun, srun, or directly."""
-    need_linux("training")
+    require_linux("training")
     from megagpt import train as implementation
     from megagpt.assembly import Options
 

@@ -61,4 +61,4 @@ def check_limits(
             )
         )
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)

@@ -4,51 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.ds_config.parallel import WHOLE, Degrees
-from megagpt.ds_config.view import View
+from megagpt.ds_config.parallel import NOT_PARALLEL, ParallelDegrees
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import Problem
 from megagpt.recipe import Recipe
-from megagpt.recipe.wording import Row, listed, table
+from megagpt.recipe.wording import TableRow, format_table, join_words
 
-MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+MICRO_BATCH_KEY, ACCUMULATION_KEY = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 _TOKENS_AT_ONCE = 16_384  # of an automatic micro-batch: enough to fill a GPU, little enough to fit
 _PER_STAGE = 4  # micro-batches
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSplit:
     """Samples per micro-batch, and micro-batches per update and rank."""
 
     micro: int
     accumulation: int
 
 
-def divide(view: View, recipe: Recipe, ranks: int, cut: Degrees = WHOLE) -> Batch | Problem:
+def split_batch(
+    view: ConfigView, recipe: Recipe, ranks: int, cut: ParallelDegrees = NOT_PARALLEL
+) -> BatchSplit | Problem:
     """Cut the global batch over the data-parallel ranks; a problem if it does not divide.
 
     An automatic micro-batch is small enough to keep the stages of a pipeline busy.
     """
-    total, micro, accumulation = recipe.batch.global_size, view.number(MICRO, 0), view.number(ACCUMULATION, 0)
-    rows: list[Row] = [
-        ("batch.global_size", total, recipe.place("batch.global_size")),
+    total, micro, accumulation = (
+        recipe.batch.global_size,
+        view.explicit(MICRO_BATCH_KEY, 0),
+        view.explicit(ACCUMULATION_KEY, 0),
+    )
+    rows: list[TableRow] = [
+        ("batch.global_size", total, recipe.location("batch.global_size")),
         ("data-parallel ranks", ranks, "from the world size"),
     ]
     if total % ranks:
-        fewer = listed(str(count * cut.ranks) for count in divisors(total) if count <= 2 * ranks)
+        fewer = join_words(str(count * cut.ranks) for count in divisors(total) if count <= 2 * ranks)
         do = f"set batch.global_size to {_multiples(total, ranks)}, or start {fewer} ranks"
-        return Problem("the global batch does not divide by the ranks", table(rows), do)
+        return Problem("the global batch does not divide by the ranks", format_table(rows), do)
     share = total // ranks
-    rows += [view.row(key) for key in (MICRO, ACCUMULATION) if view.number(key, 0)]
+    rows += [view.row(key) for key in (MICRO_BATCH_KEY, ACCUMULATION_KEY) if view.explicit(key, 0)]
     if micro and accumulation and micro * accumulation != share:
-        do = f'write "auto" for {ACCUMULATION}: it is derived'
-        return Problem("the batch sizes do not multiply up to the global batch", table(rows), do)
-    for key, given in ((MICRO, micro), (ACCUMULATION, accumulation)):
+        do = f'write "auto" for {ACCUMULATION_KEY}: it is derived'
+        return Problem("the batch sizes do not multiply up to the global batch", format_table(rows), do)
+    for key, given in ((MICRO_BATCH_KEY, micro), (ACCUMULATION_KEY, accumulation)):
         if given and share % given:
             what = f"{key} does not divide the {share} samples of a rank"
             do = f"set it to {_neighbours(share, given)}, or batch.global_size to {_multiples(total, ranks * given)}"
-            return Problem(what, table(rows), do)
+            return Problem(what, format_table(rows), do)
     micro = micro or (share // accumulation if accumulation else _largest(share, recipe.model.seq_len, cut.stages))
-    return Batch(micro, share // micro)
+    return BatchSplit(micro, share // micro)
 
 
 def divisors(number: int) -> list[int]:
@@ -69,11 +75,11 @@ def _largest(share: int, seq_len: int, stages: int) -> int:
 def _multiples(value: int, step: int) -> str:
     """The multiples of `step` just below and above a value that is none."""
     below = value // step * step
-    return listed(str(near) for near in (below, below + step) if near)
+    return join_words(str(near) for near in (below, below + step) if near)
 
 
 def _neighbours(share: int, given: int) -> str:
     """The divisors of `share` just below and above a value that is none."""
     below = max((count for count in divisors(share) if count < given), default=0)
     above = min((count for count in divisors(share) if count > given), default=0)
-    return listed(str(near) for near in (below, above) if near)
+    return join_words(str(near) for near in (below, above) if near)

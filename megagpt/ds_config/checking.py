@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.errors import Problem, nearest
-from megagpt.recipe.reading import Tree
-from megagpt.recipe.wording import listed, phrase, show
+from megagpt.errors import Problem, closest_match
+from megagpt.recipe.reading import ConfigTree
+from megagpt.recipe.wording import describe_schema, format_value, join_words
 
 Node = Mapping[str, Any]
 """`{"properties": {name: Node}}` for a section, a JSON schema for a value; see engine/keys.py."""
@@ -23,10 +23,10 @@ _BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Checker:
+class KeyChecker:
     """Checks single keys; what holds between keys is in refusals.py."""
 
-    tree: Tree
+    tree: ConfigTree
     known: Node
     auto_allowed: frozenset[str]
     """keys that may be "auto", because something here fills them"""
@@ -52,9 +52,9 @@ class Checker:
                     yield key, self._problem(f'{key} is "auto", and nothing here fills it', key, do)
             elif "properties" in inner and isinstance(value, dict):
                 yield from self._walk(value, inner, key)
-            elif not fits(value, inner):
-                wanted = "keys and values in braces" if "properties" in inner else phrase(inner, {})
-                yield key, self._problem(f"{key} cannot be {show(value)}", key, f"give {wanted}")
+            elif not matches_schema(value, inner):
+                wanted = "keys and values in braces" if "properties" in inner else describe_schema(inner, {})
+                yield key, self._problem(f"{key} cannot be {format_value(value)}", key, f"give {wanted}")
 
     def _problem(self, what: str, key: str, do: str) -> Problem:
         return Problem(what, self.tree.where(key), do)
@@ -64,22 +64,22 @@ class Checker:
         section, _, name = key.rpartition(".")
         homes = [home for home in _keys(self.known) if home.rpartition(".")[2] == name]
         if 0 < len(homes) < 4:  # a name like `enabled` has too many homes to tell
-            where_to = listed(home.rpartition(".")[0] or "the top level" for home in homes)
-            do = f"move it to {listed(homes)}"
+            where_to = join_words(home.rpartition(".")[0] or "the top level" for home in homes)
+            do = f"move it to {join_words(homes)}"
             return self._problem(f"misplaced key {key}: {name} belongs to {where_to}", key, do)
-        near = nearest(name, node["properties"])
+        near = closest_match(name, node["properties"])
         if near:
             return self._problem(f"unknown key {key}", key, f"write {f'{section}.{near}' if section else near}")
         do = f"take it away: DeepSpeed has no such key in {section or 'its config'}"
         return self._problem(f"unknown key {key}", key, do)
 
 
-def fits(value: Any, node: Node) -> bool:
+def matches_schema(value: Any, node: Node) -> bool:
     """Whether a value is of the type and in the range that a JSON schema asks for."""
     if "properties" in node:
         return isinstance(value, dict) or (value is None and bool(node.get("nullable")))
     if "anyOf" in node:
-        return any(fits(value, option) for option in node["anyOf"])
+        return any(matches_schema(value, option) for option in node["anyOf"])
     if "type" in node and not _is(value, node["type"]):
         return False
     if "enum" in node:

@@ -13,13 +13,13 @@ _FILE = Path(__file__).with_name("known_keys.json")
 
 
 @lru_cache(maxsize=1)
-def written_keys() -> Mapping[str, Any]:
+def recorded_keys() -> Mapping[str, Any]:
     """What engine.keys.known_keys() gave, of the DeepSpeed version that `written_for` names."""
     keys: Mapping[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))["keys"]
     return keys
 
 
-def other_version() -> str | None:
+def version_note() -> str | None:
     """A note where another DeepSpeed is installed than the keys were written down for."""
     written = json.loads(_FILE.read_text(encoding="utf-8"))["deepspeed"]
     try:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from megagpt.ds_config.owners import Owned, two_places
-from megagpt.ds_config.view import View
+from megagpt.ds_config.owners import OwnedKey, ownership_conflict
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import Problem
 from megagpt.recipe import Recipe
 
-KEYS = ("bf16.enabled", "fp16.enabled")
+PRECISION_KEYS = ("bf16.enabled", "fp16.enabled")
 
 
-def resolve_precision(view: View, recipe: Recipe) -> tuple[Recipe, list[Problem]]:
+def resolve_precision(view: ConfigView, recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     """The recipe with its precision filled in, and what speaks against it."""
-    stated = {key[:4]: view.number(key, None) for key in KEYS}
+    stated = {key[:4]: view.explicit(key, None) for key in PRECISION_KEYS}
     on = [name for name, enabled in stated.items() if enabled]
     if len(on) == 2:
         do = 'keep one of the two, or write "auto" in both and state precision in the recipe'
-        return recipe, [view.problem("bf16 and fp16 are both switched on", KEYS, do)]
+        return recipe, [view.problem("bf16 and fp16 are both switched on", PRECISION_KEYS, do)]
     if recipe.precision is None:
         return recipe.model_copy(update={"precision": on[0] if on else "fp32"}), []
     problems = [
-        two_places(Owned(f"{name}.enabled", "precision", "the precision", None), view, recipe)
+        ownership_conflict(OwnedKey(f"{name}.enabled", "precision", "the precision", None), view, recipe)
         for name, enabled in stated.items()
         if enabled is not None and enabled != (recipe.precision == name)
     ]

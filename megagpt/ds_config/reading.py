@@ -11,8 +11,8 @@ from typing import Any
 from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, make_scanner
 
 from megagpt.errors import Problem, UserError
-from megagpt.recipe.places import Place
-from megagpt.recipe.reading import Tree, read_text
+from megagpt.recipe.places import SourceLocation
+from megagpt.recipe.reading import ConfigTree, read_text
 
 
 class _Pairs(list[tuple[str, Any, int]]):
@@ -50,7 +50,7 @@ class _Decoder(HjsonDecoder):  # type: ignore[misc, unused-ignore]
         return JSONObject(state, encoding, strict, scan_value, None, located, memo, bare)
 
 
-def read_json(path: str | Path) -> Tree:
+def read_hjson(path: str | Path) -> ConfigTree:
     """Read a DeepSpeed config. Raises UserError if it is not one object of keys and values."""
     name, text = str(path), read_text(path)
     try:
@@ -62,12 +62,12 @@ def read_json(path: str | Path) -> Tree:
         raise UserError(f"{name} ends inside a comment", name, "close it with */") from error
     if not isinstance(pairs, _Pairs):
         raise UserError(f"{name} has no keys and values", name, "see ds_configs for examples")
-    tree = Tree(name)
+    tree = ConfigTree(name)
     tree.values = _values(pairs, text, tree, "")
     return tree
 
 
-def _values(pairs: _Pairs, text: str, tree: Tree, section: str) -> dict[str, Any]:
+def _values(pairs: _Pairs, text: str, tree: ConfigTree, section: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value, start in pairs:
         key = f"{section}.{name}" if section else name
@@ -75,12 +75,12 @@ def _values(pairs: _Pairs, text: str, tree: Tree, section: str) -> dict[str, Any
         if not name or "." in name:
             tree.problems.append(Problem(f'"{name}" is not a key', at, "write keys inside their section"))
             continue
-        tree.add(key, Place(at, key))
+        tree.add(key, SourceLocation(at, key))
         values[name] = _plain(value, text, tree, key)
     return values
 
 
-def _plain(value: Any, text: str, tree: Tree, key: str) -> Any:
+def _plain(value: Any, text: str, tree: ConfigTree, key: str) -> Any:
     if isinstance(value, _Pairs):
         return _values(value, text, tree, key)
     if isinstance(value, list):

@@ -7,20 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.ds_config.batch import ACCUMULATION, MICRO, Batch, divide
-from megagpt.ds_config.checking import Checker
+from megagpt.ds_config.batch import ACCUMULATION_KEY, MICRO_BATCH_KEY, BatchSplit, split_batch
+from megagpt.ds_config.checking import KeyChecker
 from megagpt.ds_config.layout import Layout, Resolved
-from megagpt.ds_config.owners import Owned, foreign_parameters, owned, second_owners
-from megagpt.ds_config.parallel import SEQUENCE, STAGES, TENSOR, Degrees, degrees, impossible
-from megagpt.ds_config.precision import KEYS, fill_precision, resolve_precision
-from megagpt.ds_config.reading import read_json
-from megagpt.ds_config.recomputation import BLOCKS, against_recomputation, fill_recomputation, recomputed
-from megagpt.ds_config.refusals import STAGE, layout_dependent, refusals
-from megagpt.ds_config.view import View
+from megagpt.ds_config.owners import OwnedKey, ignored_parameters, owned_keys, ownership_conflicts
+from megagpt.ds_config.parallel import (
+    PIPELINE_STAGES_KEY,
+    SEQUENCE_PARALLEL_KEY,
+    TENSOR_PARALLEL_KEY,
+    ParallelDegrees,
+    parallel_degrees,
+    parallel_problems,
+)
+from megagpt.ds_config.precision import PRECISION_KEYS, fill_precision, resolve_precision
+from megagpt.ds_config.reading import read_hjson
+from megagpt.ds_config.recomputation import (
+    RECOMPUTED_BLOCKS_KEY,
+    fill_recomputation,
+    recomputation,
+    recomputation_problems,
+)
+from megagpt.ds_config.refusals import ZERO_STAGE_KEY, numerics_notes, unsupported_settings
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import Problem, UserError
 from megagpt.recipe import Recipe
 
-_FILLED = (MICRO, ACCUMULATION, "data_types.grad_accum_dtype", BLOCKS, *KEYS)
+_FILLED = (MICRO_BATCH_KEY, ACCUMULATION_KEY, "data_types.grad_accum_dtype", RECOMPUTED_BLOCKS_KEY, *PRECISION_KEYS)
 _NEVER_PRINTED = 10**9
 
 
@@ -32,48 +44,48 @@ def load(
     `known` is engine.keys.known_keys(). Of the overrides only words that begin with `ds.` count.
     Raises UserError with every mistake at once.
     """
-    tree = read_json(path)
+    tree = read_hjson(path)
     for word in overrides:
         if word.startswith("ds."):
             tree.override(word, prefix="ds.")
-    values = owned(recipe)
+    values = owned_keys(recipe)
     auto_allowed = frozenset([*_FILLED, *(value.key for value in values)])
-    problems, broken = Checker(tree, known, auto_allowed).check()
-    view = View(tree, broken)
+    problems, broken = KeyChecker(tree, known, auto_allowed).check()
+    view = ConfigView(tree, broken)
     recipe, against = resolve_precision(view, recipe)
     problems += tree.problems + against
-    problems += [*second_owners(view, recipe, values), *foreign_parameters(view, values)]
+    problems += [*ownership_conflicts(view, recipe, values), *ignored_parameters(view, values)]
     layout, notes, found = _layout(view, recipe, world_size)
     problems += found
     if layout is None or problems:
-        raise UserError.of(problems)
-    notes += layout_dependent(view)
+        raise UserError.from_problems(problems)
+    notes += numerics_notes(view)
     return Resolved(_fill(tree.values, recipe, layout, values), layout, recipe, tuple(notes))
 
 
-def _layout(view: View, recipe: Recipe, world_size: int) -> tuple[Layout | None, list[str], list[Problem]]:
-    cut = degrees(view)
+def _layout(view: ConfigView, recipe: Recipe, world_size: int) -> tuple[Layout | None, list[str], list[Problem]]:
+    cut = parallel_degrees(view)
     stage, notes = _stage(view, recipe, cut)
-    problems = [*refusals(view, world_size), *impossible(view, recipe, cut)]
-    problems += against_recomputation(view, recipe.model.n_layer)
+    problems = [*unsupported_settings(view, world_size), *parallel_problems(view, recipe, cut)]
+    problems += recomputation_problems(view, recipe.model.n_layer)
     ranks, rest = divmod(world_size, cut.ranks)
     if rest:
         what = f"a world of {world_size} does not divide by {cut.ranks}, the ranks of one copy"
         do = f"start a multiple of {cut.ranks} ranks"
-        keys = [key for key in (STAGES, TENSOR, SEQUENCE) if view.given(key)]
+        keys = [key for key in (PIPELINE_STAGES_KEY, TENSOR_PARALLEL_KEY, SEQUENCE_PARALLEL_KEY) if view.is_given(key)]
         return None, notes, [*problems, view.problem(what, keys, do)]
-    batch = divide(view, recipe, ranks, cut)
-    if not isinstance(batch, Batch):
+    batch = split_batch(view, recipe, ranks, cut)
+    if not isinstance(batch, BatchSplit):
         return None, notes, [*problems, batch]
-    again = recomputed(view, recipe.model.n_layer)
+    again = recomputation(view, recipe.model.n_layer)
     parts = (cut.stages, cut.tensor, cut.sequence)
     layout = Layout(world_size, ranks, batch.micro, batch.accumulation, stage, *parts, *again)
     return layout, notes, problems
 
 
-def _stage(view: View, recipe: Recipe, cut: Degrees) -> tuple[int, list[str]]:
+def _stage(view: ConfigView, recipe: Recipe, cut: ParallelDegrees) -> tuple[int, list[str]]:
     """The ZeRO stage that runs: DeepSpeed's stage 0 is wrong in low precision and in pipelines."""
-    stage = view.number(STAGE, 0)
+    stage = view.explicit(ZERO_STAGE_KEY, 0)
     if stage == 0 and recipe.precision != "fp32":
         why = "DeepSpeed's stage 0 begins with an Adam step on zero gradients"
         return 1, [f"{recipe.precision} runs at ZeRO stage 1 instead of 0: {why}"]
@@ -84,13 +96,13 @@ def _stage(view: View, recipe: Recipe, cut: Degrees) -> tuple[int, list[str]]:
     return int(stage), []
 
 
-def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Sequence[Owned]) -> dict[str, Any]:
+def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Sequence[OwnedKey]) -> dict[str, Any]:
     """The JSON for deepspeed.initialize, which gets optimizer and schedule as objects beside it."""
     config = copy.deepcopy(dict(values))
     for block in ("optimizer", "scheduler"):
         config.pop(block, None)
     config.update({value.key: value.value for value in owners if "." not in value.key})
-    config[MICRO], config[ACCUMULATION] = layout.micro_batch, layout.accumulation
+    config[MICRO_BATCH_KEY], config[ACCUMULATION_KEY] = layout.micro_batch, layout.accumulation
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": layout.zero_stage}
     fill_precision(config, recipe.precision or "fp32")
     fill_recomputation(config, layout.recomputed_blocks)

@@ -69,12 +69,12 @@ def length(resolved: Resolved) -> Length:
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
     if recipe.length.epochs is None:
-        updates = recipes.updates(recipe, 0)
+        updates = recipes.total_updates(recipe, 0)
     else:
         sizes = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
         known = [size.tokens for size in sizes if size is not None]
         if len(known) == len(sizes):
-            updates = recipes.updates(recipe, sum(known) // recipe.model.seq_len)
+            updates = recipes.total_updates(recipe, sum(known) // recipe.model.seq_len)
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update

@@ -11,11 +11,11 @@ import yaml
 
 from megagpt.errors import UserError
 from megagpt.recipe.checking import check
-from megagpt.recipe.places import Places
+from megagpt.recipe.places import SourceLocations
 from megagpt.recipe.reading import CoreDumper, read_yaml
-from megagpt.recipe.rules import fits
+from megagpt.recipe.rules import check_schedule_fits
 from megagpt.recipe.sections import Recipe
-from megagpt.recipe.wording import Row, table
+from megagpt.recipe.wording import TableRow, format_table
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,8 +30,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, found = check(tree)
     problems = [*tree.problems, *found]
     if recipe is None or problems:
-        raise UserError.of(problems)
-    recipe._places = Places(tree.places)
+        raise UserError.from_problems(problems)
+    recipe._locations = SourceLocations(tree.locations)
     return recipe
 
 
@@ -41,7 +41,7 @@ def to_yaml(recipe: Recipe) -> str:
     return str(yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True))
 
 
-def updates(recipe: Recipe, samples_per_epoch: int) -> int:
+def total_updates(recipe: Recipe, samples_per_epoch: int) -> int:
     """Updates of the recipe's length: tokens and epochs are rounded up, so that none is left out.
 
     A sample counts as seq_len tokens. Raises UserError if warm-up and decay do not fit in.
@@ -54,11 +54,11 @@ def updates(recipe: Recipe, samples_per_epoch: int) -> int:
     else:
         key, total = "length.epochs", Fraction(str(length.epochs)) * samples_per_epoch / per_update
     schedule, whole = recipe.schedule, math.ceil(total)
-    finding = fits(schedule.warmup_updates, schedule.decay_updates, whole)
+    finding = check_schedule_fits(schedule.warmup_updates, schedule.decay_updates, whole)
     if finding:
-        rows: list[Row] = [(key, length.tokens or length.epochs, recipe.place(key))]
-        rows.append(("schedule.warmup_updates", schedule.warmup_updates, recipe.place("schedule.warmup_updates")))
+        rows: list[TableRow] = [(key, length.tokens or length.epochs, recipe.location(key))]
+        rows.append(("schedule.warmup_updates", schedule.warmup_updates, recipe.location("schedule.warmup_updates")))
         if schedule.decay_updates is not None:
-            rows.append(("schedule.decay_updates", schedule.decay_updates, recipe.place("schedule.decay_updates")))
-        raise UserError(finding[0], table(rows), finding[1])
+            rows.append(("schedule.decay_updates", schedule.decay_updates, recipe.location("schedule.decay_updates")))
+        raise UserError(finding[0], format_table(rows), finding[1])
     return whole

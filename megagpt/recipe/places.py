@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a value was given: `at` is FILE:LINE or "command line", `word` what stands there."""
 
     at: str
@@ -15,7 +15,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Places:
+class SourceLocations:
     """Dotted key → where it was given. All are equal: recipes compare by their values."""
 
-    given: Mapping[str, Place] = field(default_factory=dict, compare=False)
+    given: Mapping[str, SourceLocation] = field(default_factory=dict, compare=False)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megagpt.errors import Problem, UserError
-from megagpt.recipe.places import Place
+from megagpt.recipe.places import SourceLocation
 
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
@@ -68,20 +68,20 @@ for _name, _pattern, _first in _RESOLVERS:
 
 
 @dataclass
-class Tree:
+class ConfigTree:
     """Nested values of one file, the place of each dotted key, and what was wrong with the text itself."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    locations: dict[str, SourceLocation] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def where(self, key: str) -> str:
         """`FILE:LINE  key`: of the enclosing key that has a place, where `key` itself has none."""
         owner = key
-        while owner and owner not in self.places:
+        while owner and owner not in self.locations:
             owner = owner.rpartition(".")[0]
-        place = self.places.get(owner, Place(self.name, key))
+        place = self.locations.get(owner, SourceLocation(self.name, key))
         return f"{place.at}  {place.word if owner == key else key}"
 
     def value(self, key: str) -> Any:
@@ -93,30 +93,30 @@ class Tree:
             inner = inner[part]
         return inner
 
-    def add(self, key: str, place: Place) -> None:
+    def add(self, key: str, place: SourceLocation) -> None:
         """Note where a key stands; a second time is a problem."""
-        if key in self.places:
+        if key in self.locations:
             where = f"{self.where(key)}\n{place.at}  {place.word}"
             self.problems.append(Problem(f"{key} is given twice", where, "keep one of the two"))
-        self.places[key] = place
+        self.locations[key] = place
 
     def override(self, word: str, prefix: str = "") -> None:
         """Put one `key=value` of the command line, less `prefix`, over the file's value."""
         key, equals, text = word.removeprefix(prefix).partition("=")
-        place = Place("command line", word)
+        place = SourceLocation("command line", word)
         if not (equals and key):
             do = f"write {prefix}KEY=VALUE"
             self.problems.append(Problem(f'"{word}" is not key=value', "command line", do))
             return
-        inside = Tree(self.name)
+        inside = ConfigTree(self.name)
         try:
             value = _parse(text, inside, key, lambda inner, node: place)
         except yaml.YAMLError as error:
             what = f"the value of {key} is not valid YAML: {_reason(error)}"
             self.problems.append(Problem(what, f"command line  {word}", "put it in quotes"))
             return
-        kept = {k: at for k, at in self.places.items() if k != key and not k.startswith(f"{key}.")}
-        self.places = {**kept, **inside.places, key: place}
+        kept = {k: at for k, at in self.locations.items() if k != key and not k.startswith(f"{key}.")}
+        self.locations = {**kept, **inside.locations, key: place}
         self.problems += inside.problems
         *outer, last = key.split(".")
         inner = self.values
@@ -137,12 +137,12 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} is not UTF-8 text", f"byte {error.start}", "save it as UTF-8") from error
 
 
-def read_yaml(path: str | Path) -> Tree:
+def read_yaml(path: str | Path) -> ConfigTree:
     """Read a YAML file whose top level is keys and values. Raises UserError if it has another form."""
-    name, tree = str(path), Tree(str(path))
+    name, tree = str(path), ConfigTree(str(path))
     text = read_text(path)
     try:
-        values = _parse(text, tree, "", lambda key, node: Place(f"{name}:{node.start_mark.line + 1}", key))
+        values = _parse(text, tree, "", lambda key, node: SourceLocation(f"{name}:{node.start_mark.line + 1}", key))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -153,15 +153,15 @@ def read_yaml(path: str | Path) -> Tree:
     return tree
 
 
-_PlaceOf = Callable[[str, yaml.Node], Place]
+_LocationOf = Callable[[str, yaml.Node], SourceLocation]
 
 
-def _parse(text: str, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
+def _parse(text: str, tree: ConfigTree, key: str, location_of: _LocationOf) -> Any:
     node = yaml.compose(text, Loader=_Loader)
-    return None if node is None else _value(node, tree, key, place_of)
+    return None if node is None else _value(node, tree, key, location_of)
 
 
-def _value(node: yaml.Node, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
+def _value(node: yaml.Node, tree: ConfigTree, key: str, location_of: _LocationOf) -> Any:
     """The plain value of a node; notes the places of the keys inside it."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag not in _CONVERT:
@@ -175,11 +175,11 @@ def _value(node: yaml.Node, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
     values = {}
     for name, at, item in items:
         if not name or "." in name:
-            where = place_of(key, at).at
+            where = location_of(key, at).at
             tree.problems.append(Problem(f'"{name}" is not a key', where, "write keys inside their section"))
             continue
-        tree.add(dot + name, place_of(dot + name, at))
-        values[name] = _value(item, tree, dot + name, place_of)
+        tree.add(dot + name, location_of(dot + name, at))
+        values[name] = _value(item, tree, dot + name, location_of)
     return list(values.values()) if isinstance(node, yaml.SequenceNode) else values
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from megagpt.errors import UserError
-from megagpt.recipe.places import Places
+from megagpt.recipe.places import SourceLocations
 from megagpt.recipe.presets import PRESETS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -272,7 +272,7 @@ class Recipe(Section):
     health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
-    _places: Places = PrivateAttr(default_factory=Places)
+    _locations: SourceLocations = PrivateAttr(default_factory=SourceLocations)
 
     @property
     def document_end(self) -> int | None:
@@ -281,11 +281,11 @@ class Recipe(Section):
         Raises UserError where data.eod is needed and not known.
         """
         if self.data.document_mask and self.data.eod is None:
-            where = f"{self.place('data.document_mask')}  data.document_mask".strip()
+            where = f"{self.location('data.document_mask')}  data.document_mask".strip()
             raise UserError("data.document_mask needs to know which token ends a document", where, "give data.eod")
         return self.data.eod if self.data.document_mask else None
 
-    def place(self, key: str) -> str:
+    def location(self, key: str) -> str:
         """Where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""
-        place = self._places.given.get(key)
+        place = self._locations.given.get(key)
         return place.at if place else ""

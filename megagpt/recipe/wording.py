@@ -7,43 +7,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-Row = tuple[str, Any, str]
+TableRow = tuple[str, Any, str]
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would write it in a file: 6.0e-4, true, null, "text"."""
     if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6 and abs(value) < float("inf"):
         mantissa, exponent = f"{Decimal(repr(value)).normalize():E}".split("E")
         return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent)}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(show, value))}]"
+        return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_value(item)}" for key, item in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[TableRow]) -> str:
     """Aligned lines of key, value, place."""
-    shown = [(key, show(value), place) for key, value, place in rows]
+    shown = [(key, format_value(value), place) for key, value, place in rows]
     widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
     return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}   {place}" for key, value, place in shown)
 
 
-def listed(names: Iterable[str], last: str = "or") -> str:
+def join_words(names: Iterable[str], last: str = "or") -> str:
     """`a, b or c`."""
     *first, end = names
     return f"{', '.join(first)} {last} {end}" if first else end
 
 
-def phrase(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+def describe_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """What a value must be, from its JSON schema: "a whole number, at least 1"."""
     if "$ref" in schema:
         inner = definitions[schema["$ref"].rpartition("/")[2]]
-        return f"a section with {listed(inner.get('required', inner['properties']), 'and')}"
+        return f"a section with {join_words(inner.get('required', inner['properties']), 'and')}"
     if "anyOf" in schema:
-        return ", or ".join(phrase(option, definitions) for option in schema["anyOf"])
+        return ", or ".join(describe_schema(option, definitions) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return listed(dict.fromkeys(map(str, schema.get("enum", [schema.get("const")]))))
+        return join_words(dict.fromkeys(map(str, schema.get("enum", [schema.get("const")]))))
     if schema.get("type") == "array":
         count = schema.get("maxItems")
         return f"a list of {count} numbers" if count else "a list"

@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt import files
 from megagpt.distributed import Agreement, Rank
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ class Store:
         """Where the checkpoint of an update is published."""
         return self.root / f"update_{update:08d}"
 
-    def publishing(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Steps:
+    def publishing(self, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]) -> Steps:
         """Save through `save_state`; `facts` go into the manifest.
 
         Each step that is yielded is file work of this rank alone, on whatever thread, and its report is sent back.
@@ -230,7 +230,7 @@ class _Recorder:
         self.written[name] = asdict(files.write(self._folder / name, data))
 
 
-def _write(partial: Path, save_state: Callable[[Write], None]) -> Report:
+def _write(partial: Path, save_state: Callable[[WriteFile], None]) -> Report:
     """Every rank's part: its files, flushed."""
     recorder = _Recorder(partial)
     save_state(recorder)

@@ -24,7 +24,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.materialise import materialise
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 
 DEEPER = ("model.d_model=384", "model.n_layer=16", "model.vocab_size=512")
 LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")
@@ -55,7 +55,7 @@ def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     engine.train_update(data(resolved, rank, 0))  # makes the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:
-        engine.save_state(into(folder / "saved"))
+        engine.save_state(folder_writer(folder / "saved"))
     else:
         answer["loaded"] = peak(lambda: engine.load_state(folder / "saved"))
     engine.release()

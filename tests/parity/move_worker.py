@@ -23,7 +23,7 @@ from state_worker import data
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 
 _DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3", "optimizer.clip=1.5")  # clips in some updates, not in all
 RECIPES = {
@@ -67,7 +67,7 @@ def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
         engine.train_update(data(resolved, rank, update))
-    engine.save_state(into(folder))
+    engine.save_state(folder_writer(folder))
     engine.release()
     del engine
     gc.collect()

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.ds_config import Layout, load
-from megagpt.ds_config.batch import Batch, divide
-from megagpt.ds_config.reading import read_json
-from megagpt.ds_config.view import View
+from megagpt.ds_config.batch import BatchSplit, split_batch
+from megagpt.ds_config.reading import read_hjson
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import UserError
 from megagpt.recipe import load as load_recipe
-from megagpt.recipe.reading import Tree
+from megagpt.recipe.reading import ConfigTree
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -204,12 +204,12 @@ def test_a_cut_model_runs_at_stage_1_instead_of_0_and_says_so(resolve, lines, no
 )
 def test_the_micro_batch_is_the_largest_that_divides_and_fits(ranks, share, seq_len, extra):
     recipe = load_recipe(SMALL, [f"batch.global_size={ranks * share + extra}", f"model.seq_len={seq_len}"])
-    batch = divide(View(Tree("d.json"), frozenset()), recipe, ranks)
+    batch = split_batch(ConfigView(ConfigTree("d.json"), frozenset()), recipe, ranks)
     if (ranks * share + extra) % ranks:
-        assert not isinstance(batch, Batch)
+        assert not isinstance(batch, BatchSplit)
         return
     share += extra // ranks
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, BatchSplit)
     assert batch.micro * batch.accumulation == share
     assert batch.micro == 1 or batch.micro * seq_len <= 16_384
     assert not [m for m in range(batch.micro + 1, share + 1) if share % m == 0 and m * seq_len <= 16_384]
@@ -256,9 +256,9 @@ def test_a_config_of_ours_is_short_and_says_what_it_is_for_and_what_it_costs(pat
 def test_the_file_is_read_as_deepspeed_reads_it(tmp_path):
     text = '// one\n# two\n{\n"a": 1, /* three\n*/ "b": {"c": [1, {"d": 5e8}], e: x y\n},\n  "f": 1e-4, "g": null\n}'
     (tmp_path / "d.json").write_text(text)
-    tree = read_json(tmp_path / "d.json")
+    tree = read_hjson(tmp_path / "d.json")
     assert tree.values == hjson.loads(text)  # the library that DeepSpeed calls
-    lines = {key: int(place.at.rpartition(":")[2]) for key, place in tree.places.items()}
+    lines = {key: int(place.at.rpartition(":")[2]) for key, place in tree.locations.items()}
     assert lines == {"a": 4, "b": 5, "b.c": 5, "b.c.1.d": 5, "b.e": 5, "f": 7, "g": 7}
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megagpt.errors import UserError
-from megagpt.recipe import ModelSection, Recipe, Source, load, to_yaml, updates
+from megagpt.recipe import ModelSection, Recipe, Source, load, to_yaml, total_updates
 
 RECIPES = sorted((Path(__file__).parents[3] / "launch/recipes").glob("*.yaml"))
 
@@ -83,7 +83,7 @@ def test_words_replace_and_add(loader):
     assert (recipe.optimizer.lr, recipe.optimizer.clip) == (2e-3, None)
     assert (recipe.evaluation.every, recipe.model.n_layer) == (5, 2)
     assert (recipe.length.updates, recipe.length.tokens) == (None, 65536000)
-    assert [recipe.place(key) != "" for key in ("length.tokens", "length.updates")] == [True, False]
+    assert [recipe.location(key) != "" for key in ("length.tokens", "length.updates")] == [True, False]
 
 
 def test_a_word_mends_a_mistake_of_the_file(loader):
@@ -93,10 +93,10 @@ def test_a_word_mends_a_mistake_of_the_file(loader):
 
 def test_places_are_known(loader):
     recipe = loader({6: "optimizer:\n  eps: 1e-9\n  lr: 6.0e-4"}, "seed=5")
-    assert recipe.place("optimizer.lr") == "r.yaml:8"
-    assert recipe.place("seed") == "command line"
-    assert recipe.place("model.n_layer") == recipe.place("optimizer.betas") == ""
-    assert [recipe.place(key) != "" for key in ("optimizer.lr", "seed", "optimizer.betas")] == [True, True, False]
+    assert recipe.location("optimizer.lr") == "r.yaml:8"
+    assert recipe.location("seed") == "command line"
+    assert recipe.location("model.n_layer") == recipe.location("optimizer.betas") == ""
+    assert [recipe.location(key) != "" for key in ("optimizer.lr", "seed", "optimizer.betas")] == [True, True, False]
 
 
 def test_a_resolved_recipe_names_every_key(loader):
@@ -122,15 +122,15 @@ def test_a_resolved_recipe_names_every_key(loader):
 )
 def test_length_is_rounded_up_to_whole_updates(loader, length, samples, expected):
     recipe = loader({7: "schedule: {warmup_updates: 0}", 8: f"length: {{{length}}}"})
-    assert updates(recipe, samples) == expected
+    assert total_updates(recipe, samples) == expected
 
 
 def test_a_warm_up_that_the_corpus_is_too_short_for_is_refused(loader):
     schedule = "schedule: {type: wsd, warmup_updates: 5, decay_updates: 6}"
     recipe = loader({7: schedule, 8: "length: {epochs: 1}"})
-    assert updates(recipe, 640 + 64) == 11
+    assert total_updates(recipe, 640 + 64) == 11
     with pytest.raises(UserError) as caught:
-        updates(recipe, 640)
+        total_updates(recipe, 640)
     assert str(caught.value) == (
         "megagpt: warm-up and decay together are longer than the 10 updates of training\n"
         "  length.epochs            1.0   r.yaml:8\n  schedule.warmup_updates  5     r.yaml:7\n"
