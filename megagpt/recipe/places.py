@@ -1,4 +1,4 @@
-"""Where a recipe's values were given."""
+"""Source locations: where each value of a recipe was given."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a value was given: `at` is FILE:LINE or "command line", `word` what stands there."""
+    """Where one value was given."""
 
     at: str
-    word: str
+    """FILE:LINE, or "command line" """
+    text: str
+    """what is written there: the key, or the whole `key=value` argument"""
 
 
 @dataclass(frozen=True)
 class SourceLocations:
-    """Dotted key → where it was given. All are equal: recipes compare by their values."""
+    """Maps dotted keys to the locations of their values.
 
-    given: Mapping[str, SourceLocation] = field(default_factory=dict, compare=False)
+    All instances compare equal, so that recipes are compared by their values alone.
+    """
+
+    by_key: Mapping[str, SourceLocation] = field(default_factory=dict, compare=False)
