@@ -223,13 +223,7 @@ def _open(run: Run, device: str, taken: list[blend.Taken], notes: list[str], sta
     if len(taken) > 1:
         for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
             say(f"{head:<8} {line}")
-    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
-            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
-    cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)
-    say(
-        f"layout   {layout.world_size} × {device}, {cut}ZeRO stage {layout.zero_stage}, "
-        f"{layout.data_parallel} × {layout.micro_batch} × {layout.accumulation} samples an update"
-    )
+    say(f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update")
     share = run.total * recipe.batch.global_size / order.samples_per_epoch
     say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
     if recipe.health.compare_every and layout.zero_stage == 3:

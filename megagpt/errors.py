@@ -1,4 +1,4 @@
-"""Errors for people: what was wrong, where, and what to do about it."""
+"""Errors for users: what is wrong, where, and what to do about it. Also the exit codes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
-EXIT_RUNNING = 3  # of `megagpt status` alone: neither well nor ill yet
-EXIT_REQUEUE = 75  # stopped and saved: sysexits.h's EX_TEMPFAIL, which schedulers requeue on
+EXIT_RUNNING = 3  # only from `megagpt status`: training has not ended
+EXIT_REQUEUE = 75  # stopped after saving: EX_TEMPFAIL of sysexits.h, on which schedulers requeue
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong, where it stands (`file:line key`), and what to do."""
+    """One mistake: what is wrong, where (`FILE:LINE  key`), and what to do."""
 
     what: str
     where: str = ""
@@ -31,9 +31,15 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed without a traceback, exit code 2.
+    """A mistake of the user's, printed without a traceback. The exit code is 2.
 
-    Carries one problem or several, so that all mistakes of a file are reported at once.
+    Holds one or more problems, so that all mistakes in a file can be reported at once.
+
+    Args:
+        what: what is wrong.
+        where: where it is wrong, such as `FILE:LINE  key`.
+        do: what to do about it.
+        others: further problems.
     """
 
     exit_code = EXIT_USER
@@ -44,7 +50,7 @@ class UserError(Exception):
 
     @classmethod
     def from_problems(cls, problems: Sequence[Problem]) -> UserError:
-        """Build one error from one or more problems."""
+        """Return one error with one or more problems."""
         first = problems[0]
         return cls(first.what, first.where, first.do, others=problems[1:])
 
@@ -53,20 +59,20 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """A failure of the machine's, such as a full disk: told like a user's mistake, but exit code 1."""
+    """A failure of the machine, such as a full disk. It is printed like a user's mistake, but the exit code is 1."""
 
     exit_code = EXIT_FAILURE
 
 
 def require_linux(what: str) -> None:
-    """Raise UserError on another system: what follows would fail in the middle, at a call that only Linux has."""
+    """Raise UserError unless this is Linux. Otherwise `what` would fail later, in a Linux-only system call."""
     if sys.platform != "linux":
         raise UserError(
-            f"{what} needs Linux, and this is {sys.platform}", "", "use WSL 2 on Windows, a virtual machine on macOS"
+            f"{what} needs Linux, but this is {sys.platform}", "", "use WSL 2 on Windows, or a virtual machine on macOS"
         )
 
 
 def closest_match(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like `name`, or None if none is near."""
+    """Return the known name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

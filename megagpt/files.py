@@ -1,4 +1,7 @@
-"""Every write of a run directory, through a few calls that can fail, be killed, or be counted one by one."""
+"""Durable file operations for run directories.
+
+Every write goes through these few functions, so that tests can make each one fail, kill the process there, or count it.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 WriteFile = Callable[[str, bytes], None]
-"""Writes the bytes of one file of a checkpoint, named relative to it."""
+"""writes one file of a checkpoint, given its path relative to the checkpoint and its content"""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a file holds: its size and CRC-32."""
+    """Size and CRC-32 of a file that was written."""
 
     bytes: int
     crc32: int
 
 
 def write(path: Path, data: bytes) -> WrittenFile:
-    """Write a new file and flush it to the disk. Raises OSError."""
+    """Write a new file and flush it to disk. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         view = memoryview(data)
@@ -37,7 +40,7 @@ def write(path: Path, data: bytes) -> WrittenFile:
 
 
 def folder_writer(folder: Path) -> WriteFile:
-    """Writes files into a folder, those above them made."""
+    """Return a function that writes files into a folder and creates missing folders."""
 
     def sink(name: str, data: bytes) -> None:
         make_folder((folder / name).parent)
@@ -47,7 +50,7 @@ def folder_writer(folder: Path) -> WriteFile:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file by `text` in one step: a reader sees the old one or the new one."""
+    """Replace a file atomically, so that a reader sees either the old content or the new."""
     temporary = path.with_name(path.name + ".new")
     write(temporary, text.encode("utf-8"))
     os.replace(temporary, path)
@@ -55,22 +58,25 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Replace the file by a JSON value, in one step."""
+    """Replace a file atomically by a JSON value."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder; it is on the disk when the folder above has been synced."""
+    """Rename a folder. The new name is durable only after `sync` of the parent folder."""
     os.rename(old, new)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it."""
+    """Create a folder and its parents, unless they exist."""
     path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it: from then on its old name is free, whatever stops the rest."""
+    """Remove a folder and everything in it.
+
+    It is renamed first, so that its name is free even if the removal is interrupted.
+    """
     if path.exists():
         doomed = path.with_name(f".removed_{path.name.lstrip('.')}")
         if doomed.exists():
@@ -80,7 +86,7 @@ def remove_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's or folder's entry from the cache to the disk."""
+    """Flush a file or folder from the page cache to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,7 +95,7 @@ def sync(path: Path) -> None:
 
 
 def crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's content."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -98,7 +104,7 @@ def crc32(path: Path) -> int:
 
 
 class ChecksummedFile:
-    """A new file that keeps the CRC-32 of all that was written to it."""
+    """A new file that computes the CRC-32 of everything written to it."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -111,15 +117,15 @@ class ChecksummedFile:
         self.close()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append some bytes."""
+        """Append bytes."""
         self._file.write(content)
         self.crc32 = zlib.crc32(content, self.crc32)
 
     def sync(self) -> None:
-        """Flush it to the disk."""
+        """Flush the file to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close it; what is buffered is written, unless the disk is full."""
+        """Write what is buffered, and close the file. Raises OSError if the disk is full."""
         self._file.close()

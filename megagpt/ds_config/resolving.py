@@ -114,13 +114,9 @@ def _zero_stage(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees) -> t
         why = "DeepSpeed's stage 0 starts with an Adam step on zero gradients"
         return 1, [f"{recipe.precision} runs at ZeRO stage 1 instead of 0: {why}"]
     if stage == 0 and degrees.stages > 1:
-        return 1, [
-            "the pipeline runs at ZeRO stage 1 instead of 0: at 0 each pipeline stage clips by its own norm"
-        ]
+        return 1, ["the pipeline runs at ZeRO stage 1 instead of 0: at 0 each pipeline stage clips by its own norm"]
     if stage == 0 and degrees.tensor > 1:
-        return 1, [
-            "tensor parallelism runs at ZeRO stage 1 instead of 0: at 0 each rank clips by its own norm"
-        ]
+        return 1, ["tensor parallelism runs at ZeRO stage 1 instead of 0: at 0 each rank clips by its own norm"]
     return int(stage), []
 
 

@@ -142,9 +142,7 @@ def _report(small: Resolved, found: Sequence[Difference], updates: int) -> str:
     rows = [worst(found, kind) for kind in KINDS]
     versions = ", ".join(f"{name} {version(name)}" for name in ("megagpt", "deepspeed", "torch"))
     lines = [
-        f"parity   {layout.world_size} ranks: data {layout.data_parallel}, pipeline {layout.pipeline_stages}, "
-        f"tensor {layout.tensor_parallel}, sequence {layout.sequence_parallel}; ZeRO {layout.zero_stage}, "
-        f"{layout.accumulation} micro-batches, {small.recipe.precision}",
+        f"parity   {layout}, {layout.batch_product} samples per update, {small.recipe.precision}",
         f"model    the recipe's, shrunk to {model.n_layer} blocks of width {model.d_model}; {updates} updates",
         f"versions {versions}",
         "",

@@ -43,7 +43,7 @@ class Plan:
     zero_stage: int
     data_parallel: int
     parts: str
-    """pipeline stages, tensor parts and sequence parts, where there are several"""
+    """how the model is split (`Layout.parallelism`); "" if it is not"""
     micro_batch: int
     accumulation: int
     global_batch: int
@@ -91,9 +91,9 @@ def plan(options: Options) -> Plan:
     return Plan(
         parameters=cost.parameters(resolved.recipe.model),
         world_size=world, nodes=nodes, zero_stage=layout.zero_stage, data_parallel=layout.data_parallel,
-        parts=table.parts(layout), micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+        parts=layout.parallelism, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
         global_batch=resolved.recipe.batch.global_size,
-        recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=effort.waits(layout),
+        recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=layout.pipeline_bubble,
         offloads=Zero(resolved).offloads,
         memory=memory(resolved), fit=found, length=length,
         time=None if device is None else effort.time(resolved, length.flops, device.name),

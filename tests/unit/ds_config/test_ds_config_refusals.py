@@ -75,7 +75,8 @@ COMBINATIONS = {
     ),
     "more blocks recomputed than there are": (
         ['"activation_checkpointing": {"number_checkpoints": 99', '"profile": true}'],
-        "megagpt: activation_checkpointing.profile is not supported: megagpt uses torch's activation checkpointing, which would ignore it\n"
+        "megagpt: activation_checkpointing.profile is not supported: "
+        "megagpt uses torch's activation checkpointing, which would ignore it\n"
         "  d.json:3  activation_checkpointing.profile\n  do: remove it\n"
         "megagpt: the number of recomputed blocks is larger than the number of blocks of the model (12)\n"
         "  d.json:2  activation_checkpointing.number_checkpoints\n"
@@ -83,8 +84,8 @@ COMBINATIONS = {
     ),
     "a world size that is not a multiple of the degrees": (
         ['"sequence_parallel_size": 4'],
-        "megagpt: the world size 2 is not a multiple of 4, the ranks of one model replica\n  d.json:2  sequence_parallel_size\n"
-        "  do: start a multiple of 4 ranks",
+        "megagpt: the world size 2 is not a multiple of 4, the ranks of one model replica\n"
+        "  d.json:2  sequence_parallel_size\n  do: start a multiple of 4 ranks",
     ),
 }
 

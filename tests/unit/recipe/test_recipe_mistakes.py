@@ -69,7 +69,7 @@ MISTAKES = {
     "not one of the allowed values": (
         {2: "precision: fp8"},
         'megagpt: precision cannot be "fp8"\n  r.yaml:2  precision\n  do: give fp32, bf16 or fp16, or null: '
-        "of weights and activations in training; null where the DeepSpeed config states it (else fp32)",
+        "precision of weights and activations in training; null: as the DeepSpeed config states, else fp32",
     ),
     "too short a list": (
         {6: "optimizer: {lr: 1e-3, betas: [0.9]}"},
