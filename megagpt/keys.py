@@ -75,9 +75,7 @@ def _keys(section: Mapping[str, Any], dot: str, definitions: Mapping[str, Any]) 
             yield from _keys(inner, f"{dot}{name}.", definitions)
             continue
         help_text = " ".join(schema["description"].split())
-        default = (
-            format_value(schema["default"]) if "default" in schema else ""
-        )  # else it is derived, and the help says how
+        default = format_value(schema["default"]) if "default" in schema else ""
         yield RecipeKey(dot + name, describe_schema(schema, definitions), default, help_text)
         if "$ref" in schema.get("items", {}):
             yield from _keys(_definition(schema["items"], definitions), f"{dot}{name}[].", definitions)
