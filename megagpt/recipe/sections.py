@@ -247,7 +247,7 @@ class HealthSection(Section):
     norm_spike: _Positive | None = None
     """roll back to a checkpoint if the gradient norm is this many deviations above the median; null for never"""
     window: Annotated[int, Field(ge=8)] = 128
-    """number of recent updates to compare with; no spike is detected before there are so many"""
+    """number of recent updates to compare with; no spike is detected during the first ones"""
     skips: _CountOrNone = 3
     """consecutive updates that may be skipped; one more rolls back to a checkpoint"""
     compare_every: _Count | None = None
