@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_plan(recipe):
 def test_files_that_do_not_fit_together_are_a_users_mistake(recipe):
     with pytest.raises(UserError) as caught:
         needs.of(recipe, CONFIGS / "pipeline2.json", (), 3)
-    assert str(caught.value).startswith("megagpt: a world of 3 does not divide by 2, the ranks of one copy")
+    assert str(caught.value).startswith("megagpt: the world size 3 is not a multiple of 2, the ranks of one model replica")
 
 
 def test_words_without_a_recipe_are_a_mistake():
