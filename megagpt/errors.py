@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,22 @@ EXIT_FAILURE = 1
 EXIT_USER = 2
 EXIT_RUNNING = 3  # only from `megagpt status`: training has not ended
 EXIT_REQUEUE = 75  # stopped after saving: EX_TEMPFAIL of sysexits.h, on which schedulers requeue
+
+
+# C0 and C1 control characters except tab and line feed, characters that change text direction, and lone surrogates
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def without_controls(text: str, colours: bool = False) -> str:
+    """Return text with U+FFFD in place of characters that a terminal interprets instead of showing.
+
+    Args:
+        text: text with parts from untrusted sources: a corpus, a file name, another program's message.
+        colours: keep escape sequences that only change colors.
+    """
+    parts = _COLOUR.split(text) if colours else [text]
+    return "".join(part if number % 2 else _CONTROLS.sub("\ufffd", part) for number, part in enumerate(parts))
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Problem:
         lines += [f"  {line}" for line in self.where.splitlines()]
         if self.do:
             lines.append(f"  do: {self.do}")
-        return "\n".join(lines)
+        return without_controls("\n".join(lines))
 
 
 class UserError(Exception):

@@ -5,6 +5,7 @@ Every write goes through these few functions, so that tests can make each one fa
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,8 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagpt.errors import UserError
+
 WriteFile = Callable[[str, bytes], None]
 """writes one file of a checkpoint, given its path relative to the checkpoint and its content"""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from an untrusted source.
+
+    Raises:
+        ValueError: if the text is not JSON, or nested too deeply for Python's parser. `json.loads` alone raises
+            RecursionError for the latter, which callers that handle damaged files do not catch.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 @dataclass(frozen=True)
@@ -27,8 +43,8 @@ class WrittenFile:
 
 
 def write(path: Path, data: bytes) -> WrittenFile:
-    """Write a new file and flush it to disk. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    """Write a new file and flush it to disk. Raises OSError, also if the path is a symbolic link."""
+    descriptor = _opened(path, os.O_TRUNC)
     try:
         view = memoryview(data)
         while view:
@@ -37,6 +53,35 @@ def write(path: Path, data: bytes) -> WrittenFile:
     finally:
         os.close(descriptor)
     return WrittenFile(len(data), zlib.crc32(data))
+
+
+def open_to_append(path: Path) -> int:
+    """Return a file descriptor that appends to a file, created if missing. Raises OSError for a symbolic link."""
+    return _opened(path, os.O_APPEND)
+
+
+def _opened(path: Path, flag: int) -> int:
+    """Open a file for writing, unless it is a symbolic link: in another user's run directory it may lead anywhere."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | flag | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    raise OSError(errno.ELOOP, "this is a symbolic link, which is not written through", str(path))
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a path, with all symbolic links resolved, is outside of a folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def refuse_links_out(run: Path) -> None:
+    """Raise UserError if the run directory has a symbolic link that leads out of it, other than a checkpoint folder."""
+    entries = [path for folder in (run, run / "logs") if folder.is_dir() for path in folder.iterdir()]
+    for path in sorted(entries):
+        if path.is_symlink() and leads_out(path, run) and not path.name.startswith("update_"):
+            what = "a symbolic link leads out of the run directory, and is not written through"
+            raise UserError(what, f"{path} -> {path.readlink()}", "remove it, or put the file itself in its place")
 
 
 def folder_writer(folder: Path) -> WriteFile:
@@ -77,12 +122,21 @@ def remove_folder(path: Path) -> None:
 
     It is renamed first, so that its name is free even if the removal is interrupted.
     """
-    if path.exists():
+    if path.is_symlink():  # remove only the link: its target may belong to somebody else
+        path.unlink()
+    elif path.exists():
         doomed = path.with_name(f".removed_{path.name.lstrip('.')}")
-        if doomed.exists():
-            shutil.rmtree(doomed)
+        remove_tree(doomed)
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and everything in it, if it exists. If it is a symbolic link, remove only the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:

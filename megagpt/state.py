@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IGNORE_INDEX = -100
+"""Label that takes no part in the loss. The value is PyTorch's default `ignore_index`."""
+
 
 @dataclass(frozen=True)
 class TrainState:

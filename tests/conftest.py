@@ -31,6 +31,12 @@ def pytest_configure(config):
     settings.load_profile("megagpt")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """Keys of jobs that tests start, on any host, lie in a folder of the tests'."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 def pytest_runtest_setup():
     torch.manual_seed(0)  # whatever ran before, in whichever process
 

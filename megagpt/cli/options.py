@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from megagpt.errors import without_controls
+
 _ORDER = (
     "tokenizer", "prepare", "data", "keys", "plan", "hosts", "doctor", "parity",
     "train", "stop", "status", "checkpoints", "report", "evaluate", "generate", "export",
@@ -56,4 +58,4 @@ def print_result(result: Any, as_json: bool) -> None:
         result: a dataclass whose `str` is the text for a terminal.
         as_json: print its fields as one JSON object instead.
     """
-    print(json.dumps(asdict(result)) if as_json else str(result))
+    print(json.dumps(asdict(result)) if as_json else without_controls(str(result), colours=True))

@@ -1,4 +1,4 @@
-"""What `megagpt data` does with corpora that are there: look into one, verify all of it, merge several."""
+"""The commands `megagpt data`: inspect a corpus, verify all of it, merge several."""
 
 from megagpt.corpora.inspecting import inspect
 from megagpt.corpora.merging import merge

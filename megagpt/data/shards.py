@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.data.oddities import Oddities, Place
-from megagpt.files import ChecksummedFile
+from megagpt.files import ChecksummedFile, parse_json
 
 ROW = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
 _ROW = struct.Struct("<qq?16s")
@@ -105,7 +105,7 @@ class ShardWriter:
 def read_record(folder: Path, number: int) -> Record | None:
     """The record of a whole shard, or None where there is none or its files are not what it says."""
     try:
-        content: dict[str, Any] = json.loads((folder / f"{number}.json").read_bytes())
+        content: dict[str, Any] = parse_json((folder / f"{number}.json").read_bytes())
         odd = content.pop("oddities")
         first = {kind: Place(*place) for kind, place in odd["first"].items()}
         lines = {int(source): count for source, count in odd["lines"].items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from enum import Enum
 from pathlib import PurePath
 
 from megagpt.data.opening import Compression, compression_of, opened
 from megagpt.errors import UserError
+from megagpt.files import parse_json
 
 
 class Kind(Enum):
@@ -81,8 +81,8 @@ def _begins_with_an_object(head: bytes) -> bool:
     if not ended and len(head) == _HEAD:
         return _OBJECT.match(line.decode(errors="replace")) is not None
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line), dict)
+    except ValueError:
         return False
 
 

@@ -131,8 +131,25 @@ def unsupported_settings(view: ConfigView, world_size: int) -> Iterator[Problem]
     if not view.is_valid(ZERO_STAGE_KEY):
         return
     stated = view.explicit(ZERO_STAGE_KEY, 0)
+    yield from _reduction(view, stated)
     yield from _offload(view, stated)
     yield from _zeropp(view, stated, world_size)
+
+
+def _reduction(view: ConfigView, stage: int) -> Iterator[Problem]:
+    """Yield settings that DeepSpeed's optimizers reject only when built (stage_1_and_2.py, stage3.py: __init__)."""
+    key = f"{_ZERO}.allgather_bucket_size"
+    size = view.explicit(key, 2)
+    if stage < 3 and size % 2:
+        what = f"{key} is odd: below ZeRO stage 3 DeepSpeed aligns what it gathers to 2 elements"
+        yield view.problem(what, [key], f"set it to {size + 1}")
+    scatter = f"{_ZERO}.reduce_scatter"
+    if stage < 2 or not view.explicit(scatter, True):
+        return
+    for key, harmless in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if view.explicit(key, harmless) != harmless:
+            what = f"{key} is not supported by DeepSpeed at ZeRO stage {stage}, which scatters what it reduces"
+            yield view.problem(what, [ZERO_STAGE_KEY, key], f"remove {key}, or set {scatter} to false")
 
 
 def _device(view: ConfigView, key: str) -> str:

@@ -62,7 +62,9 @@ def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) ->
     partial = output.with_name(f"{output.name}.partial")
     files.remove_folder(partial)
     theirs.save_pretrained(partial)
-    tokenizer = vocabularies.save(transformers, model.recipe.data.tokenizer, partial, model.recipe.model.seq_len)
+    tokenizer = vocabularies.save_tokenizer(
+        transformers, model.recipe.data.tokenizer, partial, model.recipe.model.seq_len
+    )
     difference = _difference(transformers, model.model, partial, kept)
     if output.is_dir():
         output.rmdir()
@@ -87,7 +89,9 @@ def _difference(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float
 
     Raises MachineError where the folder does not hold the same function.
     """
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     ours.to(getattr(torch, dtype)).float()
     shape = (2, min(ours.section.seq_len, 256))
     ids = torch.randint(ours.section.vocab_size, shape, generator=torch.Generator().manual_seed(0))

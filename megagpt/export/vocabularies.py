@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.sentencepiece_model import EOD_PIECE, ids_and_merges
+from megagpt.data.sentencepiece_model import EOD_PIECE, bpe_vocab_and_merges
 from megagpt.data.tokenizer import Tokenizer
 
 _UNKNOWN = "<unk>"
 _WORDS = "\n|\u2581*[^\u2581\n]+|\u2581+"  # where no merge crosses, as in prepare
 
 
-def save(transformers: Any, path: str | None, folder: Path, seq_len: int) -> str | None:
+def save_tokenizer(transformers: Any, path: str | None, folder: Path, seq_len: int) -> str | None:
     """Write the tokenizer into the folder; its path, or None where there is none that can be written.
 
     Models of sentencepiece's that others trained, and tiktoken's encodings, are left out: transformers has its own
@@ -21,7 +21,7 @@ def save(transformers: Any, path: str | None, folder: Path, seq_len: int) -> str
     if path is None:
         return None
     ours = Tokenizer(path)
-    if ours.by_words:
+    if ours.is_word_local:
         theirs, special = _merges(Path(path).read_bytes()), {"eos_token": EOD_PIECE, "unk_token": _UNKNOWN}
     elif Path(path).is_file() and Path(path).read_bytes().lstrip().startswith(b"{"):
         import tokenizers
@@ -45,7 +45,7 @@ def _merges(model: bytes) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
-    ids, merges = ids_and_merges(model)
+    ids, merges = bpe_vocab_and_merges(model)
     fast = Fast(models.BPE(ids, merges, unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True))
     fast.normalizer = normalizers.Replace(" ", "\u2581")
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), "isolated")

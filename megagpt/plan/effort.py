@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import recipe as recipes
-from megagpt.data.sidecar import read_sidecar
+from megagpt.data.sidecar import bytes_per_token, read_sidecar
 from megagpt.model import cost
 from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megagpt.ds_config import Layout, Resolved
 
 _FP32 = 4
-_SMALL_VOCABULARY = 65_500  # ids of a smaller one take 2 bytes in .bin, of others 4: data/indexed.py, dtype_of
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,7 @@ def disk(resolved: Resolved, tokens: int | None) -> Disk:
     if recipe.optimizer.type == "muon":
         one -= _FP32 * sum(map(muon.elements, cost.shapes(recipe.model)))
     endless = kept is None or recipe.checkpoint.keep_every is not None
-    width = 2 if recipe.model.vocab_size < _SMALL_VOCABULARY else 4
-    read = None if tokens is None else tokens * width
+    read = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
     return Disk(one, None if endless or kept is None else (kept + 1) * one, read)
 
 

@@ -56,7 +56,7 @@ def prepare_corpora(
 
     Started by mpirun or srun, the processes share the work, and the first one joins what they made and has the answer.
     """
-    with joined_ranks() as ranks:
+    with joined_ranks(workplace_of(os.fspath(output)).parent) as ranks:
         made = _prepared(inputs, Tokenizer(tokenizer), os.fspath(output), options or Options(), ranks, out)
         return made if ranks.rank == 0 else None
 

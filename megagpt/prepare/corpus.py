@@ -14,8 +14,8 @@ import numpy as np
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
 from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import Reader, corpus_file, dtype_of
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader, corpus_file, token_dtype
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.oddities import AtPlace
 from megagpt.data.pieces import Piece, cut
 from megagpt.data.reading import key_of
@@ -24,7 +24,7 @@ from megagpt.data.sniffing import Kind
 from megagpt.data.sources import Source
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import odd_places, workplace
+from megagpt.prepare import odd_places, plain, workplace
 from megagpt.prepare.duplicates import first_copies
 from megagpt.prepare.encoding import Job, PieceError
 from megagpt.prepare.engines import check_engine
@@ -140,6 +140,7 @@ def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceErr
     return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
 
 
+@plain.register
 class _Joined(NamedTuple):
     """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
 
@@ -157,14 +158,16 @@ def _joined(work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[O
     prefixes = {False: str(work.folder / "unpacked") if options.pack else f"{work.output}.train"}
     if options.validation_fraction:
         prefixes[True] = f"{work.output}.validation"
-    choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
+    choice = Choice(work.folder, records, token_dtype(model.vocab_size).itemsize, kept, options.shuffle)
     with joined(prefixes, model, choice, ranks) as (writers, unknown):
         return ranks.first(
             lambda: _published(work, list(writers.values()), sum(r.documents for r in records), unknown, odd)
         )
 
 
-def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]) -> _Joined:
+def _published(
+    work: Work, writers: Sequence[CorpusWriter], documents: int, unknown: int, odd: Sequence[Oddity]
+) -> _Joined:
     """Give the files their names, if training and validation can use them."""
     model, options = work.model, work.options
     parts = [
@@ -185,13 +188,13 @@ def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: i
     return _Joined(parts, packing, copies, unknown)
 
 
-def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
+def _packed(work: Work, unpacked: CorpusWriter, part: PartSummary, made: dict[str, object]) -> Packing:
     """Publish the training part packed, from what was written of it as it came."""
     model, seq_len = work.model, work.options.pack
     assert seq_len is not None
-    unpacked.finish_unverified()
-    with Writer(part.prefix, model.vocab_size) as writer:
-        packing = pack(Reader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
+    unpacked.finish_without_sidecar()
+    with CorpusWriter(part.prefix, model.vocab_size) as writer:
+        packing = pack(CorpusReader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
         writer.text_bytes = part.text_bytes
         cut = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
         writer.finish(model.sha256, model.eod, made | {"packing": cut}, seq_len, packing.padding)

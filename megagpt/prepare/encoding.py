@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.data.documents import Fragment, digest_of, in_validation, whole
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.indexed_writer import MAX_SEQUENCE
 from megagpt.data.oddities import Oddities, Place
 from megagpt.data.pieces import Piece
@@ -67,7 +67,7 @@ class PieceEncoder:
                 sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
                 for stretch in piece.stretches:
                     fragments = read(stretch, self._job.text_key, odd, self._job.folder)
-                    for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
+                    for batch in _batches(fragments if self._encoder.is_word_local else whole(fragments)):
                         before = sink.done()
                         self._add(batch, stretch.number, sink, odd)
                         shard.flush()
@@ -116,7 +116,7 @@ def _no_collecting() -> Iterator[None]:
 class _Documents:
     """Puts encoded fragments together into the documents of a shard."""
 
-    def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: Oddities) -> None:
+    def __init__(self, shard: ShardWriter, encoder: CachedEncoder, fraction: float, odd: Oddities) -> None:
         self._shard, self._fraction, self._odd = shard, fraction, odd
         self._end, self._width = encoder.end, encoder.width
         self._begun: tuple[hashlib._Hash, int, int, bool] | None = None  # a document's hash, sizes, if blank so far

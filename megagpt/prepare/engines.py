@@ -7,9 +7,9 @@ from itertools import takewhile
 
 import numpy as np
 
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.gigatoken_encoder import GigatokenEncoder, check_gigatoken
-from megagpt.data.indexed import dtype_of
+from megagpt.data.indexed import token_dtype
 from megagpt.data.oddities import AtPlace, Place
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -27,9 +27,9 @@ def check_engine(engine: str, tokenizer: Tokenizer) -> None:
         check_gigatoken(tokenizer)
 
 
-def encoder_of(engine: str, tokenizer: Tokenizer) -> Encoder:
+def encoder_of(engine: str, tokenizer: Tokenizer) -> CachedEncoder:
     """The encoder of a name that has been checked."""
-    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else Encoder(tokenizer)
+    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else CachedEncoder(tokenizer)
 
 
 class EngineDiffers(AtPlace):
@@ -55,7 +55,7 @@ class EngineCheck:
 
     def __init__(self, engine: str, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
-        self._dtype = dtype_of(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self.begin()
 
     def begin(self) -> None:

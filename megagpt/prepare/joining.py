@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.id_file import IdFile, Stretches
-from megagpt.data.indexed_writer import Writer, partial_ids
-from megagpt.data.permutation import as_numbers, keys, permute, sides
+from megagpt.data.id_file import BinWriter, ChecksummedRanges
+from megagpt.data.indexed_writer import CorpusWriter, partial_bin_path
+from megagpt.data.permutation import as_uint64, derive_keys, permute, radices
 from megagpt.data.shards import ROW, Record, Rows
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
@@ -75,40 +75,42 @@ class Choice:
 @contextmanager
 def joined(
     prefixes: Mapping[bool, str], model: Tokenizer, choice: Choice, ranks: Ranks
-) -> Iterator[tuple[Mapping[bool, Writer], int]]:
+) -> Iterator[tuple[Mapping[bool, CorpusWriter], int]]:
     """The parts PREFIX, by whether they are for validation, with all chosen documents; and how many ids are unknown.
 
     Each rank writes the ids of its share of the documents straight into the files, where they belong. The first one
     makes the files and writes the index: it alone has the writers, which it may finish in the block.
     """
     with ExitStack() as stack:
-        writers: dict[bool, Writer] = {}
+        writers: dict[bool, CorpusWriter] = {}
         open_all = partial(_open, prefixes, model.vocab_size, stack, writers)
         ranks.first(open_all)
         blocks = choice.blocks()
         share = ranks.share(blocks)
         starts = {part: ranks.sum_before(partial(choice.id_bytes, share, part)) for part in prefixes}
 
-        def copied() -> tuple[dict[bool, Stretches], int]:
+        def copied() -> tuple[dict[bool, ChecksummedRanges], int]:
             with writing(choice.folder):
                 if ranks.rank == 0:
                     _index(choice, blocks, writers)
-                    return {}, _copy(choice, share, {part: one.ids for part, one in writers.items()}, model.unknown)
+                    return {}, _copy(
+                        choice, share, {part: one.bin_file for part, one in writers.items()}, model.unknown
+                    )
                 with ExitStack() as files:
-                    places = {part: (partial_ids(prefix), starts[part]) for part, prefix in prefixes.items()}
-                    parts = {part: files.enter_context(IdFile(*place)) for part, place in places.items()}
+                    places = {part: (partial_bin_path(prefix), starts[part]) for part, prefix in prefixes.items()}
+                    parts = {part: files.enter_context(BinWriter(*place)) for part, place in places.items()}
                     unknown = _copy(choice, share, parts, model.unknown)
                     return {part: file.finish() for part, file in parts.items()}, unknown
 
         (_, unknown), *others = ranks.each(copied)
         for part, writer in writers.items():
-            writer.others = [stretch for stretches, _ in others for stretch in stretches[part]]
+            writer.other_ranges = [stretch for stretches, _ in others for stretch in stretches[part]]
         yield writers, unknown + sum(count for _, count in others)
 
 
-def _open(prefixes: Mapping[bool, str], vocab_size: int, stack: ExitStack, writers: dict[bool, Writer]) -> None:
+def _open(prefixes: Mapping[bool, str], vocab_size: int, stack: ExitStack, writers: dict[bool, CorpusWriter]) -> None:
     for part, prefix in prefixes.items():
-        writers[part] = stack.enter_context(Writer(prefix, vocab_size))
+        writers[part] = stack.enter_context(CorpusWriter(prefix, vocab_size))
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise cannot_write(error, folder) from None
 
 
-def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, IdFile], unknown: int | None) -> int:
+def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, BinWriter], unknown: int | None) -> int:
     """Copy the ids of the blocks into their part, and count those that are `unknown`. Memory does not grow."""
     unknowns = 0
     for block in blocks:
@@ -137,7 +139,7 @@ def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, IdFile]
     return unknowns
 
 
-def _index(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, Writer]) -> None:
+def _index(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, CorpusWriter]) -> None:
     """End the documents of the blocks in their part."""
     for block in blocks:
         rows = _rows(choice.folder, block)
@@ -166,8 +168,8 @@ def _order(count: int, key: int, shuffle: bool) -> Numbers:
     """The numbers below `count`, shuffled by a key if so asked."""
     if not shuffle or count < 2:
         return np.arange(count)
-    a, b = (as_numbers([side]) for side in sides(count))
-    numbers = permute(np.arange(count, dtype=np.uint64), as_numbers([count]), a, b, keys(_SEED, key))
+    a, b = (as_uint64([side]) for side in radices(count))
+    numbers = permute(np.arange(count, dtype=np.uint64), as_uint64([count]), a, b, derive_keys(_SEED, key))
     return numbers.astype(np.int64)
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.errors import MachineError
 from megagpt.prepare.summary import Packing
 from megagpt.prepare.workplace import mapped
@@ -77,7 +77,7 @@ def _lengths(held: _Held) -> Numbers:
     return np.repeat(lengths[::-1], times[::-1])
 
 
-def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -> Packing:
+def pack(reader: CorpusReader, writer: CorpusWriter, seq_len: int, eod: int, folder: Path) -> Packing:
     """Write all tokens of a corpus, each once, as samples of `seq_len + 1` tokens, one sequence each.
 
     A sample that is not full is filled with `eod`: what follows the end of its last document. Samples are mixed in
@@ -101,7 +101,7 @@ def pack(reader: Reader, writer: Writer, seq_len: int, eod: int, folder: Path) -
     return Packing(seq_len, writer.documents, writer.tokens - len(reader.tokens), documents, before, after)
 
 
-def _measured(reader: Reader, size: int) -> tuple[int, float, int, Numbers]:
+def _measured(reader: CorpusReader, size: int) -> tuple[int, float, int, Numbers]:
     """Documents, how many are cut without packing and with it (see `Packing`), and chunks by length `[size + 1]`."""
     documents, before, after, counts = 0, 0.0, 0, np.zeros(size + 1, np.int64)
     for tokens in (np.diff(bounds) for bounds in _bounds(reader)):
@@ -116,14 +116,14 @@ def _measured(reader: Reader, size: int) -> tuple[int, float, int, Numbers]:
     return documents, before, after, counts
 
 
-def _bounds(reader: Reader) -> Iterator[Numbers]:
+def _bounds(reader: CorpusReader) -> Iterator[Numbers]:
     """Where documents begin, in tokens, some at a time, and where the last of them ends."""
     documents = len(reader.documents) - 1
     for first in range(0, documents, _ENTRIES):
-        yield reader.begins(np.arange(first, min(first + _ENTRIES, documents) + 1))
+        yield reader.document_starts(np.arange(first, min(first + _ENTRIES, documents) + 1))
 
 
-def _chunks(reader: Reader, size: int) -> Iterator[tuple[Numbers, Numbers]]:
+def _chunks(reader: CorpusReader, size: int) -> Iterator[tuple[Numbers, Numbers]]:
     """Where chunks begin, and how long they are, in tokens, some at a time."""
     for bounds in _bounds(reader):
         counts = -(-np.diff(bounds) // size)
@@ -164,7 +164,7 @@ def _in_proportion(mixes: Sequence[Mix], size: int) -> Iterator[list[Mix]]:
 
 
 def _filled(
-    reader: Reader, chosen: Sequence[Mix], lengths: Numbers, begins: Numbers, size: int, eod: int
+    reader: CorpusReader, chosen: Sequence[Mix], lengths: Numbers, begins: Numbers, size: int, eod: int
 ) -> memoryview:
     """The ids of samples, of which chunks of these lengths `[chunks]` begin there in the corpus."""
     samples = sum(mix.samples for mix in chosen)
@@ -175,7 +175,7 @@ def _filled(
     targets = before + np.repeat(shift, chunks)
     spans = np.stack([begins, targets, targets + lengths]) * reader.dtype.itemsize
     for begin, target, end in spans.T.tolist():
-        if os.preadv(reader.file, [ids[target:end]], begin) != end - target:
+        if os.preadv(reader.fd, [ids[target:end]], begin) != end - target:
             do = "type the command again"
             raise MachineError("a file was cut short while it was read", f"{reader.prefix}.bin", do)
     return ids

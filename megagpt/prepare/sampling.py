@@ -13,7 +13,7 @@ from megagpt.data.pieces import Piece, cut
 from megagpt.data.reading import read
 from megagpt.data.sample import Sample
 from megagpt.data.sources import Source
-from megagpt.data.tokenizer import SAMPLE_BYTES, lines_of, without_surrogates
+from megagpt.data.tokenizer import SAMPLE_BYTES, training_lines, without_surrogates
 from megagpt.prepare.encoding import PieceError, Report
 from megagpt.prepare.pool import Task, results
 
@@ -96,7 +96,7 @@ class _Document:
         self._hash.update(raw)
         self._bytes += len(raw)
         self._head += text[: _HEAD - len(self._head)]
-        for line in lines_of(text):
+        for line in training_lines(text):
             self._lines.offer((self._piece, self._line), line)
             self._line += 1
         if fragment.last:

@@ -14,6 +14,7 @@ from megagpt.data.documents import DEFAULT_FRACTION
 from megagpt.data.reading import key_of
 from megagpt.data.sources import find_sources
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
+from megagpt.errors import without_controls
 from megagpt.prepare.corpus import description
 from megagpt.prepare.sampling import drawn_from
 from megagpt.prepare.summary import Quality, TokenizerSummary
@@ -59,7 +60,7 @@ class Tokens:
     text_bytes: int
 
     def __str__(self) -> str:
-        return "|".join(text for _, text in self.tokens) + f"\n{self._figures()}"
+        return without_controls("|".join(text for _, text in self.tokens)) + f"\n{self._figures()}"
 
     def coloured(self) -> Text:
         """The text with a colour for each token."""
@@ -67,7 +68,7 @@ class Tokens:
 
         shown = Text()
         for number, (_, text) in enumerate(self.tokens):
-            shown.append(text.replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])
+            shown.append(without_controls(text).replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])
         return shown.append(f"\n{self._figures()}")
 
     def _figures(self) -> str:

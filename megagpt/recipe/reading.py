@@ -118,7 +118,7 @@ class ConfigTree:
         inside = ConfigTree(self.name)
         try:
             value = _parse(text, inside, key, lambda inner, node: location)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             what = f"the value of {key} is not valid YAML: {_reason(error)}"
             self.problems.append(Problem(what, f"command line  {argument}", "put it in quotes"))
             return
@@ -151,7 +151,7 @@ def read_yaml(path: str | Path) -> ConfigTree:
     text = read_text(path)
     try:
         values = _parse(text, tree, "", lambda key, node: SourceLocation(f"{name}:{node.start_mark.line + 1}", key))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{name} is not valid YAML: {_reason(error)}", where, "fix that line") from error
@@ -197,5 +197,7 @@ def _key(node: yaml.Node) -> str:
     return str(node.value)
 
 
-def _reason(error: yaml.YAMLError) -> str:
+def _reason(error: yaml.YAMLError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)

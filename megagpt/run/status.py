@@ -7,7 +7,6 @@ A job script may write it before, with `megagpt mark-starting RUN PID`: process 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -124,6 +123,6 @@ def _written(path: Path) -> float:
 def _json(path: Path) -> dict[str, str]:
     """A file's JSON object; empty where there is none, or half of one."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
+        return dict(files.parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}

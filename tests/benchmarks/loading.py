@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from megagpt.data.indexed import HEADER, MAGIC
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.loader import Loader
 
 warnings.simplefilter("ignore")  # Megatron's, about each GPU package that is not there
@@ -128,7 +128,7 @@ def _endless(dataset: Any, micro: int) -> Iterator[object]:
 def _corpus(path: Path, seed: int) -> str:
     """1e8 tokens in documents of 1,000 on average."""
     numbers = np.random.default_rng(seed)
-    with Writer(path, VOCABULARY) as writer:
+    with CorpusWriter(path, VOCABULARY) as writer:
         for length in numbers.integers(1, 2000, 100_000).tolist():
             writer.add_document(numbers.integers(0, VOCABULARY, length, dtype=np.uint16), 0)
         writer.finish("0" * 64, 0)

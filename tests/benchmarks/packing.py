@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpora import merging
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.prepare.packing import _measured, best_fit, pack
 
 EOD = 1
@@ -26,15 +26,15 @@ EOD = 1
 def write(prefix, documents, median, sigma):
     """A corpus of random ids whose documents end as they should."""
     draw = np.random.default_rng(1)
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         for at in range(0, documents, 1 << 14):
             lengths = np.exp(draw.normal(np.log(median), sigma, min(1 << 14, documents - at))).astype(np.int64) + 2
             ids = draw.integers(2, 50_000, lengths.sum(), np.uint16)
             ids[np.cumsum(lengths) - 1] = EOD
             writer.write_ids(ids.tobytes())
             writer.end_documents(lengths, 0)
-        writer.finish_unverified()
-    return Reader(prefix)
+        writer.finish_without_sidecar()
+    return CorpusReader(prefix)
 
 
 class Memory:
@@ -69,16 +69,16 @@ def timed(work):
 
 def copy(reader, prefix):
     """The same corpus once more, document by document as it comes."""
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         merging._copy(reader, writer)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
 
 
 def packed(reader, prefix, seq_len):
     """Its packed copy."""
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         summary = pack(reader, writer, seq_len, EOD, prefix.parent)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
     return summary
 
 

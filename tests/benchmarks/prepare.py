@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.prepare import train_tokenizer_command
 from megagpt.prepare.engines import ENGINES
 
@@ -138,7 +138,7 @@ def compare_index(folder, documents, repeats):
             builder.document_indices.append(len(builder.sequence_lengths))
         builder.finalize(str(folder / "theirs.idx"))
         best["megatron"] = min(best["megatron"], time.process_time() - begin)
-        with Writer(folder / "ours", 8000) as writer:
+        with CorpusWriter(folder / "ours", 8000) as writer:
             begin = time.process_time()
             for at in range(0, documents, 1 << 16):
                 writer.end_documents(lengths[at : at + (1 << 16)], 0)

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from megagpt import recipe as recipes
-from megagpt.data.indexed import Reader
-from megagpt.data.order import Order
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
 from megagpt.prepare import Options, prepare_command
 from tests import training
@@ -74,7 +74,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
         said = process.communicate(timeout=240)[1]
     assert process.returncode == 2
     assert re.search(
-        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), and its max_epochs is 9", said
+        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), but its max_epochs is 9", said
     )
 
 
@@ -86,7 +86,7 @@ def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_
         os.truncate(corpus, 100)
         assert not {0, 2, None} & {*both.wait(180)}
         said = both.printed(0) + both.printed(1)
-    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in said
+    assert f"{corpus} has changed while it was in use: it had {len(content):,} bytes, now has 100" in said
     corpus.write_bytes(content)
     training.finish(own, world=2)
     assert training.curve(tmp_path / "run")[-1]["update"] == 100
@@ -112,8 +112,8 @@ def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_ra
     prepare_command([str(text)], tmp_path / "data/text.model", packed, Options(0.05, pack=32))
     changes = (f"data.train={packed}.train", "data.document_mask=true", "length.updates=6", "evaluation.every=null")
     training.finish(own, *changes, world=2)
-    corpus = Reader(f"{packed}.train")
-    starts = Order([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
+    corpus = CorpusReader(f"{packed}.train")
+    starts = Sampler([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
     samples = [corpus.sequence(start // 33).tolist() for start in starts]
     labels = [sum((a, b) != (1, 1) for a, b in itertools.pairwise(sample)) for sample in samples]
     assert len(set(labels)) > 1

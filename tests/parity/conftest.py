@@ -1,15 +1,11 @@
 """The parity run: each world size once per session, with just the layouts that were asked for."""
 
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
 from megagpt.parity.curve import TOLERANCES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from layouts import CASES  # the path has to be there first
+from tests.parity.layouts import CASES
 
 WORST = "largest relative differences"  # in a test's report, which may come from another process
 

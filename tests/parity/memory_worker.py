@@ -1,6 +1,7 @@
 """One rank that saves a larger model, or measures what memory building or moving it takes. Started by groups.py.
 
-memory_worker.py JOB.json      JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
+python -m tests.parity.memory_worker JOB.json
+JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import layouts
 import torch
-from state_worker import data
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.ds_config import Resolved
@@ -25,6 +24,8 @@ from megagpt.engine.build import build
 from megagpt.engine.materialise import materialise
 from megagpt.engine.start import start, stop
 from megagpt.files import folder_writer
+from tests.parity import layouts
+from tests.parity.state_worker import data
 
 DEEPER = ("model.d_model=384", "model.n_layer=16", "model.vocab_size=512")
 LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-import layouts
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +17,7 @@ from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.model.layers import Attention, PositionEmbedding
 from megagpt.model.shards import Cut
+from tests.parity import layouts
 
 Wrapper = Callable[..., Any]
 

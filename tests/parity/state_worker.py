@@ -1,6 +1,7 @@
 """One rank that trains layouts, saves, goes on, and does the last part again from what it saved. Started by groups.py.
 
-state_worker.py JOB.json      JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+python -m tests.parity.state_worker JOB.json
+JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import layouts
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +22,7 @@ from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
 from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT
+from tests.parity import layouts
 
 BEFORE, AFTER = range(3), range(3, 6)  # updates
 

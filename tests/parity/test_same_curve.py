@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import curve as curves
-import layouts
 import pytest
-import reference
-from groups import run_cases
-from needs import missing
 
 from megagpt.parity.curve import KINDS, compare, worst
+from tests.parity import curve as curves
+from tests.parity import layouts, reference
+from tests.parity.groups import run_cases
+from tests.parity.needs import missing
 
 TOTAL = 100  # the schedule's length, also of the short run
 

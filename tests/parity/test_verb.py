@@ -76,7 +76,7 @@ def test_fp16_overflows_at_the_start_are_no_other_curve(fp16, tmp_path):
 def test_weights_in_bf16_may_differ_as_bf16_itself_does_and_no_more():
     options = Options(RECIPE, ROOT / "ds_configs/zero2.json", ("precision=bf16",), updates=8)
     whole = _resolve(options, Rank(), ())
-    recipe = _resolve(options, Rank(), shrink.words(whole, 8, None)).recipe
+    recipe = _resolve(options, Rank(), shrink.overrides(whole, 8, None)).recipe
     size = recipe.batch.global_size
     updates = [shrink.samples(recipe.model, size, first) for first in range(0, 8 * size, size)]
     expected = reference.train(recipe, updates, updates[0])

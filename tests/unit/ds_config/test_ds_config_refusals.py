@@ -55,6 +55,17 @@ COMBINATIONS = {
         "  zero_optimization.zero_hpz_partition_size   2       d.json:2\n"
         '  zero_optimization.offload_optimizer.device  "cpu"   d.json:3\n  do: keep one of the two',
     ),
+    "an odd bucket below stage 3": (
+        ['"zero_optimization": {"stage": 1, "allgather_bucket_size": 7}'],
+        "megagpt: zero_optimization.allgather_bucket_size is odd: below ZeRO stage 3 DeepSpeed aligns what it gathers "
+        "to 2 elements\n  d.json:2  zero_optimization.allgather_bucket_size\n  do: set it to 8",
+    ),
+    "gradients divided before they are scattered": (
+        ['"prescale_gradients": true', '"zero_optimization": {"stage": 2}'],
+        "megagpt: prescale_gradients is not supported by DeepSpeed at ZeRO stage 2, which scatters what it reduces\n"
+        "  zero_optimization.stage  2      d.json:3\n  prescale_gradients       true   d.json:2\n"
+        "  do: take prescale_gradients away, or set zero_optimization.reduce_scatter to false",
+    ),
     "half a node": (
         ['"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}'],
         "megagpt: the 2 ranks cannot be divided into groups of 8, each with a copy of the weights\n"

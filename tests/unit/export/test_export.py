@@ -138,7 +138,7 @@ def cuts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [document.text for document in default_corpus().documents[:40]]
     path = train_tokenizer(texts, 2000, folder / "t")
-    assert export.vocabularies.save(transformers, str(path), folder / "out", 128) == str(path)
+    assert export.vocabularies.save_tokenizer(transformers, str(path), folder / "out", 128) == str(path)
     return Tokenizer(path), transformers.AutoTokenizer.from_pretrained(folder / "out")
 
 
@@ -168,14 +168,16 @@ def test_a_tokenizer_json_goes_along_and_others_stay(cuts, tmp_path):
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3}, "<unk>"))
     fast.add_special_tokens(["</s>", "<unk>"])
     fast.save(str(tmp_path / "tokenizer.json"))
-    export.vocabularies.save(transformers, str(tmp_path / "tokenizer.json"), tmp_path / "out", 64)
+    export.vocabularies.save_tokenizer(transformers, str(tmp_path / "tokenizer.json"), tmp_path / "out", 64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.encode("b"), theirs.eos_token) == ([1], "</s>")
     lines = iter([document.text[:2000] for document in default_corpus().documents[:20]])
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_prefix=str(tmp_path / "theirs"), vocab_size=300, minloglevel=2
     )
-    assert export.vocabularies.save(transformers, str(tmp_path / "theirs.model"), tmp_path / "none", 64) is None
+    assert (
+        export.vocabularies.save_tokenizer(transformers, str(tmp_path / "theirs.model"), tmp_path / "none", 64) is None
+    )
     assert not (tmp_path / "none").exists()
 
 

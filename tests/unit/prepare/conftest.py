@@ -51,11 +51,11 @@ from megagpt.data import id_file, pieces, shards
 piece, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
-write = id_file.IdFile.finish
-id_file.IdFile.finish = lambda *given: time.sleep(float(pause)) or write(*given)
+write = id_file.BinWriter.finish
+id_file.BinWriter.finish = lambda *given: time.sleep(float(pause)) or write(*given)
 
 
-class Told(id_file.IdFile):
+class Told(id_file.BinWriter):
     def __init__(self, path, start=None):
         super().__init__(path, start)
         self._start = start or 0
@@ -71,7 +71,7 @@ if "SAMPLE" in os.environ:
     from megagpt.prepare import sampling
     sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
 if "PLACES" in os.environ:
-    id_file.IdFile = Told
+    id_file.BinWriter = Told
 from megagpt.prepare import packing  # now that what it imports has been changed
 
 filled = packing._filled

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from megagpt.data import pieces
 from megagpt.data.documents import digest_of, in_validation
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import Options, duplicates, joining, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 
 def documents(prefix, model):
-    reader, tokenizer = Reader(prefix), Tokenizer(model)
+    reader, tokenizer = CorpusReader(prefix), Tokenizer(model)
     return [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
 
 

@@ -8,7 +8,7 @@ import zstandard
 
 from megagpt import corpora
 from megagpt.data import indexed_writer
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.loader import Loader
 from megagpt.data.oddities import KINDS
 from megagpt.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
     path.unlink()
     assert [str(one) for one in summary.oddities] == [f"odd: 1 {KINDS['long']} (first: {path}:2)"]
 
-    reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
     assert len(word) == len(WORD)
     assert reader.lengths.tolist() == [len(before) + 1, limit, MORE, len(after) + 1]
@@ -58,7 +58,7 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
 
     loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
     start = len(before) + 1 + limit - 32  # around the end of the first sequence
-    stretch = np.frombuffer(reader.stretch(start, 64), reader.dtype)
+    stretch = np.frombuffer(reader.read_range(start, 64), reader.dtype)
     assert np.array_equal(stretch, document[limit - 32 : limit + 32])
-    assert loader.order.samples_per_epoch == len(reader.tokens) // 64 - 1
+    assert loader.sampler.samples_per_epoch == len(reader.tokens) // 64 - 1
     assert json.loads((tmp_path / "c.train.json").read_text())["made"]["odd"] == {"long": 1}

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from megagpt.data import pieces
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.oddities import KINDS
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -48,7 +48,7 @@ def test_an_odd_line_is_counted_and_told_or_an_error(
     if workers == 1:
         summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers))
         assert str(summary).splitlines()[3] == f"odd: {count} {KINDS[kind]} (first: {path}:6)"
-        reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+        reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
         documents = [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
         assert documents == ["good"] * 5 + [kept] * (kept is not None) + ["good"] * 3
         assert all(tokenizer.eod not in reader.document(n)[:-1] for n in range(len(documents)))
@@ -73,7 +73,7 @@ def strictly(path, model, prefix, **options):
 
 
 def kept_of(prefix, model):
-    reader, tokenizer = Reader(f"{prefix}.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(f"{prefix}.train"), Tokenizer(model)
     return [tokenizer.decode(reader.document(number)) for number in range(len(reader.documents) - 1)]
 
 
@@ -177,7 +177,7 @@ def test_a_document_too_long_for_one_sequence_becomes_several_or_an_error(model,
     path = tmp_path / "a.jsonl"
     path.write_text(jsonl(["q", "qqqqqqqqqqqq", "z"]))
     summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
-    reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     assert max(reader.lengths) == 4
     assert tokenizer.decode(reader.document(1)) == "qqqqqqqqqqqq"
     assert [(odd.kind, odd.count, odd.first) for odd in summary.oddities] == [("long", 1, f"{path}:2")]
@@ -190,7 +190,7 @@ def test_the_summary_reads_well(model, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(GOOD + b"x\ny\n" + line(""))
     summary = prepare_command([str(path)], model, tmp_path / "c", Options(0))
-    tokens = len(Reader(tmp_path / "c.train").tokens)
+    tokens = len(CorpusReader(tmp_path / "c.train").tokens)
     assert str(summary) == "\n".join(
         [
             f"text from {path} (0.0 MB)",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megagpt import corpora
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.prepare import Options, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
@@ -40,7 +40,7 @@ def start(command, lines, model, prefix, workers=1, **limits):
 
 def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, packed):
     summary, _ = packed
-    plain, train = Reader(unpacked.train.prefix), Reader(summary.train.prefix)
+    plain, train = CorpusReader(unpacked.train.prefix), CorpusReader(summary.train.prefix)
     assert train.packed == train.sidecar.packed == SEQ_LEN
     assert set(train.lengths.tolist()) == {SEQ_LEN + 1}
     more = np.bincount(train.tokens, minlength=400) - np.bincount(plain.tokens, minlength=400)
@@ -50,15 +50,15 @@ def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, pa
         one, other = (f"{part.validation.prefix}{ending}" for part in (summary, unpacked))
         with open(one, "rb") as ours, open(other, "rb") as theirs:
             assert ours.read() == theirs.read()
-    assert Reader(summary.validation.prefix).packed is None
+    assert CorpusReader(summary.validation.prefix).packed is None
     assert (summary.train.documents, summary.train.tokens) == (unpacked.train.documents, len(plain.tokens))
     assert corpora.verify(summary.train.prefix).wrong == ()
 
 
 def test_the_documents_cut_are_those_of_a_count_over_all_places(unpacked, packed):
     """Before: with samples that overlap by one token, from each of the seq_len tokens where the first may begin."""
-    plain = Reader(unpacked.train.prefix)
-    begins = plain.begins(np.arange(len(plain.documents)))
+    plain = CorpusReader(unpacked.train.prefix)
+    begins = plain.document_starts(np.arange(len(plain.documents)))
     lengths, cut = np.diff(begins), 0
     for first in range(SEQ_LEN):
         into = (begins[:-1] - first) % SEQ_LEN  # the sample that has the document's first token as an input
@@ -72,14 +72,14 @@ def test_the_documents_cut_are_those_of_a_count_over_all_places(unpacked, packed
 def test_what_packing_did_is_told(packed, tmp_path, model, command, lines):
     summary, _ = packed
     facts, padding = summary.packing, summary.packing.padding
-    samples = len(Reader(summary.train.prefix))
+    samples = len(CorpusReader(summary.train.prefix))
     line = (
         f"packed for seq_len 100: {samples:,} samples, {padding / samples / 101:.2%} padding; documents cut: "
         f"{facts.cut_before / facts.documents:.1%} unpacked, {facts.cut_after / facts.documents:.1%} packed (longer "
         "than a sample)"
     )
     assert line in str(summary).splitlines()
-    made = Reader(summary.train.prefix).sidecar.made
+    made = CorpusReader(summary.train.prefix).sidecar.made
     assert made["options"]["pack"] == 100
     assert made["packing"] == {
         "documents": facts.documents,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.prepare import packing
 from megagpt.prepare.packing import _in_proportion, best_fit, pack
 
@@ -99,18 +99,18 @@ def test_a_plan_does_not_grow_with_the_number_of_chunks():
 
 
 def write(prefix, documents, vocab_size=60_000):
-    with Writer(prefix, vocab_size) as writer:
+    with CorpusWriter(prefix, vocab_size) as writer:
         for ids in documents:
             writer.add_document(ids, 3 * len(ids))
         writer.finish("0" * 64, EOD)
-    return Reader(prefix)
+    return CorpusReader(prefix)
 
 
 def packed(reader, seq_len, folder):
-    with Writer(folder / "packed", 60_000, reader.dtype) as writer:
+    with CorpusWriter(folder / "packed", 60_000, reader.dtype) as writer:
         summary = pack(reader, writer, seq_len, EOD, folder)
         writer.finish("0" * 64, EOD, None, seq_len, summary.padding)
-    return Reader(folder / "packed"), summary
+    return CorpusReader(folder / "packed"), summary
 
 
 def chunks_of(ids):

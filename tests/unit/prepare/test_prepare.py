@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megagpt.data.documents import digest_of, in_validation
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare import Options, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
@@ -19,7 +19,7 @@ from tests.unit.prepare.conftest import content, finish, jsonl
 
 def stored(prefix, tokenizer):
     """Texts of a corpus, after checking that each document ends with the end-of-document symbol and has no other."""
-    reader = Reader(prefix)
+    reader = CorpusReader(prefix)
     documents = [reader.document(n).tolist() for n in range(len(reader.documents) - 1)]
     assert all(ids == [] or ids.index(tokenizer.eod) == len(ids) - 1 for ids in documents)
     return [tokenizer.decode(ids) for ids in documents]
@@ -34,7 +34,7 @@ def test_every_document_is_in_one_part_and_comes_back(source, texts, model, tmp_
     assert 0 < len(validation) < len(train)
     assert not set(train) & set(validation)
     for part, kept in ((summary.train, train), (summary.validation, validation)):
-        sidecar = Reader(part.prefix).sidecar
+        sidecar = CorpusReader(part.prefix).sidecar
         assert sidecar.tokenizer_sha256 == tokenizer.sha256
         assert (sidecar.documents, sidecar.tokens) == (part.documents, part.tokens)
         assert sidecar.text_bytes == part.text_bytes == sum(len(text.encode()) for text in kept)
@@ -208,4 +208,4 @@ def test_the_weights_of_a_manifest_become_a_blend_that_a_recipe_takes(texts, mod
         ("c.web.train", 0.75),
         ("c.books.train", 3.0),
     ]
-    assert all(len(Reader(source.path).tokens) for source in section.train)
+    assert all(len(CorpusReader(source.path).tokens) for source in section.train)

@@ -1,10 +1,13 @@
 """Real MPI ranks: the same bytes, on one disk or on two, and one that fails ends all."""
 
 import os
+import pickle
 import shutil
 import signal
 import socket
+import struct
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +16,7 @@ from datetime import timedelta
 import pytest
 
 from megagpt.data import pieces
-from megagpt.distributed import free_port, from_mpi_or_slurm
+from megagpt.distributed import free_port, from_mpi_or_slurm, secret
 from megagpt.errors import MachineError
 from megagpt.prepare import Options, prepare_command, sockets
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
@@ -174,11 +177,11 @@ def test_the_launcher_says_which_rank_it_is_of_how_many(environment, place):
 def tasks(command, lines, model, tmp_path, monkeypatch):
     """Start tasks as srun does: each is told its number, the hosts of the step, and nothing of MPI."""
 
-    def start(count, **limits):
-        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    def start(count, only=None, port=None, **limits):
+        monkeypatch.setenv("MASTER_PORT", str(port or free_port()))
         options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
         started = []
-        for number in range(count):
+        for number in range(count) if only is None else [only]:
             for name, value in (STEP | {"SLURM_PROCID": str(number), "SLURM_NTASKS": str(count)}).items():
                 monkeypatch.setenv(name, value)
             started.append(command("prepare", lines, *options, piece=5000, **limits))
@@ -193,52 +196,79 @@ def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
     assert ["prepared in" in output for output in outputs] == [True, False, False]
 
 
-def test_a_task_that_does_not_come_is_missed(monkeypatch):
+def test_a_task_that_does_not_come_is_missed(monkeypatch, tmp_path):
     monkeypatch.setattr(sockets, "JOIN_LIMIT", timedelta(seconds=3))
     place = from_mpi_or_slurm(
         STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "localhost"}
     )
 
     def come(**other):
-        with pytest.raises(MachineError) as error, sockets.connected(replace(place, **other)) as task:
+        with pytest.raises(MachineError) as error, sockets.connected(replace(place, **other), tmp_path, None) as task:
             task.bcast(None)  # the first one leaves instead
         return str(error.value)
 
     with ThreadPoolExecutor() as pool:
         coming = [pool.submit(come, rank=2), pool.submit(come, rank=1, job="8.0")]
-        with pytest.raises(MachineError) as error, sockets.connected(place):
+        with pytest.raises(MachineError) as error, sockets.connected(place, tmp_path, None):
             pass
         said = [one.result().splitlines()[0] for one in coming]
     assert said == [
         "megagpt: task 0 has ended before its work was done",
-        f"megagpt: two jobs share the port {place.port} of localhost: 7.0 listens there, this is 8.0",
+        f"megagpt: rank 1 on {socket.gethostname()} found no key of its job within 3 s: it is not there",
     ]
     assert str(error.value) == (
         "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
     )
 
 
-@pytest.mark.parametrize("says", [b"", b"\xff" * 100], ids=["nothing", "noise"])
-def test_somebody_else_at_the_port_is_told(monkeypatch, says):
-    monkeypatch.setattr(sockets, "_ANSWER", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        place = from_mpi_or_slurm(
-            STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
-        )
+def test_tasks_without_a_common_folder_share_the_secret_of_the_environment(tasks, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv(secret.VARIABLE, "0123456789abcdef" * 4)
+    outputs = [finish(task)[0] for task in tasks(2)]
+    assert content(tmp_path / "c") == expected
+    assert ["prepared in" in output for output in outputs] == [True, False]
 
-        def speak():
-            with server.accept()[0] as caller, suppress(ConnectionResetError):
-                caller.sendall(says)
-                caller.recv(1)  # until the other end is closed
 
-        with ThreadPoolExecutor() as pool:
-            spoken = pool.submit(speak)
-            with pytest.raises(MachineError, match="a program that is not megagpt listens there, this is 7"):
-                sockets._called(place)
-            spoken.result()
-        with pytest.raises(MachineError, match=f"port {port} is in use on this host"):
-            sockets._wait_for_all(place, {})
+def test_a_pickle_sent_to_the_port_of_a_job_runs_nothing_and_the_job_completes(tasks, expected, tmp_path):
+    """The attack that was seen: read the greeting, claim to be task 1, and send a pickle that runs a command."""
+    port = free_port()
+    (first,) = tasks(2, only=0, port=port)
+    attack = Bomb(tmp_path / "owned").messages()
+    strangers = []
+    for message in attack:
+        strangers.append(wait_for_port(port))
+        strangers[-1].sendall(message)
+    (second,) = tasks(2, only=1, port=port)
+    outputs = [finish(task)[0] for task in (first, second)]
+    for stranger in strangers:
+        stranger.close()
+    assert not (tmp_path / "owned").exists()
+    assert content(tmp_path / "c") == expected
+    assert ["prepared in" in output for output in outputs] == [True, False]
+    assert not list(tmp_path.glob("*.key"))
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+    def messages(self):
+        """The pickle alone, and after the number of task 1, framed as multiprocessing.connection does it."""
+        bomb = pickle.dumps(self)
+        framed = [struct.pack("!i", len(part)) + part for part in (b"1", bomb)]
+        return [bomb, b"".join(framed), b"\0" * 100 + bomb]
+
+
+def wait_for_port(port):
+    for _ in range(600):
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", port))
+        time.sleep(0.1)
+    raise AssertionError("nobody listens")
 
 
 def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):
@@ -248,7 +278,7 @@ def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_pat
     _, errors = finish(started[0], 1)
     assert errors == (
         "megagpt: task 1 has ended before its work was done\n  srun\n"
-        "  do: see what it said, then type the command again: it goes on where it stopped\n"
+        "  do: see its messages, then run the command again: it resumes where it stopped\n"
     )
     assert not list(tmp_path.glob("c.*.idx"))
     (_, errors), _ = [finish(task) for task in tasks(2)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megagpt.data import pieces
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.errors import UserError
 from megagpt.prepare import Options, prepare_command
 from megagpt.prepare.workplace import Workplace, mapped, workplace_of
@@ -146,7 +146,7 @@ def test_what_was_done_for_another_plan_is_not_used(command, large, model, tmp_p
     process.kill()
     process.communicate()
     prepare_command([str(other)], model, tmp_path / "c", Options(0))
-    assert Reader(tmp_path / "c.train").sidecar.text_bytes == 1400
+    assert CorpusReader(tmp_path / "c.train").sidecar.text_bytes == 1400
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["c.train.bin", "c.train.idx", "c.train.json"]
 
 
