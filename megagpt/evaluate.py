@@ -15,7 +15,7 @@ from megagpt.data.evaluation import EvaluationBatches
 from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare import PrepareOptions, prepare_command
 from megagpt.run import trained
 from megagpt.state import IGNORE_INDEX
 from megagpt.yardsticks import Baselines, measure_baselines
@@ -93,7 +93,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
     with tempfile.TemporaryDirectory() as scratch:
         prefix = data
         if not corpus_file(data, ".idx").exists() and Path(data).exists():
-            summary = prepare_command([data], _require(tokenizer).path, Path(scratch) / "text", Options(0.0))
+            summary = prepare_command([data], _require(tokenizer).path, Path(scratch) / "text", PrepareOptions(0.0))
             prefix = summary.train.prefix
         corpus = CorpusReader(prefix)
         section = recipe.model

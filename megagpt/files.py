@@ -76,10 +76,10 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def refuse_links_out(run: Path) -> None:
-    """Raise UserError if the run directory has a symbolic link that leads out of it, other than a checkpoint folder."""
+    """Raise UserError if the run directory or its logs hold a symbolic link that leads out of it."""
     entries = [path for folder in (run, run / "logs") if folder.is_dir() for path in folder.iterdir()]
     for path in sorted(entries):
-        if path.is_symlink() and leads_out(path, run) and not path.name.startswith("update_"):
+        if path.is_symlink() and leads_out(path, run):
             what = "a symbolic link leads out of the run directory, and is not written through"
             raise UserError(what, f"{path} -> {path.readlink()}", "remove it, or put the file itself in its place")
 

@@ -45,7 +45,10 @@ def generate(
         run: run directory.
         prompt: text to continue.
         tokens: maximum number of new tokens.
-        temperature, top_k, top_p, seed: see `sample`.
+        temperature: see `sample`, also for the following arguments.
+        top_k: None to sample from all tokens.
+        top_p: None to sample from all tokens.
+        seed: random seed.
 
     Raises:
         UserError: there is no valid checkpoint, or the recipe names no tokenizer.

@@ -67,12 +67,12 @@ def draw_as_svg(run: Path) -> Path:
     return run / PICTURE
 
 
-def draw_as_text(run: Path, colour: bool) -> str:
+def draw_as_text(run: Path, color: bool) -> str:
     """Plot the curve with characters, 88 columns wide, for a terminal or a log.
 
     Args:
         run: run directory.
-        colour: whether to use terminal colors.
+        color: whether to use terminal colors.
     """
     import plotext
 
@@ -86,7 +86,7 @@ def draw_as_text(run: Path, colour: bool) -> str:
     plotext.title("loss, nats per token")
     plotext.xlabel("million tokens")
     text: str = plotext.build()
-    return text if colour else plotext.uncolorize(text)
+    return text if color else plotext.uncolorize(text)
 
 
 def _millions(tokens: list[int]) -> list[float]:

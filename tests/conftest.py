@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
 from tests import training
 
 
@@ -68,7 +68,7 @@ def data(tmp_path_factory):
     text = tmp_path_factory.mktemp("text")
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 320, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.2))
+    prepare_command(inputs, folder / "text.model", folder / "text", PrepareOptions(0.2))
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megagpt.cli.options import Inputs, Json, Prefix, TextKey, Workers, print_result
-from megagpt.data.documents import DEFAULT_FRACTION
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.errors import EXIT_FAILURE
 
 app = typer.Typer()
@@ -26,7 +26,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[
         float, typer.Option(help="fraction of the documents held out for validation")
-    ] = DEFAULT_FRACTION,
+    ] = DEFAULT_VALIDATION_FRACTION,
     workers: Workers = None,
     text_key: TextKey = "text",
     strict: Annotated[bool, typer.Option("--strict", help="fail on the first malformed document")] = False,
@@ -43,7 +43,9 @@ def prepare(
     """Turn text into a memory-mapped corpus (.bin, .idx, .json). Run the same command again to resume it."""
     from megagpt import prepare as implementation
 
-    options = implementation.Options(validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack)
+    options = implementation.PrepareOptions(
+        validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack
+    )
     result = implementation.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
     if result:  # under a launcher, only one rank has the result
         print_result(result.corpora[0] if len(result.corpora) == 1 else result, as_json)
@@ -78,7 +80,7 @@ def inspect_tokenizer(
     if sys.stdout.isatty() and not as_json:
         from rich.console import Console
 
-        Console().print(tokens.coloured())
+        Console().print(tokens.colored())
     else:
         print_result(tokens, as_json)
 

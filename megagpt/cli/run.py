@@ -107,7 +107,7 @@ def report(run: RunDirectory) -> None:
     from megagpt import report as implementation
     from megagpt.run import metrics
 
-    print(implementation.draw_as_text(run, colour=sys.stdout.isatty()))
+    print(implementation.draw_as_text(run, color=sys.stdout.isatty()))
     print(f"picture: {implementation.draw_as_svg(run)}")
     print(f"time: {metrics.spent(run)}")
 

@@ -49,7 +49,7 @@ def source_usage(sampler: Sampler, sources: Sequence[Source], samples: int) -> l
 
 def format_table(rows: Sequence[SourceUsage]) -> list[str]:
     """Return the lines of an aligned table with a header."""
-    cells = [("source", "tokens", "share", "samples", "epochs")]
+    cells = [("source", "tokens", "fraction", "samples", "epochs")]
     cells += [(r.path, f"{r.tokens:,}", f"{r.fraction:.2%}", f"{r.samples:,}", f"{r.epochs:,.2f}") for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -36,7 +36,7 @@ class EvaluationBatches:
     Attributes:
         prefix: prefix of the corpus.
         tokens: number of labels on all ranks together.
-        whole: True if all windows of the corpus are included.
+        is_complete: whether all windows of the corpus are included.
 
     Raises:
         UserError: the corpus has no tokens, is packed, or holds ids that the model does not know.
@@ -67,7 +67,7 @@ class EvaluationBatches:
         all_windows = -(-len(corpus.tokens) // seq_len)
         count = min(all_windows, samples or all_windows)
         windows = np.arange(count, dtype=np.int64) * all_windows // count
-        self.whole = count == all_windows
+        self.is_complete = count == all_windows
         self.tokens = int(np.minimum(seq_len, len(corpus.tokens) - windows * seq_len).sum())
         if self._sidecar is None:
             self.tokens -= 1  # the first token is no label
@@ -80,7 +80,7 @@ class EvaluationBatches:
     def text_bytes(self) -> float | None:
         """UTF-8 bytes of the text behind the labels, for bits per byte; None without a sidecar.
 
-        Exact if `whole`; for part of a corpus, estimated by its fraction of the tokens.
+        Exact if `is_complete`; for part of a corpus, estimated by its fraction of the tokens.
         """
         if self._sidecar is None:
             return None

@@ -58,7 +58,7 @@ class SentencepieceModel:
     def _find_is_word_local(self, pieces: Sequence[str]) -> bool:
         """Return whether the ids of a text are those of its lines and words; spaces belong to the word after them.
 
-        This is so for models trained with our settings, which their first pieces reveal, if no piece crosses the end
+        This holds for models trained with our settings (recognized by their first pieces) if no piece crosses the end
         of a word or line, and if every merge of the BPE produces a piece (scores count down from 0).
         """
         model = self._processor

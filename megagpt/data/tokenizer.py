@@ -12,7 +12,7 @@ from typing import Any
 import sentencepiece
 
 from megagpt.data.other_tokenizers import HuggingFaceTokenizer, TokenizerBackend, tiktoken_encoding
-from megagpt.data.sample import Sample
+from megagpt.data.sample import BoundedSample
 from megagpt.data.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 from megagpt.errors import UserError
 
@@ -182,10 +182,10 @@ def train_tokenizer(
 
 
 def sample_lines(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """Sample lines of the texts by the hash of their index (see `Sample`): `sample_bytes` in total, in input order."""
-    sample = Sample(sample_bytes)
+    """Sample lines by the hash of their index (see `BoundedSample`): `sample_bytes` in total, in input order."""
+    sample = BoundedSample(sample_bytes)
     for index, line in enumerate(line for text in documents for line in training_lines(without_surrogates(text))):
-        sample.offer((0, index), line)
+        sample.add((0, index), line)
     return sample.texts()
 
 

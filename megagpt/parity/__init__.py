@@ -95,7 +95,8 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
     """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
     hosts = promise.hosts_of(agreement.gather(promise.facts_here({}, {})))
-    watch = Watch(console.log_path.parent, rank.rank, hosts, real.recipe.log.hang_after, console.alarm)
+    folder, seconds = console.log_path.parent, real.recipe.log.hang_after
+    watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
     try:
         yield watch
     finally:
@@ -123,12 +124,11 @@ def _real_update(
         watch.enter(PASSES, 1)
         result = _update(engine, _share(batch, one, rank))
     engine.release()
-    loss = None
+    made = RealUpdate(number, result.loss, result.grad_norm, result.made)
     if real_shape.comparable(one):
-        alone = reference.train(one.recipe, [batch], batch).losses[0] if rank.main else 0.0
-        loss = agreement.total(alone)
-    limit = curve.tolerance_of(one.recipe).loss
-    made = RealUpdate(number, result.loss, result.grad_norm, result.made, loss, limit)
+        alone = reference.train(one.recipe, [batch], batch) if rank.main else None
+        loss, norm = (agreement.total(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2))
+        made = replace(made, differences=curve.of_update(one.recipe, (made.loss, made.norm), (loss, norm)))
     return replace(proof, update=made)
 
 

@@ -21,21 +21,19 @@ class RealUpdate:
     loss: float
     norm: float
     made: bool
-    reference: float | None
-    """the loss of one process on the same samples; None if it was not computed"""
-    tolerance: float
-    """largest relative difference of the two losses"""
+    differences: tuple[Difference, ...] = ()
+    """loss and norm compared with one process; empty if that was not computed"""
 
     @property
     def good(self) -> bool:
-        """Whether the update was made, with finite numbers, and with the loss of one process if that is known."""
-        if not (self.made and math.isfinite(self.loss) and math.isfinite(self.norm)):
-            return False
-        return self.reference is None or abs(self.loss - self.reference) <= self.tolerance * abs(self.reference)
+        """Whether the update was made, with finite numbers, and with those of one process if they are known."""
+        finite = math.isfinite(self.loss) and math.isfinite(self.norm)
+        return self.made and finite and not any(row.too_far for row in self.differences)
 
     def __str__(self) -> str:
-        known = "" if self.reference is None else f" (one process: {self.reference:.9g})"
-        return f"loss {self.loss:.9g}{known}, gradient norm {self.norm:.9g}{'' if self.made else ', not made'}"
+        numbers = f"loss {self.loss:.9g}, gradient norm {self.norm:.9g}{'' if self.made else ', not made'}"
+        off = " and ".join(f"{row.kind} by {row.off:.1e}" for row in self.differences)
+        return f"{numbers}; off from one process: {off}" if off else numbers
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ class Certificate:
             sent = f", {self.stages[0].output} from each stage to the next" if len(self.stages) > 1 else ""
             yield f"real shape: built on the meta device: parameter groups {groups}; even shards{sent}"
         if self.update is not None:
-            size = f"{self.update.micro_batches} micro-batches of {self.real.layout.micro_batch} samples per rank"
-            yield f"real shape: one update of {size}: {self.update}"
+            size = f"{self.update.micro_batches} × {self.real.layout.micro_batch} samples"
+            yield f"real shape: one update, {size} per rank: {self.update}"
         for line in self._not_proven():
             yield f"not proven: {line}"
 
@@ -111,10 +109,10 @@ class Certificate:
             yield "the curve of these stages: no small model is cut alike"
         if self.obstacle:
             yield f"that an update of the real shape can be made: {self.obstacle}"
-        elif self.update is not None and self.update.reference is None:
+        elif self.update is not None and not self.update.differences:
             yield "the loss of the real shape: too much for one process, or random because of dropout"
         if self.update is not None and self.update.micro_batches < self.real.layout.accumulation:
-            yield f"updates of all {self.real.layout.accumulation} micro-batches of the real shape"
+            yield f"an update of all {self.real.layout.accumulation} micro-batches per rank"
         if self.real.recipe.model.dropout:
             yield "the curve with dropout, which is off in the shrunk model"
         yield "later updates of the real shape: curves and weights were compared on the shrunk model"
@@ -127,5 +125,6 @@ class Certificate:
             first = (f"  {row}" for row in wrong[:3])
             return [f"ANOTHER CURVE than one process; {len(wrong)} numbers differ, first:", *first]
         if self.update is not None and not self.update.good:
-            return ["THE UPDATE OF THE REAL SHAPE IS WRONG:", f"  {self.update}"]
+            rows = [f"  {row}" for row in self.update.differences if row.too_far] or [f"  {self.update}"]
+            return ["ANOTHER UPDATE of the real shape than one process:", *rows]
         return ["the same curve as one process, update by update"]

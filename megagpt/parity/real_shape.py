@@ -40,10 +40,17 @@ class Stage:
 
 
 def build_stages(resolved: Resolved) -> list[Stage]:
-    """Build every stage of a model on the meta device, which takes no memory and no time."""
+    """Build every stage of a model on the meta device, which takes no memory and little time."""
     layout, section = resolved.layout, resolved.recipe.model
-    every = cost.stage_kinds(section, layout.pipeline_stages)
-    return [_stage(resolved, number, kinds) for number, kinds in enumerate(every)]
+    whole, shards = _layers(resolved, 1), _layers(resolved, layout.tensor_parallel)
+    built = []
+    for number, kinds in enumerate(cost.stage_kinds(section, layout.pipeline_stages)):
+        local = stages.local_layers(section, layout, number)
+        held = nn.ModuleDict({str(index): shards[index] for index in local})
+        last = number == layout.pipeline_stages - 1
+        output = "the loss" if last else _output(resolved, [whole[index] for index in local], number)
+        built.append(Stage(kinds, _groups(resolved, held), _uneven(resolved, held), output))
+    return built
 
 
 def alike(built: list[Stage], others: list[Stage]) -> bool:
@@ -60,7 +67,8 @@ def faults(built: list[Stage], resolved: Resolved) -> list[str]:
     """
     layout, section = resolved.layout, resolved.recipe.model
     lines = [line for stage in built for line in stage.uneven]
-    whole = _groups(resolved, range(len(cost.shapes(section))))
+    layers = enumerate(_layers(resolved, layout.tensor_parallel))
+    whole = _groups(resolved, nn.ModuleDict({str(index): layer for index, layer in layers}))
     for number, stage in enumerate(built):
         places = [[place for place, group in enumerate(whole) if mine <= group] for mine in stage.groups]
         if not places or places != sorted(places) or any(len(place) != 1 for place in places):
@@ -132,39 +140,30 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _stage(resolved: Resolved, number: int, kinds: tuple[str, ...]) -> Stage:
-    layout, section = resolved.layout, resolved.recipe.model
-    local = stages.local_layers(section, layout, number)
+def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
+    """All layers on the meta device, as a rank of `degree` tensor-parallel ones holds them."""
     with torch.device("meta"):
-        whole = gpt.layers(section)
-    output = _output(resolved, [whole[index] for index in local], number)
-    return Stage(kinds, _groups(resolved, local), _uneven(resolved, local), output)
-
-
-def _held(resolved: Resolved, local: Sequence[int]) -> nn.ModuleDict:
-    """These layers on the meta device, by their number, as one tensor-parallel rank holds them."""
-    section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
-    with torch.device("meta"):
-        layers = gpt.layers(section)
+        layers = gpt.layers(resolved.recipe.model)
         if degree > 1:
             tensor.split(layers, degree)
-    return nn.ModuleDict({str(index): layers[index] for index in local})
+    return layers
 
 
-def _groups(resolved: Resolved, local: Sequence[int]) -> list[frozenset[str]]:
-    held, kinds = _held(resolved, local), cost.layer_kinds(resolved.recipe.model)
+def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
+    """The parameter groups of the recipe's optimizer over these layers."""
+    kinds = cost.layer_kinds(resolved.recipe.model)
     names = {parameter: name.split(".", 1) for name, parameter in held.named_parameters()}
     groups = optimizers.build(resolved.recipe.optimizer, held, on_gpu=False).param_groups
     found = ((names[parameter] for parameter in group["params"]) for group in groups)
     return [frozenset(f"{kinds[int(index)]}.{name}" for index, name in group) for group in found]
 
 
-def _uneven(resolved: Resolved, local: Sequence[int]) -> list[str]:
+def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
     """A line for each parameter whose shard does not have the shape that its rank must hold."""
     section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
     shapes = {name: list(shape) for layer in cost.shapes(section) for name, shape in layer.items()}
     lines = []
-    for name, parameter in _held(resolved, local).named_parameters(prefix="layers"):
+    for name, parameter in held.named_parameters(prefix="layers"):
         cut, expected = cut_of(name, section, degree), [*shapes[name]]
         if cut is not None:
             expected[cut.dim] //= degree
@@ -174,11 +173,9 @@ def _uneven(resolved: Resolved, local: Sequence[int]) -> list[str]:
     return lines
 
 
-def _output(resolved: Resolved, layers: list[nn.Module], number: int) -> str:
-    """Shape and dtype after the layers of a stage, whole: what travels between stages is not cut by tensor parts."""
+def _output(resolved: Resolved, layers: Sequence[nn.Module], number: int) -> str:
+    """Shape and dtype after these whole layers: what travels between stages is not cut by tensor-parallel ranks."""
     layout, section = resolved.layout, resolved.recipe.model
-    if number == layout.pipeline_stages - 1:
-        return "the loss"
     dtype = _DTYPES[resolved.recipe.precision or "fp32"]
     size = (layout.micro_batch, section.seq_len // layout.sequence_parallel)
     hidden = torch.empty(*size, section.d_model, dtype=dtype, device="meta")

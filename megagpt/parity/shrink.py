@@ -13,7 +13,7 @@ from megagpt.recipe import ModelSection
 from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _SEQ_LEN = 64, 32
-_VOCAB_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_VOCAB_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
 MICRO = 2  # samples of a micro-batch
 _EOD = 5  # one token of many: some sequences hold it, others do not
 

@@ -1,4 +1,4 @@
-"""Text to a tokenizer, and text to a corpus: what `megagpt tokenizer train` and `megagpt prepare` do."""
+"""The commands `megagpt tokenizer train` (text to a tokenizer) and `megagpt prepare` (text to a tokenized corpus)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TextIO
 
-from megagpt.data.sources import Source, find_sources
+from megagpt.data.sources import InputFile, find_input_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare.corpus import Options, Work, write_corpus
+from megagpt.prepare.corpus import CorpusJob, PrepareOptions, write_corpus
 from megagpt.prepare.ranks import Ranks, joined_ranks
-from megagpt.prepare.summary import Corpora, PrepareSummary, TokenizerSummary
-from megagpt.prepare.tokenizing import Tokens, inspect_tokenizer, train_tokenizer_command
-from megagpt.prepare.workplace import Workplace, remove, workplace_of
+from megagpt.prepare.summary import PreparedCorpora, PrepareSummary, TokenizerSummary
+from megagpt.prepare.tokenizing import TokenizedText, inspect_tokenizer, train_tokenizer_command
+from megagpt.prepare.workplace import WorkDirectory, remove_folder, work_directory
 
 __all__ = [
-    "Corpora",
-    "Options",
+    "PrepareOptions",
     "PrepareSummary",
+    "PreparedCorpora",
+    "TokenizedText",
     "TokenizerSummary",
-    "Tokens",
     "inspect_tokenizer",
     "prepare_command",
     "prepare_corpora",
@@ -33,15 +33,29 @@ def prepare_command(
     inputs: Sequence[str],
     tokenizer: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    options: Options | None = None,
+    options: PrepareOptions | None = None,
 ) -> PrepareSummary:
-    """Write OUTPUT.train.bin/.idx/.json and, for a fraction above 0, OUTPUT.validation.*: no document is in both.
+    """Tokenize text into OUTPUT.train.bin/.idx/.json and, if there is a validation part, OUTPUT.validation.*.
 
-    Each document's ids are followed by the end-of-document symbol; an empty one gives none. When it fails or is
-    killed, nothing that looks like a corpus is there, and the same call goes on where it stopped.
-    Raises UserError for input that cannot be read, and when a part would be empty.
+    Every document is in exactly one of the two parts. The ids of each document are followed by the end-of-document
+    symbol, except that an empty document has no ids. If the command fails or is killed, it leaves nothing that looks
+    like a corpus, and the same call resumes where it stopped.
+
+    Args:
+        inputs: Files, folders, patterns, manifests or addresses, see `find_input_files`.
+        tokenizer: The path of a tokenizer.
+        output: The prefix OUTPUT of the files that are written.
+        options: How the text is prepared; None means the defaults.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        UserError: An input cannot be read, or a part would be empty.
+        MachineError: The disk is full.
     """
-    (summary,) = _prepared(inputs, Tokenizer(tokenizer), os.fspath(output), options or Options(), Ranks(), None).corpora
+    prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), Ranks(), None)
+    (summary,) = prepared.corpora
     return summary
 
 
@@ -49,36 +63,55 @@ def prepare_corpora(
     inputs: Sequence[str],
     tokenizer: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    options: Options | None = None,
+    options: PrepareOptions | None = None,
     out: TextIO | None = None,
-) -> Corpora | None:
-    """As `prepare_command`, with progress shown on `out`; a manifest's corpora one after the other, as OUTPUT.NAME.
+) -> PreparedCorpora | None:
+    """Prepare one corpus or, if a manifest names several, each of them as OUTPUT.NAME, one after the other.
 
-    Started by mpirun or srun, the processes share the work, and the first one joins what they made and has the answer.
+    Processes started by mpirun or srun share the work.
+
+    Args:
+        inputs: As in `prepare_command`.
+        tokenizer: As in `prepare_command`.
+        output: As in `prepare_command`.
+        options: As in `prepare_command`.
+        out: The stream on which progress is shown; None means not at all.
+
+    Returns:
+        What was read and written; None on all ranks but the first.
+
+    Raises:
+        UserError: As `prepare_command`.
+        MachineError: As `prepare_command`.
     """
-    with joined_ranks(workplace_of(os.fspath(output)).parent) as ranks:
-        made = _prepared(inputs, Tokenizer(tokenizer), os.fspath(output), options or Options(), ranks, out)
-        return made if ranks.rank == 0 else None
+    with joined_ranks(work_directory(os.fspath(output)).parent) as ranks:
+        prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), ranks, out)
+        return prepared if ranks.rank == 0 else None
 
 
-def _prepared(
-    inputs: Sequence[str], model: Tokenizer, output: str, options: Options, ranks: Ranks, out: TextIO | None
-) -> Corpora:
-    folder = workplace_of(output)
+def _prepare(
+    inputs: Sequence[str], tokenizer: Tokenizer, output: str, options: PrepareOptions, ranks: Ranks, out: TextIO | None
+) -> PreparedCorpora:
+    folder = work_directory(output)
     with ExitStack() as stack:
 
-        def begun() -> list[Source]:
-            stack.enter_context(Workplace(folder))
-            return find_sources(inputs, folder / "stdin")
+        def lock_and_find() -> list[InputFile]:
+            stack.enter_context(WorkDirectory(folder))
+            return find_input_files(inputs, folder / "stdin")
 
-        sources = ranks.first(begun)
-        names = {source.corpus: source.weight for source in sources}
-        if not names:
-            raise UserError("no file is named", ", ".join(inputs), "give at least one file of text")
-        corpora = []
-        for name in names:
-            its_own = [source for source in sources if source.corpus == name]
-            prefix, shards = (f"{output}.{name}", f"shards.{name}") if name else (output, "shards")
-            corpora.append(write_corpus(Work(its_own, model, prefix, options, folder / shards), ranks, out))
-        remove(folder)
-    return Corpora.of(corpora, list(names.values()))
+        files = ranks.first(lock_and_find)
+        weights = {file.corpus: file.weight for file in files}
+        if not weights:
+            raise UserError("the input contains no file", ", ".join(inputs), "give at least one text file")
+        summaries = []
+        for name in weights:
+            job = CorpusJob(
+                files=[file for file in files if file.corpus == name],
+                tokenizer=tokenizer,
+                output=f"{output}.{name}" if name else output,
+                options=options,
+                folder=folder / (f"shards.{name}" if name else "shards"),
+            )
+            summaries.append(write_corpus(job, ranks, out))
+        remove_folder(folder)
+    return PreparedCorpora.from_summaries(summaries, list(weights.values()))

@@ -12,24 +12,34 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.oddities import AtPlace, OddInput, Oddities, Place
+from megagpt.data.oddities import InputError, InputLocation, InputWarnings, LocatedError, WarningCount
 from megagpt.data.opening import Compression
-from megagpt.data.pieces import Piece, Stretch
-from megagpt.data.shards import Record
-from megagpt.data.sniffing import Kind
-from megagpt.data.sources import Source
+from megagpt.data.pieces import Chunk, InputRange
+from megagpt.data.shards import ShardRecord
+from megagpt.data.sniffing import FileFormat
+from megagpt.data.sources import InputFile
 from megagpt.errors import MachineError, Problem, UserError
 from megagpt.files import parse_json
-from megagpt.prepare.encoding import PieceError
-from megagpt.prepare.engines import EngineDiffers
-from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
+from megagpt.prepare.encoding import ChunkError
+from megagpt.prepare.engines import EngineMismatch
+from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary
 
 _RECORDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Source, Stretch, Piece, Record, Oddities, Oddity, Packing, PartSummary, PrepareSummary)
+    for kind in (
+        InputFile,
+        InputRange,
+        Chunk,
+        ShardRecord,
+        InputWarnings,
+        WarningCount,
+        PackingSummary,
+        PartSummary,
+        PrepareSummary,
+    )
 }
-_TUPLES: dict[str, type[Any]] = {kind.__name__: kind for kind in (Place,)}
-_ENUMS: dict[str, type[Enum]] = {kind.__name__: kind for kind in (Kind, Compression)}
+_TUPLES: dict[str, type[Any]] = {kind.__name__: kind for kind in (InputLocation,)}
+_ENUMS: dict[str, type[Enum]] = {kind.__name__: kind for kind in (FileFormat, Compression)}
 _ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (UserError, MachineError)}
 _JSON, _BYTES = b"J", b"B"  # first byte of a message
 
@@ -54,7 +64,7 @@ def loads(message: bytes) -> Any:
         raise BadMessage("neither JSON nor bytes")
     try:
         return _value(parse_json(content.decode("utf-8", "surrogatepass")))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise BadMessage(str(error)) from None
 
 
@@ -79,9 +89,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, UserError):
         error = "MachineError" if isinstance(value, MachineError) else "UserError"
         return [error, *([one.what, one.where, one.do] for one in value.problems)]
-    if isinstance(value, PieceError):
-        return ["PieceError", value.number, _plain(value.cause)]
-    if isinstance(value, AtPlace) and name in _MAKERS:
+    if isinstance(value, ChunkError):
+        return ["ChunkError", value.number, _plain(value.cause)]
+    if isinstance(value, LocatedError) and name in _MAKERS:
         return [name, *map(_plain, value.args)]
     if isinstance(value, Mapping):
         return ["dict", *([_plain(key), _plain(one)] for key, one in value.items())]
@@ -116,7 +126,7 @@ _MAKERS: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": lambda parts: tuple(_value(one) for one in parts),
     "set": lambda parts: {_value(one) for one in parts},
     "dict": lambda parts: {_value(key): _value(one) for key, one in parts},
-    "PieceError": lambda parts: PieceError(int(parts[0]), _value(parts[1])),
-    "OddInput": lambda parts: OddInput(_value(parts[0]), str(parts[1]), str(parts[2])),
-    "EngineDiffers": lambda parts: EngineDiffers(_value(parts[0]), *map(str, parts[1:])),
+    "ChunkError": lambda parts: ChunkError(int(parts[0]), _value(parts[1])),
+    "InputError": lambda parts: InputError(_value(parts[0]), str(parts[1]), str(parts[2])),
+    "EngineMismatch": lambda parts: EngineMismatch(_value(parts[0]), *map(str, parts[1:])),
 }

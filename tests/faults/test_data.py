@@ -12,7 +12,7 @@ from megagpt import recipe as recipes
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare import PrepareOptions, prepare_command
 from tests import training
 from tests.faults.launches import SLOW_DATA, launch
 
@@ -109,7 +109,7 @@ def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_ra
     text, packed = tmp_path / "short.jsonl", tmp_path / "short"
     documents = [{"text": line[: 5 + number % 60]} for number, line in enumerate(sorted(lines))]
     text.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    prepare_command([str(text)], tmp_path / "data/text.model", packed, Options(0.05, pack=32))
+    prepare_command([str(text)], tmp_path / "data/text.model", packed, PrepareOptions(0.05, pack=32))
     changes = (f"data.train={packed}.train", "data.document_mask=true", "length.updates=6", "evaluation.every=null")
     training.finish(own, *changes, world=2)
     corpus = CorpusReader(f"{packed}.train")

@@ -1,6 +1,6 @@
-"""Trains random recipes on random layouts, and compares each with plain PyTorch.
+"""Train random recipes on random layouts, and compare each with plain PyTorch.
 
-python -m tests.parity.fuzz --cases N --seed S      prints what failed, made as small as it could be
+python -m tests.parity.fuzz --cases N --seed S      prints each failure, reduced to a small case
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from tests.parity import draws, fuzz_rank, layouts, needs, reference
 from tests.parity.draws import SECOND, Switches
 from tests.parity.fuzz_rank import Part, Step
 
-STILL = 20.0  # seconds in which no rank uses the processor: they wait for each other for ever
+STILL = 20.0  # seconds in which no rank uses the processor: they wait for each other
 GRACE = 1.5  # seconds that other ranks get to report why they fail, after one has
 TICKS = 10  # of processor time, each a hundredth of a second, that counts as none
 TRIALS = 60  # runs that making one failure smaller may take
@@ -63,6 +63,8 @@ class Outcome:
     kind: str
     text: str = ""
     used: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """processor time of the ranks"""
 
     @property
     def good(self) -> bool:
@@ -76,6 +78,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     used: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """processor time of the ranks of all cases that ended by themselves"""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.outcomes.most_common())
@@ -84,11 +88,12 @@ class Report:
             + ", ".join(f"{kind} {value:.0%}" for kind, value in used.items())
             for precision, used in sorted(self.used.items())
         )
-        return "\n".join([f"{sum(self.outcomes.values())} cases: {counts}", *bounds])
+        cases = sum(self.outcomes.values())
+        return "\n".join([f"{cases} cases: {counts}; {self.seconds:,.0f} s of processor time on ranks", *bounds])
 
 
 def fuzz(
-    cases: range, seed: int, folder: Path, *, smaller: bool = True, say: Callable[[str], None] = lambda _: None
+    cases: range, seed: int, folder: Path, *, shrink_failures: bool = True, log: Callable[[str], None] = lambda _: None
 ) -> Report:
     """Draw and run cases by their numbers.
 
@@ -96,8 +101,8 @@ def fuzz(
         cases: numbers of the cases; a case depends on its number and the seed alone.
         seed: of the draws.
         folder: where checkpoints and logs are written.
-        smaller: whether each failure is made smaller.
-        say: is called with a line for each case, and with each failure.
+        shrink_failures: whether each failure is reduced to a small case.
+        log: is called with a line for each case, and with each failure.
 
     Returns:
         What the cases came to.
@@ -106,48 +111,54 @@ def fuzz(
     for number in cases:
         switches, name = draws.draw(random.Random(f"{seed}-{number}")), f"fuzz-{seed}-{number}"
         begun = time.monotonic()
-        outcome = play(switches, name, folder)
+        outcome = run_case(switches, name, folder)
         worlds = [one["world"] for one in (switches, draws.second(switches)) if one is not None]
-        say(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
+        log(f"{name}: {outcome.kind}, {worlds} ranks, {time.monotonic() - begun:.1f} s")
         report.outcomes[outcome.kind] += 1
+        report.seconds += outcome.seconds
         kinds = report.used[switches["precision"]]
         for kind, value in outcome.used.items():
             kinds[kind] = max(kinds.get(kind, 0.0), value)
         if not outcome.good:
-            if smaller:
-                switches, outcome = shrink(switches, outcome, lambda one, name=name: play(one, name, folder))
-            report.failures.append(f"{outcome.kind}: {name}\n{shown(switches, name)}\n{outcome.text}")
-            say(report.failures[-1])
+            if shrink_failures:
+                switches, outcome = shrink(switches, outcome, lambda one, name=name: run_case(one, name, folder))
+            report.failures.append(f"{outcome.kind}: {name}\n{format_case(switches, name)}\n{outcome.text}")
+            log(report.failures[-1])
     return report
 
 
-def play(switches: Switches, name: str, folder: Path, planted: str | None = None) -> Outcome:
+def run_case(switches: Switches, name: str, folder: Path, planted: str | None = None) -> Outcome:
     """Run one case, on one layout or on two, and compare it with plain PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as inner:
-        return _play(switches, name, Path(inner), planted)
+        return _run_parts(switches, name, Path(inner), planted)
 
 
-def _play(switches: Switches, name: str, folder: Path, planted: str | None) -> Outcome:
+def _run_parts(switches: Switches, name: str, folder: Path, planted: str | None) -> Outcome:
     parts = _parts(switches, name, folder, planted)
     reasons = [_refusal(part) for part in parts]
     expected: Expected | None = None
     reports: list[dict[str, Any]] = []
+    seconds = 0.0
     for part, reason in zip(parts, reasons, strict=True):
-        ranks = _start(part)
-        if not any(reasons) and expected is None:
-            expected = _expected(parts)  # while the ranks train
-        if problem := _wait(ranks, part):
-            return problem
+        if any(reasons) and not reason:
+            continue  # the other layout is refused: there is nothing to compare
+        with _started(part) as ranks:
+            if not any(reasons) and expected is None:
+                expected = _expected(parts)  # while the ranks train
+            if problem := _wait(ranks, part):
+                return problem
         found = [torch.load(part.folder / f"rank-{rank}.pt") for rank in range(part.case.world)]
+        seconds += sum(report["seconds"] for report in found)
         refused = [_without_process(report["refused"]) for report in found]
         if any(refused) or reason:
             if len({*refused, *([reason] if reason else [])}) == 1 and "do: " in refused[0]:
-                return Outcome(REFUSED, refused[0])
+                return Outcome(REFUSED, refused[0], seconds=seconds)
             return Outcome(WRONG, f"ranks do not refuse alike: {refused}, expected {reason}")
         if problem := _unlike(found):
             return problem
         reports.append(found[0])
-    return Outcome(REFUSED, str(reasons)) if expected is None else _compare(reports, expected)
+    assert expected is not None  # no layout is refused
+    return replace(_compare(reports, expected), seconds=seconds)
 
 
 def _parts(switches: Switches, name: str, folder: Path, planted: str | None) -> list[Part]:
@@ -191,41 +202,42 @@ def _without_process(reason: str | None) -> str | None:
     return reason and re.sub(r"-\d+(?=\.(json|yaml))", "", reason)
 
 
-def _start(part: Part) -> list[Any]:
+@contextmanager
+def _started(part: Part) -> Iterator[list[Any]]:
+    """Start the ranks of a part; those that still run at the end are killed."""
     world = part.case.world
     environment = {**ENVIRONMENT, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
     ranks = [forks.process(fuzz_rank.run, {**environment, **place}, part) for place in places]
-    for rank in ranks:
-        rank.start()
-    return ranks
+    try:
+        for rank in ranks:
+            rank.start()
+        yield ranks
+    finally:
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.kill()
+                rank.join()
 
 
 def _wait(ranks: Sequence[Any], part: Part) -> Outcome | None:
-    """Wait for the ranks to end; if one fails or all stand still, the others' stacks are logged and they are killed."""
+    """Wait until all ranks have ended, one has failed, or all stand still; the problem, if there is one."""
     begun = moved = time.monotonic()
     used, ends = 0, math.inf
-    try:
-        while any(rank.exitcode is None for rank in ranks):
-            now, ticks = time.monotonic(), sum(map(_ticks, ranks))
-            if ticks > used + TICKS:
-                used, moved = ticks, now
-            if any(rank.exitcode for rank in ranks):
-                ends = min(ends, now + GRACE)
-            if now - moved > STILL or now > ends or now - begun > fuzz_rank.LIMIT:
-                break
-            time.sleep(0.02)
-        codes = [rank.exitcode for rank in ranks]
-        if not any(code is None or code for code in codes):
-            return None
-        return Outcome(FAILED, _stacks(ranks, part, 900)) if any(codes) else Outcome(HUNG, _stacks(ranks, part, 4_000))
-    finally:
-        for rank in ranks:
-            if rank.exitcode is None:
-                rank.kill()
-            rank.join()
-            rank.close()
+    while any(rank.exitcode is None for rank in ranks):
+        now, ticks = time.monotonic(), sum(map(_ticks, ranks))
+        if ticks > used + TICKS:
+            used, moved = ticks, now
+        if any(rank.exitcode for rank in ranks):
+            ends = min(ends, now + GRACE)
+        if now - moved > STILL or now > ends or now - begun > fuzz_rank.LIMIT:
+            break
+        time.sleep(0.02)
+    codes = [rank.exitcode for rank in ranks]
+    if any(codes):
+        return Outcome(FAILED, _stacks(ranks, part, 900))
+    return Outcome(HUNG, _stacks(ranks, part, 4_000)) if None in codes else None
 
 
 def _ticks(rank: Any) -> int:
@@ -290,12 +302,15 @@ def _compare(reports: Sequence[dict[str, Any]], expected: Expected) -> Outcome:
     ends = [record[0][2], record[-1][2]]
     got = Curve(*map(list, zip(*made, strict=True)), ends, reports[0]["initial"], reports[-1]["weights"])
     rows = compare(expected.recipe, expected.curve, got, expected.tolerance)
-    wrong = [*(str(row) for row in rows if row.too_far), *_others(record, expected.losses, expected.tolerance.loss)]
+    wrong = [
+        *(str(row) for row in rows if row.too_far),
+        *_other_steps(record, expected.losses, expected.tolerance.loss),
+    ]
     used = {kind: (row := worst(rows, kind)).off / row.limit for kind in KINDS}
     return Outcome(WRONG, "\n".join(wrong[:12]), used) if wrong else Outcome(SAME, used=used)
 
 
-def _others(record: Sequence[tuple[Any, ...]], losses: dict[Step, float], bound: float) -> Iterator[str]:
+def _other_steps(record: Sequence[tuple[Any, ...]], losses: dict[Step, float], bound: float) -> Iterator[str]:
     """What is wrong with evaluations, and with updates that were to be made or not."""
     for kind, number, *numbers in record:
         if kind == "update":
@@ -345,7 +360,7 @@ def _simpler(switches: Switches) -> Iterator[Switches]:
         yield from (switches | {name: other} for other in values[1 : values.index(value)])
 
 
-def shown(switches: Switches, name: str) -> str:
+def format_case(switches: Switches, name: str) -> str:
     """A case as a row of layouts.py, with what the row does not hold."""
     parts = [draws.case_of(one, name) for one in (switches, draws.second(switches)) if one is not None]
     rows = (f"Case({case.id!r}, {case.world}, {case.config!r}, {case.recipe!r})," for case in parts)
@@ -364,8 +379,8 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         cases = range(options.first, options.first + options.cases)
-        say = partial(print, flush=True)
-        report = fuzz(cases, options.seed, Path(name), smaller=not options.as_drawn, say=say)
+        log = partial(print, flush=True)
+        report = fuzz(cases, options.seed, Path(name), shrink_failures=not options.as_drawn, log=log)
     print(report)
     print(f"{time.monotonic() - begun:,.0f} s")
     return 1 if report.failures else 0

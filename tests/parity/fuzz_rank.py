@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -58,20 +59,16 @@ def samples(recipe: Recipe, labels: str, number: int) -> tuple[torch.Tensor, tor
     """
     size = recipe.batch.global_size
     ids, wanted = layouts.samples(recipe, size, number * size)
-    whole = torch.cat((ids, (wanted if labels == "whole" else wanted.clamp(min=0))[:, -1:]), dim=1)
-    if labels != "ragged":  # layouts.samples has made them ragged
-        wanted = torch.cat((ids[:, 1:], whole[:, -1:].clamp(min=0)), dim=1)
-    else:
-        wanted[0, 0] = ids[0, 1]  # no global batch is without any label
+    if labels == "ragged":
+        wanted[0, 0] = ids[0, 1]  # or a small batch may have no label at all
+        return ids, wanted
     if labels == "packed":
-        chance, end = torch.Generator().manual_seed(number), recipe.data.eod or 0
-        for row, target in zip(ids, wanted, strict=True):
-            tail = int(torch.randint(recipe.model.seq_len // 2 + 1, (), generator=chance))
-            padding = torch.arange(len(row)) >= len(row) - tail
-            row[padding] = end
-            target[:-1] = row[1:]
-            target[padding] = -100
-    return ids, wanted
+        chance, length = torch.Generator().manual_seed(number), recipe.model.seq_len
+        starts = length - torch.randint(length // 2 + 1, (size, 1), generator=chance)
+        padding = torch.arange(length) >= starts
+        ids = ids.masked_fill(padding, recipe.data.eod or 0)
+    wanted = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)  # any label will do after the last token
+    return ids, wanted.masked_fill(padding, -100) if labels == "packed" else wanted
 
 
 def run(environment: dict[str, str], part: Part) -> None:
@@ -86,7 +83,7 @@ def run(environment: dict[str, str], part: Part) -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     code = 0
     try:
-        report = _report(part)
+        report = _report(part) | {"seconds": time.process_time()}
         path = part.folder / f"rank-{number}.pt"
         torch.save(report, path.with_suffix(".new"))
         path.with_suffix(".new").rename(path)
@@ -115,11 +112,11 @@ def _planted(name: str | None) -> AbstractContextManager[Any]:
     if name is None:
         return nullcontext()
     if name == "hang":
-        return patch.object(SideState, "restore", _wait_for_ever)
+        return patch.object(SideState, "restore", _hang)
     return mutants.MUTANTS[name].planted()
 
 
-def _wait_for_ever(*_: Any) -> None:
+def _hang(*_: Any) -> None:
     threading.Event().wait()
 
 

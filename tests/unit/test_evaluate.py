@@ -14,7 +14,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
 from megagpt.run.metrics import Metrics
 from megagpt.run.saving import Saver
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     text.mkdir()
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 300, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.3))
+    prepare_command(inputs, folder / "text.model", folder / "text", PrepareOptions(0.3))
     path = folder / "run"
     path.mkdir()
     (path / "recipe.yaml").write_text(training.write_recipe(path, folder).read_text())

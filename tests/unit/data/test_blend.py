@@ -38,10 +38,10 @@ def test_usage_of_each_source_is_right_to_within_one_block(weights, samples, see
 def test_the_table_has_one_line_per_source():
     sampler = Sampler([7_000_000, 200_000, 33], WEIGHTS, 16, 1)
     assert blend.format_table(blend.source_usage(sampler, SOURCES, 100_000)) == [
-        "source            tokens   share  samples     epochs",
-        "corpora/web    7,000,000  70.00%   69,995       0.16",
-        "corpora/books    200,000  20.00%   19,995       1.60",
-        "x                     33  10.01%   10,010  10,010.00",
+        "source            tokens  fraction  samples     epochs",
+        "corpora/web    7,000,000    70.00%   69,995       0.16",
+        "corpora/books    200,000    20.00%   19,995       1.60",
+        "x                     33    10.01%   10,010  10,010.00",
     ]
 
 

@@ -44,7 +44,7 @@ def test_every_token_is_a_label_once_after_the_token_before_it(make_corpus, toke
         assert len(batches) == len(rank) == -(-windows // (micro_batch * data_parallel))
         assert all(part.shape == (micro_batch, 8) and part.dtype == torch.int64 for b in batches for part in b)
         assert all(part.min() >= 0 for part, _ in batches)
-        assert (rank.tokens, rank.text_bytes, rank.whole) == (tokens, 3 * tokens, True)
+        assert (rank.tokens, rank.text_bytes, rank.is_complete) == (tokens, 3 * tokens, True)
 
 
 def test_a_window_holds_its_tokens_and_the_one_before(make_corpus):
@@ -78,7 +78,7 @@ def test_limited_samples_are_windows_spread_evenly(make_corpus, samples, data_pa
     for rank in ranks:
         assert rank.tokens == len(labels)
         assert rank.text_bytes == pytest.approx(3 * len(labels))
-        assert rank.whole == (samples >= 26)
+        assert rank.is_complete == (samples >= 26)
 
 
 def test_corpora_that_cannot_be_evaluated_are_rejected(make_corpus):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from megagpt.distributed import Rank, calls, free_port, handshake, secret
+from megagpt.distributed import Rank, calls, free_port, handshake, passing, secret
 from megagpt.distributed.calls import Door
 from megagpt.distributed.secret import JobKey
 from megagpt.errors import MachineError, UserError
@@ -258,6 +258,10 @@ def test_key_files_that_others_may_have_written_or_read_are_not_trusted(tmp_path
     with pytest.raises(UserError, match="a file here cannot be kept from others"):  # as on a disk without modes
         secret.publish(path, key)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["key", "link", "pipe"]
+
+
+def test_the_secret_is_no_variable_that_is_compared_printed_or_written_for_other_hosts():
+    assert passing.passed_on({secret.VARIABLE: SECRET.decode()}) == {}
 
 
 def test_a_short_secret_is_refused():

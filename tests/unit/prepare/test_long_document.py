@@ -1,4 +1,4 @@
-"""One document over 2³¹ tokens in one line of JSON (with --full; else the limit is lowered): several sequences."""
+"""A document of over 2³¹ tokens in one JSON line becomes several sequences. Without --full, the limit is lower."""
 
 import json
 
@@ -10,11 +10,11 @@ from megagpt import corpora
 from megagpt.data import indexed_writer
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.loader import Loader
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import Options, encoding, prepare_command
+from megagpt.prepare import PrepareOptions, encoding, prepare_command
 
-WORD = " 1234567890123456789012345678901"  # a token a character: digits are split
+WORD = " 1234567890123456789012345678901"  # one token per character: digits are not merged
 MORE = 100
 
 
@@ -27,7 +27,7 @@ def limit(request, monkeypatch):
     return 5_000_000
 
 
-def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, limit):
+def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path, limit):
     block = WORD * 32_768
     words, rest = divmod(limit + MORE - 1, len(WORD))
     path = tmp_path / "a.jsonl.zst"
@@ -37,9 +37,9 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
             file.write(block.encode())
         file.write((WORD * (words % 32_768) + WORD[:rest]).encode())
         file.write(b'"}\n{"text": "after"}\n')
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers=1))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
-    assert [str(one) for one in summary.oddities] == [f"odd: 1 {KINDS['long']} (first: {path}:2)"]
+    assert [str(one) for one in summary.oddities] == [f"warning: 1 {WARNING_KINDS['long']} (first: {path}:2)"]
 
     reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
@@ -58,7 +58,7 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
 
     loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
     start = len(before) + 1 + limit - 32  # around the end of the first sequence
-    stretch = np.frombuffer(reader.read_range(start, 64), reader.dtype)
-    assert np.array_equal(stretch, document[limit - 32 : limit + 32])
+    around = np.frombuffer(reader.read_range(start, 64), reader.dtype)
+    assert np.array_equal(around, document[limit - 32 : limit + 32])
     assert loader.sampler.samples_per_epoch == len(reader.tokens) // 64 - 1
     assert json.loads((tmp_path / "c.train.json").read_text())["made"]["odd"] == {"long": 1}

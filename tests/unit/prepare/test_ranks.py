@@ -18,7 +18,7 @@ import pytest
 from megagpt.data import pieces
 from megagpt.distributed import free_port, from_mpi_or_slurm, secret
 from megagpt.errors import MachineError
-from megagpt.prepare import Options, prepare_command, sockets
+from megagpt.prepare import PrepareOptions, prepare_command, sockets
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
@@ -37,14 +37,14 @@ def lines(texts, tmp_path):
 
 @pytest.fixture
 def expected(lines, model, tmp_path):
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1))
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1))
     return content(tmp_path / "alone")
 
 
 def test_ranks_pack_the_same_bytes(command, lines, model, tmp_path):
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, pack=64))
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, pack=64))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2, "--pack", 64)
-    finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
+    finish(command("prepare", lines, *options, chunk=5000, launcher=(*MPIRUN, "-n", 3)))
     assert content(tmp_path / "c") == content(tmp_path / "alone")
 
 
@@ -53,20 +53,20 @@ CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
 
 @mpi
 @pytest.mark.parametrize(("ranks", "chosen"), CHOSEN, ids=["2", "3", "3 that choose"])
-def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
+def test_ranks_write_the_same_bytes_and_each_rank_a_part_of_them(
     command, lines, model, tmp_path, monkeypatch, ranks, chosen
 ):
-    monkeypatch.setattr(pieces, "_SMALLEST", 5000 if chosen else 1 << 30)
-    prepare_command([str(lines)], model, tmp_path / "alone", Options(0.2, workers=1, **chosen))
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 5000 if chosen else 1 << 30)
+    prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, **chosen))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     options += tuple(f"--{name}" for name in chosen)
-    places = tmp_path / "places"
-    monkeypatch.setenv("PLACES", str(places))
-    output, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", ranks)))
+    offsets = tmp_path / "offsets"
+    monkeypatch.setenv("OFFSETS", str(offsets))
+    output, errors = finish(command("prepare", lines, *options, chunk=5000, launcher=(*MPIRUN, "-n", ranks)))
     assert content(tmp_path / "c") == content(tmp_path / "alone")
     assert not (tmp_path / "c.prepare").exists()
     assert output.count("prepared in") == 1, errors
-    written = sorted(tuple(map(int, line.split())) for line in places.read_text().splitlines())
+    written = sorted(tuple(map(int, line.split())) for line in offsets.read_text().splitlines())
     sizes = [(tmp_path / f"c.{part}.bin").stat().st_size for part in ("train", "validation")]
     assert len({start for start, _ in written}) == 2 * ranks - 1  # both parts begin at 0
     assert sum(size for _, size in written) == sum(sizes)
@@ -74,9 +74,9 @@ def test_ranks_write_the_same_bytes_and_each_its_share_of_them(
 
 
 @mpi
-def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, expected, tmp_path):
+def test_ranks_that_were_killed_resume_where_they_stopped(command, lines, model, expected, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
-    process = command("prepare", lines, *options, piece=5000, pause=0.1, launcher=(*MPIRUN, "-n", 2))
+    process = command("prepare", lines, *options, chunk=5000, pause=0.1, launcher=(*MPIRUN, "-n", 2))
     folder = tmp_path / "c.prepare" / "shards"
     wait_for(folder, "3.json", process)
     partial = wait_for(folder, "*.bin.*.partial", process)[0]
@@ -86,20 +86,25 @@ def test_ranks_that_were_killed_go_on_where_they_stopped(command, lines, model, 
     assert not list(tmp_path.glob("c.*.idx"))
     kept = len(list(folder.glob("*.json")))
     assert kept >= 3
-    _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 3)))
-    assert f"going on, {kept} of " in errors
+    damaged = min(folder.glob("*.json")).with_suffix(".bin")
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)
+    _, errors = finish(command("prepare", lines, *options, chunk=5000, launcher=(*MPIRUN, "-n", 3)))
+    assert f"resuming, {kept} of " in errors
+    assert errors.count(f"shard {damaged.stem} is damaged and is encoded again") == 1
     assert content(tmp_path / "c") == expected
 
 
 @mpi
-def test_a_full_disk_of_one_rank_leaves_no_corpus_and_they_go_on_later(command, lines, model, expected, tmp_path):
+def test_a_full_disk_of_one_rank_leaves_no_corpus_and_the_ranks_resume_later(command, lines, model, expected, tmp_path):
     """The files can grow to less than the joined ones have: what the last rank writes does not fit."""
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     launcher, limit = (*MPIRUN, "-n", 2), len(expected[".train.bin"]) - 1000
-    _, errors = finish(command("prepare", lines, *options, piece=5000, file_limit=limit, launcher=launcher), 1)
+    _, errors = finish(command("prepare", lines, *options, chunk=5000, file_limit=limit, launcher=launcher), 1)
     assert errors.count("megagpt: cannot write: File too large") == 1
     assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
-    finish(command("prepare", lines, *options, piece=5000, launcher=launcher))
+    finish(command("prepare", lines, *options, chunk=5000, launcher=launcher))
     assert content(tmp_path / "c") == expected
 
 
@@ -114,7 +119,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
         line += ["--output", "c", "--validation-fraction", 0.2]
         second = (":", "-n", "1", "-wdir", tmp_path / "two", *line)
         first = (*MPIRUN, "-n", "1", "-wdir", tmp_path / "one")
-        return command(*line[5:], *second, piece=5000, pause=pause, launcher=first)
+        return command(*line[5:], *second, chunk=5000, pause=pause, launcher=first)
 
     shards = [tmp_path / name / "c.prepare/shards" for name in ("one", "two")]
     process = start(0.1)
@@ -127,7 +132,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
     assert done[1]
     assert not done[0] & done[1]
     _, errors = finish(start(0))
-    assert f"going on, {len(done[0] | done[1])} of " in errors
+    assert f"resuming, {len(done[0] | done[1])} of " in errors
     assert content(tmp_path / "one" / "c") == expected
     assert list((tmp_path / "two").iterdir()) == []
 
@@ -135,8 +140,8 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
 @mpi
 def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--strict")
-    _, errors = finish(command("prepare", lines, *options, piece=5000, launcher=(*MPIRUN, "-n", 2)), 2)
-    assert errors.count("odd input: empty documents") == 1
+    _, errors = finish(command("prepare", lines, *options, chunk=5000, launcher=(*MPIRUN, "-n", 2)), 2)
+    assert errors.count("unusual input: empty documents") == 1
     assert not list(tmp_path.glob("c.*.idx"))
 
 
@@ -184,7 +189,7 @@ def tasks(command, lines, model, tmp_path, monkeypatch):
         for number in range(count) if only is None else [only]:
             for name, value in (STEP | {"SLURM_PROCID": str(number), "SLURM_NTASKS": str(count)}).items():
                 monkeypatch.setenv(name, value)
-            started.append(command("prepare", lines, *options, piece=5000, **limits))
+            started.append(command("prepare", lines, *options, chunk=5000, **limits))
         return started
 
     return start
@@ -282,5 +287,5 @@ def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_pat
     )
     assert not list(tmp_path.glob("c.*.idx"))
     (_, errors), _ = [finish(task) for task in tasks(2)]
-    assert "going on, " in errors
+    assert "resuming, " in errors
     assert content(tmp_path / "c") == expected
