@@ -64,7 +64,7 @@ COMBINATIONS = {
         ['"prescale_gradients": true', '"zero_optimization": {"stage": 2}'],
         "megagpt: prescale_gradients is not supported by DeepSpeed at ZeRO stage 2, which scatters what it reduces\n"
         "  zero_optimization.stage  2      d.json:3\n  prescale_gradients       true   d.json:2\n"
-        "  do: take prescale_gradients away, or set zero_optimization.reduce_scatter to false",
+        "  do: remove prescale_gradients, or set zero_optimization.reduce_scatter to false",
     ),
     "half a node": (
         ['"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}'],
