@@ -167,6 +167,25 @@ def test_ranks_of_one_replica_read_the_same_data():
     assert [layout.data_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_layout_derives_its_numbers_and_describes_itself():
+    layout = Layout(
+        world_size=24, data_parallel=3, micro_batch=4, accumulation=5, zero_stage=1,
+        pipeline_stages=2, tensor_parallel=2, sequence_parallel=2,
+    )  # fmt: skip
+    assert (layout.model_replica_ranks, layout.ranks_per_stage, layout.zero_partitions) == (8, 12, 6)
+    assert (layout.samples_per_replica, layout.global_batch) == (20, 60)
+    assert layout.pipeline_bubble == pytest.approx(1 / 6)  # 2 stages, 5 micro-batches: idle for 1 of 6 steps
+    assert str(layout) == "24 ranks, 2 pipeline stages, tensor parallel 2, sequence parallel 2, ZeRO stage 1"
+    assert layout.batch_product == "3 × 4 × 5"
+    alone = Layout(world_size=1, data_parallel=1, micro_batch=1, accumulation=1, zero_stage=0)
+    assert (str(alone), alone.parallelism, alone.pipeline_bubble) == ("1 rank, ZeRO stage 0", "", 0)
+
+
+def test_layout_is_restored_from_the_manifest_of_an_old_checkpoint():
+    record = {"world_size": 4, "zero_stage": 1, "pipeline_stages": 2, "tensor_parallel": 1, "since_removed": 7}
+    assert str(Layout.from_record(record)) == "4 ranks, 2 pipeline stages, ZeRO stage 1"
+
+
 @pytest.mark.parametrize(
     ("stages", "global_size", "micro"), [(2, 64, 8), (4, 64, 4), (2, 12, 1), (8, 8, 1), (2, 24, 3)]
 )
