@@ -40,29 +40,9 @@ class Layout:
         return cls(**{**defaults, **{name: value for name, value in record.items() if name in known}})
 
     @property
-    def model_replica_ranks(self) -> int:
-        """Ranks that hold one replica of the model together."""
-        return self.pipeline_stages * self.tensor_parallel * self.sequence_parallel
-
-    @property
-    def ranks_per_stage(self) -> int:
-        """Ranks of one pipeline stage, over all data-parallel replicas."""
-        return self.world_size // self.pipeline_stages
-
-    @property
     def zero_partitions(self) -> int:
         """Ranks over which ZeRO partitions states: data-parallel replicas and sequence-parallel parts."""
         return self.data_parallel * self.sequence_parallel
-
-    @property
-    def samples_per_replica(self) -> int:
-        """Samples per update of one data-parallel replica."""
-        return self.micro_batch * self.accumulation
-
-    @property
-    def global_batch(self) -> int:
-        """Samples per update."""
-        return self.data_parallel * self.samples_per_replica
 
     @property
     def pipeline_bubble(self) -> float:

@@ -14,7 +14,7 @@ from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
+    from megagpt.ds_config import Resolved
 
 _FP32 = 4
 
@@ -90,11 +90,6 @@ def time(resolved: Resolved, flops: float | None, name: str) -> Time | None:
     fastest, slowest = (flops / (layout.world_size * peak * share) for share in (reached.high, reached.low))
     hours = tuple(seconds * layout.world_size / 3600 for seconds in (fastest, slowest))
     return Time(fastest, slowest, (hours[0], hours[1]), (reached.low, reached.high), reached.source)
-
-
-def waits(layout: Layout) -> float:
-    """The share of the time in which a pipeline's stages wait (1F1B, arXiv 2104.04473, section 2.2)."""
-    return (layout.pipeline_stages - 1) / (layout.accumulation + layout.pipeline_stages - 1)
 
 
 def traffic(resolved: Resolved) -> Traffic:
