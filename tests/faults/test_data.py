@@ -12,7 +12,7 @@ from megagpt import recipe as recipes
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests import training
 from tests.faults.launches import SLOW_DATA, launch
 

@@ -12,7 +12,8 @@ from megagpt.data.indexed import CorpusReader
 from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, encoding, prepare_command
+from megagpt.prepare import encoding
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import jsonl
 
 GOOD = jsonl(["good"]).encode()

@@ -12,7 +12,13 @@ from megagpt.data.documents import is_validation, text_digest
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
+from megagpt.prepare.command import (
+    PrepareOptions,
+    PrepareSummary,
+    prepare_command,
+    prepare_corpora,
+    train_tokenizer_command,
+)
 from megagpt.recipe.sections import DataSection
 from tests.unit.prepare.conftest import content, finish, jsonl
 

@@ -18,7 +18,8 @@ import pytest
 from megagpt.data import pieces
 from megagpt.distributed import free_port, from_mpi_or_slurm, secret
 from megagpt.errors import MachineError
-from megagpt.prepare import PrepareOptions, prepare_command, sockets
+from megagpt.prepare import sockets
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
