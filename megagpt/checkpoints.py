@@ -1,19 +1,20 @@
-"""`megagpt checkpoints` and `megagpt stop`: what a run has saved, and a request to save once more and end."""
+"""`megagpt checkpoints`: list the checkpoints of a run, and verify them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt import files
 from megagpt.errors import UserError
-from megagpt.run import checkpoint, status
-from megagpt.run.stopping import REQUEST
+from megagpt.run import checkpoint
 
 
 @dataclass(frozen=True)
-class Line:
-    """One checkpoint; `wrong` says why it cannot be used ("": it can)."""
+class ListedCheckpoint:
+    """A checkpoint in the list. `wrong` says why it cannot be used; "" if it can.
+
+    `update`, `tokens` and `bytes` are None if the manifest cannot be read.
+    """
 
     name: str
     update: int | None
@@ -25,61 +26,66 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """All checkpoints of a run, the oldest first; `verified`: every byte was read."""
+class CheckpointList:
+    """All checkpoints of a run, oldest first. `verified`: every byte was compared with its checksum."""
 
     run: str
     verified: bool
-    checkpoints: tuple[Line, ...]
+    checkpoints: tuple[ListedCheckpoint, ...]
 
     def __str__(self) -> str:
         rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<24}  state"]
-        whole = "whole" if self.verified else "complete"
-        for line in self.checkpoints:
-            said = line.wrong or whole + (", pinned" if line.pinned else "")
-            if line.update is None or line.tokens is None or line.bytes is None:
-                rows.append(f"{line.name}: {said}")
+        for listed in self.checkpoints:
+            state = listed.wrong or self._good_state(listed)
+            if listed.update is None or listed.tokens is None or listed.bytes is None:
+                rows.append(f"{listed.name}: {state}")
             else:
-                size = f"{line.bytes / 1e6:,.1f} MB"
-                rows.append(f"{line.update:>10,}  {line.tokens:>15,}  {size:>9}  {line.layout:<24}  {said}")
+                size = f"{listed.bytes / 1e6:,.1f} MB"
+                rows.append(f"{listed.update:>10,}  {listed.tokens:>15,}  {size:>9}  {listed.layout:<24}  {state}")
         return "\n".join(rows)
 
+    def _good_state(self, listed: ListedCheckpoint) -> str:
+        state = "verified" if self.verified else "complete"
+        return f"{state}, pinned" if listed.pinned else state
 
-def checkpoints(run: Path, verify: bool) -> Listing:
-    """Look at every checkpoint of a run: names and sizes, or with `verify` every byte. Raises UserError for none."""
+
+def checkpoints(run: Path, verify: bool) -> CheckpointList:
+    """List the checkpoints of a run, checking the names and sizes of their files.
+
+    Args:
+        run: the run directory.
+        verify: also read every byte and compare checksums.
+
+    Raises:
+        UserError: The run has no checkpoint.
+    """
     folders = checkpoint.Store(run).folders()
     if not folders:
         raise UserError("there is no checkpoint here", str(run / "checkpoints"), "name a run directory that has saved")
-    return Listing(str(run), verify, tuple(_line(folder, verify) for folder in folders))
+    return CheckpointList(str(run), verify, tuple(_inspect(folder, verify) for folder in folders))
 
 
-def stop(run: Path) -> status.Standing:
-    """Leave a request that the training ranks find before their next update, or, if they still start, after it.
-
-    How the run stands: where it is not running, nothing is left there. Raises UserError where there is no such folder.
-    """
-    standing = status.read(run)
-    if standing.state == "running":
-        files.replace_text(run / REQUEST, "")
-        standing = status.read(run)  # it may have ended meanwhile, and have seen it or not
-    if standing.state != "running":
-        (run / REQUEST).unlink(missing_ok=True)
-    return standing
-
-
-def _line(folder: Path, verify: bool) -> Line:
-    found, wrong = checkpoint.read(folder)
+def _inspect(folder: Path, verify: bool) -> ListedCheckpoint:
+    found, problem = checkpoint.read_manifest(folder)
     pinned = (folder / checkpoint.PINNED).exists()
     if found is None:
-        return Line(folder.name, None, None, None, "", pinned, wrong)
-    wrong = checkpoint.check(folder)[1] if verify else checkpoint.incomplete(found)
-    return Line(folder.name, found.state.update, found.state.tokens, found.bytes, _layout(found), pinned, wrong)
+        return ListedCheckpoint(folder.name, None, None, None, layout="", pinned=pinned, wrong=problem)
+    return ListedCheckpoint(
+        folder.name,
+        found.state.update,
+        found.state.tokens,
+        found.bytes,
+        layout=_describe_layout(found),
+        pinned=pinned,
+        wrong=checkpoint.verify(folder)[1] if verify else checkpoint.find_incomplete(found),
+    )
 
 
-def _layout(found: checkpoint.Checkpoint) -> str:
-    """The layout in a few words."""
+def _describe_layout(found: checkpoint.Checkpoint) -> str:
     layout = found.facts["layout"]
-    parts = [f"{layout['world_size']} ranks", f"ZeRO {layout['zero_stage']}"]
+    ranks = layout["world_size"]
+    parts = [f"{ranks} rank{'' if ranks == 1 else 's'}", f"ZeRO {layout['zero_stage']}"]
     for key in ("pipeline_stages", "tensor_parallel", "sequence_parallel"):
-        parts += [f"{key.split('_')[0]} {layout[key]}"] if layout.get(key, 1) > 1 else []
+        if layout.get(key, 1) > 1:
+            parts.append(f"{key.split('_')[0]} {layout[key]}")
     return ", ".join(parts)

@@ -132,10 +132,10 @@ def train(
     """Train, or go on where training stopped. Start it with `deepspeed`, torchrun, srun or alone."""
     need_linux("training")
     from megagpt import train as verb
-    from megagpt.assembly import Options
+    from megagpt.assembly import TrainOptions
 
     words, allowed = tuple(overrides or ()), tuple(allow_change or ())
-    options = Options(recipe, deepspeed_config, words, resume, expect_world_size, max_minutes, allowed)
+    options = TrainOptions(recipe, deepspeed_config, words, resume, expect_world_size, max_minutes, allowed)
     raise typer.Exit(verb.train(options))
 
 
@@ -217,14 +217,14 @@ def checkpoints(
 
 @app.command()
 def stop(run: Run) -> None:
-    """Ask a run that is training to save, and to exit 75. Where none is, this says and exits as `status` does."""
-    from megagpt import checkpoints as verb
+    """Request that a running training saves and exits with 75. If it is not running, report the same as `status`."""
+    from megagpt.run import stopping
 
-    found = verb.stop(run)
+    found = stopping.stop(run)
     if found.state != "running":
         print(f"{run} is not running. {found}")
         raise typer.Exit(found.code)
-    print(f"asked {run} to save and stop; it exits with 75 and goes on when it is started again")
+    print(f"Stop requested: {run} will save a checkpoint and exit with 75. Run the same command to resume.")
 
 
 @app.command()
@@ -280,7 +280,7 @@ def report(run: Run) -> None:
 
     print(verb.draw_as_text(run, color=sys.stdout.isatty()))
     print(f"picture: {verb.draw_as_svg(run)}")
-    print(f"time: {metrics.spent(run)}")
+    print(f"time: {metrics.time_breakdown(run)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

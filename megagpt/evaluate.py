@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.evaluation import EvaluationBatches, perplexity
 from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -111,7 +110,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         update=loaded.checkpoint.state.update,
         tokens=batches.tokens,
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=perplexity(loss),
         bits_per_byte=batches.bits_per_byte(loss),
         yardsticks=baselines,
         seconds=time.perf_counter() - start,
@@ -136,7 +135,7 @@ def _require(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 @torch.no_grad()
-def _loss(loaded: trained.Trained, batches: EvaluationBatches) -> float:
+def _loss(loaded: trained.LoadedModel, batches: EvaluationBatches) -> float:
     """Return the mean loss over all labels, in nats."""
     model = loaded.model
     device = next(model.parameters()).device

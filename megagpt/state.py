@@ -48,11 +48,3 @@ class UpdateResult:
     tokens: int
     made: bool = True
     scale: LossScale | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What all ranks agree on after an update: why to stop (None: go on), and whether any still writes files."""
-
-    stop: str | None = None
-    writing: bool = False

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from megagpt.distributed import Agreement, Rank
+from megagpt.distributed import Collectives, Rank
 from megagpt.ds_config import Layout
 from megagpt.engine import loss_scale, schedule
 from megagpt.engine.shares import MOMENTS, Share, Shares, shares_of
@@ -48,7 +48,7 @@ class Portable:
     section: ModelSection
     layout: Layout
     rank: Rank
-    agreement: Agreement
+    collectives: Collectives
     copies: frozenset[str] = frozenset()
 
     def save(self, sink: Write) -> None:
@@ -60,7 +60,7 @@ class Portable:
         if part == 0:  # tensor parts draw the same numbers
             sink(_random_file(number), to_bytes(random_state()))
         sums, _ = self._checksums(shares, mine)
-        steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
+        steps = self.collectives.all_gather_object(_adam_step(shares))
         if self.rank.main:
             summary = {
                 "adam_step": max(steps),
@@ -147,7 +147,7 @@ class Portable:
             for kind in (WEIGHT, *shares.kinds(share)):
                 sums[f"{kind}:{share.name}"] += pieces.checksum(shares.get(share, kind), places)
                 counts[f"{kind}:{share.name}"] += share.numel
-        totals = self.agreement.totals([*sums.values(), *counts.values()])
+        totals = self.collectives.all_reduce_sum_integers([*sums.values(), *counts.values()])
         sums, counts = dict(zip(keys, totals, strict=False)), dict(zip(keys, totals[len(keys) :], strict=True))
         return {key: sums[key] for key in keys if counts[key]}, counts
 

@@ -1,1 +1,1 @@
-"""What belongs to a run: checkpoints, metrics, the console, stopping."""
+"""Parts of a run: checkpoints, metrics, anomalies, status, console, watchdog, stop signals."""

@@ -9,7 +9,6 @@ stands what a save costs in all: the updates made while it is written may be slo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -59,7 +58,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
 
     from megagpt import ds_config, recipe
     from megagpt.data.loader import Batch
-    from megagpt.distributed import Agreement, from_environment
+    from megagpt.distributed import Collectives, from_environment
     from megagpt.engine import build, keys, start
     from megagpt.run.checkpoint import Store
     from megagpt.run.saving import Saver
@@ -69,8 +68,8 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
     loaded = recipe.load(ROOT / "launch/recipes/quickstart.yaml", overrides)
     resolved = ds_config.load(ROOT / f"ds_configs/{config}.json", loaded, rank.world_size, keys.known_keys(), overrides)
     start.start(rank)
-    agreement = Agreement(rank.world_size)
-    engine = build.build(resolved, 1000, rank, agreement)
+    collectives = Collectives(rank.world_size)
+    engine = build.build(resolved, 1000, rank, collectives)
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(300, (resolved.layout.micro_batch, resolved.recipe.model.seq_len), generator=generator)
 
@@ -78,7 +77,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
         """Seconds of one update, the exchange after it included."""
         begin = time.perf_counter()
         engine.train_update([Batch(ids, ids)] * resolved.layout.accumulation)
-        agreement.any(False, False)
+        collectives.any(False)
         return time.perf_counter() - begin
 
     def save(way: str, number: int) -> dict[str, float]:
@@ -89,13 +88,13 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
         while ended is None:
             engine.train_update([Batch(ids, ids)] * resolved.layout.accumulation)
             made += 1
-            ended = None if any(agreement.any(saver.writing)) else saver.proceed()
+            ended = saver.advance()
         whole = time.perf_counter() - begin
         plain = statistics.median(update() for _ in range(BETWEEN))
         assert ended.published, ended.problem
-        return {"stall": ended.stall_seconds, "cost": whole - made * plain, "write": ended.write_seconds}
+        return {"stall": ended.blocking_seconds, "cost": whole - made * plain, "write": ended.write_seconds}
 
-    store = Store(Path(os.environ["MEGAGPT_BENCHMARK"]), rank, agreement, keep_last=2)
+    store = Store(Path(os.environ["MEGAGPT_BENCHMARK"]), rank, collectives, keep_last=2)
     savers = {
         way: Saver(store, engine.save_state, {}, way == "asynchronous") for way in ("synchronous", "asynchronous")
     }
@@ -105,7 +104,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
     for number in range(1, saves + 1):
         for turn, way in enumerate(savers):
             mine = save(way, 2 * number + turn)
-            everyone = [json.loads(text) for text in agreement.gather(json.dumps(mine))]
+            everyone = collectives.all_gather_object(mine)
             results[way].append({key: max(one[key] for one in everyone) for key in mine})
     found, _ = store.newest_valid()
     if rank.main and found is not None:

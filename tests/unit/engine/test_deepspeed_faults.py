@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from megagpt.distributed import free_port
 from megagpt.engine import native
 
-pytestmark = pytest.mark.usefixtures("agreement")
+pytestmark = pytest.mark.usefixtures("collectives")
 
 
 def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():

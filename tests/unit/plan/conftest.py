@@ -2,12 +2,12 @@
 
 import pytest
 
-from megagpt.distributed import Agreement, Rank
+from megagpt.distributed import Collectives, Rank
 from megagpt.engine import start
 
 
 @pytest.fixture(scope="session")
-def agreement():
+def collectives():
     start.start(Rank())
-    yield Agreement(1)
+    yield Collectives(1)
     start.stop()
