@@ -80,6 +80,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class _Inputs:
+    """What a run is built from, before its engine exists. `facts` is what its checkpoints record."""
+
+    rank: Rank
+    resolved: Resolved
+    total: int
+    loader: Loader
+    validation: tuple[EvaluationBatches, ...]
+    usage: list[blend.SourceUsage]
+    facts: dict[str, Any]
+    device: str
+    collectives: Collectives
+
+
+@dataclass(frozen=True)
 class _Start:
     """How a run starts: its state, the event in metrics.jsonl, and the notes to show."""
 
@@ -112,84 +127,101 @@ def build_run(
     Raises:
         UserError: Recipe, config, data, or the run directory do not fit together.
     """
-    from megagpt.engine import build, devices, keys, start
+    from megagpt.engine import build
 
-    resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
-    path = Path(recipe.run_dir)
-    loader, validation = _data(resolved, rank)
-    if resolved.recipe.data.document_mask:
-        resolved = _with_document_end(resolved, loader)
-    recipe = resolved.recipe
-    total = recipes.updates(recipe, loader.sampler.samples_per_epoch)
-    usage = _source_usage(recipe, loader, total)
-    facts = _facts(resolved, loader)
-    device = start.start(rank)
-    collectives = Collectives(rank.world_size)
-    hosts, notes = _compare_ranks(options, rank, facts, collectives)
+    inputs = _load_inputs(options, rank, recipe)
+    recipe, path = inputs.resolved.recipe, Path(recipe.run_dir)
+    hosts, notes = _compare_ranks(options, inputs)
     store = checkpoint.Store(
         path,
         rank,
-        collectives,
+        inputs.collectives,
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
         min_bytes=_FP32_ADAM_BYTES * cost.parameters(recipe.model),
     )
-    found, branched, damaged = _find_checkpoint(options, recipe, store, facts, total)
-    if found is not None and found.state.update >= total:
-        recorded = rank.main and update_of_done(path) >= found.state.update
-        if collectives.any(recorded):
-            updates = f"{found.state.update:,} of {total:,} updates"
-            console.say(f"Run already complete ({updates}). To continue, increase `length`.")
-            return None
-
-    engine = build.build(resolved, total, rank, collectives)
+    found, branched, damaged = _find_checkpoint(options, inputs, store)
+    if found is not None and _is_complete(inputs, found):
+        updates = f"{found.state.update:,} of {inputs.total:,} updates"
+        console.say(f"Run already complete ({updates}). To continue, increase `length`.")
+        return None
+    engine = build.build(inputs.resolved, inputs.total, rank, inputs.collectives)
     if found is not None:
         engine.load_state(found.folder)
-    begin = _how_it_starts(
-        found, branched, facts, [*notes, *(f"skipped damaged checkpoint {line}" for line in damaged)]
-    )
+    notes += [f"skipped damaged checkpoint {line}" for line in damaged]
+    begin = _how_it_starts(found, branched, inputs.facts, notes)
     metrics = Metrics(path, rank.main, recipe.health.window)
     stack.callback(metrics.close)
     lost_seconds = metrics.truncate(begin.state.update)
+    watch = Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm)
+    run = _put_together(options, inputs, store, engine, console, metrics, watch)
+    stack.callback(run.saver.close)
+    stack.enter_context(run.stop_signals)
+    stack.enter_context(run.watch)
+    _write_configs(run)
+    _show_start(run, inputs, begin)
+    _record_start(run, begin, lost_seconds)
+    return run, begin.state
+
+
+def _put_together(
+    options: TrainOptions,
+    inputs: _Inputs,
+    store: checkpoint.Store,
+    engine: Engine,
+    console: Console,
+    metrics: Metrics,
+    watch: Watch,
+) -> Run:
+    """Build the remaining parts; nothing is opened or started."""
+    from megagpt.engine import devices
+
+    recipe, rank = inputs.resolved.recipe, inputs.rank
     health = Health(recipe.health)
-    health.replay(metrics.replayable, collectives)
-    saver = Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous)
-    stack.callback(saver.close)
-    stop_signals = StopSignals(
-        options.max_minutes,
-        collectives.any,
-        stop_file=path / STOP_FILE if rank.main else None,
-        notify=console.alarm if rank.main else None,
-    )
-    peak = cost.peak_flops(device, recipe.precision or "fp32")
-    run = Run(
-        path=path,
+    health.replay(metrics.replayable, inputs.collectives)
+    peak = cost.peak_flops(inputs.device, recipe.precision or "fp32")
+    return Run(
+        path=store.run,
         rank=rank,
-        resolved=resolved,
-        total=total,
-        loader=loader,
-        validation=validation,
+        resolved=inputs.resolved,
+        total=inputs.total,
+        loader=inputs.loader,
+        validation=inputs.validation,
         engine=engine,
-        collectives=collectives,
+        collectives=inputs.collectives,
         store=store,
-        saver=saver,
+        saver=Saver(store, engine.save_state, inputs.facts, recipe.checkpoint.asynchronous),
         console=console,
         metrics=metrics,
         failed_saves=ConsecutiveFailures(MAX_FAILED_SAVES),
         health=health,
-        watch=Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm),
-        progress=Progress(total, recipe.batch.global_size * recipe.model.seq_len),
-        stop_signals=stop_signals,
+        watch=watch,
+        progress=Progress(inputs.total, recipe.batch.global_size * recipe.model.seq_len),
+        stop_signals=StopSignals(
+            options.max_minutes,
+            inputs.collectives.any,
+            stop_file=store.run / STOP_FILE if rank.main else None,
+            notify=console.alarm if rank.main else None,
+        ),
         flops_per_token=cost.flops_per_token(recipe.model),
         peak_flops=peak * rank.world_size if peak else None,
         peak_memory=devices.peak_memory,
     )
-    stack.enter_context(run.stop_signals)
-    stack.enter_context(run.watch)
-    _write_configs(run)
-    _show_start(run, device, usage, begin)
-    _record_start(run, begin, lost_seconds)
-    return run, begin.state
+
+
+def _load_inputs(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> _Inputs:
+    """Resolve recipe and config, open the data and join the process group."""
+    from megagpt.engine import keys, start
+
+    resolved = ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), options.overrides)
+    loader, validation = _data(resolved, rank)
+    if resolved.recipe.data.document_mask:
+        resolved = _with_document_end(resolved, loader)
+    total = recipes.updates(resolved.recipe, loader.sampler.samples_per_epoch)
+    usage = _source_usage(resolved.recipe, loader, total)
+    facts = _facts(resolved, loader)
+    device = start.start(rank)
+    return _Inputs(rank, resolved, total, loader, validation, usage, facts, device, Collectives(rank.world_size))
 
 
 def update_of_done(run: Path) -> int:
@@ -208,27 +240,35 @@ def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[bl
     return usage
 
 
-def _compare_ranks(
-    options: TrainOptions, rank: Rank, facts: dict[str, Any], collectives: Collectives
-) -> tuple[list[promise.Host], list[str]]:
+def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[promise.Host], list[str]]:
     """Compare the ranks' hosts, recipes and versions. Returns the host of each rank, and notes on differences."""
-    mine = promise.facts_here(_must_be_same(facts), passing.passed_on(os.environ), promise.ancestors())
-    everyone = collectives.all_gather_object(mine)
-    return promise.hosts_of(everyone), promise.check_hosts(rank, everyone, os.environ, options.expect_world_size)
+    mine = promise.facts_here(_must_be_same(inputs.facts), passing.passed_on(os.environ), promise.ancestors())
+    everyone = inputs.collectives.all_gather_object(mine)
+    notes = promise.check_hosts(inputs.rank, everyone, os.environ, options.expect_world_size)
+    return promise.hosts_of(everyone), notes
 
 
 def _find_checkpoint(
-    options: TrainOptions, recipe: recipes.Recipe, store: checkpoint.Store, facts: dict[str, Any], total: int
+    options: TrainOptions, inputs: _Inputs, store: checkpoint.Store
 ) -> tuple[checkpoint.Checkpoint | None, bool, list[str]]:
     """Return the checkpoint to start from, whether it is another run's, and a line per damaged one."""
+    recipe = inputs.resolved.recipe
     found, damaged = resume.find_checkpoint(store, options.resume)
     branched = found is None and recipe.init_from is not None
     if branched and recipe.init_from:
         where = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
-        found = resume.find_branch_point(recipe.init_from, where, store, total)
+        found = resume.find_branch_point(recipe.init_from, where, store, inputs.total)
     if found is not None:
-        resume.check_unchanged(found, facts, options.allow_change, branched)
+        resume.check_unchanged(found, inputs.facts, options.allow_change, branched)
     return found, branched, damaged
+
+
+def _is_complete(inputs: _Inputs, found: checkpoint.Checkpoint) -> bool:
+    """Return whether the run has reached its length and its DONE file says so. Collective."""
+    if found.state.update < inputs.total:
+        return False
+    done = inputs.rank.main and update_of_done(Path(inputs.resolved.recipe.run_dir)) >= found.state.update
+    return inputs.collectives.any(done)
 
 
 def _how_it_starts(
@@ -312,14 +352,14 @@ def _record_start(run: Run, begin: _Start, lost_seconds: float) -> None:
     run.progress.exclude()
 
 
-def _show_start(run: Run, device: str, usage: list[blend.SourceUsage], begin: _Start) -> None:
+def _show_start(run: Run, inputs: _Inputs, begin: _Start) -> None:
     """Show what is about to be trained in a few lines."""
     say = run.console.say
     with display_only():
-        for line in _describe(run, device):
+        for line in _describe(run, inputs.device):
             say(line)
-        if len(usage) > 1:
-            for number, line in enumerate(blend.format_table(usage)):
+        if len(inputs.usage) > 1:
+            for number, line in enumerate(blend.format_table(inputs.usage)):
                 say(f"{'' if number else 'blend':<8} {line}")
     recipe = run.resolved.recipe
     notes = [*run.resolved.notes, *run.loader.notes, *begin.notes]

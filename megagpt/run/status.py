@@ -94,8 +94,8 @@ def read(run: Path) -> RunStatus:
     if (run / DONE).exists():
         return RunStatus("done", EXIT_DONE, "the last checkpoint was saved and verified")
     if record.get("state") == "requeue":
-        by = f" by {record['why']}" if record.get("why") else ""
-        return RunStatus("requeue", EXIT_REQUEUE, f"checkpoint saved after a stop{by}; run the same command to resume")
+        cause = f" after {record['why']}" if record.get("why") else ""
+        return RunStatus("requeue", EXIT_REQUEUE, f"checkpoint saved{cause}; run the same command to resume")
     if record.get("state") == "failed":
         return RunStatus("failed", int(record["code"]), record["why"] or "see logs/")
     if has_started:

@@ -9,7 +9,7 @@ from tests.faults.launches import launch
 from tests.training import finish, ranks, wait_for_update
 
 
-def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
+def test_status_of_a_run_that_trains_stops_dies_and_is_done(recipe):
     run = recipe.with_suffix("")
     with ranks(recipe, "length.updates=100000", world=2) as (first, second):
         wait_for_update(run, 2)

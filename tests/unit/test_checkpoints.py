@@ -45,7 +45,7 @@ def test_names_and_sizes_are_looked_at_and_every_byte_if_asked(run, capsys):
 
     assert cli.main(["checkpoints", str(run), "--verify"]) == 0
     _, *verified = rows(capsys.readouterr().out)
-    assert verified[0] == f"{first} whole, pinned"
+    assert verified[0] == f"{first} verified, pinned"
     assert verified[1].endswith("state/weights is damaged: its checksum differs")
     assert verified[2:] == quick[2:]
 

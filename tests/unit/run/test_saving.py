@@ -158,3 +158,18 @@ def test_a_bug_on_the_thread_is_not_lost(tmp_path, monkeypatch, end):
     one.save(state_of(1))
     with pytest.raises(ZeroDivisionError):
         end(one)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_closed_saver_accepts_no_more_work_but_finishes_what_it_has(tmp_path, gate, asynchronous):
+    one = saver(tmp_path, b"then", asynchronous)
+    if asynchronous:
+        one.save(state_of(10))
+    one.close()
+    gate.set()
+    if asynchronous:
+        while one.writing:
+            time.sleep(0.001)
+        assert names(tmp_path) == [".partial_update_00000010"]
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            one.advance()
