@@ -217,7 +217,7 @@ def _load_inputs(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> _
     loader, validation = _data(resolved, rank)
     if resolved.recipe.data.document_mask:
         resolved = _with_document_end(resolved, loader)
-    total = recipes.updates(resolved.recipe, loader.sampler.samples_per_epoch)
+    total = recipes.total_updates(resolved.recipe, loader.sampler.samples_per_epoch)
     usage = _source_usage(resolved.recipe, loader, total)
     facts = _facts(resolved, loader)
     device = start.start(rank)
@@ -236,7 +236,7 @@ def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[bl
     """How much of each corpus the run reads. Raises UserError if it repeats one more often than the recipe allows."""
     samples = total * recipe.batch.global_size
     usage = blend.source_usage(loader.sampler, recipe.data.train, samples)
-    blend.check_max_epochs(usage, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
+    blend.check_max_epochs(usage, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
     return usage
 
 
@@ -256,7 +256,7 @@ def _find_checkpoint(
     found, damaged = resume.find_checkpoint(store, options.resume)
     branched = found is None and recipe.init_from is not None
     if branched and recipe.init_from:
-        where = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
+        where = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
         found = resume.find_branch_point(recipe.init_from, where, store, inputs.total)
     if found is not None:
         resume.check_unchanged(found, inputs.facts, options.allow_change, branched)
@@ -385,12 +385,6 @@ def _describe(run: Run, device: str) -> list[str]:
     validation = "no validation"
     if run.validation:
         validation = f"{sum(part.tokens for part in run.validation):,} validation tokens"
-    degrees = {
-        "pipeline stages": layout.pipeline_stages,
-        "tensor parallel": layout.tensor_parallel,
-        "sequence parallel": layout.sequence_parallel,
-    }
-    model_parallel = "".join(f"{name} {degree}, " for name, degree in degrees.items() if degree > 1)
     tokens_per_update = recipe.batch.global_size * model.seq_len
     epochs = run.total * recipe.batch.global_size / samples_per_epoch
     return [
@@ -399,9 +393,7 @@ def _describe(run: Run, device: str) -> list[str]:
         f"{run.flops_per_token / 1e6:,.1f} MFLOP per token, {recipe.precision}",
         f"data     {samples_per_epoch:,} samples of {model.seq_len} tokens per epoch; {validation}; "
         f"fingerprint {resume.fingerprint(run.loader.fingerprint)}",
-        f"layout   {layout.world_size} × {device}, {model_parallel}ZeRO stage {layout.zero_stage}, "
-        f"data parallel {layout.data_parallel} × micro-batch {layout.micro_batch} × accumulation {layout.accumulation} "
-        f"= {recipe.batch.global_size} samples per update",
+        f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update",
         f"length   {run.total:,} updates of {tokens_per_update:,} tokens: "
         f"{run.total * tokens_per_update:,} tokens ({epochs:.2f} epochs)",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagpt.ds_config import Layout
 from megagpt.errors import UserError
 from megagpt.run import checkpoint
 
@@ -22,7 +23,9 @@ class ListedCheckpoint:
     bytes: int | None
     layout: str
     pinned: bool
+    """whether the checkpoint is never deleted"""
     wrong: str
+    """why the checkpoint cannot be used; "" if it can"""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,15 @@ class CheckpointList:
     checkpoints: tuple[ListedCheckpoint, ...]
 
     def __str__(self) -> str:
-        rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<24}  state"]
+        width = max(len("layout"), *(len(listed.layout) for listed in self.checkpoints))
+        rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<{width}}  state"]
         for listed in self.checkpoints:
             state = listed.wrong or self._good_state(listed)
             if listed.update is None or listed.tokens is None or listed.bytes is None:
                 rows.append(f"{listed.name}: {state}")
             else:
                 size = f"{listed.bytes / 1e6:,.1f} MB"
-                rows.append(f"{listed.update:>10,}  {listed.tokens:>15,}  {size:>9}  {listed.layout:<24}  {state}")
+                rows.append(f"{listed.update:>10,}  {listed.tokens:>15,}  {size:>9}  {listed.layout:<{width}}  {state}")
         return "\n".join(rows)
 
     def _good_state(self, listed: ListedCheckpoint) -> str:
@@ -75,17 +79,7 @@ def _inspect(folder: Path, verify: bool) -> ListedCheckpoint:
         found.state.update,
         found.state.tokens,
         found.bytes,
-        layout=_describe_layout(found),
+        layout=str(Layout.from_record(found.facts["layout"])),
         pinned=pinned,
         wrong=checkpoint.verify(folder)[1] if verify else checkpoint.find_incomplete(found),
     )
-
-
-def _describe_layout(found: checkpoint.Checkpoint) -> str:
-    layout = found.facts["layout"]
-    ranks = layout["world_size"]
-    parts = [f"{ranks} rank{'' if ranks == 1 else 's'}", f"ZeRO {layout['zero_stage']}"]
-    for key in ("pipeline_stages", "tensor_parallel", "sequence_parallel"):
-        if layout.get(key, 1) > 1:
-            parts.append(f"{key.split('_')[0]} {layout[key]}")
-    return ", ".join(parts)

@@ -14,7 +14,7 @@ from megagpt.data.evaluation import EvaluationBatches, perplexity
 from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.run import trained
 from megagpt.state import IGNORE_INDEX
 from megagpt.yardsticks import Baselines, measure_baselines

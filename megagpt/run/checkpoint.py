@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt import files
 from megagpt.distributed import Collectives, Rank
-from megagpt.files import Write, parse_json
+from megagpt.files import WriteFile, parse_json
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -160,7 +160,7 @@ class PendingSave:
     """
 
     def __init__(
-        self, store: Store, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]
+        self, store: Store, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]
     ) -> None:
         self.state = state
         self.folder = store.folder(state.update)
@@ -227,7 +227,7 @@ def read_manifest(folder: Path) -> tuple[Checkpoint | None, str]:
             return None, f"{MANIFEST} is damaged: its checksum differs"
         manifest = parse_json(b"{" + rest)
         for name, written in manifest["files"].items():
-            files.Written(**written)
+            files.WrittenFile(**written)
             if not isinstance(name, str) or {type(written["bytes"]), type(written["crc32"])} != {int}:
                 raise ValueError(f"size or checksum of {name} is not a whole number")
         return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""

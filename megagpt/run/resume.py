@@ -134,7 +134,7 @@ def check_unchanged(
         do = "give the run its previous data, or choose another run_dir to start over"
         problems.append(Problem(what, "\n".join(data_changes), do))
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:

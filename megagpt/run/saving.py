@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.run.checkpoint import PendingSave, Store
 from megagpt.state import TrainState
 
@@ -51,7 +51,7 @@ class Saver:
     """
 
     def __init__(
-        self, store: Store, save_state: Callable[[Write], None], facts: dict[str, Any], asynchronous: bool
+        self, store: Store, save_state: Callable[[WriteFile], None], facts: dict[str, Any], asynchronous: bool
     ) -> None:
         self._store = store
         self._save_state = save_state
@@ -150,12 +150,12 @@ class Saver:
         self._write_seconds += time.perf_counter() - start
 
 
-def _copy_to_host(save_state: Callable[[Write], None]) -> Callable[[Write], None]:
+def _copy_to_host(save_state: Callable[[WriteFile], None]) -> Callable[[WriteFile], None]:
     """Copy the present state to host memory. Returns a function that writes it, freeing each file once written."""
     copies: list[tuple[str, bytes]] = []
     save_state(lambda name, data: copies.append((name, data)))
 
-    def write(sink: Write) -> None:
+    def write(sink: WriteFile) -> None:
         while copies:
             sink(*copies.pop(0))
 

@@ -1,7 +1,7 @@
 """Status of a run, read from the files it leaves: launchers lose exit codes, and some lose the ranks themselves.
 
 Rank 0 writes `status.json` when it starts and when it ends. In between, its heartbeat (run/watch.py) shows that it is
-alive. A job script may write the file first: `python -m megagpt.run.status RUN PID` announces that process PID is
+alive. A job script may write the file first: `megagpt mark-starting RUN PID` announces that process PID is
 about to start the ranks.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +78,11 @@ class StatusFile:
                 _write(self._run / FILE, os.getpid(), **values)
 
 
+def mark_starting(run: Path, pid: int) -> None:
+    """Record that process `pid` is about to start the ranks of the run. From now on the run counts as running."""
+    _write(run / FILE, pid, state="starting")
+
+
 def read(run: Path) -> RunStatus:
     """Return the status of a run. A live process counts first, then the file DONE, then what `status.json` records.
 
@@ -142,7 +146,3 @@ def _read_json(path: Path) -> dict[str, str]:
         return dict(files.parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-if __name__ == "__main__":
-    _write(Path(sys.argv[1], FILE), int(sys.argv[2]), state="starting")

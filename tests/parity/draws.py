@@ -214,6 +214,9 @@ def _overrides(switches: Switches) -> Iterator[str]:
     }  # fmt: skip
     if switches["d_ff"] is None:
         del values["model.d_ff"]
+    if switches["precision"] != "fp32":
+        # AdamW moves a weight whose gradient is rounding alone by the full rate, in a direction of chance
+        values["optimizer.eps"] = 1e-4
     if switches["schedule"] == "wsd":
         values["schedule.decay_updates"] = 5
     if switches["optimizer"] == "muon":

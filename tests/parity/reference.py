@@ -30,22 +30,21 @@ def train(
     held_out: Samples,
     between: Between = lambda *_: None,
     *,
-    exact: bool = False,
+    micro: Sequence[int] = (),
 ) -> Curve:
     """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
     In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
     Before each update `between` is called with its number, counted from 1, and a function that measures the loss.
-    With `exact` the model has the weights of low precision, but computes in fp32: the difference is what rounding does.
+    `micro` is the number of samples in each micro-batch of every update, whose gradients are summed in fp32; without it
+    the global batch is not divided.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # or small gradients would vanish
+    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # or small gradients would vanish
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
     masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
-    if exact:
-        model.float()
     initial = {name: p.clone() for name, p in masters.items()}
     section = recipe.optimizer
     optimizer, peaks = _optimizer(recipe, masters)
@@ -57,11 +56,17 @@ def train(
         tokens.append(int((samples[1] != -100).sum()))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        model.zero_grad()
-        loss = _loss(recipe, model, samples)
-        (loss * scale).backward()
-        for name, parameter in model.named_parameters():
-            masters[name].grad = parameter.grad.float() / scale
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        size = micro[number - 1] if micro else len(samples[0])
+        total_loss = 0.0
+        for part in zip(*(tensor.split(size) for tensor in samples), strict=True):
+            model.zero_grad()
+            loss = _loss(recipe, model, part, tokens[-1])
+            (loss * scale).backward()
+            for name, parameter in model.named_parameters():
+                masters[name].grad += parameter.grad.float() / scale
+            total_loss += loss.item()
         # in fp64: a sum of squares over a long vector is off by 1e-5 in fp32
         norm = torch.cat([master.grad.flatten() for master in masters.values()]).double().norm()
         torch.nn.utils.clip_grads_with_norm_(masters.values(), section.clip or math.inf, norm.float())
@@ -69,7 +74,7 @@ def train(
         optimizer.step()
         for name, parameter in model.named_parameters():
             parameter.data.copy_(masters[name].to(dtype))
-        losses.append(loss.item())
+        losses.append(total_loss)
     evaluations.append(_loss(recipe, model, held_out).item())
     final = {name: p.detach() for name, p in masters.items()}
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
@@ -106,7 +111,8 @@ def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.
         section.lr, section.lr, section.muon_lr]  # fmt: skip
 
 
-def _loss(recipe: Recipe, model: GPT, samples: Samples) -> torch.Tensor:
-    """The sum over the valid tokens of all samples, by their number."""
+def _loss(recipe: Recipe, model: GPT, samples: Samples, tokens: int | None = None) -> torch.Tensor:
+    """The sum over the valid tokens of these samples, divided by `tokens`, or by their own number."""
     logits = alone.logits(model, samples[0], recipe.document_end)
-    return F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="mean")
+    total = F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="sum")
+    return total / (tokens or (samples[1] != -100).sum())

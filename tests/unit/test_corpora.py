@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt import corpora
 from megagpt.cli import main
 from megagpt.corpora import merging, verifying
+from megagpt.corpora.inspecting import inspect
+from megagpt.corpora.merging import merge
+from megagpt.corpora.verifying import verify
 from megagpt.data import id_file, indexed_writer
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.indexed_writer import CorpusWriter
@@ -47,7 +49,7 @@ def rejection(function, *arguments):
 
 
 def test_inspect_shows_statistics_and_documents(tmp_path):
-    found = corpora.inspect(write(tmp_path / "c"), [2], sample=2)
+    found = inspect(write(tmp_path / "c"), [2], sample=2)
     assert (found.documents, found.sequences, found.tokens, found.id_type) == (4, 3, 12, "uint16")
     assert dict(found.lengths) == {"min": 0, "25 %": 0, "median": 2, "75 %": 4, "max": 6}
     assert [(one.number, one.tokens, one.ids) for one in found.shown] == [
@@ -64,9 +66,9 @@ def test_inspect_shows_statistics_and_documents(tmp_path):
         "document 3: 6 tokens",
         "6 6 6 6 6 1",
     ]
-    what = rejection(corpora.inspect, str(tmp_path / "c"), [4])
+    what = rejection(inspect, str(tmp_path / "c"), [4])
     assert what == f"there is no document 4\n  {tmp_path}/c\n  do: give a number from 0 to 3"
-    assert dict(corpora.inspect(write(tmp_path / "e", [[]]), sample=3).lengths) == {}
+    assert dict(inspect(write(tmp_path / "e", [[]]), sample=3).lengths) == {}
 
 
 def test_inspect_with_a_tokenizer_shows_text(tmp_path, capsys):
@@ -76,7 +78,7 @@ def test_inspect_with_a_tokenizer_shows_text(tmp_path, capsys):
     assert main(["data", "inspect", prefix, "--document", "0", "--tokenizer", str(model.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shown"][0]["text"] == text
     other = train_tokenizer(["five six seven"] * 5, 280, tmp_path / "other")
-    assert rejection(corpora.inspect, prefix, [], 0, other) == (
+    assert rejection(inspect, prefix, [], 0, other) == (
         f"different tokenizers were used\n  {model.sha256[:12]}…  {prefix}\n"
         f"  {Tokenizer(other).sha256[:12]}…  {other}\n"
         "  do: use the tokenizer that the corpus was prepared with, or prepare the corpus again"
@@ -94,9 +96,9 @@ def test_verify_reports_an_undamaged_corpus(tmp_path, capsys, monkeypatch):
     (tmp_path / "c.json").unlink()
     for module, name, size in ((verifying, "_RANGE", 8), (verifying, "_BLOCK", 4), (verifying, "_ENTRIES", 2)):
         monkeypatch.setattr(module, name, size)
-    verification = corpora.verify(prefix, 3)
+    verification = verify(prefix, 3)
     assert (verification.checked, verification.wrong) == (("index", "ids 0 to 9"), ())
-    assert corpora.verify(write(tmp_path / "none", [[], []])).wrong == ()
+    assert verify(write(tmp_path / "none", [[], []])).wrong == ()
 
 
 def overwrite(path, at, value):
@@ -128,7 +130,7 @@ def test_all_kinds_of_damage_are_reported(tmp_path, monkeypatch, suffix, at, val
     monkeypatch.setattr(verifying, "_ENTRIES", entries)
     prefix = write(tmp_path / "c")
     overwrite(tmp_path / f"c{suffix}", at, value)
-    wrong = corpora.verify(prefix).wrong
+    wrong = verify(prefix).wrong
     assert any(one.removeprefix(f"{tmp_path}/") == message for one in wrong), wrong
     assert main(["data", "verify", prefix]) == 1
 
@@ -138,7 +140,7 @@ def test_a_negative_id_is_reported(tmp_path, megatron):
     builder.add_item(torch.tensor([5, -3]))
     builder.end_document()
     builder.finalize(str(tmp_path / "c.idx"))
-    assert corpora.verify(str(tmp_path / "c")).wrong == ("there is a negative id: -3",)
+    assert verify(str(tmp_path / "c")).wrong == ("there is a negative id: -3",)
 
 
 def merged_by_megatron(megatron, prefixes, output, kind):
@@ -158,12 +160,12 @@ def test_merged_files_equal_those_of_megatron(tmp_path, monkeypatch, megatron, b
         write(tmp_path / "b", [[2, EOD], [3] * 9 + [EOD], []]),
         write(tmp_path / "e", [[]]),
     ]
-    result = corpora.merge(prefixes, str(tmp_path / "ours"))
+    result = merge(prefixes, str(tmp_path / "ours"))
     merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
     assert (result.documents, result.tokens, result.verified) == (8, 24, True)
     assert CorpusReader(tmp_path / "ours").sidecar.text_bytes == 72
-    assert corpora.verify(str(tmp_path / "ours")).wrong == ()
+    assert verify(str(tmp_path / "ours")).wrong == ()
 
 
 def test_foreign_corpora_are_merged_without_a_sidecar(tmp_path, megatron, capsys):
@@ -183,18 +185,18 @@ def test_incompatible_corpora_are_rejected(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", sha="e" * 64)
     wide = write(tmp_path / "wide", vocab_size=70_000)
     output = str(tmp_path / "c")
-    assert rejection(corpora.merge, [a, b], output) == (
+    assert rejection(merge, [a, b], output) == (
         f"different tokenizers were used\n  ffffffffffff…  {a}\n  eeeeeeeeeeee…  {b}\n"
         "  do: use the tokenizer that the corpus was prepared with, or prepare the corpus again"
     )
-    assert rejection(corpora.merge, [a, wide], output) == (
+    assert rejection(merge, [a, wide], output) == (
         f"the ids have different types (uint16 and int32)\n  {a}\n  {wide}\n  do: prepare both with one tokenizer"
     )
-    assert rejection(corpora.merge, [a, b], a) == (
+    assert rejection(merge, [a, b], a) == (
         f"a corpus cannot be merged into itself\n  {a}\n  do: choose another --output"
     )
     (tmp_path / "link").symlink_to(tmp_path)
-    assert "into itself" in rejection(corpora.merge, [a, b], str(tmp_path / "link" / "a"))
+    assert "into itself" in rejection(merge, [a, b], str(tmp_path / "link" / "a"))
     assert not list(tmp_path.glob("c.*"))
 
 
@@ -211,7 +213,7 @@ PACKED = [[7, 8, 9, 10], [11, EOD, 5, EOD], [6, 6, EOD, EOD]]
 
 def test_packed_corpora_are_inspected_and_verified_as_samples(tmp_path, capsys):
     prefix = write_packed(tmp_path / "c", PACKED)
-    assert str(corpora.inspect(prefix, [1])).splitlines() == [
+    assert str(inspect(prefix, [1])).splitlines() == [
         f"{prefix}: 3 samples, packed for seq_len 3, 12 tokens (uint16), tokenizer ffffffffffff",
         "padding: 8.33%",
         "by: a test",
@@ -237,31 +239,29 @@ def test_packed_corpora_are_inspected_and_verified_as_samples(tmp_path, capsys):
 )
 def test_invalid_packed_samples_are_reported(tmp_path, monkeypatch, entries, samples, padding, message):
     monkeypatch.setattr(verifying, "_ENTRIES", entries)
-    assert corpora.verify(write_packed(tmp_path / "c", samples, padding=padding)).wrong == (message,)
+    assert verify(write_packed(tmp_path / "c", samples, padding=padding)).wrong == (message,)
 
 
 def test_packed_corpora_of_equal_seq_len_are_merged(tmp_path, megatron):
     prefixes = [write_packed(tmp_path / "a", PACKED), write_packed(tmp_path / "b", PACKED[1:])]
-    assert str(corpora.merge(prefixes, str(tmp_path / "ours"))) == f"{tmp_path}/ours: 5 samples, 20 tokens"
+    assert str(merge(prefixes, str(tmp_path / "ours"))) == f"{tmp_path}/ours: 5 samples, 20 tokens"
     merged_by_megatron(megatron, prefixes, tmp_path / "theirs", np.uint16)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
     sidecar = CorpusReader(tmp_path / "ours").sidecar
     assert (sidecar.packed, sidecar.padding, sidecar.documents) == (3, 2, 5)
-    assert corpora.verify(str(tmp_path / "ours")).wrong == ()
+    assert verify(str(tmp_path / "ours")).wrong == ()
 
 
 def test_packed_corpora_are_not_merged_with_different_ones(tmp_path):
     packed, plain = write_packed(tmp_path / "a", PACKED), write(tmp_path / "b")
     longer = write_packed(tmp_path / "longer", [[5] * 7 + [EOD]], 7, 0)
     both = "do: prepare both in the same way, or list both under data.train"
-    assert rejection(corpora.merge, [packed, plain], str(tmp_path / "c")) == (
+    assert rejection(merge, [packed, plain], str(tmp_path / "c")) == (
         f"one corpus is packed for seq_len 3, the other not packed\n  {packed}\n  {plain}\n  {both}"
     )
-    assert rejection(corpora.merge, [packed, longer], str(tmp_path / "c")) == (
+    assert rejection(merge, [packed, longer], str(tmp_path / "c")) == (
         f"one corpus is packed for seq_len 3, the other packed for seq_len 7\n  {packed}\n  {longer}\n  {both}"
     )
     (tmp_path / "b.json").unlink()
-    assert "packed for seq_len 3, the other not packed" in rejection(
-        corpora.merge, [packed, plain], str(tmp_path / "c")
-    )
+    assert "packed for seq_len 3, the other not packed" in rejection(merge, [packed, plain], str(tmp_path / "c"))
     assert not list(tmp_path.glob("c.*"))

@@ -14,7 +14,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
 from megagpt.run.metrics import Metrics
 from megagpt.run.saving import Saver

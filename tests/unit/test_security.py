@@ -30,7 +30,8 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.doctor import agent
 from megagpt.errors import Problem, UserError, without_controls
 from megagpt.model.pieces import Pieces
-from megagpt.prepare import PrepareOptions, plain, prepare_command
+from megagpt.prepare import plain
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.ranks import _Joined
 from megagpt.prepare.tokenizing import TokenizedText
 from megagpt.run import checkpoint, metrics, status

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import train_tokenizer_command
+from megagpt.prepare.command import train_tokenizer_command
 
 
 def jsonl(texts):

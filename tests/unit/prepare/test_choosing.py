@@ -11,7 +11,8 @@ from megagpt.data import pieces
 from megagpt.data.documents import is_validation, text_digest
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import PrepareOptions, duplicates, joining, prepare_command
+from megagpt.prepare import duplicates, joining
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 

@@ -10,7 +10,7 @@ import pytest
 from megagpt.data import gigatoken_encoder, pieces
 from megagpt.data.oddities import InputLocation
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.engines import EngineMismatch
 from tests.unit.prepare.conftest import content, finish, jsonl
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from megagpt import corpora
+from megagpt.corpora.verifying import verify
 from megagpt.data import indexed_writer
 from megagpt.data.indexed import CorpusReader
 from megagpt.data.loader import Loader
 from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import PrepareOptions, encoding, prepare_command
+from megagpt.prepare import encoding
+from megagpt.prepare.command import PrepareOptions, prepare_command
 
 WORD = " 1234567890123456789012345678901"  # one token per character: digits are not merged
 MORE = 100
@@ -39,7 +40,7 @@ def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path
         file.write(b'"}\n{"text": "after"}\n')
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
-    assert [str(one) for one in summary.oddities] == [f"warning: 1 {WARNING_KINDS['long']} (first: {path}:2)"]
+    assert [str(one) for one in summary.oddities] == [f"warning: {WARNING_KINDS['long']}: 1 (first: {path}:2)"]
 
     reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
@@ -54,7 +55,7 @@ def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path
         start = at % len(word)
         assert np.array_equal(ids, np.resize(word[start:] + word[:start], len(ids)))
     assert tokenizer.decode(reader.document(2)[:-1]) == "after"
-    assert corpora.verify(summary.train.prefix).wrong == ()
+    assert verify(summary.train.prefix).wrong == ()
 
     loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
     start = len(before) + 1 + limit - 32  # around the end of the first sequence

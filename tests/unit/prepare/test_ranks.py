@@ -1,4 +1,4 @@
-"""Real MPI ranks: the same bytes, on one disk or on two, and one that fails ends all."""
+"""Real MPI ranks and SLURM tasks write the same bytes, with or without a shared disk; a failed rank ends all."""
 
 import os
 import pickle
@@ -18,7 +18,8 @@ import pytest
 from megagpt.data import pieces
 from megagpt.distributed import free_port, from_mpi_or_slurm, secret
 from megagpt.errors import MachineError
-from megagpt.prepare import PrepareOptions, prepare_command, sockets
+from megagpt.prepare import sockets
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
@@ -98,7 +99,7 @@ def test_ranks_that_were_killed_resume_where_they_stopped(command, lines, model,
 
 @mpi
 def test_a_full_disk_of_one_rank_leaves_no_corpus_and_the_ranks_resume_later(command, lines, model, expected, tmp_path):
-    """The files can grow to less than the joined ones have: what the last rank writes does not fit."""
+    """Files are limited to less than the size of the merged ones, so that the last rank cannot write its part."""
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
     launcher, limit = (*MPIRUN, "-n", 2), len(expected[".train.bin"]) - 1000
     _, errors = finish(command("prepare", lines, *options, chunk=5000, file_limit=limit, launcher=launcher), 1)
@@ -109,8 +110,8 @@ def test_a_full_disk_of_one_rank_leaves_no_corpus_and_the_ranks_resume_later(com
 
 
 @mpi
-def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lines, model, expected, tmp_path):
-    """Two ranks in two folders, with an output that is relative to them; killed in the middle, and started again."""
+def test_ranks_without_a_shared_disk_send_their_shards_to_the_first(command, lines, model, expected, tmp_path):
+    """Two ranks in two folders, with an output relative to them. They are killed in the middle, and started again."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
 
@@ -138,7 +139,7 @@ def test_ranks_without_a_common_disk_send_their_shards_to_the_first(command, lin
 
 
 @mpi
-def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
+def test_an_error_is_reported_once_and_ends_all_ranks(command, lines, model, tmp_path):
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--strict")
     _, errors = finish(command("prepare", lines, *options, chunk=5000, launcher=(*MPIRUN, "-n", 2)), 2)
     assert errors.count("unusual input: empty documents") == 1
@@ -146,8 +147,8 @@ def test_a_mistake_is_told_once_and_ends_all(command, lines, model, tmp_path):
 
 
 @mpi
-def test_an_mpirun_of_another_mpi_is_told(command, lines, model, tmp_path, monkeypatch):
-    """As mpich's starts a rank, which Open MPI takes for a program that was started alone."""
+def test_an_mpirun_of_another_mpi_is_an_error(command, lines, model, tmp_path, monkeypatch):
+    """MPICH starts a rank, which Open MPI takes for a single process."""
     for name, value in {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}.items():
         monkeypatch.setenv(name, value)
     _, errors = finish(command("prepare", lines, "--tokenizer", model, "--output", tmp_path / "c"), 2)
@@ -173,14 +174,14 @@ def test_an_mpirun_of_another_mpi_is_told(command, lines, model, tmp_path, monke
         ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun's, which is no launcher of prepare
     ],
 )
-def test_the_launcher_says_which_rank_it_is_of_how_many(environment, place):
+def test_the_rank_and_world_size_come_from_the_launcher(environment, place):
     found = from_mpi_or_slurm(environment)
     assert (found.launcher, found.rank, found.world_size) == place
 
 
 @pytest.fixture
 def tasks(command, lines, model, tmp_path, monkeypatch):
-    """Start tasks as srun does: each is told its number, the hosts of the step, and nothing of MPI."""
+    """Start tasks as srun does, with their number and the hosts of the step in the environment, and without MPI."""
 
     def start(count, only=None, port=None, **limits):
         monkeypatch.setenv("MASTER_PORT", str(port or free_port()))
@@ -201,7 +202,7 @@ def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
     assert ["prepared in" in output for output in outputs] == [True, False, False]
 
 
-def test_a_task_that_does_not_come_is_missed(monkeypatch, tmp_path):
+def test_an_error_names_tasks_that_do_not_connect(monkeypatch, tmp_path):
     monkeypatch.setattr(sockets, "JOIN_LIMIT", timedelta(seconds=3))
     place = from_mpi_or_slurm(
         STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "localhost"}
@@ -234,7 +235,7 @@ def test_tasks_without_a_common_folder_share_the_secret_of_the_environment(tasks
 
 
 def test_a_pickle_sent_to_the_port_of_a_job_runs_nothing_and_the_job_completes(tasks, expected, tmp_path):
-    """The attack that was seen: read the greeting, claim to be task 1, and send a pickle that runs a command."""
+    """A known attack: read the greeting, claim to be task 1, and send a pickle that runs a command."""
     port = free_port()
     (first,) = tasks(2, only=0, port=port)
     attack = Bomb(tmp_path / "owned").messages()
@@ -276,7 +277,7 @@ def wait_for_port(port):
     raise AssertionError("nobody listens")
 
 
-def test_a_task_that_dies_ends_all_and_they_go_on_later(tasks, expected, tmp_path):
+def test_a_task_that_dies_ends_all_and_the_command_resumes_later(tasks, expected, tmp_path):
     started = tasks(2, pause=0.1)
     wait_for(tmp_path / "c.prepare" / "shards", "3.json", started[0])
     started[1].kill()

@@ -5,7 +5,7 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import inspect_tokenizer, train_tokenizer_command
+from megagpt.prepare.command import inspect_tokenizer, train_tokenizer_command
 from tests.unit.prepare.conftest import finish, jsonl
 
 

@@ -12,7 +12,8 @@ import pytest
 from megagpt.data import pieces
 from megagpt.data.indexed import CorpusReader
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare import PrepareOptions, corpus, prepare_command
+from megagpt.prepare import corpus
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.workplace import WorkDirectory, create_memmap, work_directory
 from tests.unit.prepare.conftest import alive, content, finish, jsonl, wait_for
 

@@ -104,7 +104,7 @@ def test_the_command_exits_with_the_matching_code(tmp_path, capsys):
 
 
 def test_a_job_script_says_that_ranks_will_come(tmp_path):
-    subprocess.run([sys.executable, "-m", "megagpt.run.status", tmp_path, str(os.getpid())], check=True)
+    subprocess.run([sys.executable, "-m", "megagpt", "mark-starting", tmp_path, str(os.getpid())], check=True)
     assert str(status.read(tmp_path)).startswith(f"running: starting on {HERE}, seen ")
     gone = nobody()
     started(tmp_path, pid=gone, state="starting")
