@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from megagpt.distributed import Collectives, Rank
+from megagpt.checkpoint import store as checkpoint
+from megagpt.checkpoint.async_saver import Saver, SaveResult
+from megagpt.cluster import Collectives, Rank
 from megagpt.files import WriteFile
-from megagpt.run import checkpoint
-from megagpt.run.saving import Saver, SaveResult
 from megagpt.state import TrainState
 from tests import training
 

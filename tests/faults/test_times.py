@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megagpt.run import metrics, times
+from megagpt.training import metrics, time_breakdown
 from tests.faults.launches import launch
 from tests.training import events
 
@@ -57,6 +57,8 @@ def test_each_event_counts_once():
         {"event": "skip", "seconds": 0.25},
         {"event": "time", "spent": {}},
     ]
-    spent = times.add_up(events)
-    assert spent == times.TimeBreakdown(data=0.5, compute=1.5, save=1.0, evaluate=5.0, startup=17.0, lost_work=9.75)
+    spent = time_breakdown.add_up(events)
+    assert spent == time_breakdown.TimeBreakdown(
+        data=0.5, compute=1.5, save=1.0, evaluate=5.0, startup=17.0, lost_work=9.75
+    )
     assert str(spent).startswith("35s: startup 48.9%, lost work 28.1%, evaluate 14.4%")

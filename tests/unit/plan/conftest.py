@@ -2,12 +2,12 @@
 
 import pytest
 
-from megagpt.distributed import Collectives, Rank
-from megagpt.engine import start
+from megagpt.cluster import Collectives, Rank
+from megagpt.engine import init_deepspeed
 
 
 @pytest.fixture(scope="session")
 def collectives():
-    start.start(Rank())
+    init_deepspeed.start(Rank())
     yield Collectives(1)
-    start.stop()
+    init_deepspeed.stop()

@@ -1,1 +1,0 @@
-"""Parts of a run: checkpoints, metrics, anomalies, status, console, watchdog, stop signals."""
