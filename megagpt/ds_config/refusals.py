@@ -42,6 +42,15 @@ _NEVER = (
         (False,),
         "DeepSpeed then looks for each weight where another is, and checkpoints would hold them under wrong names",
     ),
+    *(
+        _Never(
+            f"{_ZERO}.{name}",
+            (0,),
+            "DeepSpeed then takes the whole model for one module, whose gradients it loses: nothing is trained",
+        )
+        for name in ("stage3_module_granularity_threshold", "module_granularity_threshold")
+    ),
+    _Never(f"{_ZERO}.leaf_module", (None,), "it is for modules that use part of their weights, and the model has none"),
     _Never(f"{_ZERO}.legacy_stage1", (False,), "DeepSpeed ignores it"),
     _Never(f"{_ZERO}.elastic_checkpoint", (False,), "megagpt resumes on any layout by itself"),
     _Never("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),

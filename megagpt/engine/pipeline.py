@@ -32,6 +32,7 @@ from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
+from megagpt.engine.vectors import whole_vectors
 from megagpt.files import Write
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
@@ -53,13 +54,14 @@ class PipelineEngine:
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = native.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
-        self._engine: Any = deepspeed.initialize(
-            model=self._stages,
-            optimizer=optimizer,
-            lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
-            config=config,
-            dist_init_required=False,
-        )[0]
+        with whole_vectors():
+            self._engine: Any = deepspeed.initialize(
+                model=self._stages,
+                optimizer=optimizer,
+                lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
+                config=config,
+                dist_init_required=False,
+            )[0]
         parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
         optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)

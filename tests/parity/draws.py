@@ -129,6 +129,7 @@ def _layout(recipe: Switches, chance: random.Random) -> Switches:
         layout |= {"prescale_gradients": None, "gradient_predivide_factor": None}
     if layout["stage"] < 3 and layout["allgather_bucket_size"] == 1:
         layout["allgather_bucket_size"] = 2
+    layout["stage3_module_granularity_threshold"] = None  # always refused
     share = recipe["global_size"] // (world // (way[0] * way[1] * way[2]))
     if layout["micro"] and share % layout["micro"]:
         layout["micro"] = chance.choice([count for count in range(1, share + 1) if share % count == 0])
