@@ -44,7 +44,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY
 
 @dataclass(frozen=True)
 class Expected:
-    """What plain PyTorch gives: the curve, its loss at every step that is no update, and how far a layout may be off."""
+    """What plain PyTorch gives: its curve, the losses at all other steps, and how far a layout may be off."""
 
     recipe: Recipe
     curve: Curve

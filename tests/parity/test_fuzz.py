@@ -24,7 +24,7 @@ FOUND = {
     "tied matrix on 4 stages": {
         "world": 4, "pipeline": 4, "n_layer": 4, "head_dim": 4, "vocab_size": 129, "position": "rope",
         "norm": "rmsnorm", "activation": "relu2", "labels": "ragged", "clip": None, "schedule": "warmup_cosine",
-        "updates": 10, "micro": 6,
+        "updates": 10, "micro": 6, "seq_len": 32,
     },
 }  # fmt: skip
 
