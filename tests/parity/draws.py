@@ -217,7 +217,7 @@ def _overrides(switches: Switches) -> Iterator[str]:
         del values["model.d_ff"]
     if switches["precision"] != "fp32":
         # AdamW moves a weight whose gradient is rounding alone by the full rate, in a direction of chance
-        values["optimizer.eps"] = 1e-4
+        values["optimizer.eps"] = 1e-3
     if switches["schedule"] == "wsd":
         values["schedule.decay_updates"] = 5
     if switches["optimizer"] == "muon":
