@@ -126,7 +126,7 @@ def assemble(
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), health,
-        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
+        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, *((path / REQUEST, console.alarm) if rank.main else ())),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,

@@ -19,6 +19,8 @@ IDS = (
     "tensor2-zero1-llama-data2",
     "ulysses2-tensor2",
     "ulysses2-zero2-llama-data2",
+    "stages-EPBBN-H-muon-offload-bf16",
+    "stages-E-PBB-BBN-H-offload",
 )
 CASES = [case for case in layouts.CASES if case.id in IDS]
 TIED = [case for case in CASES if "pipeline" in case.config and "model.tie_embeddings=false" not in case.recipe]

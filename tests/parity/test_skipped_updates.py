@@ -38,6 +38,8 @@ IDS = (
     "ulysses2-zero3-bf16",
     "ulysses2-tensor2",
     "ulysses2-pipeline2-llama",
+    "stages-EPBBN-H-muon-offload-bf16",
+    "stages-EPBB-NH-data2-fp16",
 )
 CASES = [case for case in layouts.CASES if case.id in IDS]
 # no rank has a copy of the last one's embedding: there is one rank, or it is not tied to the head of the last stage

@@ -5,9 +5,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from megagpt.engine import native
+from megagpt.engine import grad_norm, native
 
 pytestmark = pytest.mark.usefixtures("agreement")
 
@@ -157,3 +158,37 @@ def test_a_dtype_given_to_zero_init_is_taken_for_bf16_where_there_is_no_fp16(mon
     with deepspeed.zero.Init(dtype=torch.float32):
         layer = torch.nn.Linear(4, 4)
     assert layer.weight.ds_tensor.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_each_parameter_group_is_reduced_over_the_stages_by_itself(offload, monkeypatch):
+    """Why the norm is taken by us: stages with different numbers of groups would wait for each other."""
+    engine = zero(1, groups=2, offload=offload)
+    reduced = []
+    monkeypatch.setattr(
+        engine.optimizer, "_model_parallel_all_reduce", lambda tensor, op: reduced.append(float(tensor))
+    )
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    theirs = float(engine.optimizer.scaled_global_norm())
+    assert len(reduced) == 2
+    reduced.clear()
+    grad_norm.configure(engine.optimizer)
+    assert float(engine.optimizer.scaled_global_norm()) == pytest.approx(theirs, rel=1e-6)
+    assert len(reduced) == 1
+    native.release(engine)
+
+
+def test_the_norm_of_no_gradients_fails():
+    """Why the bf16 optimizer is given a norm in place of gradients: a tied head alone has none to count."""
+    with pytest.raises(RuntimeError, match="non-empty TensorList"):
+        get_global_norm_of_tensors([])
+
+
+def test_with_bf16_and_offload_gradients_are_not_in_grad():
+    """Why the gradient of a tied matrix is looked up in `grad_accum`, which a pipeline does not sum."""
+    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    engine = zero(1, offload="cpu", gradient_accumulation_steps=2, **config)
+    engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean())
+    found = [(weight.grad, weight.grad_accum) for weight in engine.module.parameters()]
+    native.release(engine)
+    assert all(gradient is None and accumulated.abs().max() > 0 for gradient, accumulated in found)
