@@ -45,8 +45,8 @@ TRAINING: Mapping[str, tuple[Any, ...]] = {
     "floor": (0.0, 1e-4),
     "total": (100, 20, 12),
     "precision": ("fp32", "bf16", "fp16"),
-    "global_size": (12, 4, 8, 24),
-    "updates": (6, 8, 10),
+    "global_size": (12, 4, 8),
+    "updates": (5, 6, 8),
     "bad": (None, "refused loss", "loss of NaN", "infinite gradient"),
     "evaluate": (False, True),
 }
@@ -61,7 +61,7 @@ LAYOUT: Mapping[str, tuple[Any, ...]] = {
     "micro": (None, 1, 2, 3, 4, 6),
     "recomputed": (0, 1, 2, 3, "auto"),
     "on_host": (False, True),
-    "initial_scale_power": (None, 12, 24),  # fp16 alone
+    "initial_scale_power": (None, 12, 18),  # fp16 alone
     "reduce_bucket_size": (None, 1, 5, 300, 20_000),
     "allgather_bucket_size": (None, 0, 1, 2, 300, 20_000),
     "overlap_comm": (None, False, True),
