@@ -33,11 +33,10 @@ from megagpt.engine.side_state import SideState
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
 from megagpt.engine.vectors import whole_vectors
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import IGNORED
 from megagpt.model.shards import cut_of
-from megagpt.state import UpdateResult
+from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
 class PipelineEngine:
@@ -102,7 +101,7 @@ class PipelineEngine:
         loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 
@@ -154,7 +153,7 @@ class PipelineEngine:
 
     def _tokens(self, batches: Sequence[Batch]) -> float:
         """The valid target tokens of all data-parallel ranks."""
-        mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        mine = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
     def _portable(self) -> Portable:
@@ -166,9 +165,11 @@ class PipelineEngine:
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
         ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
-        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORE_INDEX))] * self._layout.accumulation)
 
     def _shaped(self, batch: Batch) -> Batch:
         """The batch filled up with ignored samples to the shape of training: stages agree on it only once."""
         missing = self._layout.micro_batch - len(batch.labels)
-        return Batch(F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORED))
+        return Batch(
+            F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORE_INDEX)
+        )

@@ -40,12 +40,9 @@ class Stages(PipelineModule):
         recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
         self._cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
         stage = rank // (layout.world_size // layout.pipeline_stages)
-        local = set(range(self._cuts[stage], self._cuts[stage + 1]))
-        if section.tie_embeddings and len(layers) - 1 in local:
-            local.add(0)
         self.names: dict[nn.Parameter, str] = {}
         degree, part = layout.tensor_parallel, rank % layout.tensor_parallel
-        for index in sorted(local):
+        for index in local_layers(section, layout, stage):
             names = tensor.fill(layers[index], f"layers.{index}", section, seed, part, degree)
             self.names.update(zip(layers[index].parameters(), names, strict=True))
         self.normalizer = 1.0
@@ -146,6 +143,23 @@ class Stages(PipelineModule):
         self._mean = float(mean / self.mpu().get_data_parallel_world_size())
         self._accepted = self._accept(self._mean)
         return self._accepted
+
+
+def local_layers(section: ModelSection, layout: Layout, stage: int) -> list[int]:
+    """Return the indices of the layers that a stage holds, in order.
+
+    The last stage of a tied model also holds the embedding (index 0).
+
+    Args:
+        section: The model, whose layers are cut by cost.
+        layout: The layout, of which only the number of pipeline stages matters.
+        stage: The stage, counted from 0.
+    """
+    cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
+    local = set(range(cuts[stage], cuts[stage + 1]))
+    if section.tie_embeddings and stage == layout.pipeline_stages - 1:
+        local.add(0)
+    return sorted(local)
 
 
 class _Last(nn.Module):

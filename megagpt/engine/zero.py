@@ -24,12 +24,11 @@ from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.start import stop
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import IGNORED
 from megagpt.model.shards import cut_of
 from megagpt.recipe import Recipe
-from megagpt.state import UpdateResult
+from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
 class ZeroEngine:
@@ -114,7 +113,7 @@ class ZeroEngine:
         self._engine.train()
         return self._sum(loss) / max(self._total(tokens), 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 
@@ -164,7 +163,7 @@ class ZeroEngine:
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
         ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
-        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORE_INDEX))] * self._layout.accumulation)
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
@@ -198,4 +197,4 @@ class _ClipBeforeStep:
 
 
 def _valid(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
+    return int((batch.labels != IGNORE_INDEX).sum())

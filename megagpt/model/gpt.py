@@ -23,7 +23,7 @@ from megagpt.model.layers import (
     Rotary,
     TokenEmbedding,
 )
-from megagpt.model.loss import IGNORED
+from megagpt.state import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         loss = None
         if labels is not None:
             if normalizer is None:
-                normalizer = (labels != IGNORED).sum().clamp(min=1)
+                normalizer = (labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = head(hidden, labels) / normalizer
         return Output(loss, hidden, head)  # type: ignore[arg-type]
 

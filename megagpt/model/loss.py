@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagpt.model import cost
-
-IGNORED = -100  # a label that takes no part in the loss
+from megagpt.state import IGNORE_INDEX
 
 
 class Share(Protocol):
@@ -83,12 +82,16 @@ def _chunk_loss(
     logits = project(rows, weight, softcap)
     if share is None:
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum"), log_probabilities, logits
+        return (
+            F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum"),
+            log_probabilities,
+            logits,
+        )
     shifted = logits.float()
     shifted = shifted - share.max(shifted.amax(dim=-1, keepdim=True))
     log_probabilities = shifted - share.sum(shifted.exp().sum(dim=-1, keepdim=True)).log_()
     mine = _local(targets, len(weight), share)
-    loss = F.nll_loss(log_probabilities, mine, ignore_index=IGNORED, reduction="sum")
+    loss = F.nll_loss(log_probabilities, mine, ignore_index=IGNORE_INDEX, reduction="sum")
     return share.sum(loss), log_probabilities, logits
 
 
@@ -97,7 +100,7 @@ def _local(targets: Tensor, rows: int, share: Share | None) -> Tensor:
     if share is None:
         return targets
     mine = targets - share.first
-    return mine.masked_fill((mine < 0) | (mine >= rows), IGNORED)
+    return mine.masked_fill((mine < 0) | (mine >= rows), IGNORE_INDEX)
 
 
 def _logit_gradient(log_probabilities: Tensor, logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -129,7 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             mine = _local(targets[part], len(weight), share)
             gradient = _logit_gradient(log_probabilities, logits, mine, softcap)
-            valid = (targets[part] != IGNORED).unsqueeze(-1)
+            valid = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
             if d_rows is not None:
                 d_rows[part] = (gradient @ weight).mul_(valid)
             if for_weight:  # summed in fp32: bf16 would round away small parts of a frequent word's row

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from megagpt.errors import UserError
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.shards import cut_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Stretch(NamedTuple):
     key: str
 
 
-def write(pieces: Iterable[Piece], rank: int, sink: Write) -> None:
+def write(pieces: Iterable[Piece], rank: int, sink: WriteFile) -> None:
     """Write this rank's pieces, some 64 MiB at a time."""
     number, size = 0, 0
     bucket: dict[str, Tensor] = {}
@@ -132,6 +132,16 @@ class Pieces:
             self._open(self._unread.pop(0))
 
     def _open(self, path: Path) -> None:
+        try:
+            self._index_file(path)
+        except (SafetensorError, OSError, ValueError, IndexError) as error:
+            what, do = (
+                "this file holds no tensors of a checkpoint",
+                "remove this checkpoint so that the one before it is taken",
+            )
+            raise UserError(f"{what}: {error}", str(path), do) from None
+
+    def _index_file(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  # not a dictionary
                 kind, name, part, start = key.split(":")

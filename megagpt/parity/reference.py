@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megagpt.data.loader import IGNORED, Batch
+from megagpt.data.loader import Batch
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine.schedule import factor
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
 from megagpt.parity.shrink import MICRO
 from megagpt.recipe import Recipe
+from megagpt.state import IGNORE_INDEX
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,9 +81,9 @@ def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float)
 def _loss(model: GPT, batch: Batch, valid: int) -> torch.Tensor:
     """The sum over the valid tokens of these samples, by the number of all valid ones."""
     logits = model(batch.input_ids).logits.float()
-    every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return every / valid
 
 
 def _valid(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
+    return int((batch.labels != IGNORE_INDEX).sum())

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import recipe as recipes
-from megagpt.data.sidecar import read_sidecar
+from megagpt.data.sidecar import bytes_per_token, read_sidecar
 from megagpt.model import cost
 from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
+    from megagpt.ds_config import Resolved
 
 _FP32 = 4
-_SMALL_VOCABULARY = 65_500  # ids of a smaller one take 2 bytes in .bin, of others 4: data/indexed.py, dtype_of
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,12 @@ def length(resolved: Resolved) -> Length:
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
     if recipe.length.epochs is None:
-        updates = recipes.updates(recipe, 0)
+        updates = recipes.total_updates(recipe, 0)
     else:
         sizes = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
         known = [size.tokens for size in sizes if size is not None]
         if len(known) == len(sizes):
-            updates = recipes.updates(recipe, sum(known) // recipe.model.seq_len)
+            updates = recipes.total_updates(recipe, sum(known) // recipe.model.seq_len)
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update
@@ -91,11 +90,6 @@ def time(resolved: Resolved, flops: float | None, name: str) -> Time | None:
     fastest, slowest = (flops / (layout.world_size * peak * share) for share in (reached.high, reached.low))
     hours = tuple(seconds * layout.world_size / 3600 for seconds in (fastest, slowest))
     return Time(fastest, slowest, (hours[0], hours[1]), (reached.low, reached.high), reached.source)
-
-
-def waits(layout: Layout) -> float:
-    """The share of the time in which a pipeline's stages wait (1F1B, arXiv 2104.04473, section 2.2)."""
-    return (layout.pipeline_stages - 1) / (layout.accumulation + layout.pipeline_stages - 1)
 
 
 def traffic(resolved: Resolved) -> Traffic:
@@ -151,8 +145,7 @@ def disk(resolved: Resolved, tokens: int | None) -> Disk:
     if recipe.optimizer.type == "muon":
         one -= _FP32 * sum(map(muon.elements, cost.shapes(recipe.model)))
     endless = kept is None or recipe.checkpoint.keep_every is not None
-    width = 2 if recipe.model.vocab_size < _SMALL_VOCABULARY else 4
-    read = None if tokens is None else tokens * width
+    read = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
     return Disk(one, None if endless or kept is None else (kept + 1) * one, read)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from megagpt.distributed import reach
 from megagpt.distributed.promise import Host
 from megagpt.errors import EXIT_FAILURE
+from megagpt.files import parse_json
 
 DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
 EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
@@ -190,10 +191,10 @@ class Watch:
         rows = []
         for rank in range(len(self._hosts)):
             try:
-                beat = json.loads(self._file(rank).read_text())
-            except (OSError, ValueError):
+                beat = parse_json(self._file(rank).read_text())
+                silent = time.time() - beat["at"]
+            except (OSError, ValueError, TypeError, KeyError):
                 continue
-            silent = time.time() - beat["at"]
             word = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
             line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{word}"
             rows.append((not word, beat["update"], line))
