@@ -111,19 +111,17 @@ def _continue(
 ) -> list[int]:
     capacity = model.section.seq_len
     window = seen if len(seen) <= capacity else seen[-kept(capacity) :]
-    device, past, unread = next(model.parameters()).device, model.past(), window
+    device, cache, unread = next(model.parameters()).device, model.new_kv_cache(), window
     new: list[int] = []
-    read = 0
     while len(new) < max_new_tokens:
-        logits = model.read(torch.tensor([unread], device=device), past)
-        read += len(unread)
+        logits = model.decode(torch.tensor([unread], device=device), cache)
         token = pick(logits[0].float().cpu())
         if token == eod:
             break
         new.append(token)
         unread = [token]
-        if read == capacity:
-            past, read, unread = model.past(), 0, (seen + new)[-kept(capacity) :]
+        if cache.length == capacity:
+            cache, unread = model.new_kv_cache(), (seen + new)[-kept(capacity) :]
     return new
 
 

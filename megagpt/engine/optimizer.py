@@ -15,7 +15,8 @@ from megagpt.engine.flats import flats
 from megagpt.engine.materialise import whole_shape
 from megagpt.engine.muon import Muon
 from megagpt.engine.tensor import Parts
-from megagpt.model.layers import MLP, Attention
+from megagpt.model.attention import Attention
+from megagpt.model.layers import MLP
 from megagpt.model.shards import cut_of
 from megagpt.recipe import ModelSection
 from megagpt.recipe.sections import OptimizerSection

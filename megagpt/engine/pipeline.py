@@ -46,8 +46,7 @@ class PipelineEngine:
         check_device(recipe, resolved.config)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
-        self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank, recipe.document_end)
-        self._ulysses.connect(self._stages, self._stages.documents, recipe.model.seq_len)
+        self._stages = Stages(recipe, layout, rank.rank, self._ulysses.shard)
         optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu=offload.steps_on_gpu(resolved.config))
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = native.config(resolved)

@@ -65,12 +65,12 @@ class ZeroEngine:
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
+        parts = tensor.parts(self._grid, self._layout, self._rank.rank)
+        parallel = tensor.parallel_layers(recipe.model, parts, self._ulysses.shard)
         if self._grid is None:
-            model = materialise(recipe, config, self._layout.zero_stage)
+            model = materialise(recipe, config, self._layout.zero_stage, parallel)
         else:
-            degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
-            model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
-        self._ulysses.connect(model, model.documents, recipe.model.seq_len)
+            model = tensor.materialise(recipe, parts, parallel)
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 

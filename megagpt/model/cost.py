@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from megagpt.model.shapes import layer_shapes, linear_shapes
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
@@ -17,41 +19,18 @@ MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that Muon orthogonalises together, unless one has more: enough to keep a device busy"""
 
 
-def _linears_per_block(section: ModelSection) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every linear layer of one block."""
-    width, head_dim = section.d_model, section.d_model // section.n_head
-    up = [(width, section.d_ff)] * (2 if section.activation == "swiglu" else 1)
-    qkv = (width, (section.n_head + 2 * section.n_kv_head) * head_dim)
-    return [qkv, (width, width), *up, (section.d_ff, width)]
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shape of each parameter, by its name in `GPT`."""
-
-
-def shapes(section: ModelSection) -> list[Shapes]:
-    """The parameters of each of `gpt.layers(section)`; a tied head has none of its own."""
-    width, biased = section.d_model, section.norm == "layernorm"
-    vocabulary: Shapes = {"weight": (section.vocab_size, width)}
-    norm: Shapes = {"weight": (width,), **({"bias": (width,)} if biased else {})}
-    names = ["attention.qkv", "attention.output", *(["mlp.gate"] if section.activation == "swiglu" else [])]
-    block = {f"{place}.{kind}": shape for place in ("attention_norm", "mlp_norm") for kind, shape in norm.items()}
-    for name, (inputs, outputs) in zip([*names, "mlp.up", "mlp.down"], _linears_per_block(section), strict=True):
-        block |= {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if biased else {})}
-    positions: list[Shapes] = [{"weight": (section.seq_len, width)}] if section.position == "learned" else []
-    head: Shapes = {} if section.tie_embeddings else vocabulary
-    layers: list[Shapes] = [vocabulary, *positions, *[block] * section.n_layer, norm, head]
-    return [{f"layers.{i}.{name}": shape for name, shape in layer.items()} for i, layer in enumerate(layers)]
+def _block_matrix_elements(section: ModelSection) -> int:
+    return sum(linear.in_features * linear.out_features for linear in linear_shapes(section).values())
 
 
 def parameters(section: ModelSection) -> int:
     """The number of parameters, a tied matrix counted once."""
-    return sum(math.prod(shape) for layer in shapes(section) for shape in layer.values())
+    return sum(math.prod(shape) for layer in layer_shapes(section) for shape in layer.values())
 
 
 def matmul_parameters(section: ModelSection) -> int:
     """Parameters that take part in a matrix product: the blocks' linear layers and the head."""
-    block = sum(i * o for i, o in _linears_per_block(section))
+    block = _block_matrix_elements(section)
     return section.n_layer * block + section.vocab_size * section.d_model
 
 
@@ -71,7 +50,7 @@ def layer_costs(section: ModelSection) -> list[float]:
     and not multiplied, but its optimizer state is updated and held like any other.
     """
     width = section.d_model
-    held = sum(i * o for i, o in _linears_per_block(section))
+    held = _block_matrix_elements(section)
     vocabulary = section.vocab_size * width
     positions = [float(section.seq_len * width)] if section.position == "learned" else []
     block = 7.0 * held + 12.0 * width * section.seq_len

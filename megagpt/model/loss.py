@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagpt.model import cost
+from megagpt.model.parallel import VocabShard
 
 IGNORED = -100  # a label that takes no part in the loss
-
-
-class Share(Protocol):
-    """One rank's rows of a vocabulary that is cut over ranks, in order; what the ranks must tell each other."""
-
-    first: int
-    """the token id of this rank's first row"""
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, in its place; no gradient flows."""
-        ...
-
-    def max(self, x: Tensor) -> Tensor:
-        """The largest of x over the ranks, in its place; no gradient flows."""
-        ...
-
-    def join(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks; its gradient is the gradient of each x."""
-        ...
 
 
 def project(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
@@ -50,21 +32,21 @@ def project(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Ten
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, share: Share | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, shard: VocabShard | None = None
 ) -> Tensor:
     """Sum of the cross-entropy over all labels that are not -100: nats, fp32, scalar.
 
     hidden [..., d_model], weight [vocab_size, d_model], labels [...] int64. Gradients flow to `hidden` and
-    `weight`. Matrix products run in the inputs' dtype, everything else in fp32. With a `share`, `weight` holds
+    `weight`. Matrix products run in the inputs' dtype, everything else in fp32. With a `shard`, `weight` holds
     this rank's rows; all ranks bring the same `hidden` and `labels`, and get the same loss.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
-        total: Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets, softcap, share)  # type: ignore[no-untyped-call]
+        total: Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets, softcap, shard)  # type: ignore[no-untyped-call]
         return total
     total = rows.new_zeros((), dtype=torch.float32)
     for part in _chunks(rows, weight):
-        total += _chunk_loss(rows[part], weight, targets[part], softcap, share)[0]
+        total += _chunk_loss(rows[part], weight, targets[part], softcap, shard)[0]
     return total
 
 
@@ -77,26 +59,26 @@ def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _chunk_loss(
-    rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, share: Share | None
+    rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a chunk, its log-probabilities in fp32, and its capped logits."""
     logits = project(rows, weight, softcap)
-    if share is None:
+    if shard is None:
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum"), log_probabilities, logits
     shifted = logits.float()
-    shifted = shifted - share.max(shifted.amax(dim=-1, keepdim=True))
-    log_probabilities = shifted - share.sum(shifted.exp().sum(dim=-1, keepdim=True)).log_()
-    mine = _local(targets, len(weight), share)
+    shifted = shifted - shard.max(shifted.amax(dim=-1, keepdim=True))
+    log_probabilities = shifted - shard.sum(shifted.exp().sum(dim=-1, keepdim=True)).log_()
+    mine = _local(targets, len(weight), shard)
     loss = F.nll_loss(log_probabilities, mine, ignore_index=IGNORED, reduction="sum")
-    return share.sum(loss), log_probabilities, logits
+    return shard.sum(loss), log_probabilities, logits
 
 
-def _local(targets: Tensor, rows: int, share: Share | None) -> Tensor:
-    """The targets as rows of this rank's share; ignored where another rank has the row."""
-    if share is None:
+def _local(targets: Tensor, rows: int, shard: VocabShard | None) -> Tensor:
+    """The targets as rows of this rank's shard; ignored where another rank has the row."""
+    if shard is None:
         return targets
-    mine = targets - share.first
+    mine = targets - shard.start
     return mine.masked_fill((mine < 0) | (mine >= rows), IGNORED)
 
 
@@ -118,16 +100,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, share: Share | None
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, shard: VocabShard | None
     ) -> Tensor:
         total = rows.new_zeros((), dtype=torch.float32)
         for_rows, for_weight = ctx.needs_input_grad[:2]
         d_rows = torch.empty_like(rows) if for_rows else None
         d_weight = None
         for part in _chunks(rows, weight):
-            loss, log_probabilities, logits = _chunk_loss(rows[part], weight, targets[part], softcap, share)
+            loss, log_probabilities, logits = _chunk_loss(rows[part], weight, targets[part], softcap, shard)
             total += loss
-            mine = _local(targets[part], len(weight), share)
+            mine = _local(targets[part], len(weight), shard)
             gradient = _logit_gradient(log_probabilities, logits, mine, softcap)
             valid = (targets[part] != IGNORED).unsqueeze(-1)
             if d_rows is not None:
@@ -137,8 +119,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_weight = product if d_weight is None else d_weight.add_(product)
                 del product
             del log_probabilities, logits, gradient  # else the next chunk's would stand beside them
-        if share is not None and d_rows is not None:
-            d_rows = share.sum(d_rows)
+        if shard is not None and d_rows is not None:
+            d_rows = shard.sum(d_rows)
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total

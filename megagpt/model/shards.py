@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megagpt.model.shapes import head_index, linear_shapes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,17 +46,12 @@ def cut_of(name: str, section: ModelSection, degree: int) -> Cut | None:
     """
     if degree == 1:
         return None
-    head = section.n_layer + (3 if section.position == "learned" else 2)
-    if name in ("layers.0.weight", f"layers.{head}.weight"):
+    if name in ("layers.0.weight", f"layers.{head_index(section)}.weight"):
         return None if section.vocab_size % degree else Cut(0, (section.vocab_size,))
-    head_dim = section.d_model // section.n_head
-    key_width = section.n_kv_head * head_dim
-    if ".attention.qkv." in name:
-        return Cut(0, (section.d_model, key_width, key_width))
-    if ".mlp.up." in name or ".mlp.gate." in name:
-        return Cut(0, (section.d_ff,))
-    if name.endswith(".attention.output.weight"):
-        return Cut(1, (section.d_model,))
-    if name.endswith(".mlp.down.weight"):
-        return Cut(1, (section.d_ff,))
-    return None
+    layer, kind = name.rpartition(".")[::2]
+    linear = linear_shapes(section).get(layer.split(".", 2)[-1])
+    if linear is None:
+        return None
+    if linear.split == "column":
+        return Cut(0, linear.sections)
+    return Cut(1, linear.sections) if kind == "weight" else None

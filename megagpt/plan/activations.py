@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megagpt.model import cost
+from megagpt.model.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from megagpt.ds_config import Layout
@@ -60,7 +61,7 @@ def recomputed_block(shape: Shape) -> int:
 
 def working(shape: Shape) -> int:
     """What a block's backward pass takes on top of what was kept, at its activation: more comes than can go."""
-    inside = 2 if shape.section.activation == "swiglu" else 1
+    inside = ACTIVATIONS[shape.section.activation].backward_tensors
     return shape.hidden + inside * shape.tokens * (shape.section.d_ff // shape.tensor) * shape.element
 
 
@@ -116,6 +117,5 @@ def _attention(shape: Shape) -> int:
 
 
 def _mlp(shape: Shape) -> int:
-    """gelu: input and output; relu2: the positive part and its square; swiglu: gate, its silu, up, their product."""
-    tensors = 4 if shape.section.activation == "swiglu" else 2
+    tensors = ACTIVATIONS[shape.section.activation].saved_tensors
     return tensors * shape.tokens * (shape.section.d_ff // shape.tensor) * shape.element

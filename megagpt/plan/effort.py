@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from megagpt import recipe as recipes
 from megagpt.data.sidecar import read_sidecar
 from megagpt.model import cost
+from megagpt.model.shapes import CHECKPOINT_BYTES_PER_PARAMETER, layer_shapes
 from megagpt.plan import machine, muon
-from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
+from megagpt.plan.states import Zero, held
 
 if TYPE_CHECKING:
     from megagpt.ds_config import Layout, Resolved
@@ -113,7 +114,7 @@ def traffic(resolved: Resolved) -> Traffic:
     blocks = -(-section.n_layer // layout.pipeline_stages)
     again = layout.recomputed_blocks / section.n_layer
     # forward: after attention and MLP; backward: before qkv, up and gate, each summed by itself
-    sums = 2 * (1 + again) + (3 if section.activation == "swiglu" else 2)
+    sums = 2 * (1 + again) + (3 if section.is_gated else 2)
     ring = 2 * _ring(layout.tensor_parallel)
     kv_width = section.n_kv_head * (section.d_model // section.n_head)
     exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and mixed values, keys and values
@@ -147,9 +148,9 @@ def _ring(ranks: int) -> float:
 def disk(resolved: Resolved, tokens: int | None) -> Disk:
     """A checkpoint holds an fp32 weight and its moments, of Muon's matrices one; a corpus 2 or 4 bytes a token."""
     recipe = resolved.recipe
-    one, kept = MASTER_AND_MOMENTS * cost.parameters(recipe.model), recipe.checkpoint.keep_last
+    one, kept = CHECKPOINT_BYTES_PER_PARAMETER * cost.parameters(recipe.model), recipe.checkpoint.keep_last
     if recipe.optimizer.type == "muon":
-        one -= _FP32 * sum(map(muon.elements, cost.shapes(recipe.model)))
+        one -= _FP32 * sum(map(muon.elements, layer_shapes(recipe.model)))
     endless = kept is None or recipe.checkpoint.keep_every is not None
     width = 2 if recipe.model.vocab_size < _SMALL_VOCABULARY else 4
     read = None if tokens is None else tokens * width

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megagpt.model import cost
+from megagpt.model.shapes import Shapes
 from megagpt.model.shards import cut_of
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 _FP32 = 4  # in which Muon works, whatever the precision
 
 
-def matrices(shapes: cost.Shapes) -> cost.Shapes:
+def matrices(shapes: Shapes) -> Shapes:
     """Those parameters that Muon serves: the blocks' matrices."""
     return {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.count(".") > 2}
 
 
-def elements(shapes: cost.Shapes) -> int:
+def elements(shapes: Shapes) -> int:
     """All of their elements."""
     return sum(map(math.prod, matrices(shapes).values()))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megagpt.model import cost
+from megagpt.model.shapes import Shapes, layer_shapes
 from megagpt.model.shards import cut_of
 from megagpt.plan import muon
 
@@ -30,7 +31,7 @@ _ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 class Held:
     """The parameters on one rank: of its stage, cut for tensor parallelism, before ZeRO shares them out."""
 
-    shapes: cost.Shapes
+    shapes: Shapes
     layers: tuple[int, ...]
     """parameters of each of its layers"""
 
@@ -47,7 +48,7 @@ class Held:
 
 def held(section: ModelSection, layout: Layout, stage: int = 0) -> Held:
     """What a rank of a pipeline stage holds; the last stage of a tied model has a copy of the matrix."""
-    layers = cost.shapes(section)
+    layers = layer_shapes(section)
     cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
     mine = list(range(cuts[stage], cuts[stage + 1]))
     if section.tie_embeddings and len(layers) - 1 in mine and 0 not in mine:
@@ -57,7 +58,7 @@ def held(section: ModelSection, layout: Layout, stage: int = 0) -> Held:
     return Held(whole, tuple(sum(map(math.prod, part.values())) for part in parts))
 
 
-def _cut(shapes: cost.Shapes, section: ModelSection, degree: int) -> cost.Shapes:
+def _cut(shapes: Shapes, section: ModelSection, degree: int) -> Shapes:
     mine = {}
     for name, shape in shapes.items():
         cut = cut_of(name, section, degree)

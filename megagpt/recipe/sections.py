@@ -65,6 +65,9 @@ class Section(BaseModel):
     )
 
 
+GATED_ACTIVATIONS = frozenset({"swiglu"})
+
+
 class ModelSection(Section):
     """The model. After loading every key is filled: by hand, from the preset, or derived."""
 
@@ -103,6 +106,11 @@ class ModelSection(Section):
     init: Literal["normal", "zero_projections"] = "normal"
     """normal as in GPT-2; zero_projections starts each block as the identity"""
 
+    @property
+    def is_gated(self) -> bool:
+        """True if the activation is gated: the MLP has a third matrix, `gate`."""
+        return self.activation in GATED_ACTIVATIONS
+
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
@@ -115,7 +123,7 @@ class ModelSection(Section):
 
 def default_d_ff(d_model: int, activation: str) -> int:
     """Width of the feed-forward part: 4·d_model, or for swiglu 8/3·d_model up to a multiple of 64."""
-    if activation != "swiglu":
+    if activation not in GATED_ACTIVATIONS:
         return 4 * d_model
     return 64 * -(-8 * d_model // (3 * 64))
 

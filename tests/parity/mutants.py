@@ -21,7 +21,8 @@ from layouts import Case
 from megagpt.data.loader import Batch
 from megagpt.engine import materialise, optimizer, schedule, zero
 from megagpt.engine.zero import ZeroEngine
-from megagpt.model.layers import Attention, Head, PositionEmbedding
+from megagpt.model.attention import Attention
+from megagpt.model.layers import Head, PositionEmbedding
 
 Wrapper = Callable[..., Any]  # (the original, *its arguments) → what it returns now
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from megagpt.engine import muon, optimizer, tensor
 from megagpt.engine.exchange import Exchange
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
-from megagpt.model.layers import Attention, PositionEmbedding
+from megagpt.model.context import ContextBuilder, ForwardContext
 from megagpt.model.shards import Cut
 
 Wrapper = Callable[..., Any]
@@ -58,18 +59,13 @@ def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> Cut 
     return cut if cut is None else Cut(cut.dim, (sum(cut.blocks),))
 
 
-def _at_the_start(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
-    original(ulysses, module, *args)
-    for part in module.modules():
-        if isinstance(part, PositionEmbedding):
-            part.first = 0
+def _at_the_start(original: Wrapper, contexts: ContextBuilder, *args: Any) -> ForwardContext:
+    context = original(contexts, *args)
+    return replace(context, position_ids=context.position_ids - context.position_ids[0])
 
 
-def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
-    original(ulysses, module, *args)
-    for part in module.modules():
-        if isinstance(part, Attention):
-            del part.attend
+def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, attend: Wrapper) -> Wrapper:
+    return attend
 
 
 def _first_part(original: Wrapper, ulysses: Ulysses, batch: Batch) -> Batch:
@@ -98,8 +94,8 @@ BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "tensor-does-not-sum-gradients": (TENSOR, tensor._Enter, "backward", lambda _, context, gradient: (gradient, None)),
     "tensor-adds-a-bias-from-each-part": (TENSOR, tensor._Second, "forward", _bias_from_each_part),
     "tensor-tears-heads": (TENSOR, tensor, "cut_of", _torn_heads),
-    "sequence-parts-all-begin-at-0": (SEQUENCE, Ulysses, "connect", _at_the_start),
-    "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "connect", _blind_to_the_others),
+    "sequence-parts-all-begin-at-0": (SEQUENCE, ContextBuilder, "for_batch", _at_the_start),
+    "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "distribute", _blind_to_the_others),
     "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),
 }
 MUON_BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {

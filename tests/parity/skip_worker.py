@@ -23,7 +23,7 @@ from megagpt.engine import loss_scale
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
 from megagpt.files import into
-from megagpt.model.layers import Attention
+from megagpt.model.attention import Attention
 
 GOOD, SAVED = range(4), 2  # updates; so many of them are saved
 BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}

@@ -18,9 +18,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from megagpt.engine import muon, sequence, tensor
 from megagpt.engine.materialise import recompute
 from megagpt.model import functions, loss
-from megagpt.model.documents import Documents
+from megagpt.model.context import ContextBuilder
 from megagpt.model.gpt import GPT
-from megagpt.model.layers import Rotary
+from megagpt.model.rotary import RotaryEmbedding
 from megagpt.recipe import ModelSection
 
 TINY = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "d_ff": 48, "vocab_size": 60, "seq_len": 16}
@@ -33,12 +33,9 @@ END = 59
 def build(dtype=torch.float32, end=None, parts=1, **switches):
     """A GPT on the GPU, or the share of it that one of so many tensor parts holds."""
     section = ModelSection(**{**TINY, **switches})
+    parallel = tensor.parallel_layers(section, tensor.Parts(torch.distributed.group.WORLD, 0, parts))
     with unset_fake_temporarily(), torch.device("meta"):
-        model = GPT(section, end)
-    if parts > 1:
-        with unset_fake_temporarily():
-            tensor.split(model.layers, parts)
-        tensor.connect(model.layers, section, 0, parts, torch.distributed.group.WORLD)
+        model = GPT(section, end, parallel)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=gpu())))
@@ -87,31 +84,33 @@ def backward(dtype):
         on_gpu([*outputs, *(one for one in gradients if one is not None)])
 
     hidden, heads = (torch.empty(*shape, dtype=dtype, device=gpu()) for shape in ((3, 16, 32), (3, 16, 8, 8)))
-    tables = Rotary(8, 16, 1e4).tables(0, 16, gpu())
+    tables = RotaryEmbedding(8, 16, 1e4).contiguous(0, 16, gpu())
     group = torch.distributed.group.WORLD
     there_and_back(functions._ReluSquared, hidden)
     there_and_back(functions._NormAndRotate, heads, 2, tables, 1e-5)
     there_and_back(tensor._Enter, hidden, group)
     there_and_back(tensor._Leave, hidden, group)
     rows, weight = hidden.flatten(0, 1), torch.empty(60, 32, dtype=dtype, device=gpu())
-    for share in (None, tensor._VocabularyShare(60, group)):
+    for share in (None, tensor._VocabularyShare(0, 60, group)):
         there_and_back(loss._ChunkedCrossEntropy, rows, weight, ids().flatten(), 3.0, share)
 
 
 def generate(**switches):
     model = build(**switches).eval()
-    past = model.past()
+    cache = model.new_kv_cache()
     with torch.no_grad():
-        on_gpu([model.read(ids(tokens), past) for tokens in (5, 1, 1)])
+        on_gpu([model.decode(ids(tokens), cache) for tokens in (5, 1, 1)])
 
 
 def sequences():
     ulysses = object.__new__(sequence.Ulysses)
     ulysses._degree, ulysses._group = 2, torch.distributed.group.WORLD
-    documents = Documents(END)
-    documents.whole = ulysses._whole
-    documents.see(ids(8))
-    on_gpu(documents.now)
+    ulysses.index = 1
+    section = ModelSection(**TINY | LLAMA)
+    context = ContextBuilder(section, END, ulysses).for_batch(ids(8))
+    assert context.position_ids.shape == (3, 8)
+    assert context.attention_mask.shape == (3, 1, 16, 16)
+    on_gpu([context.position_ids, *context.rotary, context.attention_mask])
 
 
 def muon_step():

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.model import cost
 from megagpt.model.gpt import GPT
+from megagpt.model.shapes import layer_shapes
 from megagpt.recipe import PRESETS, ModelSection
 
 # Hugging Face's count of the published checkpoints (safetensors metadata, less the buffers of GPT-2's masks)
@@ -21,7 +22,7 @@ def counted(section):
 
 
 def listed(section):
-    return {name: shape for layer in cost.shapes(section) for name, shape in layer.items()}
+    return {name: shape for layer in layer_shapes(section) for name, shape in layer.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

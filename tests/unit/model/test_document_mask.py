@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megagpt.engine.materialise import recompute
 from megagpt.model import documents
-from megagpt.model.documents import Documents
+from megagpt.model.documents import DocumentMask
 from megagpt.model.gpt import GPT
 
 END = 60
@@ -83,14 +83,13 @@ def test_without_an_end_in_sight_nothing_changes(masked, ids):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=3))
 def test_bounds_are_those_of_a_slow_count(rows):
-    documents = Documents(0)
-    documents.see(torch.tensor(rows))
-    for row, (ids, places) in enumerate(zip(rows, documents.now.places.tolist(), strict=True)):
+    position_ids, mask = DocumentMask(0).build(torch.tensor(rows))
+    for row, (ids, positions) in enumerate(zip(rows, position_ids.tolist(), strict=True)):
         for query in range(12):
             begin = max((key + 1 for key in range(query) if ids[key] == 0), default=0)
-            assert places[query] == query - begin
-            seen = [key for key in range(12) if documents.now.mask[row, 0, query, key]]
-            assert seen == list(range(begin, query + 1))
+            assert positions[query] == query - begin
+            attended = [key for key in range(12) if mask[row, 0, query, key]]
+            assert attended == list(range(begin, query + 1))
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -119,12 +118,12 @@ def test_the_blocks_of_gpus_mask_what_the_pairs_of_cpus_mask(ids, kv_heads):
     k, v = torch.randn(2, 3, kv_heads, 16, 8, generator=generator)
     ends = ids == END
     number = ends.cumsum(1) - ends.long()
-    expected = F.scaled_dot_product_attention(q, k, v, documents._pairs(number), enable_gqa=kv_heads < 4)
-    got = documents.attend(q, k, v, documents._blocks(number))
+    expected = F.scaled_dot_product_attention(q, k, v, documents.dense_mask(number), enable_gqa=kv_heads < 4)
+    got = documents.attend_in_blocks(q, k, v, documents.block_mask(number))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_generation_reads_a_prompt_as_one_document(masked, ids):
     model, plain = masked()
     with torch.no_grad():
-        assert torch.equal(model.read(ids[:1], model.past()), plain.read(ids[:1], plain.past()))
+        assert torch.equal(model.decode(ids[:1], model.new_kv_cache()), plain.decode(ids[:1], plain.new_kv_cache()))

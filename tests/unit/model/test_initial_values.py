@@ -90,7 +90,7 @@ def test_zero_projections_start_each_block_as_the_identity(tiny):
         f"layers.{i}.{part}.weight" for i in (1, 2) for part in ("attention.output", "mlp.down")
     )
     x = torch.randn(1, 16, 32)
-    assert torch.equal(model.layers[1](x), x)
+    assert torch.equal(model.layers[1](x, model.contexts.for_batch(torch.zeros(1, 16))), x)
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess(tiny, batch):

@@ -74,8 +74,8 @@ def test_kernels_for_documents_are_compiled_once_for_a_shape(monkeypatch):
     graphs = []
     for seed in range(3):
         number = torch.randint(2, (2, 16), generator=torch.Generator().manual_seed(seed)).cumsum(1)
-        got = documents.attend(q, q, q, documents._blocks(number))
-        expected = F.scaled_dot_product_attention(q, q, q, documents._pairs(number))
+        got = documents.attend_in_blocks(q, q, q, documents.block_mask(number))
+        expected = F.scaled_dot_product_attention(q, q, q, documents.dense_mask(number))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         graphs.append(counted.frame_count)
     assert graphs[0] > 0

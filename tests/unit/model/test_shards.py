@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.model.attention import Attention
 from megagpt.model.gpt import GPT
-from megagpt.model.layers import MLP, Attention
+from megagpt.model.layers import MLP
 from megagpt.model.shards import Cut, cut_of
 from megagpt.recipe import ModelSection
 
@@ -54,7 +55,8 @@ def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
     ((prefix, layer),) = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     hidden = torch.randn(2, 8, 32)
     whole = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-    expected = layer(hidden)
+    arguments = (hidden, model.contexts.for_batch(torch.zeros(2, 8))) if kind is Attention else (hidden,)
+    expected = layer(*arguments)
     total = torch.zeros_like(expected)
     for index in range(degree):
         for name, module in layer.named_modules():
@@ -67,5 +69,5 @@ def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
                 if cut is None:  # the last bias is whole on every rank, and added once after the sum
                     part = part if index == 0 else torch.zeros_like(part)
                 setattr(module, kept, torch.nn.Parameter(part))
-        total = total + layer(hidden)
+        total = total + layer(*arguments)
     torch.testing.assert_close(total, expected)

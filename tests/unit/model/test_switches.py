@@ -181,7 +181,8 @@ def test_bf16_stays_near_fp32(tiny, random_gpt, batch):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 def test_the_shards_of_a_block_add_up(tiny, random_gpt, heads, kv_heads):
     """Column-split qkv and up, row-split output and down: two halves sum to the whole, with no other change."""
-    block = random_gpt(tiny(n_head=heads, n_kv_head=kv_heads, qk_norm=True)).layers[1]
+    model = random_gpt(tiny(n_head=heads, n_kv_head=kv_heads, qk_norm=True))
+    block, context = model.layers[1], model.contexts.for_batch(torch.zeros(2, 16))
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
     sums = [0.0, 0.0]
     for rank in range(2):
@@ -191,6 +192,6 @@ def test_the_shards_of_a_block_add_up(tiny, random_gpt, heads, kv_heads):
         shard.mlp.up.weight = torch.nn.Parameter(shard.mlp.up.weight.chunk(2)[rank])
         for linear in (shard.attention.output, shard.mlp.down):
             linear.weight = torch.nn.Parameter(linear.weight.chunk(2, dim=1)[rank])
-        sums = [sums[0] + shard.attention(x), sums[1] + shard.mlp(x)]
-    torch.testing.assert_close(sums[0], block.attention(x), rtol=1e-5, atol=1e-5)
+        sums = [sums[0] + shard.attention(x, context), sums[1] + shard.mlp(x)]
+    torch.testing.assert_close(sums[0], block.attention(x, context), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums[1], block.mlp(x), rtol=1e-5, atol=1e-5)

@@ -37,21 +37,16 @@ def saved(run, parameters):
 
 def measured_block(given, element, recompute="no", degree=1):
     """What one block, or a share of it, keeps; rotation tables, which all blocks have in common, are not counted."""
-    model = GPT(given)
-    initialize(model, 1)
-    if degree > 1:
-        tensor.split(model.layers, degree)
-        for index, layer in enumerate(model.layers):
-            tensor.fill(layer, f"layers.{index}", given, 1, 0, degree)
-        tensor.connect(model.layers, given, 0, degree, torch.distributed.group.WORLD)
+    parallel = tensor.parallel_layers(given, tensor.Parts(torch.distributed.group.WORLD, 0, degree))
+    model = GPT(given, parallel=parallel)
+    tensor.fill(model, "", given, 1, 0, degree)
     model.to(DTYPES[element])
     (block, *_) = (layer for layer in model.layers if isinstance(layer, layers.Block))
     block.recompute = recompute
     hidden = torch.randn(BATCH, TOKENS, given.d_model, dtype=DTYPES[element], requires_grad=True)
-    known = list(model.parameters())
-    if block.attention.rotary is not None:
-        known += block.attention.rotary.tables(0, TOKENS, hidden.device)
-    return saved(lambda: block(hidden), known)
+    context = model.contexts.for_batch(torch.zeros(BATCH, TOKENS))
+    known = [*model.parameters(), *(context.rotary or ())]
+    return saved(lambda: block(hidden, context), known)
 
 
 def shape(given, element, degree=1):
