@@ -103,7 +103,7 @@ def plan(
     from megagpt import plan as verb
 
     words = tuple(overrides or ())
-    options = verb.Options(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
+    options = verb.PlanOptions(recipe, deepspeed_config, words, world_size, nodes, gpus_per_node, device, host_memory)
     if deepspeed_config.is_dir():
         choices = verb.search(options)
         answer(choices, as_json)

@@ -17,7 +17,7 @@ from megagpt.engine.muon import Muon
 from megagpt.engine.tensor import Parts
 from megagpt.model.attention import Attention
 from megagpt.model.layers import MLP
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 from megagpt.recipe import ModelSection
 from megagpt.recipe.sections import OptimizerSection
 
@@ -46,7 +46,7 @@ def connect(engine: Any, names: Mapping[Any, str], section: ModelSection, parts:
         return
     for flat in flats(engine.optimizer):
         if inner.param_groups[flat.number]["muon"]:
-            matrices = [Matrix(whole_shape(p), cut_of(names[p], section, parts.degree)) for p in flat.parameters]
+            matrices = [Matrix(whole_shape(p), shard_spec(names[p], section, parts.degree)) for p in flat.parameters]
             inner.exchanges[flat.stretch] = Exchange(matrices, flat.fragments(), flat.group, parts, engine.device)
 
 

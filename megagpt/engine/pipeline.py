@@ -34,7 +34,7 @@ from megagpt.engine.start import stop
 from megagpt.files import Write
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 from megagpt.state import UpdateResult
 
 
@@ -111,7 +111,7 @@ class PipelineEngine:
             whole = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
                 part = safe_get_full_fp32_param(mine[name]).detach().float().to(whole.device)  # offloaded: on the host
-                cut = cut_of(name, self._section, degree)
+                cut = shard_spec(name, self._section, degree)
                 whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()

@@ -29,7 +29,7 @@ from megagpt.files import Write
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
 from megagpt.model.pieces import FOLDER, WEIGHT, Part, Piece, Pieces
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 from megagpt.recipe import ModelSection
 
 _SUMMARY = f"{FOLDER}/state.json"
@@ -107,7 +107,7 @@ class Portable:
     def _part(self, name: str) -> Part:
         """Which part of the parameter this rank holds."""
         degree = self.layout.tensor_parallel
-        return Part() if cut_of(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
+        return Part() if shard_spec(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
 
     def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
         for share in which:
@@ -125,8 +125,8 @@ class Portable:
     def _of_part(self, whole: Tensor, share: Share) -> Tensor:
         """The stretch of this rank's part of a whole tensor."""
         part = self._part(share.name)
-        cut = cut_of(share.name, self.section, part.degree)
-        mine = whole if cut is None else cut.part(whole, part.number, part.degree)
+        cut = shard_spec(share.name, self.section, part.degree)
+        mine = whole if cut is None else cut.shard(whole, part.number, part.degree)
         return mine.reshape(-1)[share.start : share.start + share.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:

@@ -12,7 +12,7 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Layout
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 from megagpt.recipe import ModelSection
 
 _ABSENT = -1  # below every checksum
@@ -53,7 +53,9 @@ def _key(name: str, section: ModelSection, layout: Layout, rank: Rank) -> str:
 
 def _parts(name: str, section: ModelSection, degree: int) -> list[str]:
     """How the shares of a parameter are told apart; ranks that hold the same share, or all of it, should agree."""
-    return [""] if cut_of(name, section, degree) is None else [f" part {part} of {degree}" for part in range(degree)]
+    return (
+        [""] if shard_spec(name, section, degree) is None else [f" part {part} of {degree}" for part in range(degree)]
+    )
 
 
 def _line(key: str, values: list[int | None]) -> str:

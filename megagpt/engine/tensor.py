@@ -18,7 +18,7 @@ from megagpt.ds_config import Layout
 from megagpt.model import gpt
 from megagpt.model.parallel import ParallelLayers, SequenceShard
 from megagpt.model.shapes import LinearShape
-from megagpt.model.shards import Cut, cut_of
+from megagpt.model.shards import ShardSpec, shard_spec
 from megagpt.recipe import ModelSection, Recipe
 
 
@@ -131,7 +131,7 @@ def parallel_layers(section: ModelSection, parts: Parts, sequence: SequenceShard
     if parts.degree == 1:
         return ParallelLayers(sequence=sequence)
     vocabulary = None
-    if cut_of("layers.0.weight", section, parts.degree) is not None:
+    if shard_spec("layers.0.weight", section, parts.degree) is not None:
         rows = section.vocab_size // parts.degree
         vocabulary = _VocabularyShare(parts.index * rows, rows, parts.group)
 
@@ -150,13 +150,13 @@ def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index
     module.to_empty(device="cpu")
     names = []
     for name, parameter in module.named_parameters(prefix=prefix):
-        cut = cut_of(name, section, degree)
+        cut = shard_spec(name, section, degree)
         shape = list(parameter.shape)
         if cut is None:
             parameter.copy_(gpt.initial_value(name, shape, section, seed))
         else:
             shape[cut.dim] *= degree
-            parameter.copy_(cut.part(gpt.initial_value(name, shape, section, seed), index, degree))
+            parameter.copy_(cut.shard(gpt.initial_value(name, shape, section, seed), index, degree))
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
         names.append(name)
     return names
@@ -170,7 +170,7 @@ def materialise(recipe: Recipe, parts: Parts, parallel: ParallelLayers) -> gpt.G
     return model
 
 
-def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:
+def whole(part: Tensor, cut: ShardSpec | None, group: Any, degree: int) -> Tensor:
     """The whole tensor of the ranks' parts; collective where there is a cut."""
     if cut is None:
         return part

@@ -27,7 +27,7 @@ from megagpt.engine.start import stop
 from megagpt.files import Write
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import IGNORED
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 from megagpt.recipe import Recipe
 from megagpt.state import UpdateResult
 
@@ -125,7 +125,7 @@ class ZeroEngine:
             if self._grid is not None:
                 degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
                 whole = whole.to(self._engine.device)  # where it is offloaded, it comes on the host
-                whole = tensor.whole(whole, cut_of(name, self._section, degree), group, degree)
+                whole = tensor.whole(whole, shard_spec(name, self._section, degree), group, degree)
             yield name, whole.detach().float().cpu().contiguous()
 
     def replicas_differ(self) -> list[str]:

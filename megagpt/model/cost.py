@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megagpt.model.shapes import layer_shapes, linear_shapes
+from megagpt.model.shapes import ADAMW_BYTES, layer_shapes, linear_shapes
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
 
+CHECKPOINT_HEADROOM = 1.2
+"""free disk space that a save requires, as a multiple of the checkpoint's size"""
 _SMALLEST_CHUNK = 512  # tokens; below it the matrix products lose more than the memory gains
 MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that Muon orthogonalises together, unless one has more: enough to keep a device busy"""
@@ -26,6 +28,11 @@ def _block_matrix_elements(section: ModelSection) -> int:
 def parameters(section: ModelSection) -> int:
     """The number of parameters, a tied matrix counted once."""
     return sum(math.prod(shape) for layer in layer_shapes(section) for shape in layer.values())
+
+
+def checkpoint_bytes(section: ModelSection) -> int:
+    """Return the size of a checkpoint that AdamW's state is saved in."""
+    return ADAMW_BYTES * parameters(section)
 
 
 def matmul_parameters(section: ModelSection) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megagpt.errors import UserError
 from megagpt.files import Write
-from megagpt.model.shards import cut_of
+from megagpt.model.shards import shard_spec
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
@@ -110,7 +110,7 @@ class Pieces:
     def whole(self, kind: str, name: str, shape: Sequence[int], section: ModelSection) -> Tensor:
         """A whole tensor of this shape, whatever it was cut into. Raises UserError for a gap."""
         degree, numel = self.degree(name), math.prod(shape)
-        cut = cut_of(name, section, degree)
+        cut = shard_spec(name, section, degree)
         if degree == 1 or cut is None:
             return self.read(kind, name, 0, numel).view(*shape)
         local = [length // degree if dim == cut.dim else length for dim, length in enumerate(shape)]

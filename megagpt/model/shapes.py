@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""a checkpoint stores the fp32 weight and two fp32 moments of AdamW"""
+FP32_BYTES = 4
+ADAMW_BYTES = 3 * FP32_BYTES
+"""bytes per parameter of an fp32 weight and the two fp32 moments of AdamW, in an optimizer and in a checkpoint"""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """shape of each parameter by its name in `GPT`"""

@@ -19,6 +19,7 @@ from typing import Any
 from megagpt import files
 from megagpt.distributed import Agreement, Rank
 from megagpt.files import Write
+from megagpt.model.cost import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -119,7 +120,7 @@ class Store:
             shutil.rmtree(leftover)
         files.make_folder(partial)
         last = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read(folder)[0])]
-        needed, free = int(1.2 * max([self.needed, *last])), shutil.disk_usage(partial).free
+        needed, free = int(CHECKPOINT_HEADROOM * max([self.needed, *last])), shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
 

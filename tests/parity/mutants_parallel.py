@@ -18,7 +18,7 @@ from megagpt.engine.exchange import Exchange
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.model.context import ContextBuilder, ForwardContext
-from megagpt.model.shards import Cut
+from megagpt.model.shards import ShardSpec
 
 Wrapper = Callable[..., Any]
 
@@ -54,9 +54,9 @@ def _bias_from_each_part(original: Wrapper, layer: nn.Linear, x: torch.Tensor) -
     return tensor._Leave.apply(F.linear(x, layer.weight, layer.bias), layer.group)
 
 
-def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> Cut | None:
+def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> ShardSpec | None:
     cut = original(name, section, degree)
-    return cut if cut is None else Cut(cut.dim, (sum(cut.blocks),))
+    return cut if cut is None else ShardSpec(cut.dim, (sum(cut.sections),))
 
 
 def _at_the_start(original: Wrapper, contexts: ContextBuilder, *args: Any) -> ForwardContext:
@@ -93,7 +93,7 @@ BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "tensor-counts-parts-once": (TENSOR, tensor, "fill", _parts_counted_once),
     "tensor-does-not-sum-gradients": (TENSOR, tensor._Enter, "backward", lambda _, context, gradient: (gradient, None)),
     "tensor-adds-a-bias-from-each-part": (TENSOR, tensor._Second, "forward", _bias_from_each_part),
-    "tensor-tears-heads": (TENSOR, tensor, "cut_of", _torn_heads),
+    "tensor-tears-heads": (TENSOR, tensor, "shard_spec", _torn_heads),
     "sequence-parts-all-begin-at-0": (SEQUENCE, ContextBuilder, "for_batch", _at_the_start),
     "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "distribute", _blind_to_the_others),
     "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),

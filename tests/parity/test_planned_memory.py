@@ -7,8 +7,9 @@ from groups import SECONDS, launch
 from layouts import resolve
 from plan_cases import CASES
 
-from megagpt.plan import states
 from megagpt.plan.memory import memory
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.plan.states import state_bytes
 
 PEAK = 0.05  # allowed of the peak; activations and states are exact, what passes by between them is not
 REST = 0.02  # of what stays: padding, and token ids
@@ -48,9 +49,9 @@ WITHOUT_STAGES = [case for case in CASES if "pipeline" not in case.id]  # which 
 def test_weights_and_optimizer_take_what_was_planned(measured, case):
     """What stays between updates; beside the states, stage 3 keeps gradients and bucket, bf16 at stage 1 a sum."""
     resolved, rank = measured(case)
-    zero = states.Zero(resolved)
-    mine = states.held(resolved.recipe.model, resolved.layout)
-    held = states.states(zero, mine)
+    zero = ZeroSettings(resolved)
+    mine = local_parameters(resolved.recipe.model, resolved.layout)
+    held = state_bytes(zero, mine)
     planned = held.weights + held.optimizer + held.host
     if resolved.layout.zero_stage == 3:
         small = sum(size for shape in mine.shapes.values() if len(shape) == 1 and (size := shape[0]) <= 1000)

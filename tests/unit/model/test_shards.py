@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megagpt.model.attention import Attention
 from megagpt.model.gpt import GPT
 from megagpt.model.layers import MLP
-from megagpt.model.shards import Cut, cut_of
+from megagpt.model.shards import ShardSpec, shard_spec
 from megagpt.recipe import ModelSection
 
 SECTION = ModelSection(
@@ -23,26 +23,26 @@ SECTION = ModelSection(
     other=st.integers(1, 3),
 )
 def test_parts_joined_are_the_whole_and_no_value_is_on_two_ranks(shares, degree, dim, other):
-    cut = Cut(dim, tuple(share * degree for share in shares))
+    cut = ShardSpec(dim, tuple(share * degree for share in shares))
     shape = [other, other]
-    shape[dim] = sum(cut.blocks)
+    shape[dim] = sum(cut.sections)
     whole = torch.arange(shape[0] * shape[1]).view(shape)
-    parts = [cut.part(whole, index, degree) for index in range(degree)]
+    parts = [cut.shard(whole, index, degree) for index in range(degree)]
     assert torch.equal(cut.join(parts), whole)
     assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == list(range(whole.numel()))
     assert {part.shape for part in parts} == {parts[0].shape}
 
 
 def test_which_parameters_are_cut():
-    names = [name for name, _ in GPT(SECTION).named_parameters() if cut_of(name, SECTION, 2) is not None]
+    names = [name for name, _ in GPT(SECTION).named_parameters() if shard_spec(name, SECTION, 2) is not None]
     block = [f"attention.{name}" for name in ("qkv.weight", "qkv.bias", "output.weight")]
     block += [f"mlp.{name}" for name in ("gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight")]
     assert names == ["layers.0.weight", *(f"layers.2.{name}" for name in block)]
-    assert cut_of("layers.0.weight", SECTION, 3) is None  # 40 rows
+    assert shard_spec("layers.0.weight", SECTION, 3) is None  # 40 rows
     untied = SECTION.model_copy(update={"tie_embeddings": False, "position": "rope"})
     assert [name for name, _ in GPT(untied).named_parameters()][-1] == "layers.3.weight"
-    assert cut_of("layers.3.weight", untied, 2) == Cut(0, (40,))
-    assert cut_of("layers.2.weight", untied, 2) is None  # the last norm
+    assert shard_spec("layers.3.weight", untied, 2) == ShardSpec(0, (40,))
+    assert shard_spec("layers.2.weight", untied, 2) is None  # the last norm
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
@@ -64,8 +64,8 @@ def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
                 full = f"{name}.{kept}"
                 if full not in whole:
                     continue
-                cut = cut_of(f"{prefix}.{full}", SECTION, degree)
-                part = whole[full] if cut is None else cut.part(whole[full], index, degree)
+                cut = shard_spec(f"{prefix}.{full}", SECTION, degree)
+                part = whole[full] if cut is None else cut.shard(whole[full], index, degree)
                 if cut is None:  # the last bias is whole on every rank, and added once after the sum
                     part = part if index == 0 else torch.zeros_like(part)
                 setattr(module, kept, torch.nn.Parameter(part))

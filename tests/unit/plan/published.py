@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.plan import Options, Plan, plan
+from megagpt.plan import Plan, PlanOptions, plan
 
 RECIPE = """\
 run_dir: runs/none
@@ -63,7 +63,7 @@ class Run:
             **({"activation_checkpointing": {"number_checkpoints": "auto"}} if self.again else {}),
         }
         config.write_text(json.dumps(keys))
-        return plan(Options(recipe, config, world_size=self.ranks, device=self.device))
+        return plan(PlanOptions(recipe, config, world_size=self.ranks, device=self.device))
 
 
 def _bloom(name: str, layers: int, width: int, heads: int, **more: object) -> Run:

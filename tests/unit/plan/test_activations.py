@@ -50,7 +50,7 @@ def measured_block(given, element, recompute="no", degree=1):
 
 
 def shape(given, element, degree=1):
-    return activations.Shape(given, BATCH * TOKENS, degree, 1, element)
+    return activations.MicroBatchShape(given, BATCH * TOKENS, degree, 1, element)
 
 
 SWITCHES = list(
@@ -93,4 +93,4 @@ def test_head_and_norm_keep_two_gradients_and_the_norms_input(element, tie_embed
     hidden = torch.randn(BATCH, TOKENS, given.d_model, dtype=DTYPES[element], requires_grad=True)
     labels = torch.randint(320, (BATCH, TOKENS))
     measured = saved(lambda: model.layers[-1](model.layers[-2](hidden), labels), [*model.parameters(), labels])
-    assert activations.final_norm(shape(given, element)) + activations.head_kept(shape(given, element)) == measured
+    assert activations.final_norm(shape(given, element)) + activations.loss_gradients(shape(given, element)) == measured

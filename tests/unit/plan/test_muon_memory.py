@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megagpt.engine.muon import updates
-from megagpt.plan.muon import iteration
+from megagpt.plan.muon import iteration_bytes
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_the_iteration_takes_what_is_planned(shape, parts):
             total += event.nbytes()
             most = max(most, total)
     short, long = sorted((shape[1] // parts, shape[2]))
-    assert iteration(directions.numel(), short, long) == pytest.approx(most, rel=0.02)
+    assert iteration_bytes(directions.numel(), short, long) == pytest.approx(most, rel=0.02)

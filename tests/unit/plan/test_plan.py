@@ -11,7 +11,7 @@ from megagpt.cli import main
 from megagpt.ds_config.known import written_keys
 from megagpt.engine.keys import known_keys
 from megagpt.errors import UserError
-from megagpt.plan import Options, plan, search
+from megagpt.plan import PlanOptions, plan, search
 
 ROOT = Path(__file__).parents[3]
 # those that every config can train: 25 heads are not cut by two
@@ -47,7 +47,7 @@ print(code, [name for name in ("torch", "deepspeed") if name in sys.modules])
 def test_every_recipe_can_be_planned_on_every_config(path):
     for recipe in RECIPES:
         ranks = 8 if path.stem in ("3d", "pipeline4-zero1", "zeropp") else 2
-        made = plan(Options(recipe, path, world_size=ranks, device="A100-80", host_memory="1024GiB"))
+        made = plan(PlanOptions(recipe, path, world_size=ranks, device="A100-80", host_memory="1024GiB"))
         assert made.memory.device > 0
         assert made.length.updates is not None
         assert str(made).startswith("model    ")
@@ -62,50 +62,55 @@ def test_every_recipe_can_be_planned_on_every_config(path):
     ],
 )
 def test_each_suggested_line_makes_it_fit(name, options):
-    before = plan(Options(SEVEN, config(name), **options))
-    assert before.fit.bad
+    before = plan(PlanOptions(SEVEN, config(name), **options))
+    assert before.fit.is_bad
     assert before.changes
     for line in before.changes:
-        after = plan(Options(SEVEN, config(name), tuple(line.split()), **options))
+        after = plan(PlanOptions(SEVEN, config(name), tuple(line.split()), **options))
         assert after.fit.device == "fits"
         assert not after.changes
 
 
 def test_nothing_is_suggested_where_it_fits():
-    made = plan(Options(SEVEN, config("zero3"), ("ds.train_micro_batch_size_per_gpu=1",), **ONE_NODE))
+    made = plan(PlanOptions(SEVEN, config("zero3"), ("ds.train_micro_batch_size_per_gpu=1",), **ONE_NODE))
     assert made.fit.device == "fits"
     assert made.changes == ()
 
 
 def test_offload_moves_the_optimizer_to_the_host_and_says_how_much_of_it(capsys):
-    near = plan(Options(SEVEN, config("zero2"), **ONE_NODE))
-    away = plan(Options(SEVEN, config("zero2-offload"), **ONE_NODE, host_memory="64GiB"))
+    near = plan(PlanOptions(SEVEN, config("zero2"), **ONE_NODE))
+    away = plan(PlanOptions(SEVEN, config("zero2-offload"), **ONE_NODE, host_memory="64GiB"))
     assert away.memory.optimizer == 0 < near.memory.optimizer
     assert away.time is None is not near.time
     assert away.memory.pinned > 16 * 6_738_415_616 // 8  # master, moments, gradient
     assert away.fit.host == "does not fit"
     arguments = ["--nodes", "1", "--gpus-per-node", "8", "--host-memory", "64GiB"]
     assert main(["plan", "--recipe", str(SEVEN), "--deepspeed_config", str(config("zero2-offload")), *arguments]) == 1
-    assert "64 are there: does not fit" in capsys.readouterr().out
+    assert "64 available: does not fit" in capsys.readouterr().out
 
 
 def test_of_a_folder_the_configs_that_fit_are_listed_with_what_they_need_the_best_first():
     options = {"nodes": 1, "ranks_per_node": 6, "device": "A100-80"}
-    found = search(Options(SEVEN, ROOT / "ds_configs", ("batch.global_size=384",), **options))
+    found = search(PlanOptions(SEVEN, ROOT / "ds_configs", ("batch.global_size=384",), **options))
     names = [one.config for one in found.choices]
     assert {*names, *found.others} == {path.stem for path in CONFIGS}
     assert names.index("zero3") < names.index("zero3-offload")  # waits for no bus
     assert "cannot be cut" in found.others["zeropp"]  # groups of 8 among 6 ranks
     for one in found.choices:
-        made = plan(Options(SEVEN, config(one.config), ("batch.global_size=384", *one.words.split()), **options))
+        made = plan(
+            PlanOptions(SEVEN, config(one.config), ("batch.global_size=384", *one.overrides.split()), **options)
+        )
         assert made.fit.device == "fits"
     assert [one.order for one in found.choices] == sorted(one.order for one in found.choices)
 
 
 def test_a_search_needs_configs_and_a_device(tmp_path):
-    for folder, options, what in ((tmp_path, ONE_NODE, "no DeepSpeed config"), (ROOT / "ds_configs", {}, "a device")):
+    for folder, options, what in (
+        (tmp_path, ONE_NODE, "contains no DeepSpeed config"),
+        (ROOT / "ds_configs", {}, "for a device"),
+    ):
         with pytest.raises(UserError, match=what):
-            search(Options(SEVEN, folder, **options))
+            search(PlanOptions(SEVEN, folder, **options))
 
 
 def test_json_holds_every_figure(capsys):
@@ -119,25 +124,25 @@ def test_json_holds_every_figure(capsys):
 
 def test_an_epoch_is_as_long_as_the_corpus_if_that_is_there(data, recipe):
     words = ("length={epochs: 2}",)
-    made = plan(Options(recipe, config("zero1"), words))
+    made = plan(PlanOptions(recipe, config("zero1"), words))
     tokens = json.loads((data / "text.train.json").read_text())["tokens"]
     assert made.length.updates == -(-2 * (tokens // 32) // 4)
-    gone = plan(Options(recipe, config("zero1"), (*words, "data.train=nowhere")))
+    gone = plan(PlanOptions(recipe, config("zero1"), (*words, "data.train=nowhere")))
     assert gone.length.updates is None
-    assert "give length.tokens" in str(gone)
+    assert "set length.tokens" in str(gone)
 
 
 @pytest.mark.parametrize(
     ("options", "what", "do"),
     [
-        ({"device": "H10"}, "there is no device H10 here", "write H100"),
-        ({"host_memory": "much"}, "there is no device much here", "name one of"),
-        ({"world_size": 7, "nodes": 2, "ranks_per_node": 4}, "two ways of saying how many", "keep one of them"),
+        ({"device": "H10"}, "H10 is neither a known device", "write H100"),
+        ({"host_memory": "much"}, "much is neither a known device", "write one of"),
+        ({"world_size": 7, "nodes": 2, "ranks_per_node": 4}, "the options contradict each other", "drop one of them"),
     ],
 )
 def test_a_machine_that_cannot_be_is_refused(options, what, do):
     with pytest.raises(UserError) as caught:
-        plan(Options(SEVEN, config("zero1"), **options))
+        plan(PlanOptions(SEVEN, config("zero1"), **options))
     (problem,) = caught.value.problems
     assert what in problem.what
     assert do in problem.do

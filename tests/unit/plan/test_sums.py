@@ -12,8 +12,10 @@ from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.ds_config.known import written_keys
 from megagpt.model import cost
-from megagpt.plan import effort, states
+from megagpt.plan import effort
 from megagpt.plan.memory import memory
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.plan.states import state_bytes
 
 RECIPE = """
 run_dir: unused
@@ -96,10 +98,10 @@ def test_states_are_near_deepspeeds_own_estimates(resolve, capsys, ranks):
     """Ours are never more than theirs; at stage 2 they are more than half: theirs hold a copy for the step, too."""
     for stage, estimate in ((2, estimate_zero2_model_states_mem_needs), (3, estimate_zero3_model_states_mem_needs)):
         resolved = resolve(min(ranks, 32), stage, 1)
-        held = states.held(resolved.recipe.model, resolved.layout)
-        ours = states.states(states.Zero(resolved), held)
+        local = local_parameters(resolved.recipe.model, resolved.layout)
+        ours = state_bytes(ZeroSettings(resolved), local)
         total = ours.weights + ours.optimizer + ours.gradients
-        largest = (max(held.layers),) if stage == 3 else ()
-        theirs = estimate(held.total, *largest, resolved.layout.world_size, 1, cpu_offload=False)[1]
+        largest = (max(local.layers),) if stage == 3 else ()
+        theirs = estimate(local.total, *largest, resolved.layout.world_size, 1, cpu_offload=False)[1]
         assert total <= 1.01 * theirs
         assert total > 0.5 * theirs or stage == 3  # they add the largest layer, which here is among the buffers
