@@ -59,7 +59,7 @@ def generate(
 def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_path: str, prompt: str) -> str:
     """`prompt` continued by 40 tokens, on one line: what a run shows of itself while it learns. Always seed 0."""
     tokenizer = Tokenizer(tokenizer_path)
-    model = weights.assemble(named, section)
+    model = weights.build_model(named, section)
     new = sample(model, tokenizer.encode(prompt), 40, 0.8, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
     text = tokenizer.decode(new)
     return printable(" ".join((prompt + text).split()))

@@ -28,7 +28,7 @@ from megagpt.errors import UserError
 from megagpt.files import Write
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
-from megagpt.model.pieces import FOLDER, WEIGHT, Part, Piece, Pieces
+from megagpt.model.pieces import FOLDER, WEIGHT, ShardIndex, TensorFiles, TensorSlice
 from megagpt.model.shards import shard_spec
 from megagpt.recipe import ModelSection
 
@@ -55,7 +55,7 @@ class Portable:
         """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)
-        pieces.write(self._pieces(shares, mine), self.rank.rank, sink)
+        pieces.write_slices(self._pieces(shares, mine), self.rank.rank, sink)
         number, part = divmod(self.rank.rank, self.layout.tensor_parallel)
         if part == 0:  # tensor parts draw the same numbers
             sink(_random_file(number), to_bytes(random_state()))
@@ -76,7 +76,7 @@ class Portable:
         Raises UserError where something is missing, or did not arrive as it was saved.
         """
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        source = Pieces(folder, self.rank.rank)
+        source = TensorFiles(folder, self.rank.rank)
         shares = shares_of(self.engine, self.names)
         for share in shares.all():
             shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
@@ -104,22 +104,26 @@ class Portable:
             if share.name not in self.copies and (first or self._part(share.name).degree > 1)
         ]
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str) -> ShardIndex:
         """Which part of the parameter this rank holds."""
         degree = self.layout.tensor_parallel
-        return Part() if shard_spec(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
+        return (
+            ShardIndex()
+            if shard_spec(name, self.section, degree) is None
+            else ShardIndex(self.rank.rank % degree, degree)
+        )
 
-    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
+    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[TensorSlice]:
         for share in which:
             for kind in (WEIGHT, *shares.kinds(share)):
-                yield Piece(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
+                yield TensorSlice(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
 
-    def _read(self, source: Pieces, share: Share, kind: str) -> Tensor:
+    def _read(self, source: TensorFiles, share: Share, kind: str) -> Tensor:
         """A stretch from the checkpoint; only where the tensor degree has changed is the whole tensor read for it."""
         part = self._part(share.name)
         if source.degree(share.name) == part.degree:
             return source.read(kind, share.name, share.start, share.numel, part)
-        whole = source.whole(kind, share.name, self._shapes()[share.name], self.section)
+        whole = source.read_whole(kind, share.name, self._shapes()[share.name], self.section)
         return self._of_part(whole, share)
 
     def _of_part(self, whole: Tensor, share: Share) -> Tensor:

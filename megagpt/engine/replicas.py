@@ -53,9 +53,9 @@ def _key(name: str, section: ModelSection, layout: Layout, rank: Rank) -> str:
 
 def _parts(name: str, section: ModelSection, degree: int) -> list[str]:
     """How the shares of a parameter are told apart; ranks that hold the same share, or all of it, should agree."""
-    return (
-        [""] if shard_spec(name, section, degree) is None else [f" part {part} of {degree}" for part in range(degree)]
-    )
+    if shard_spec(name, section, degree) is None:
+        return [""]
+    return [f" part {part} of {degree}" for part in range(degree)]
 
 
 def _line(key: str, values: list[int | None]) -> str:

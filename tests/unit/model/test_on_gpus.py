@@ -59,8 +59,8 @@ def test_grouped_heads_attend_the_same_where_kernels_know_no_groups(tiny, random
 def test_a_checksum_made_on_a_gpu_is_the_one_made_on_the_host(monkeypatch, cut):
     monkeypatch.setattr(pieces, "_CHUNK_ON_GPU", 7)
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(4))
-    places = torch.randperm(100, generator=torch.Generator().manual_seed(5)) if cut else 12345678901
-    assert pieces.checksum(tensor.as_subclass(Pretender), places) == pieces.checksum(tensor, places)
+    indices = torch.randperm(100, generator=torch.Generator().manual_seed(5)) if cut else 12345678901
+    assert pieces.checksum(tensor.as_subclass(Pretender), indices) == pieces.checksum(tensor, indices)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
