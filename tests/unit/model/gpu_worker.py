@@ -1,8 +1,8 @@
-"""Run by test_on_gpus.py in a process of its own: the model on a GPU that is not there.
+"""Run the model on a simulated GPU. Started by test_on_gpus.py as a process of its own.
 
-torch's fake tensors have a device and a shape and no values, and refuse to mix devices as real ones do: whatever would
-leave a tensor on the host fails. The device is one made up for this process, since without CUDA torch's autograd knows
-no `cuda`; it is passed off as CUDA to what asks.
+torch's fake tensors have a device and a shape but no values, and refuse to mix devices as real ones do, so that code
+that leaves a tensor on the host fails. The device is registered for this process, because torch's autograd does not
+know `cuda` without CUDA. Its tensors report that they are on CUDA.
 """
 
 import json
@@ -31,7 +31,7 @@ END = 59
 
 
 def build(dtype=torch.float32, end=None, parts=1, **switches):
-    """A GPT on the GPU, or the share of it that one of so many tensor parts holds."""
+    """A GPT on the GPU, or the shard of one of `parts` tensor-parallel ranks."""
     section = ModelSection(**{**TINY, **switches})
     parallel = tensor.parallel_layers(section, tensor.Parts(torch.distributed.group.WORLD, 0, parts))
     with unset_fake_temporarily(), torch.device("meta"):
@@ -66,7 +66,7 @@ def step(dtype=torch.float32, end=None, again=None, **switches):
 
 
 class Context:
-    """What a function keeps for its backward pass, which is called by hand: the engine takes streams for granted."""
+    """Stands in for autograd's context. Backward is called directly, because the autograd engine needs real streams."""
 
     needs_input_grad = (True,) * 5
 
@@ -132,9 +132,9 @@ def mixed():
     try:
         model(ids().cpu(), labels=ids())
     except RuntimeError as error:
-        assert "device" in str(error)  # noqa: PT017  # here is no pytest
+        assert "device" in str(error)  # noqa: PT017  # not run by pytest
     else:
-        raise AssertionError("what all of this rests on does not hold: devices mix")
+        raise AssertionError("fake tensors mix devices, so that no case here can fail")
 
 
 CASES = {
@@ -149,9 +149,9 @@ CASES = {
     "documents in bf16": partial(step, torch.bfloat16, END, **GPT2),
     "recomputed": partial(step, torch.bfloat16, END, "yes", **LLAMA),
     "recomputed from host": partial(step, torch.bfloat16, END, "from host", **LLAMA),
-    "tensor parts": partial(step, torch.bfloat16, END, parts=2, **LLAMA),
-    "tensor parts, tied": partial(step, parts=2, **GPT2),
-    "sequence parts": sequences,
+    "tensor parallelism": partial(step, torch.bfloat16, END, parts=2, **LLAMA),
+    "tensor parallelism, tied": partial(step, parts=2, **GPT2),
+    "sequence parallelism": sequences,
     "gradients": partial(backward, torch.float32),
     "gradients in bf16": partial(backward, torch.bfloat16),
     "generation": partial(generate, **GPT2),
@@ -161,7 +161,7 @@ CASES = {
 
 
 def main():
-    """Print what went wrong in each case, or nothing, as JSON."""
+    """Print the error of each case as JSON, an empty string if there is none."""
     _setup_privateuseone_for_python_backend("gpu")
     torch.Tensor.is_cuda = property(lambda self: self.device.type == "gpu")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

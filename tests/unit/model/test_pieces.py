@@ -1,4 +1,4 @@
-"""The checksum of a tensor is its closed form, whichever way the tensor is cut."""
+"""The checksum of a tensor equals its closed form, however the tensor is split."""
 
 import torch
 from hypothesis import given
@@ -9,7 +9,7 @@ from megagpt.model.pieces import checksum
 
 
 def closed_form(tensor, indices):
-    """In Python's whole numbers: the sum of (bits + a)·(index·b + 1), modulo 2^64."""
+    """In Python's integers: the sum of (bits + a)·(index·b + 1), modulo 2^64."""
     bits = tensor.view(torch.int32).tolist()
     terms = ((bit + 0x5851F42D) * (index * 0x14057B7EF767814E + 1) for bit, index in zip(bits, indices, strict=True))
     return sum(terms) % (1 << 64)
@@ -34,7 +34,7 @@ def test_checksums_of_slices_add_up_to_the_closed_form_of_the_whole(values, star
         pieces._CHUNK = kept
 
 
-def test_a_change_of_any_bit_or_two_exchanged_elements_change_it():
+def test_a_change_of_one_bit_or_of_the_order_changes_the_checksum():
     tensor = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
     expected = checksum(tensor, 7)
     for index in (0, 131_071, 131_072, 299_999):

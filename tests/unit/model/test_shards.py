@@ -1,4 +1,4 @@
-"""Cutting a parameter over tensor-parallel ranks: every value on exactly one rank, whole heads, and back."""
+"""Sharding of parameters over tensor-parallel ranks: every value on exactly one rank, whole heads, and back."""
 
 import pytest
 import torch
@@ -22,18 +22,18 @@ SECTION = ModelSection(
     dim=st.integers(0, 1),
     other=st.integers(1, 3),
 )
-def test_parts_joined_are_the_whole_and_no_value_is_on_two_ranks(shares, degree, dim, other):
-    cut = ShardSpec(dim, tuple(share * degree for share in shares))
+def test_joined_shards_are_the_whole_and_no_value_is_on_two_ranks(shares, degree, dim, other):
+    spec = ShardSpec(dim, tuple(share * degree for share in shares))
     shape = [other, other]
-    shape[dim] = sum(cut.sections)
+    shape[dim] = sum(spec.sections)
     whole = torch.arange(shape[0] * shape[1]).view(shape)
-    parts = [cut.shard(whole, index, degree) for index in range(degree)]
-    assert torch.equal(cut.join(parts), whole)
+    parts = [spec.shard(whole, index, degree) for index in range(degree)]
+    assert torch.equal(spec.join(parts), whole)
     assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == list(range(whole.numel()))
     assert {part.shape for part in parts} == {parts[0].shape}
 
 
-def test_which_parameters_are_cut():
+def test_which_parameters_are_sharded():
     names = [name for name, _ in GPT(SECTION).named_parameters() if shard_spec(name, SECTION, 2) is not None]
     block = [f"attention.{name}" for name in ("qkv.weight", "qkv.bias", "output.weight")]
     block += [f"mlp.{name}" for name in ("gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight")]
@@ -47,7 +47,7 @@ def test_which_parameters_are_cut():
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("kind", [Attention, MLP])
-def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
+def test_the_outputs_of_a_layers_shards_add_up_to_its_output(kind, degree):
     torch.manual_seed(0)
     model = GPT(SECTION)
     for parameter in model.parameters():
@@ -64,9 +64,9 @@ def test_the_parts_of_a_layer_add_up_to_it(kind, degree):
                 full = f"{name}.{kept}"
                 if full not in whole:
                     continue
-                cut = shard_spec(f"{prefix}.{full}", SECTION, degree)
-                part = whole[full] if cut is None else cut.shard(whole[full], index, degree)
-                if cut is None:  # the last bias is whole on every rank, and added once after the sum
+                spec = shard_spec(f"{prefix}.{full}", SECTION, degree)
+                part = whole[full] if spec is None else spec.shard(whole[full], index, degree)
+                if spec is None:  # the last bias is whole on every rank, and added once after the sum
                     part = part if index == 0 else torch.zeros_like(part)
                 setattr(module, kept, torch.nn.Parameter(part))
         total = total + layer(*arguments)

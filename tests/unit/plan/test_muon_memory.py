@@ -1,4 +1,4 @@
-"""What the planner says of Muon's step, against every allocation of the step itself."""
+"""Planned memory of Muon's step compared with all allocations of the step."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from megagpt.plan.muon import iteration_bytes
     ("shape", "parts"),
     [((8, 96, 384), 1), ((8, 384, 96), 1), ((8, 128, 128), 1), ((4, 384, 128), 3), ((4, 128, 160), 1)],
 )
-def test_the_iteration_takes_what_is_planned(shape, parts):
+def test_the_iteration_allocates_what_is_planned(shape, parts):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         directions = torch.ones(shape)
         updates(directions, parts)
