@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from megagpt import ds_config, files
 from megagpt import recipe as recipes
 from megagpt.data import blend
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import Reader
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.loader import Loader
 from megagpt.distributed import Agreement, Rank, passing, promise
 from megagpt.model import cost
@@ -56,7 +56,7 @@ class Run:
     resolved: Resolved
     total: int
     loader: Loader
-    validation: tuple[Evaluation, ...]
+    validation: tuple[EvaluationBatches, ...]
     engine: Engine
     agreement: Agreement
     store: checkpoint.Store
@@ -85,10 +85,10 @@ def assemble(
     if recipe.data.document_mask:
         resolved = _with_document_end(resolved, loader)
         recipe = resolved.recipe
-    total = recipes.updates(recipe, loader.order.samples_per_epoch)
+    total = recipes.total_updates(recipe, loader.sampler.samples_per_epoch)
     samples = total * recipe.batch.global_size
-    taken = blend.taken(loader.order, recipe.data.train, samples)
-    blend.check_limits(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
+    taken = blend.source_usage(loader.sampler, recipe.data.train, samples)
+    blend.check_max_epochs(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -100,7 +100,7 @@ def assemble(
     found, damaged = resume.find(store, options.resume)
     branched = found is None and recipe.init_from is not None
     if branched and recipe.init_from:
-        place = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
+        place = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
         found = resume.branch(recipe.init_from, place, store, total)
     if found is not None:
         resume.check(found, facts, options.allow_change, branched)
@@ -126,7 +126,7 @@ def assemble(
         path, rank, resolved, total, loader, validation, engine, agreement, store,
         Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
         Row(MOST_FAILED_SAVES), health,
-        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm),
+        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm),
         Progress(total, recipe.batch.global_size * recipe.model.seq_len),
         Stopping(options.max_minutes, agreement.any, *((path / REQUEST, console.alarm) if rank.main else ())),
         cost.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,
@@ -146,12 +146,12 @@ def _compare(
 def done(run: Path) -> int:
     """The update at which a run was done; 0 while it is not."""
     try:
-        return int(json.loads((run / DONE).read_text())["update"])
-    except (OSError, ValueError, KeyError):
+        return int(files.parse_json((run / DONE).read_text())["update"])
+    except (OSError, ValueError, TypeError, KeyError):
         return 0
 
 
-def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...]]:
+def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatches, ...]]:
     """The training batches of this rank, and its share of the validation text."""
     from megagpt.engine import operators
 
@@ -171,7 +171,9 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[Evaluation, ...
         pinned=operators.device() == "cuda", **shape,
     )  # fmt: skip
     samples = recipe.evaluation.samples
-    return loader, tuple(Evaluation(Reader(path), samples=samples, **shape) for path in recipe.data.validation)
+    return loader, tuple(
+        EvaluationBatches(CorpusReader(path), samples=samples, **shape) for path in recipe.data.validation
+    )
 
 
 def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
@@ -199,9 +201,11 @@ def _same(facts: dict[str, Any]) -> dict[str, str]:
     return {**sums, "Python": platform.python_version(), **facts["versions"]}
 
 
-def _open(run: Run, device: str, taken: list[blend.Taken], notes: list[str], state: TrainState, branched: bool) -> None:
+def _open(
+    run: Run, device: str, taken: list[blend.SourceUsage], notes: list[str], state: TrainState, branched: bool
+) -> None:
     """Write down what is about to be trained, and say it in a few lines."""
-    recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.order
+    recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.sampler
     if run.rank.main:
         (run.path / DONE).unlink(missing_ok=True)  # of a shorter length, which this run goes on from
         files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
@@ -221,15 +225,9 @@ def _open(run: Run, device: str, taken: list[blend.Taken], notes: list[str], sta
         f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
     )
     if len(taken) > 1:
-        for head, line in zip(("blend", *[""] * len(taken)), blend.table(taken), strict=True):
+        for head, line in zip(("blend", *[""] * len(taken)), blend.format_table(taken), strict=True):
             say(f"{head:<8} {line}")
-    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
-            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
-    cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)
-    say(
-        f"layout   {layout.world_size} × {device}, {cut}ZeRO stage {layout.zero_stage}, "
-        f"{layout.data_parallel} × {layout.micro_batch} × {layout.accumulation} samples an update"
-    )
+    say(f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update")
     share = run.total * recipe.batch.global_size / order.samples_per_epoch
     say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
     if recipe.health.compare_every and layout.zero_stage == 3:

@@ -1,4 +1,4 @@
-"""`megagpt evaluate`: how well a trained model predicts text it has not seen."""
+"""`megagpt evaluate`: loss, perplexity and bits per byte of a trained model on unseen text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from pathlib import Path
 
 import torch
 
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import Reader, corpus_file
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import CorpusReader, corpus_file
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.model.loss import IGNORED
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.run import trained
-from megagpt.yardsticks import Yardsticks, measure
+from megagpt.state import IGNORE_INDEX
+from megagpt.yardsticks import Baselines, measure_baselines
 
-_TOKENS_AT_ONCE = 8192  # per batch: fills the cores, and fits beside the model
+_BATCH_TOKENS = 8192  # per batch: enough to use all cores, and small next to the model
 
 
 @dataclass(frozen=True)
-class Result:
-    """Loss in nats per token over a whole text, and what follows from it.
+class EvaluationResult:
+    """Loss of a model on a whole text, and metrics derived from it.
 
-    `bits_per_byte` is None where a corpus has no sidecar that says how many bytes of text it stands for.
+    Attributes:
+        run: run directory.
+        data: prefix or text file that was evaluated on.
+        update: update of the checkpoint.
+        tokens: number of predicted tokens.
+        loss: nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: None if the corpus has no sidecar, which records the bytes of its text.
+        yardsticks: baselines on the same text; None if they were not requested.
+        seconds: duration.
     """
 
     run: str
@@ -37,80 +46,103 @@ class Result:
     loss: float
     perplexity: float
     bits_per_byte: float | None
-    yardsticks: Yardsticks | None
+    yardsticks: Baselines | None
     seconds: float
 
     def __str__(self) -> str:
-        bits = f"{self.bits_per_byte:.4f} bits per byte" if self.bits_per_byte is not None else "no byte count"
+        bits = "no bits per byte (no sidecar)"
+        if self.bits_per_byte is not None:
+            bits = f"{self.bits_per_byte:.4f} bits per byte"
         lines = [
-            f"{self.run} at update {self.update:,}, over all {self.tokens:,} tokens of {self.data} "
+            f"{self.run} at update {self.update:,}, on all {self.tokens:,} tokens of {self.data} "
             f"({self.seconds:.0f} s):",
             f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, {bits}",
         ]
         if self.yardsticks is not None and self.bits_per_byte is not None:
             rows = [
                 ("this model", self.bits_per_byte),
-                ("xz -9e that has also read the training text", self.yardsticks.xz_after_training),
+                ("xz -9e, after reading the training text", self.yardsticks.xz_after_training),
                 ("xz -9e alone", self.yardsticks.xz),
-                ("a unigram model of the training tokens", self.yardsticks.unigram),
+                ("unigram model of the training tokens", self.yardsticks.unigram),
             ]
-            lines += ["", "bits per byte on the same text, less is better:"]
+            lines += ["", "bits per byte on the same text (lower is better):"]
             lines += [f"  {name:<45}{value:.4f}" for name, value in sorted(rows, key=lambda row: row[1])]
         return "\n".join(lines)
 
 
-def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) -> Result:
-    """Evaluate a run's newest checkpoint on a corpus prefix or a text file (default: the recipe's validation)."""
+def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) -> EvaluationResult:
+    """Evaluate the newest checkpoint of a run.
+
+    Args:
+        run: run directory.
+        data: prefix of a corpus, or a text file; None takes the recipe's validation corpus.
+        yardsticks: whether to measure the baselines too.
+
+    Raises:
+        UserError: there is no valid checkpoint or nothing to evaluate on, or text or baselines need a tokenizer that
+            the recipe does not name.
+    """
     start = time.perf_counter()
-    model = trained.load(run)
-    recipe = model.recipe
-    tokenizer = Tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer is not None else None
-    data = data if data is not None else _held_out(recipe.data.validation)
+    loaded = trained.load(run)
+    recipe = loaded.recipe
+    tokenizer = None
+    if recipe.data.tokenizer is not None:
+        tokenizer = Tokenizer(recipe.data.tokenizer)
+    if data is None:
+        data = _validation_prefix(recipe.data.validation)
     with tempfile.TemporaryDirectory() as scratch:
         prefix = data
         if not corpus_file(data, ".idx").exists() and Path(data).exists():
-            text = prepare_command([data], _needed(tokenizer).path, Path(scratch) / "text", Options(0.0))
-            prefix = text.train.prefix
-        corpus = Reader(prefix)
+            summary = prepare_command([data], _require(tokenizer).path, Path(scratch) / "text", PrepareOptions(0.0))
+            prefix = summary.train.prefix
+        corpus = CorpusReader(prefix)
         section = recipe.model
-        batch = max(1, _TOKENS_AT_ONCE // section.seq_len)
-        share = Evaluation(corpus, seq_len=section.seq_len, vocab_size=section.vocab_size, micro_batch=batch)
-        loss = _loss(model, share)
-        measured = None
+        micro_batch = max(1, _BATCH_TOKENS // section.seq_len)
+        batches = EvaluationBatches(
+            corpus, seq_len=section.seq_len, vocab_size=section.vocab_size, micro_batch=micro_batch
+        )
+        loss = _loss(loaded, batches)
+        baselines = None
         if yardsticks:
-            measured = measure(Reader(recipe.data.train[0].path), corpus, _needed(tokenizer))
-    return Result(
+            baselines = measure_baselines(CorpusReader(recipe.data.train[0].path), corpus, _require(tokenizer))
+    return EvaluationResult(
         run=str(run),
         data=data,
-        update=model.checkpoint.state.update,
-        tokens=share.tokens,
+        update=loaded.checkpoint.state.update,
+        tokens=batches.tokens,
         loss=loss,
         perplexity=math.exp(loss),
-        bits_per_byte=share.bits_per_byte(loss),
-        yardsticks=measured,
+        bits_per_byte=batches.bits_per_byte(loss),
+        yardsticks=baselines,
         seconds=time.perf_counter() - start,
     )
 
 
-def _held_out(prefixes: Sequence[str]) -> str:
+def _validation_prefix(prefixes: Sequence[str]) -> str:
+    """Return the recipe's only validation corpus. Raises UserError if there is none, or several."""
     if not prefixes:
         raise UserError("there is nothing to evaluate on", "the recipe has no data.validation", "give --data")
     if len(prefixes) > 1:
-        raise UserError("the recipe validates on several corpora", "\n".join(prefixes), "choose one: --data PREFIX")
+        do = "choose one with --data PREFIX"
+        raise UserError("the recipe has several validation corpora", "\n".join(prefixes), do)
     return prefixes[0]
 
 
-def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+def _require(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
-        raise UserError("text needs a tokenizer", "the recipe has no data.tokenizer", "evaluate on a prepared corpus")
+        do = "set data.tokenizer there, or evaluate on a prepared corpus"
+        raise UserError("text needs a tokenizer", "the recipe has no data.tokenizer", do)
     return tokenizer
 
 
 @torch.no_grad()
-def _loss(trained_model: trained.Trained, share: Evaluation) -> float:
-    model, total, tokens = trained_model.model, 0.0, 0
+def _loss(loaded: trained.Trained, batches: EvaluationBatches) -> float:
+    """Return the mean loss over all labels, in nats."""
+    model = loaded.model
     device = next(model.parameters()).device
-    for input_ids, labels in share.batches():
+    total = 0.0
+    tokens = 0
+    for input_ids, labels in batches.batches():
         total += float(model(input_ids.to(device), labels.to(device), normalizer=1.0).loss)
-        tokens += int((labels != IGNORED).sum())
+        tokens += int((labels != IGNORE_INDEX).sum())
     return total / max(tokens, 1)

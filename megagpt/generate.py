@@ -1,4 +1,4 @@
-"""Text from a model: one token at a time, with the keys and values of earlier tokens remembered."""
+"""Generates text from a model one token at a time, with a cache of the keys and values of earlier tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from megagpt.run import trained
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
+_PREVIEW_TOKENS, _PREVIEW_TEMPERATURE = 40, 0.8
+
 
 @dataclass(frozen=True)
-class Text:
-    """A prompt and how a model went on from it."""
+class GeneratedText:
+    """A prompt and its continuation by the checkpoint of a run."""
 
     run: str
     update: int
@@ -36,14 +38,28 @@ class Text:
 
 def generate(
     run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
-) -> Text:
-    """Continue `prompt` with a run's newest checkpoint; see `sample` for the rest."""
-    model = trained.load(run)
-    if model.recipe.data.tokenizer is None:
-        raise UserError("text needs a tokenizer", f"{run / 'recipe.yaml'} has no data.tokenizer", "name one there")
-    tokenizer = Tokenizer(model.recipe.data.tokenizer)
+) -> GeneratedText:
+    """Continue a prompt with the newest checkpoint of a run.
+
+    Args:
+        run: run directory.
+        prompt: text to continue.
+        tokens: maximum number of new tokens.
+        temperature: see `sample`, also for the following arguments.
+        top_k: None to sample from all tokens.
+        top_p: None to sample from all tokens.
+        seed: random seed.
+
+    Raises:
+        UserError: there is no valid checkpoint, or the recipe names no tokenizer.
+    """
+    loaded = trained.load(run)
+    if loaded.recipe.data.tokenizer is None:
+        where = f"{run / 'recipe.yaml'} has no data.tokenizer"
+        raise UserError("text needs a tokenizer", where, "set data.tokenizer there")
+    tokenizer = Tokenizer(loaded.recipe.data.tokenizer)
     new = sample(
-        model.model,
+        loaded.model,
         tokenizer.encode(prompt),
         tokens,
         temperature,
@@ -53,21 +69,35 @@ def generate(
         tokenizer.eod,
         tokenizer.vocab_size,
     )
-    return Text(str(run), model.checkpoint.state.update, prompt, tokenizer.decode(new))
+    return GeneratedText(str(run), loaded.checkpoint.state.update, prompt, tokenizer.decode(new))
 
 
 def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_path: str, prompt: str) -> str:
-    """`prompt` continued by 40 tokens, on one line: what a run shows of itself while it learns. Always seed 0."""
+    """Continue a prompt by 40 tokens and return all on one line: the sample that a run prints while it trains.
+
+    Args:
+        named: the model's weights by parameter name.
+        section: the model.
+        tokenizer_path: path of its tokenizer.
+        prompt: text to continue; the seed is always 0.
+    """
     tokenizer = Tokenizer(tokenizer_path)
     model = weights.build_model(named, section)
-    new = sample(model, tokenizer.encode(prompt), 40, 0.8, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size)
+    new = sample(
+        model,
+        tokenizer.encode(prompt),
+        _PREVIEW_TOKENS,
+        _PREVIEW_TEMPERATURE,
+        eod=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
+    )
     text = tokenizer.decode(new)
     return printable(" ".join((prompt + text).split()))
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model that has learned little writes some, and they would upset a terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    """Replace control characters, which models early in training generate and which would disturb a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 @torch.no_grad()
@@ -82,61 +112,77 @@ def sample(
     eod: int | None = None,
     vocab_size: int | None = None,
 ) -> list[int]:
-    """Continue `ids`; return the new tokens, at most `max_new_tokens`, without a final `eod`.
+    """Continue a sequence of token ids.
 
-    Temperature 0 takes the likeliest token. `top_k` keeps that many, `top_p` the fewest that hold this
-    probability together (arXiv 1904.09751). The same seed gives the same tokens. `vocab_size` keeps the model
-    to the tokenizer's ids where its own vocabulary was padded.
-    The model sees at most seq_len tokens. When they are full, the oldest quarter is forgotten and the rest is
-    read anew: exact for learned and rotary positions alike, and cheaper than to read anew for every token.
-    Raises UserError if there is nothing to continue and no `eod` to start from.
+    The context is at most seq_len tokens. When it is full, its oldest quarter is dropped and the rest is prefilled
+    into a new cache: exact for learned and rotary positions alike, and cheaper than a prefill for every token.
+
+    Args:
+        model: the model. Dropout is disabled while sampling.
+        ids: the prompt; if it is empty, `eod` is used.
+        max_new_tokens: maximum number of new tokens.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: sample from this many most likely tokens.
+        top_p: sample from the fewest tokens that together have this probability (arXiv 1904.09751).
+        seed: the same seed gives the same tokens.
+        eod: id that ends the text.
+        vocab_size: number of ids to sample from, for models whose vocabulary is larger than the tokenizer's.
+
+    Returns:
+        The new tokens, without a final `eod`.
+
+    Raises:
+        UserError: the prompt is empty and there is no `eod`.
     """
-    seen = list(ids)
-    if not seen:
+    prompt = list(ids)
+    if not prompt:
         if eod is None:
             raise UserError("there is no text to continue", do="give at least one token as a prompt")
-        seen = [eod]
+        prompt = [eod]
     generator = torch.Generator().manual_seed(seed)
+    pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     was_training = model.training
     model.eval()  # no dropout
     try:
-        pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return _continue(model, seen, max_new_tokens, lambda logits: pick(logits[:vocab_size]), eod)
+        return _decode(model, prompt, max_new_tokens, lambda logits: pick(logits[:vocab_size]), eod)
     finally:
         model.train(was_training)
 
 
-def _continue(
-    model: GPT, seen: list[int], max_new_tokens: int, pick: Callable[[Tensor], int], eod: int | None
+def _decode(
+    model: GPT, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], int], eod: int | None
 ) -> list[int]:
+    """Prefill the prompt, then decode one token at a time, each chosen by `pick` from the logits [vocab_size]."""
     capacity = model.section.seq_len
-    window = seen if len(seen) <= capacity else seen[-kept(capacity) :]
-    device, cache, unread = next(model.parameters()).device, model.new_kv_cache(), window
+    device = next(model.parameters()).device
+    kv_cache = model.new_kv_cache()
+    next_ids = prompt if len(prompt) <= capacity else prompt[-retained_tokens(capacity) :]
     new: list[int] = []
     while len(new) < max_new_tokens:
-        logits = model.decode(torch.tensor([unread], device=device), cache)
+        logits = model.decode(torch.tensor([next_ids], device=device), kv_cache)
         token = pick(logits[0].float().cpu())
         if token == eod:
             break
         new.append(token)
-        unread = [token]
-        if cache.length == capacity:
-            cache, unread = model.new_kv_cache(), (seen + new)[-kept(capacity) :]
+        next_ids = [token]
+        if kv_cache.length == capacity:
+            kv_cache = model.new_kv_cache()
+            next_ids = (prompt + new)[-retained_tokens(capacity) :]
     return new
 
 
-def kept(capacity: int) -> int:
-    """How many of the newest tokens stay when a window of `capacity` tokens is full."""
+def retained_tokens(capacity: int) -> int:
+    """Return how many of the newest tokens are kept when a context of `capacity` tokens is full."""
     return capacity - capacity // 4
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
-    """Draw one token from logits [vocab_size], fp32 on the CPU; see `sample`."""
+    """Draw one token from logits [vocab_size], fp32 on the CPU; for the other arguments see `sample`."""
     if temperature == 0:
         return int(logits.argmax())
-    likeliest, tokens = logits.sort(descending=True, stable=True)
-    probabilities = torch.softmax(likeliest[:top_k] / temperature, dim=-1)
+    sorted_logits, tokens = logits.sort(descending=True, stable=True)
+    probabilities = torch.softmax(sorted_logits[:top_k] / temperature, dim=-1)
     if top_p is not None:
-        before = probabilities.cumsum(0) - probabilities  # held by the likelier ones
-        probabilities[1:][before[1:] >= top_p] = 0  # the likeliest token always stays
+        more_likely = probabilities.cumsum(0) - probabilities  # total probability of the tokens before each
+        probabilities[1:][more_likely[1:] >= top_p] = 0  # the most likely token always stays
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,19 +1,28 @@
-"""`megagpt report`: a run's loss curve from metrics.jsonl alone, as a picture and in the terminal."""
+"""`megagpt report`: plots a run's loss curve from metrics.jsonl, as an SVG file and in the terminal."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.errors import UserError
+from megagpt import files
+from megagpt.errors import UserError, without_controls
 from megagpt.run import metrics
 
 PICTURE = "loss.svg"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Loss in nats per token by tokens trained on: every update, and every validation."""
+class LossCurve:
+    """Loss (nats per token) by the number of tokens trained on.
+
+    Attributes:
+        tokens: tokens after each update.
+        loss: training loss of each update.
+        validation_tokens: tokens at each validation.
+        validation_loss: loss of each validation.
+    """
 
     tokens: list[int]
     loss: list[float]
@@ -21,16 +30,17 @@ class Curve:
     validation_loss: list[float]
 
 
-def read(run: Path) -> Curve:
-    """The curve of a run directory. Raises UserError where there is no update on record."""
-    if not (run / metrics.NAME).exists():
-        raise UserError("there is nothing to report", f"{run / metrics.NAME} does not exist", "name a run directory")
+def read_curve(run: Path) -> LossCurve:
+    """Read the loss curve of a run directory. Raises UserError if no update has been recorded."""
+    path = run / metrics.NAME
+    if not path.exists():
+        raise UserError("there is nothing to report", f"{path} does not exist", "give a run directory")
     updates = list(metrics.read(run, "update"))
     if not updates:
-        raise UserError("there is nothing to report", f"{run / metrics.NAME} holds no update", "train first")
+        raise UserError("there is nothing to report", f"{path} holds no update", "train first")
     tokens_at = {record["update"]: record["tokens"] for record in updates}
     validations = [record for record in metrics.read(run, "validation") if record["update"] in tokens_at]
-    return Curve(
+    return LossCurve(
         tokens=[record["tokens"] for record in updates],
         loss=[record["loss"] for record in updates],
         validation_tokens=[tokens_at[record["update"]] for record in validations],
@@ -38,27 +48,35 @@ def read(run: Path) -> Curve:
     )
 
 
-def picture(run: Path) -> Path:
-    """Draw the curve as SVG into the run directory; the picture's path."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+def draw_as_svg(run: Path) -> Path:
+    """Plot the curve as an SVG file in the run directory, and return the path of the file."""
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps global state
 
-    curve = read(run)
+    curve = read_curve(run)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(curve.tokens, curve.loss, linewidth=0.8, alpha=0.6, label="training, each update")
     axes.plot(curve.validation_tokens, curve.validation_loss, marker="o", label="validation")
-    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=run.name)
+    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token")
+    axes.set_title(without_controls(run.name), parse_math=False)  # a name is no formula
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run / PICTURE)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg")
+    files.replace_text(run / PICTURE, svg.getvalue())
     return run / PICTURE
 
 
-def terminal(run: Path, colour: bool) -> str:
-    """The curve in characters, 88 wide, for a terminal or a log."""
+def draw_as_text(run: Path, color: bool) -> str:
+    """Plot the curve with characters, 88 columns wide, for a terminal or a log.
+
+    Args:
+        run: run directory.
+        color: whether to use terminal colors.
+    """
     import plotext
 
-    curve = read(run)
+    curve = read_curve(run)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plot_size(88, 18)
@@ -68,7 +86,7 @@ def terminal(run: Path, colour: bool) -> str:
     plotext.title("loss, nats per token")
     plotext.xlabel("million tokens")
     text: str = plotext.build()
-    return text if colour else plotext.uncolorize(text)
+    return text if color else plotext.uncolorize(text)
 
 
 def _millions(tokens: list[int]) -> list[float]:

@@ -19,7 +19,7 @@ def bear(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> T
 
     Raises FloatingPointError where there is nothing left to be done.
     """
-    samples = run.loader.span(state.position)
+    samples = run.loader.positions_used(state.position)
     where = f"update {state.update + 1}, data positions {state.position} to {state.position + samples - 1}"
     if found.remedy is Remedy.AGAIN:
         return _again(run, state, result, f"{found.reason} in {where}")
@@ -57,7 +57,7 @@ def _roll_back(run: Run, state: TrainState, reason: str, where: str) -> TrainSta
         raise FloatingPointError(f"{reason} in {where}; there is no checkpoint to go back to")
     if run.health.rollbacks + 1 >= MOST_ROLLBACKS:
         raise FloatingPointError(f"{reason} in {where}; the run has gone back {MOST_ROLLBACKS - 1} times already")
-    end = state.position + run.loader.span(state.position)
+    end = state.position + run.loader.positions_used(state.position)
     first = checkpoint.state.position if run.health.rollbacks else state.position
     run.engine.load_state(checkpoint.folder)
     numbers = {"at": state.update + 1, "position": first, "samples": end - first}

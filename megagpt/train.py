@@ -14,7 +14,7 @@ from typing import Any
 from megagpt import files, generate, setbacks
 from megagpt import recipe as recipes
 from megagpt.assembly import Options, Run, assemble
-from megagpt.data.evaluation import together
+from megagpt.data.evaluation import combine_losses
 from megagpt.data.loader import Batch
 from megagpt.distributed import Rank, from_environment, promise
 from megagpt.distributed.meeting import meeting
@@ -40,7 +40,7 @@ def loop(run: Run, state: TrainState) -> int:
         if found := run.health.judge(state.update, result):
             state = set_back(run, state, result, found)
             continue
-        state = state.advanced(run.loader.span(state.position), result.tokens)
+        state = state.advanced(run.loader.positions_used(state.position), result.tokens)
         record(run, state, result)
         if due(state, recipe.health.compare_every):
             setbacks.compare_replicas(run, state)
@@ -81,14 +81,10 @@ def fetch(run: Run, state: TrainState) -> list[Batch]:
 
 
 def make(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
-    """Make the next update, if its loss is acceptable: that is asked between the forward passes and the step."""
-
-    def accepts(loss: float) -> bool:
-        run.watch.enter(STEP, state.update + 1)
-        return run.health.accepts(loss)
-
-    run.watch.enter(PASSES, state.update + 1)
-    return run.engine.train_update(batches, accepts)
+    """Make the next update, unless its loss is refused between the forward passes and the step."""
+    update = state.update + 1
+    run.watch.enter(PASSES, update)
+    return run.engine.train_update(batches, run.health.accepts, lambda: run.watch.enter(STEP, update))
 
 
 def record(run: Run, state: TrainState, result: UpdateResult) -> None:
@@ -167,7 +163,7 @@ def validate(run: Run, state: TrainState, limited: bool = True) -> str | None:
     if asking.reason:
         run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
         return asking.reason
-    loss, bits = together(losses)
+    loss, bits = combine_losses(losses)
     apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
     shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
     run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")

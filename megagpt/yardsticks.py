@@ -1,4 +1,4 @@
-"""Honest yardsticks for bits per byte: what needs no neural network makes of the same validation text."""
+"""Baselines for bits per byte: what methods without a neural network achieve on the same validation text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Yardsticks:
-    """Bits per byte of the validation text by other means.
+class Baselines:
+    """Bits per byte of the validation text by other methods.
 
-    `unigram` predicts each token by its share in the training text, `xz` has seen the validation text alone,
-    `xz_after_training` has read the training text first, as the model has.
+    Attributes:
+        unigram: predicts each token by its frequency in the training text.
+        xz: compresses the validation text alone with xz.
+        xz_after_training: compresses the training text first, which the model has read too, then the validation text.
     """
 
     unigram: float
@@ -26,17 +28,26 @@ class Yardsticks:
     xz_after_training: float
 
 
-def measure(train: Reader, validation: Reader, tokenizer: Tokenizer) -> Yardsticks:
-    """Measure all three; compresses the training text twice, which takes seconds per 10 MB."""
+def measure_baselines(train: CorpusReader, validation: CorpusReader, tokenizer: Tokenizer) -> Baselines:
+    """Measure all baselines. The training text is compressed twice, which takes seconds per 10 MB.
+
+    Args:
+        train: corpus that the model was trained on.
+        validation: corpus to predict.
+        tokenizer: tokenizer of both.
+    """
     training_text, text = (_text(corpus, tokenizer) for corpus in (train, validation))
-    with ThreadPoolExecutor() as pool:  # lzma leaves Python's lock
-        alone, before, both = pool.map(_compressed, (text, training_text, training_text + text))
+    with ThreadPoolExecutor() as pool:  # lzma releases the GIL
+        alone, before, both = pool.map(_compressed_bytes, (text, training_text, training_text + text))
     bits = 8 / len(text)
-    return Yardsticks(_unigram(train, validation, len(text)), alone * bits, (both - before) * bits)
+    return Baselines(_unigram(train, validation, len(text)), alone * bits, (both - before) * bits)
 
 
-def _unigram(train: Reader, validation: Reader, text_bytes: int) -> float:
-    """Cross-entropy of the validation tokens under the training tokens' shares, each counted once more."""
+def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> float:
+    """Return the cross-entropy of the validation tokens under add-one smoothed training frequencies, in bits per byte.
+
+    Padding of a packed training corpus is not counted.
+    """
     size = max(int(train.tokens.max()), int(validation.tokens.max())) + 1
     counts = np.bincount(train.tokens, minlength=size) + 1.0
     if train.sidecar:
@@ -45,12 +56,12 @@ def _unigram(train: Reader, validation: Reader, text_bytes: int) -> float:
     return float(nats) / math.log(2) / text_bytes
 
 
-def _compressed(text: bytes) -> int:
-    """Bytes after `xz -9e`, whose window of 64 MiB holds the whole default corpus."""
+def _compressed_bytes(text: bytes) -> int:
+    """Return the size after `xz -9e`, whose window of 64 MiB holds the whole default corpus."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
-def _text(corpus: Reader, tokenizer: Tokenizer) -> bytes:
-    """The text of a corpus, decoded: the tokenizer is lossless."""
-    documents = (corpus.document(number) for number in range(len(corpus.documents) - 1))
+def _text(corpus: CorpusReader, tokenizer: Tokenizer) -> bytes:
+    """Decode the text of a corpus (exact, since the tokenizer is lossless)."""
+    documents = (corpus.document(index) for index in range(len(corpus.documents) - 1))
     return "".join(tokenizer.decode(document.tolist()) for document in documents).encode()

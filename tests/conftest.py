@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from tests import training
 
 
@@ -29,6 +29,12 @@ def pytest_configure(config):
         "megagpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not fresh
     )
     settings.load_profile("megagpt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """Keys of jobs that tests start, on any host, lie in a folder of the tests'."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 def pytest_runtest_setup():
@@ -62,7 +68,7 @@ def data(tmp_path_factory):
     text = tmp_path_factory.mktemp("text")
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 320, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.2))
+    prepare_command(inputs, folder / "text.model", folder / "text", PrepareOptions(0.2))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A corpus for people: its figures, and documents of it as text."""
+"""`megagpt data inspect`: statistics of a corpus, and some of its documents as text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed import Reader
-from megagpt.data.sidecar import check_one_tokenizer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.sidecar import check_same_tokenizer
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import UserError
+from megagpt.errors import UserError, without_controls
 
-_MOST_LENGTHS = 1_000_000  # looked at for the distribution, evenly spread
-_MOST_IDS = 1_000  # of a document that are shown
+_MAX_LENGTHS = 1_000_000  # documents in the length statistics, spread evenly
+_MAX_IDS = 1_000  # ids that are shown of a document
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One document, or packed sample: its length in tokens, its first ids, and their text if a tokenizer was given."""
+class DocumentExcerpt:
+    """The start of one document or packed sample.
+
+    Attributes:
+        number: index of the document.
+        tokens: tokens of the whole document.
+        ids: its first ids.
+        text: text of these ids; None without a tokenizer.
+        kind: `document` or `sample`.
+    """
 
     number: int
     tokens: int
@@ -29,14 +37,26 @@ class Shown:
     kind: str = "document"
 
     def __str__(self) -> str:
-        head = f"{self.kind} {self.number:,}: {self.tokens:,} tokens"
-        more = " …" if self.tokens > len(self.ids) else ""
-        return f"{head}\n{self.text if self.text is not None else ' '.join(map(str, self.ids))}{more}"
+        content = without_controls(self.text) if self.text is not None else " ".join(map(str, self.ids))
+        ellipsis = " …" if self.tokens > len(self.ids) else ""
+        return f"{self.kind} {self.number:,}: {self.tokens:,} tokens\n{content}{ellipsis}"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a corpus is. `lengths` are quantiles of its documents' tokens, by name; the last facts are the sidecar's."""
+    """Statistics of a corpus.
+
+    Attributes:
+        prefix: prefix of the corpus.
+        id_type: type of the ids in .bin.
+        documents, sequences, tokens: totals.
+        lengths: quantiles of the documents' tokens, by name.
+        verified_by: first characters of the tokenizer's hash; None without a sidecar.
+        packed: seq_len of a packed corpus; None for others.
+        padding: padding tokens of a packed corpus.
+        made: how the corpus was made, from the sidecar.
+        shown: excerpts of documents.
+    """
 
     prefix: str
     id_type: str
@@ -48,17 +68,20 @@ class Inspection:
     packed: int | None = None
     padding: int = 0
     made: Mapping[str, Any] = field(default_factory=dict)
-    shown: tuple[Shown, ...] = ()
+    shown: tuple[DocumentExcerpt, ...] = ()
 
     def __str__(self) -> str:
-        lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in self.lengths.items())
         sidecar = f"tokenizer {self.verified_by}" if self.verified_by else "no sidecar: unverified"
-        kinds = f"{self.documents:,} documents, {self.sequences:,} sequences"
         if self.packed:
-            kinds = f"{self.sequences:,} samples, packed for seq_len {self.packed:,}"
+            contents = f"{self.sequences:,} samples, packed for seq_len {self.packed:,}"
+            statistics = f"padding: {self.padding / self.tokens:.2%}"
+        else:
+            contents = f"{self.documents:,} documents, {self.sequences:,} sequences"
+            quantiles = ", ".join(f"{name} {tokens:,}" for name, tokens in self.lengths.items())
+            statistics = f"tokens per document: {quantiles}"
         lines = [
-            f"{self.prefix}: {kinds}, {self.tokens:,} tokens ({self.id_type}), {sidecar}",
-            f"padding: {self.padding / self.tokens:.2%}" if self.packed else f"tokens of a document: {lengths}",
+            f"{self.prefix}: {contents}, {self.tokens:,} tokens ({self.id_type}), {sidecar}",
+            statistics,
             *(f"{name}: {value}" for name, value in self.made.items()),
             *map(str, self.shown),
         ]
@@ -66,47 +89,55 @@ class Inspection:
 
 
 def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokenizer: Path | None = None) -> Inspection:
-    """Look into a corpus, show the named documents and `sample` others, evenly spread, as text if there is a tokenizer.
+    """Collect statistics and excerpts of a corpus.
 
-    Raises UserError for a corpus that cannot be opened, a number that is none of its documents', another tokenizer.
+    Args:
+        prefix: prefix of the corpus.
+        documents: indices of documents to show.
+        sample: number of further documents to show, spread evenly.
+        tokenizer: tokenizer with which documents are shown as text; None shows ids.
+
+    Raises:
+        UserError: the corpus cannot be opened, has no such document, or was made with another tokenizer.
     """
-    reader = Reader(prefix)
-    model = Tokenizer(tokenizer) if tokenizer else None
+    reader = CorpusReader(prefix)
     sidecar = reader.sidecar
-    if model:
-        check_one_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
+    model = None
+    if tokenizer:
+        model = Tokenizer(tokenizer)
+        check_same_tokenizer(prefix, sidecar, str(tokenizer), model.sha256)
     count = len(reader.documents) - 1
-    wrong = [number for number in documents if not 0 <= number < count]
-    if wrong:
-        raise UserError(f"there is no document {wrong[0]}", prefix, f"give a number from 0 to {count - 1}")
+    missing = [number for number in documents if not 0 <= number < count]
+    if missing:
+        raise UserError(f"there is no document {missing[0]}", prefix, f"give a number from 0 to {count - 1}")
     spread = np.linspace(0, count - 1, min(sample, count)).astype(int).tolist()
     return Inspection(
-        prefix,
-        reader.dtype.name,
-        count,
-        len(reader),
-        len(reader.tokens),
-        _quantiles(reader),
-        sidecar.tokenizer_sha256[:12] if sidecar else None,
-        reader.packed,
-        sidecar.padding if sidecar else 0,
-        sidecar.made if sidecar else {},
-        tuple(_shown(reader, number, model) for number in [*documents, *spread]),
+        prefix=prefix,
+        id_type=reader.dtype.name,
+        documents=count,
+        sequences=len(reader),
+        tokens=len(reader.tokens),
+        lengths=_length_quantiles(reader),
+        verified_by=sidecar.tokenizer_sha256[:12] if sidecar else None,
+        packed=reader.packed,
+        padding=sidecar.padding if sidecar else 0,
+        made=sidecar.made if sidecar else {},
+        shown=tuple(_excerpt(reader, number, model) for number in [*documents, *spread]),
     )
 
 
-def _quantiles(reader: Reader) -> dict[str, int]:
+def _length_quantiles(reader: CorpusReader) -> dict[str, int]:
     count = len(reader.documents) - 1
     if not len(reader):
         return {}
-    numbers = np.linspace(0, count - 1, min(count, _MOST_LENGTHS)).astype(np.int64)
-    lengths = reader.begins(numbers + 1) - reader.begins(numbers)
-    names = {"least": 0, "quarter": 25, "median": 50, "three quarters": 75, "most": 100}
-    return {name: int(np.percentile(lengths, share, method="lower")) for name, share in names.items()}
+    indices = np.linspace(0, count - 1, min(count, _MAX_LENGTHS)).astype(np.int64)
+    lengths = reader.document_starts(indices + 1) - reader.document_starts(indices)
+    percents = {"min": 0, "25 %": 25, "median": 50, "75 %": 75, "max": 100}
+    return {name: int(np.percentile(lengths, percent, method="lower")) for name, percent in percents.items()}
 
 
-def _shown(reader: Reader, number: int, model: Tokenizer | None) -> Shown:
+def _excerpt(reader: CorpusReader, number: int, model: Tokenizer | None) -> DocumentExcerpt:
     document = reader.document(number)
-    ids = tuple(document[:_MOST_IDS].tolist())
+    ids = tuple(document[:_MAX_IDS].tolist())
     kind = "sample" if reader.packed else "document"
-    return Shown(number, len(document), ids, model.decode(ids) if model else None, kind)
+    return DocumentExcerpt(number, len(document), ids, model.decode(ids) if model else None, kind)

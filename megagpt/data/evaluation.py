@@ -1,4 +1,4 @@
-"""A corpus read once from end to end, in order, for the loss over all of it."""
+"""Evaluation batches: a corpus read once from start to end, for the loss over all of its tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,42 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import Reader
-from megagpt.data.loader import IGNORED, Batch, check_ids
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.loader import Batch, check_vocabulary
 from megagpt.errors import UserError
+from megagpt.state import IGNORE_INDEX
+
+_NO_WINDOW = -1  # pads the last batch, so that every rank has the same number of windows
 
 
-class Evaluation:
-    """Non-overlapping windows of `seq_len` over a corpus, shared evenly by the data-parallel ranks.
+class EvaluationBatches:
+    """Consecutive windows of `seq_len` tokens of a corpus, distributed evenly over the data-parallel ranks.
 
-    Every token is a label exactly once: the first one follows the end-of-document symbol (where none is known it
-    is left out), and the last window, where it is ragged, is filled with labels of -100. With `samples`, that many
-    windows spread evenly over the corpus stand for all. `tokens` counts the labels of all ranks together.
-    Raises UserError for a corpus without tokens, a packed one, or ids that the model does not know.
+    Every token is a label exactly once. The input of the first label is the end-of-document token; without a sidecar
+    that token is unknown, and the first token is no label. Short windows are padded with ignored labels (-100).
+
+    Args:
+        corpus: the corpus to evaluate on.
+        seq_len: tokens per window.
+        vocab_size: number of ids that the model knows.
+        micro_batch: windows per batch.
+        rank: data-parallel rank.
+        data_parallel: number of data-parallel ranks.
+        samples: number of windows, spread evenly over the corpus; None takes all of them.
+        tokenizer: path of the model's tokenizer, to be compared with that of the corpus.
+
+    Attributes:
+        prefix: prefix of the corpus.
+        tokens: number of labels on all ranks together.
+        is_complete: whether all windows of the corpus are included.
+
+    Raises:
+        UserError: the corpus has no tokens, is packed, or holds ids that the model does not know.
     """
 
     def __init__(
         self,
-        corpus: Reader,
+        corpus: CorpusReader,
         *,
         seq_len: int,
         vocab_size: int,
@@ -36,73 +55,90 @@ class Evaluation:
         tokenizer: str | None = None,
     ) -> None:
         if len(corpus.tokens) == 0:
-            raise UserError("the corpus holds no tokens to validate on", corpus.prefix, "prepare more text")
+            raise UserError("the corpus has no tokens to evaluate on", corpus.prefix, "prepare more text")
         if corpus.packed:
-            do = "validate on a validation part, which is never packed, or prepare the text without --pack"
-            raise UserError("the corpus is packed, and not all of its tokens can be predicted", corpus.prefix, do)
-        check_ids(corpus, vocab_size, tokenizer)
-        self.prefix, self._corpus = corpus.prefix, corpus
-        self._facts = corpus.sidecar
-        self._seq_len, self._micro_batch = seq_len, micro_batch
-        windows = -(-len(corpus.tokens) // seq_len)
-        count = min(windows, samples or windows)
-        numbers = np.arange(count, dtype=np.int64) * windows // count
-        self.whole = count == windows
-        self.tokens = int(np.minimum(seq_len, len(corpus.tokens) - numbers * seq_len).sum())
-        self.tokens -= self._facts is None  # the first token, without anything before it
+            do = "evaluate on a validation part, which is never packed, or prepare the text without --pack"
+            raise UserError("the corpus is packed, so not all of its tokens can be predicted", corpus.prefix, do)
+        check_vocabulary(corpus, vocab_size, tokenizer)
+        self.prefix = corpus.prefix
+        self._corpus = corpus
+        self._sidecar = corpus.sidecar
+        self._seq_len = seq_len
+        all_windows = -(-len(corpus.tokens) // seq_len)
+        count = min(all_windows, samples or all_windows)
+        windows = np.arange(count, dtype=np.int64) * all_windows // count
+        self.is_complete = count == all_windows
+        self.tokens = int(np.minimum(seq_len, len(corpus.tokens) - windows * seq_len).sum())
+        if self._sidecar is None:
+            self.tokens -= 1  # the first token is no label
         batches = -(-count // (micro_batch * data_parallel))
-        padded = np.full(batches * data_parallel * micro_batch, -1, np.int64)  # -1: an empty window
-        padded[:count] = numbers
-        self._mine = padded.reshape(batches, data_parallel, micro_batch)[:, rank]
+        padded = np.full(batches * data_parallel * micro_batch, _NO_WINDOW, np.int64)
+        padded[:count] = windows
+        self._windows = padded.reshape(batches, data_parallel, micro_batch)[:, rank]  # of this rank
 
     @property
     def text_bytes(self) -> float | None:
-        """UTF-8 bytes of text that the labels stand for, for bits per byte; None where no sidecar says.
+        """UTF-8 bytes of the text behind the labels, for bits per byte; None without a sidecar.
 
-        Exact when `whole`; for a part of the corpus its share of all bytes by tokens.
+        Exact if `is_complete`; for part of a corpus, estimated by its fraction of the tokens.
         """
-        if self._facts is None:
+        if self._sidecar is None:
             return None
-        return self._facts.text_bytes * self.tokens / self._facts.tokens
+        return self._sidecar.text_bytes * self.tokens / self._sidecar.tokens
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """A loss in nats per label as bits per byte of text, which no tokenizer changes; None without a sidecar."""
-        size = self.text_bytes
-        return loss * self.tokens / size / math.log(2) if size else None
+        """Convert a loss (nats per token) to bits per byte of text, which do not depend on the tokenizer.
+
+        None without a sidecar.
+        """
+        text_bytes = self.text_bytes
+        return loss * self.tokens / text_bytes / math.log(2) if text_bytes else None
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches in order: as many on every rank, so that all can meet after each one.
+        """Yield this rank's batches in order. All ranks have the same number of batches, so they stay in step.
 
-        Raises CorpusChanged where the corpus is no longer what was opened.
+        Raises CorpusChanged if the corpus is no longer what was opened.
         """
         self._corpus.check_unchanged()
-        for numbers in self._mine.tolist():
-            inputs = np.zeros((len(numbers), self._seq_len), np.int64)
-            labels = np.full_like(inputs, IGNORED)
-            for row, number in enumerate(numbers):
-                if number >= 0:
-                    self._fill(number * self._seq_len, inputs[row], labels[row])
+        for windows in self._windows.tolist():
+            inputs = np.zeros((len(windows), self._seq_len), np.int64)
+            labels = np.full_like(inputs, IGNORE_INDEX)
+            for row, window in enumerate(windows):
+                if window != _NO_WINDOW:
+                    self._fill_row(window * self._seq_len, inputs[row], labels[row])
             yield Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
 
     def __len__(self) -> int:
-        return len(self._mine)
+        """Return the number of batches per rank."""
+        return len(self._windows)
 
-    def _fill(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-        """Write the window whose first label is token `start`, and before each label the token that precedes it."""
-        count, before = min(self._seq_len, len(self._corpus.tokens) - start), min(start, 1)
-        ids = np.frombuffer(self._corpus.stretch(start - before, before + count), self._corpus.dtype)
+    def _fill_row(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+        """Write the window whose first label is token `start`, with the token before each label as its input."""
+        count = min(self._seq_len, len(self._corpus.tokens) - start)
+        before = min(start, 1)  # tokens before the first label: 0 at the start of the corpus
+        ids = np.frombuffer(self._corpus.read_range(start - before, before + count), self._corpus.dtype)
         labels[:count] = ids[before:]
         inputs[1 - before : count] = ids[:-1]
-        if start == 0 and self._facts:
-            inputs[0] = self._facts.eod
+        if start == 0 and self._sidecar:
+            inputs[0] = self._sidecar.eod
         elif start == 0:
-            labels[0] = IGNORED
+            labels[0] = IGNORE_INDEX
 
 
-def together(losses: Sequence[tuple[Evaluation, float]]) -> tuple[float, float | None]:
-    """Loss and bits per byte over all corpora together, each with its own loss; no bits where a sidecar is missing."""
+def combine_losses(losses: Sequence[tuple[EvaluationBatches, float]]) -> tuple[float, float | None]:
+    """Return the loss over all tokens of several corpora, and its bits per byte.
+
+    Args:
+        losses: each corpus with its own loss (nats per token).
+
+    Returns:
+        Loss in nats per token, and bits per byte (None if a corpus has no sidecar).
+    """
     tokens = sum(part.tokens for part, _ in losses)
     loss = sum(loss * (part.tokens / tokens) for part, loss in losses)
-    sizes = [part.text_bytes for part, _ in losses]
-    known = sum(size for size in sizes if size is not None)
-    return loss, None if None in sizes else loss * tokens / known / math.log(2)
+    text_bytes = 0.0
+    for part, _ in losses:
+        if part.text_bytes is None:
+            return loss, None
+        text_bytes += part.text_bytes
+    return loss, loss * tokens / text_bytes / math.log(2)

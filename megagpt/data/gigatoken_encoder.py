@@ -1,4 +1,4 @@
-"""The engine gigatoken: sentencepiece's ids, many times faster, for the tokenizers that `tokenizer train` makes."""
+"""The gigatoken engine: encodes much faster than SentencePiece, for the tokenizers of `megagpt tokenizer train`."""
 
 from __future__ import annotations
 
@@ -8,63 +8,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.encoder import Encoder
-from megagpt.data.sentencepiece_model import EOD_PIECE, ids_and_merges
+from megagpt.data.encoder import CachedEncoder
+from megagpt.data.sentencepiece_model import EOD_PIECE, bpe_vocab_and_merges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
-_GROWTH = 40 << 20  # bytes of memory that its cache may take, which it never shrinks by itself
-_AS_IT_STANDS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-_END = EOD_PIECE.encode()
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-_DO = "leave out --engine: sentencepiece encodes with any tokenizer"
+_CACHE_GROWTH = 40 << 20  # bytes that gigatoken's cache may grow before it is emptied; it never shrinks by itself
+_PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+_EOD = EOD_PIECE.encode()
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_DO = "leave out --engine: SentencePiece encodes with any tokenizer"
 
 
-class GigatokenEncoder(Encoder):
-    """Encodes as `Encoder` does, by another package.
+class GigatokenEncoder(CachedEncoder):
+    """Encodes to the same bytes as `CachedEncoder`, with the package gigatoken.
 
-    That makes the ids of control symbols out of their spelling; a text that holds one goes by sentencepiece.
-    Raises UserError where the package is missing, or for a tokenizer that it is not known to be exact for: with
-    a blank put before a text, for one, its ids are others.
+    gigatoken turns the spelling of a control symbol into its id, so texts that contain one go to SentencePiece.
+
+    Raises:
+        UserError: gigatoken is not installed, or the tokenizer is not word-local. For other tokenizers gigatoken's
+            ids can differ, for example if a space is added before the text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         check_gigatoken(tokenizer)
-        self._load()
-        self._most = _resident() + _GROWTH
+        self._reset_engine()
+        self._memory_limit = _resident_bytes() + _CACHE_GROWTH
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Ids of each text, without the end-of-document symbol. The texts hold no lone surrogates."""
-        if _resident() > self._most:
-            self._load()
-            # Where the memory did not come back at once, the next time is not the next batch.
-            self._most = max(self._most, _resident() + _GROWTH // 4)
-        if encoded := self._together(texts):
+        """Return the ids of each text, without the end-of-document token. Texts must not hold lone surrogates."""
+        if _resident_bytes() > self._memory_limit:
+            self._reset_engine()
+            # If the memory was not returned to the system at once, avoid another reset at the next batch.
+            self._memory_limit = max(self._memory_limit, _resident_bytes() + _CACHE_GROWTH // 4)
+        if encoded := self._encode_in_one_call(texts):
             return encoded
-        return [(self._together([text]) or super(GigatokenEncoder, self).encode([text]))[0] for text in texts]
+        by_sentencepiece = super().encode
+        return [(self._encode_in_one_call([text]) or by_sentencepiece([text]))[0] for text in texts]
 
-    def _together(self, texts: Sequence[str]) -> list[bytes] | None:
-        """Ids of texts that are encoded in one call, which costs least; None where they spell a control symbol."""
-        ended = b"".join([text.encode() + _END for text in texts])
+    def _encode_in_one_call(self, texts: Sequence[str]) -> list[bytes] | None:
+        """Return the ids of each text from a single call, which is cheapest; None if a text holds a control symbol."""
+        joined = b"".join([text.encode() + _EOD for text in texts])
         for symbol in self._tokenizer.control_symbols:
-            if ended.count(symbol.encode()) != (len(texts) if symbol == EOD_PIECE else 0):
+            if joined.count(symbol.encode()) != (len(texts) if symbol == EOD_PIECE else 0):
                 return None
-        ids = self._engine.encode(ended).astype(self._dtype)
+        ids = self._engine.encode(joined).astype(self._dtype)
         ends = ((ids == self._tokenizer.eod).nonzero()[0] * self.width).tolist()
-        content, begins = ids.tobytes(), [0, *(end + self.width for end in ends)]
-        return [content[begin:end] for begin, end in zip(begins, ends, strict=False)]
+        content = ids.tobytes()
+        starts = [0, *(end + self.width for end in ends)]
+        return [content[start:end] for start, end in zip(starts, ends, strict=False)]
 
-    def _load(self) -> None:
-        """Begin with an empty cache."""
-        self._engine: Any = None  # the old one goes first
-        self._engine = _opened(self._tokenizer)
+    def _reset_engine(self) -> None:
+        """Replace the engine by one with an empty cache."""
+        self._engine: Any = None  # releases the memory of the old one first
+        self._engine = _build_engine(self._tokenizer)
 
 
 def check_gigatoken(tokenizer: Tokenizer) -> None:
-    """Raise UserError as `GigatokenEncoder` would."""
-    if not tokenizer.by_words:
-        what = "the engine gigatoken gives sentencepiece's ids only for tokenizers of `megagpt tokenizer train`"
+    """Raise UserError if `GigatokenEncoder` cannot be used with this tokenizer."""
+    if not tokenizer.is_word_local:
+        what = "the engine gigatoken matches SentencePiece's ids only for tokenizers of `megagpt tokenizer train`"
         raise UserError(what, str(tokenizer.path), _DO)
     try:
         import gigatoken  # noqa: F401
@@ -73,12 +77,12 @@ def check_gigatoken(tokenizer: Tokenizer) -> None:
         raise UserError(what, "--engine", 'pip install "megagpt[gigatoken]", or leave out --engine') from None
 
 
-def _opened(tokenizer: Tokenizer) -> Any:
-    """The engine, from what its own reader of .model files would make of one that is "by words", in half the time."""
+def _build_engine(tokenizer: Tokenizer) -> Any:
+    """Build what gigatoken's own reader of .model files would build from a word-local model, in half the time."""
     import gigatoken
 
-    ids, merges = ids_and_merges(tokenizer.path.read_bytes())
-    symbols = [{"id": ids[symbol], "content": symbol, **_AS_IT_STANDS} for symbol in (*tokenizer.control_symbols, "\n")]
+    ids, merges = bpe_vocab_and_merges(tokenizer.path.read_bytes())
+    symbols = [{"id": ids[symbol], "content": symbol, **_PLAIN_TOKEN} for symbol in (*tokenizer.control_symbols, "\n")]
     model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     content = {
         "added_tokens": symbols,
@@ -92,6 +96,6 @@ def _opened(tokenizer: Tokenizer) -> Any:
         raise UserError(what, str(tokenizer.path), _DO) from None
 
 
-def _resident() -> int:
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+def _resident_bytes() -> int:
+    """Return the resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES

@@ -1,4 +1,4 @@
-"""Writes .bin, alone or one of several that write it together, with checksums of its stretches."""
+"""Writes .bin, alone or together with other processes, with a checksum for each 64 MiB range."""
 
 from __future__ import annotations
 
@@ -7,68 +7,82 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from megagpt.data.checksums import joined
+from megagpt.data.checksums import combine_crc32
 
-_STRETCH = 1 << 26  # bytes of .bin that have a checksum of their own
-Stretches = list[tuple[int, int]]
-"""Bytes, and CRC-32, of stretches one after the other."""
+_RANGE = 1 << 26  # bytes of .bin that have a checksum of their own
+ChecksummedRanges = list[tuple[int, int]]
+"""Length in bytes and CRC-32 of consecutive ranges of a file."""
 
 
-class IdFile:
-    """A new .bin; or, at byte `start` of one that is there, what this writer writes of it.
+class BinWriter:
+    """Writer of a new .bin, or of one part of a .bin that several processes write.
 
-    Stretches end where the whole file's do, whoever writes: those of several writers go together.
+    Ranges end at multiples of 64 MiB in the whole file, whoever writes them, so that `merge_ranges` can join the
+    ranges of several writers.
+
+    Args:
+        path: the file to write.
+        start: byte offset at which this writer starts in a file that exists; None creates the file.
     """
 
     def __init__(self, path: Path, start: int | None = None) -> None:
         self._file = path.open("wb" if start is None else "r+b")
         self._file.seek(start or 0)
-        self._room = _STRETCH - (start or 0) % _STRETCH
-        self._stretches: Stretches = []
-        self._begun = self._crc32 = 0  # of the stretch that is written
+        self._range_left = _RANGE - (start or 0) % _RANGE
+        self._ranges: ChecksummedRanges = []
+        self._range_bytes = 0
+        self._range_crc32 = 0
 
-    def __enter__(self) -> IdFile:
+    def __enter__(self) -> BinWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def write(self, ids: bytes | memoryview) -> None:
-        """Append ids in the type of .bin."""
+        """Append ids, given as the bytes of .bin."""
         view = memoryview(ids)
-        while len(view) >= (room := self._room):
-            self._append(view[:room])
-            view = view[room:]
-            self._end_stretch()
+        while len(view) >= self._range_left:
+            end = self._range_left
+            self._append(view[:end])
+            view = view[end:]
+            self._end_range()
         self._append(view)
 
-    def finish(self) -> Stretches:
-        """Have it on the disk; what was written."""
-        self._end_stretch()
+    def finish(self) -> ChecksummedRanges:
+        """Flush the file to disk and return the ranges that were written."""
+        self._end_range()
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self._stretches
+        return self._ranges
 
     def _append(self, ids: memoryview) -> None:
         self._file.write(ids)
-        self._crc32 = zlib.crc32(ids, self._crc32)
-        self._begun += len(ids)
-        self._room -= len(ids)
+        self._range_crc32 = zlib.crc32(ids, self._range_crc32)
+        self._range_bytes += len(ids)
+        self._range_left -= len(ids)
 
-    def _end_stretch(self) -> None:
-        if self._begun:
-            self._stretches.append((self._begun, self._crc32))
-        self._begun = self._crc32 = 0
-        self._room = self._room or _STRETCH
+    def _end_range(self) -> None:
+        if self._range_bytes:
+            self._ranges.append((self._range_bytes, self._range_crc32))
+        self._range_bytes = 0
+        self._range_crc32 = 0
+        if self._range_left == 0:
+            self._range_left = _RANGE
 
 
-def whole_stretches(parts: Iterable[tuple[int, int]]) -> Stretches:
-    """The stretches of a file out of what its writers wrote, in their order."""
-    whole: Stretches = []
-    size = checksum = 0
-    for more, crc32 in parts:
-        size, checksum = size + more, joined(checksum, crc32, more)
-        if size == _STRETCH:
-            whole.append((size, checksum))
-            size = checksum = 0
-    return [*whole, (size, checksum)] if size else whole
+def merge_ranges(parts: Iterable[tuple[int, int]]) -> ChecksummedRanges:
+    """Merge the ranges of several writers, in file order, into the 64 MiB ranges of the whole file."""
+    ranges: ChecksummedRanges = []
+    size = 0
+    checksum = 0
+    for part_size, part_crc32 in parts:
+        size += part_size
+        checksum = combine_crc32(checksum, part_crc32, part_size)
+        if size == _RANGE:
+            ranges.append((size, checksum))
+            size = 0
+            checksum = 0
+    if size:
+        ranges.append((size, checksum))
+    return ranges

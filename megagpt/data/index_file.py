@@ -1,4 +1,4 @@
-"""Writes .idx (see indexed.py for its layout) in bounded memory."""
+"""Writes .idx (see the corpus reader for its layout) in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,72 +11,94 @@ from typing import IO, Any
 
 import numpy as np
 
-from megagpt.data.checksums import joined
-from megagpt.data.indexed import CODES, HEADER, MAGIC, Tokens
+from megagpt.data.checksums import combine_crc32
+from megagpt.data.indexed import DTYPE_BY_CODE, HEADER, MAGIC, IntArray
 
-_BLOCK = 1 << 16  # entries worked on at a time
+_BLOCK = 1 << 16  # index entries processed at a time
 
 
-class IndexFile:
-    """An .idx that grows: `sequences` and `documents` are counted.
+class IdxWriter:
+    """Writer of an .idx file.
 
-    Lengths are written where they belong. The ends of documents come after all offsets, whose number is known last:
-    until then they are in a file without a name, which vanishes even if this process is killed.
+    Sequence lengths are written to their final offset at once. Document boundaries follow the sequence offsets in
+    the file, and the number of sequences is only known at the end, so they are collected in an unnamed temporary
+    file, which disappears even if this process is killed.
+
+    Args:
+        path: the file to write.
+        dtype: type of the ids in .bin.
+
+    Attributes:
+        sequences: number of sequences so far.
+        documents: number of documents so far.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._path, self._dtype = path, dtype
-        self.sequences = self.documents = self._crc32 = 0
-        self._plain = 0  # documents at the head with one sequence each, whose ends need not be kept
+        self._path = path
+        self._dtype = dtype
+        self.sequences = 0
+        self.documents = 0
+        self._crc32 = 0
+        # The first documents that have one sequence each: their boundaries count up, and are not collected.
+        self._single_sequence_documents = 0
         with ExitStack() as stack:
             self._file: IO[bytes] = stack.enter_context(path.open("wb"))
             self._file.seek(HEADER.size)
-            self._ends: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            self._boundaries: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
             self._files = stack.pop_all()
 
-    def __enter__(self) -> IndexFile:
+    def __enter__(self) -> IdxWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, lengths: Tokens, document_ends: Tokens | None) -> None:
-        """Append sequences of so many tokens each, and documents that end with so many of these; None: one each."""
+    def add(self, lengths: IntArray, document_ends: IntArray | None) -> None:
+        """Append sequences and the ends of documents.
+
+        Args:
+            lengths: tokens per sequence, `[sequences]`.
+            document_ends: for each document that ends, the number of the sequences in `lengths` up to its end,
+                `[documents]`. None: one document per sequence.
+        """
         self._write(lengths.astype("<i4", copy=False))
-        before = self.documents
+        documents_before = self.documents
         self.documents += len(lengths if document_ends is None else document_ends)
-        if document_ends is None and self._plain == before == self.sequences:
-            self._plain = self.documents
+        if document_ends is None and self._single_sequence_documents == documents_before == self.sequences:
+            self._single_sequence_documents = self.documents
         else:
             ends = np.arange(1, len(lengths) + 1) if document_ends is None else document_ends
-            self._ends.write((ends + np.int64(self.sequences)).astype("<i8", copy=False).data)
+            self._boundaries.write((ends + np.int64(self.sequences)).astype("<i8", copy=False).data)
         self.sequences += len(lengths)
 
     def finish(self) -> int:
-        """Write what is missing and have it all on the disk; its CRC-32."""
+        """Write offsets, document boundaries and header, flush the file to disk, and return its CRC-32."""
         self._write_offsets()
-        for at in range(0, self._plain + 1, _BLOCK):
-            self._write(np.arange(at, min(at + _BLOCK, self._plain + 1), dtype="<i8"))
-        self._ends.seek(0)
-        ends = np.empty(_BLOCK, "<i8")
-        while size := self._ends.readinto(ends.data):  # type: ignore[attr-defined]
-            self._write(ends[: size // 8])
-        size = self._file.tell() - HEADER.size
-        code = next(code for code, kind in CODES.items() if kind == self._dtype)
+        boundaries = self._single_sequence_documents + 1
+        for start in range(0, boundaries, _BLOCK):
+            self._write(np.arange(start, min(start + _BLOCK, boundaries), dtype="<i8"))
+        self._boundaries.seek(0)
+        block = np.empty(_BLOCK, "<i8")
+        while size := self._boundaries.readinto(block.data):  # type: ignore[attr-defined]
+            self._write(block[: size // 8])
+        body_bytes = self._file.tell() - HEADER.size
+        code = next(code for code, dtype in DTYPE_BY_CODE.items() if dtype == self._dtype)
         header = HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1)
         self._file.seek(0)
         self._file.write(header)
         self._file.flush()
         os.fsync(self._file.fileno())
-        return joined(zlib.crc32(header), self._crc32, size)
+        return combine_crc32(zlib.crc32(header), self._crc32, body_bytes)
 
     def _write_offsets(self) -> None:
+        """Compute the byte offset of each sequence from the lengths that were written, block by block."""
         self._file.flush()
-        lengths, offsets = np.empty(_BLOCK, "<i4"), np.zeros(_BLOCK + 1, "<i8")
+        lengths = np.empty(_BLOCK, "<i4")
+        offsets = np.zeros(_BLOCK + 1, "<i8")
         with self._path.open("rb") as file:
             file.seek(HEADER.size)
-            for at in range(0, self.sequences, _BLOCK):
-                count = min(_BLOCK, self.sequences - at)
+            for start in range(0, self.sequences, _BLOCK):
+                count = min(_BLOCK, self.sequences - start)
                 file.readinto(lengths[:count].data)
                 offsets[1 : count + 1] = lengths[:count]
                 offsets[1 : count + 1] *= self._dtype.itemsize
@@ -84,8 +106,8 @@ class IndexFile:
                 self._write(offsets[:count])
                 offsets[0] = offsets[count]
 
-    def _write(self, numbers: Tokens) -> None:
-        """Append numbers of the right type."""
-        content = np.ascontiguousarray(numbers).data
+    def _write(self, entries: IntArray) -> None:
+        """Append entries that already have the type of the file."""
+        content = np.ascontiguousarray(entries).data
         self._file.write(content)
         self._crc32 = zlib.crc32(content, self._crc32)

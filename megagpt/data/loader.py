@@ -1,4 +1,4 @@
-"""Batches of one data-parallel rank, read straight from the corpora as they are needed."""
+"""Training batches of one data-parallel rank, read directly from the corpora when they are needed."""
 
 from __future__ import annotations
 
@@ -14,36 +14,53 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import Reader, corpus_file
-from megagpt.data.order import Order, rank_positions
-from megagpt.data.sidecar import check_one_tokenizer
-from megagpt.data.skips import Skips
+from megagpt.data.indexed import CorpusReader, corpus_file
+from megagpt.data.order import Sampler, rank_positions
+from megagpt.data.sidecar import check_same_tokenizer
+from megagpt.data.skips import SkippedRanges
 from megagpt.errors import UserError
+from megagpt.state import IGNORE_INDEX
 
-IGNORED = -100  # a label that takes no part in the loss
-_AT_ONCE = 4096  # samples that are located together: hardly dearer than a handful
-_LOOKED_AT = 64  # of those, to see whether they are in memory
-_DOCUMENTS = 64  # whose last token is looked at
-_LENGTHS = 1024  # of sequences that are compared
-_Stretches = tuple[list[int], list[int], list[int]]  # files, bytes, offsets: as os.pread takes them
+_LOCATED_SAMPLES = 4096  # located at a time, which costs hardly more than locating a few
+_CACHE_PROBES = 64  # samples of those that are tested for being in the page cache
+_CHECKED_DOCUMENTS = 64  # documents whose last token is compared with the end-of-document token
+_CHECKED_LENGTHS = 1024  # sequences whose lengths are compared to recognize packed corpora
+_Reads = tuple[list[int], list[int], list[int]]  # file descriptors, bytes, offsets: the arguments of os.pread
 
 
 class Batch(NamedTuple):
-    """One micro-batch: `input_ids` and `labels` (shifted already), int64 `[micro, seq]`."""
+    """One micro-batch: `input_ids` and `labels` (already shifted), int64 `[micro_batch, seq_len]`."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
 class Loader:
-    """Gives the micro-batches of one data-parallel rank for the update at any data position.
+    """Loads the micro-batches of one data-parallel rank for the update at any data position.
 
-    `sources` are (prefix, weight) pairs; a weight counts samples, or with `by_epochs` times through the source, and
-    only in relation to the others. `skip` are the (first, last) data positions that are left out. `order` says which
-    sample comes when; `notes` says which corpora are unverified; `fingerprint` (plain JSON values) names the data and
-    its order, for comparison on resume. `pinned` batches can be copied to a GPU while it computes.
-    Raises UserError where a corpus is missing, damaged, too short, made by another tokenizer, packed for another
-    seq_len, or holds ids that the model does not know.
+    Args:
+        sources: (prefix, weight) pairs. Weights are relative to each other: numbers of samples, or with `by_epochs`
+            numbers of passes through the source.
+        seq_len: tokens per sample.
+        seed: seed of the data order.
+        vocab_size: number of ids that the model knows.
+        micro_batch: samples per micro-batch.
+        accumulation: micro-batches per update and rank.
+        rank: data-parallel rank.
+        data_parallel: number of data-parallel ranks.
+        tokenizer: path of the model's tokenizer, to be compared with those of the corpora.
+        by_epochs: whether weights count epochs.
+        skip: (first, last) data positions that are not trained on, both inclusive.
+        pinned: whether batches are in pinned memory, from which a GPU can copy while it computes.
+
+    Attributes:
+        sampler: maps data positions to samples.
+        notes: messages for the user, such as which corpora are unverified.
+        fingerprint: identifies the data and its order (plain JSON values), for comparison when a run is resumed.
+
+    Raises:
+        UserError: a corpus is missing, damaged or too short, was made with another tokenizer, is packed for another
+            seq_len, or holds ids that the model does not know.
     """
 
     def __init__(
@@ -62,8 +79,8 @@ class Loader:
         skip: Sequence[tuple[int, int]] = (),
         pinned: bool = False,
     ) -> None:
-        self._readers = [Reader(prefix) for prefix, _ in sources]
-        probes = [check_ids(reader, vocab_size, tokenizer) for reader in self._readers]
+        self._readers = [CorpusReader(prefix) for prefix, _ in sources]
+        probes = [check_vocabulary(reader, vocab_size, tokenizer) for reader in self._readers]
         weights = [
             weight * len(reader.tokens) if by_epochs else weight
             for (_, weight), reader in zip(sources, self._readers, strict=True)
@@ -73,191 +90,224 @@ class Loader:
             if len(reader.tokens) <= seq_len:
                 what = f"the corpus has {len(reader.tokens):,} tokens, fewer than one sample ({seq_len + 1:,})"
                 raise UserError(what, reader.prefix, "prepare more text, or lower model.seq_len")
-        packed = [number for number, reader in enumerate(self._readers) if reader.packed]
-        self.order = Order([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
-        self.notes = tuple(note for reader in self._readers if (note := unverified(reader)))
+        packed = [index for index, reader in enumerate(self._readers) if reader.packed]
+        self.sampler = Sampler([len(reader.tokens) for reader in self._readers], weights, seq_len, seed, packed)
+        self.notes = tuple(note for reader in self._readers if (note := _unverified_note(reader)))
         self.fingerprint: dict[str, Any] = {
             "seq_len": seq_len,
             "seed": seed,
-            "sources": [_facts(*source) for source in zip(self._readers, weights, probes, strict=True)],
+            "sources": [_identity(*source) for source in zip(self._readers, weights, probes, strict=True)],
         }
-        self._in_turn = itertools.cycle(self._readers)
-        self._opened = np.array([(reader.file, reader.dtype.itemsize) for reader in self._readers]).T
-        self._by_file = {reader.file: reader for reader in self._readers}
-        self._fillers = {r.file: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
-        self._kinds = list({reader.dtype for reader in self._readers})
-        self._skips, self._pinned = Skips(skip), pinned
-        self._share = (rank, data_parallel, micro_batch)
-        self._shape = (accumulation, micro_batch)
-        self._samples = micro_batch * accumulation
+        self._next_to_check = itertools.cycle(self._readers)
+        self._fds_and_widths = np.array([(reader.fd, reader.dtype.itemsize) for reader in self._readers]).T
+        self._reader_by_fd = {reader.fd: reader for reader in self._readers}
+        self._padding_by_fd = {r.fd: r.sidecar.eod for r in self._readers if r.sidecar and r.packed}
+        self._dtypes = list({reader.dtype for reader in self._readers})
+        self._skipped = SkippedRanges(skip)
+        self._pinned = pinned
+        self._rank, self._data_parallel = rank, data_parallel
+        self._micro_batch, self._accumulation = micro_batch, accumulation
+        self._samples = micro_batch * accumulation  # per update and rank
         self._global_batch = data_parallel * self._samples
-        self._begin_at(0)
+        self._plan_updates(0)
 
     def batches(self, position: int) -> list[Batch]:
-        """The micro-batches `[accumulation]` of the update that begins at this data position.
+        """Load the micro-batches `[accumulation]` of the update that starts at this data position.
 
-        The samples of the update after it are asked for from the disk on the way, unless they seem to be in memory.
-        Raises CorpusChanged where a corpus is no longer what was opened: at once if it was cut short, else when its
-        turn comes to be looked at.
+        The samples of the following update are prefetched from the disk, unless they seem to be in the page cache.
+        Raises CorpusChanged if a corpus is no longer what was opened: at once if it was truncated, else when its turn
+        comes to be checked (one corpus per update).
         """
-        next(self._in_turn).check_unchanged()
-        number = self._skips.number(position)
-        stretches = self._of_update(number)
-        samples = self._read(stretches)
-        if not self._cached:
-            for file, size, offset in zip(*self._of_update(number + self._global_batch), strict=True):
-                os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
-        if not self._fillers:
+        next(self._next_to_check).check_unchanged()
+        start = self._skipped.kept_index(position)
+        reads = self._reads_of_update(start)
+        samples = self._read(reads)
+        if not self._in_page_cache:
+            for fd, size, offset in zip(*self._reads_of_update(start + self._global_batch), strict=True):
+                os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+        if not self._padding_by_fd:
             return [self._batch(micro, micro[:, 1:]) for micro in samples]
-        fillers = np.array([self._fillers.get(file, IGNORED) for file in stretches[0]]).reshape(*self._shape, 1)
-        return [self._batch(micro, _labels(micro, f)) for micro, f in zip(samples, fillers, strict=True)]
+        padding = np.array([self._padding_by_fd.get(fd, IGNORE_INDEX) for fd in reads[0]])
+        padding = padding.reshape(self._accumulation, self._micro_batch, 1)
+        return [self._batch(micro, _packed_labels(micro, ids)) for micro, ids in zip(samples, padding, strict=True)]
 
     def document_end(self, given: int | None) -> int:
-        """The token id that ends each document: what the corpora say, or `given`.
+        """Return the token id that ends each document.
 
-        Raises UserError where neither says it, where they differ, or where documents end otherwise.
+        Args:
+            given: `data.eod` of the recipe; None takes the id from the corpora.
+
+        Raises:
+            UserError: the id is unknown, the corpora or `given` disagree, or documents end with another token.
         """
-        ends: dict[int, str] = {} if given is None else {given: "data.eod"}
+        origins: dict[int, str] = {} if given is None else {given: "data.eod"}
         for reader in self._readers:
             if reader.sidecar:
-                ends.setdefault(reader.sidecar.eod, reader.prefix)
-        if len(ends) != 1:
-            said = "\n".join(f"{end}  {where}" for end, where in ends.items())
-            what = "the corpora do not agree" if ends else "no corpus says"
-            do = "prepare the corpora with one tokenizer" if ends else "give data.eod"
-            raise UserError(f"{what} which token ends a document", said or "data.document_mask", do)
-        (end,) = ends
+                origins.setdefault(reader.sidecar.eod, reader.prefix)
+        if not origins:
+            what = "no corpus defines the token that ends a document"
+            raise UserError(what, "data.document_mask", "set data.eod")
+        if len(origins) > 1:
+            what = "the corpora disagree about the token that ends a document"
+            where = "\n".join(f"{end}  {origin}" for end, origin in origins.items())
+            raise UserError(what, where, "prepare the corpora with one tokenizer")
+        (end,) = origins
         for reader in self._readers:
-            if reader.file not in self._fillers:  # a document longer than a sample ends elsewhere
-                _check_ends(reader, end)
+            if reader.fd not in self._padding_by_fd:  # long documents of packed corpora end in a later sample
+                _check_document_ends(reader, end)
         return end
 
-    def span(self, position: int) -> int:
-        """How many data positions the update at `position` uses up: the global batch, and what is left out by hand."""
-        last = self._skips.number(position) + self._global_batch - 1
-        return int(self._skips.positions(np.array([last]))[0]) + 1 - position
+    def positions_used(self, position: int) -> int:
+        """Return how many data positions the update at `position` uses: the global batch and any skipped positions."""
+        last = self._skipped.kept_index(position) + self._global_batch - 1
+        return int(self._skipped.to_positions(np.array([last]))[0]) + 1 - position
 
-    def _of_update(self, number: int) -> _Stretches:
-        """This rank's samples of the update that begins at the kept position of this number."""
-        if number not in self._updates:
-            self._begin_at(number)
-        return self._updates[number]
+    def _reads_of_update(self, start: int) -> _Reads:
+        """Return where this rank's samples of the update are that starts at a kept index."""
+        if start not in self._planned:
+            self._plan_updates(start)
+        return self._planned[start]
 
-    def _begin_at(self, number: int) -> None:
-        """Have the updates ready of some 4,096 samples from a kept position on."""
-        count = max(1, _AT_ONCE // self._samples)
-        positions = self._skips.positions(rank_positions(number, *self._share, self._shape[0] * count))
-        located = self.order.locate(positions.reshape(-1))
-        files, widths = self._opened[:, located.source]
-        parts = (files, widths * (self.order.seq_len + 1), located.start * widths)
-        looked_at = slice(None, None, -(-len(files) // _LOOKED_AT))
-        self._cached = _are_cached(zip(*(part[looked_at].tolist() for part in parts), strict=True))
-        numbers = range(number, number + count * self._global_batch, self._global_batch)
-        updates = zip(*(part.reshape(count, -1).tolist() for part in parts), strict=True)
-        self._updates: dict[int, _Stretches] = dict(zip(numbers, updates, strict=True))
+    def _plan_updates(self, start: int) -> None:
+        """Locate the samples of the updates from a kept index on, about 4,096 samples at a time."""
+        updates = max(1, _LOCATED_SAMPLES // self._samples)
+        steps = self._accumulation * updates
+        kept_indices = rank_positions(start, self._rank, self._data_parallel, self._micro_batch, steps)
+        locations = self.sampler.locate(self._skipped.to_positions(kept_indices).reshape(-1))
+        fds, widths = self._fds_and_widths[:, locations.source]
+        reads = (fds, widths * (self.sampler.seq_len + 1), locations.start * widths)
+        probes = slice(None, None, -(-len(fds) // _CACHE_PROBES))
+        self._in_page_cache = _are_cached(zip(*(part[probes].tolist() for part in reads), strict=True))
+        starts = range(start, start + updates * self._global_batch, self._global_batch)
+        per_update = zip(*(part.reshape(updates, -1).tolist() for part in reads), strict=True)
+        self._planned: dict[int, _Reads] = dict(zip(starts, per_update, strict=True))
 
-    def _read(self, stretches: _Stretches) -> npt.NDArray[np.int64]:
-        """Samples `[accumulation, micro, seq + 1]`."""
-        readers, length = self._by_file, self.order.seq_len + 1
+    def _read(self, reads: _Reads) -> npt.NDArray[np.int64]:
+        """Read samples `[accumulation, micro_batch, seq_len + 1]`."""
+        length = self.sampler.seq_len + 1
+        fds, sizes, offsets = reads
         try:
-            content = b"".join(map(os.pread, *stretches))
+            content = b"".join(map(os.pread, *reads))
         except OSError:
             content = b""
-        files, sizes, offsets = stretches
-        if len(content) != sum(sizes):  # once more, by what says what is wrong
-            starts = (offset * length // size for size, offset in zip(sizes, offsets, strict=True))
-            content = b"".join(readers[file].stretch(start, length) for file, start in zip(files, starts, strict=True))
-        if len(self._kinds) == 1:  # cast together: twice as fast
-            ids = np.frombuffer(content, self._kinds[0])
+        if len(content) != sum(sizes):  # read again with the reader, which diagnoses the failure
+            content = b"".join(
+                self._reader_by_fd[fd].read_range(offset * length // size, length)
+                for fd, size, offset in zip(fds, sizes, offsets, strict=True)
+            )
+        if len(self._dtypes) == 1:  # converting all samples at once is twice as fast
+            ids = np.frombuffer(content, self._dtypes[0])
         else:
-            begins = itertools.accumulate(sizes[:-1], initial=0)
-            each = zip(files, begins, strict=True)
-            ids = np.concatenate([np.frombuffer(content, readers[file].dtype, length, at) for file, at in each])
-        return ids.astype(np.int64).reshape(*self._shape, length)
+            starts = itertools.accumulate(sizes[:-1], initial=0)
+            ids = np.concatenate(
+                [
+                    np.frombuffer(content, self._reader_by_fd[fd].dtype, length, start)
+                    for fd, start in zip(fds, starts, strict=True)
+                ]
+            )
+        return ids.astype(np.int64).reshape(self._accumulation, self._micro_batch, length)
 
     def _batch(self, samples: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Batch:
-        """One micro-batch out of its samples `[micro, seq + 1]`, which it shares the memory of."""
+        """Build a micro-batch from samples `[micro_batch, seq_len + 1]`, without copying unless it is pinned."""
         batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(labels))
-        # contiguous first: what is copied with gaps between its rows goes by way of memory that is not pinned
-        return Batch(*(part.contiguous().pin_memory() for part in batch)) if self._pinned else batch
+        if not self._pinned:
+            return batch
+        # Made contiguous first: a copy with gaps between its rows would go through memory that is not pinned.
+        return Batch(*(part.contiguous().pin_memory() for part in batch))
 
 
-def _are_cached(stretches: Iterable[tuple[int, int, int]]) -> bool:
-    """Whether these (file, bytes, offset) are all in memory, as far as the file system can tell: no disk is asked."""
+def _are_cached(reads: Iterable[tuple[int, int, int]]) -> bool:
+    """Return whether all (fd, bytes, offset) are in the page cache, as far as the filesystem reports it without I/O."""
     try:
-        return all(os.preadv(file, [bytearray(size)], at, os.RWF_NOWAIT) == size for file, size, at in stretches)
-    except OSError:  # it would have to wait, or cannot tell
+        return all(os.preadv(fd, [bytearray(size)], offset, os.RWF_NOWAIT) == size for fd, size, offset in reads)
+    except OSError:  # reading would block, or the filesystem cannot tell
         return False
 
 
-def _labels(samples: npt.NDArray[np.int64], fillers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Labels of packed samples: what fills them up, an id of `fillers` `[micro, 1]` after itself, is none."""
+def _packed_labels(samples: npt.NDArray[np.int64], padding_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the labels of packed samples. Padding, i.e. a padding id after itself, is ignored.
+
+    `padding_ids` is `[micro_batch, 1]`, with IGNORE_INDEX for samples of sources that are not packed.
+    """
     inputs, labels = samples[:, :-1], samples[:, 1:]
-    return np.where((inputs == fillers) & (labels == fillers), IGNORED, labels)
+    return np.where((inputs == padding_ids) & (labels == padding_ids), IGNORE_INDEX, labels)
 
 
-def check_ids(reader: Reader, vocab_size: int, tokenizer: str | None = None) -> int:
-    """Compare the ids at 64 places spread over the corpus with the model's vocabulary; crc32 of what was seen.
+def check_vocabulary(reader: CorpusReader, vocab_size: int, tokenizer: str | None = None) -> int:
+    """Check that a model knows the ids of a corpus: by its sidecar, and by 64 ranges spread over its tokens.
 
-    Raises UserError if an id does not fit, or if the corpus says itself that its vocabulary is larger, or that it was
-    made by another tokenizer than the one in this file.
+    Args:
+        reader: the corpus.
+        vocab_size: number of ids that the model knows.
+        tokenizer: path of the model's tokenizer; compared by hash if it is a file and the corpus has a sidecar.
+
+    Returns:
+        CRC-32 of the ids that were read.
+
+    Raises:
+        UserError: an id or the vocabulary of the corpus is too large, or the corpus was made with another tokenizer.
     """
     if reader.sidecar and tokenizer and Path(tokenizer).is_file():
         sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-        check_one_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
-    do = "set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
+        check_same_tokenizer(reader.prefix, reader.sidecar, tokenizer, sha256)
+    do = "set model.vocab_size to that of the tokenizer, or prepare the corpus with the model's tokenizer"
     if reader.sidecar and reader.sidecar.vocab_size > vocab_size:
-        what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, the model only one of {vocab_size}"
+        what = f"the corpus has a vocabulary of {reader.sidecar.vocab_size}, but the model has only {vocab_size}"
         raise UserError(what, reader.prefix, do)
     probe = reader.probe
-    odd = probe[(probe < 0) | (probe >= vocab_size)]
-    if odd.size:
-        what = f"the corpus holds token ids such as {odd[0]}, the model knows 0 to {vocab_size - 1}"
+    unknown = probe[(probe < 0) | (probe >= vocab_size)]
+    if unknown.size:
+        what = f"the corpus holds token ids such as {unknown[0]}, but the model knows only 0 to {vocab_size - 1}"
         raise UserError(what, reader.prefix, do)
     return zlib.crc32(probe.tobytes())
 
 
-def _check_packed(reader: Reader, seq_len: int) -> None:
-    """Raise UserError if a corpus is packed for samples of another length."""
+def _check_packed(reader: CorpusReader, seq_len: int) -> None:
+    """Raise UserError if a corpus is packed for another seq_len."""
     if reader.packed not in (None, seq_len):
-        what = f"the corpus is packed for a seq_len of {reader.packed}, the model has one of {seq_len}"
+        what = f"the corpus is packed for a seq_len of {reader.packed}, but the model has {seq_len}"
         do = f"set model.seq_len to {reader.packed}, or prepare the corpus with --pack {seq_len}"
         raise UserError(what, reader.prefix, do)
 
 
-def _check_ends(reader: Reader, end: int) -> None:
-    """Raise UserError if one of 64 documents spread over the corpus does not end with `end`."""
-    for number in np.linspace(0, len(reader.documents) - 2, _DOCUMENTS).astype(np.int64).tolist():
-        document = reader.document(number)
+def _check_document_ends(reader: CorpusReader, end: int) -> None:
+    """Raise UserError if one of 64 documents spread over the corpus does not end with the token `end`."""
+    for index in np.linspace(0, len(reader.documents) - 2, _CHECKED_DOCUMENTS).astype(np.int64).tolist():
+        document = reader.document(index)
         if len(document) and document[-1] != end:
-            what = f"document {number} ends with the token {document[-1]}, not with {end}, which ends documents"
-            raise UserError(
-                what, reader.prefix, "set data.eod right, or prepare the corpus with an end of each document"
-            )
+            what = f"document {index} ends with the token {document[-1]}, not with the end-of-document token {end}"
+            do = "correct data.eod, or prepare the corpus with an end-of-document token after each document"
+            raise UserError(what, reader.prefix, do)
 
 
-def unverified(reader: Reader) -> str:
-    """A sentence for people if the corpus comes without a sidecar, else nothing. It may have been a packed one."""
+def _unverified_note(reader: CorpusReader) -> str:
+    """Return a note for the user if a corpus has no sidecar, else "". Also notes if it looks like a packed corpus."""
     if reader.sidecar:
         return ""
     missing = corpus_file(reader.prefix, ".json")
-    told = f"{reader.prefix}: unverified (no {missing.name} says how it was made)"
-    count, tokens = len(reader), len(reader.tokens)
-    lengths = set(reader.lengths[np.linspace(0, count - 1, min(count, _LENGTHS)).astype(np.int64)].tolist())
-    if lengths != {tokens // count} or count != len(reader.documents) - 1 or count == 1:
-        return told
-    size = tokens // count
-    return f"{told}; all its documents have {size:,} tokens, as if packed for a seq_len of {size - 1:,}: read across"
+    note = f"{reader.prefix}: unverified, since it has no {missing.name}"
+    sequences, tokens = len(reader), len(reader.tokens)
+    checked = np.linspace(0, sequences - 1, min(sequences, _CHECKED_LENGTHS)).astype(np.int64)
+    lengths = set(reader.lengths[checked].tolist())
+    size = tokens // sequences
+    if lengths != {size} or sequences != len(reader.documents) - 1 or sequences == 1:
+        return note
+    return (
+        f"{note}; all its documents have {size:,} tokens, as if it was packed for a seq_len of {size - 1:,}, "
+        "but without a sidecar samples cross document boundaries"
+    )
 
 
-def _facts(reader: Reader, weight: float, probe: int) -> dict[str, Any]:
-    """What tells one corpus from another, wherever it lies."""
-    said = reader.sidecar
-    facts = {
+def _identity(reader: CorpusReader, weight: float, probe_crc32: int) -> dict[str, Any]:
+    """Return what identifies a source of a run, wherever its files are."""
+    sidecar = reader.sidecar
+    identity = {
         "tokens": len(reader.tokens),
-        "crc32": said.bin_crc32 if said else None,
-        "probe_crc32": probe,
-        "tokenizer_sha256": said.tokenizer_sha256 if said else None,
+        "crc32": sidecar.bin_crc32 if sidecar else None,
+        "probe_crc32": probe_crc32,
+        "tokenizer_sha256": sidecar.tokenizer_sha256 if sidecar else None,
         "weight": weight,
     }
-    return facts | ({"packed": reader.packed} if reader.packed else {})
+    if reader.packed:
+        identity["packed"] = reader.packed
+    return identity

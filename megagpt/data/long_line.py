@@ -1,7 +1,8 @@
-"""JSON lines too long to be held in memory: long strings are put aside on the disk while a line is read.
+"""Reader for JSON lines that are too long to hold in memory: long strings are moved to a temporary file.
 
-What is left of the line, its skeleton, has a mark in place of each. It is as good or as broken JSON as the line, and
-json.loads says what it holds or what is wrong with it, so that a long line means what a short one does.
+The rest of the line, its skeleton, contains a marker in place of each long string. The skeleton is valid JSON exactly
+if the line is, and `json.loads` reads the skeleton or reports what is wrong with it. A long line is therefore treated
+in the same way as a short one.
 """
 
 from __future__ import annotations
@@ -16,39 +17,56 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from megagpt.data.decoding import Decoder
+from megagpt.data.decoding import Utf8Decoder
 from megagpt.errors import MachineError
 
-BLOCK = 1 << 20  # bytes read at a time
-_LONG, _HEAD = 4096, 256  # characters of a string that is put aside, and of its beginning that stays: messages show it
-# What a string may be cut between: characters and escapes, of which a high surrogate waits for what comes next.
+BLOCK_BYTES = 1 << 20  # bytes read at a time
+_MAX_INLINE = 4096  # longer strings, in characters, are moved to the file
+_HEAD = 256  # first characters of such a string, which stay in the skeleton because error messages quote them
+# Characters and escape sequences between which a string may be split. A high surrogate is complete only together with
+# what follows it.
 _UNITS = re.compile(
     r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB]).{4} | \\u[dD][89abAB]..(?=[^\\]|\\[^u]|\\u.{4}) )*""",
     re.DOTALL | re.VERBOSE,
 )
 
 
-class LongLine:
-    """A line that begins with `head`, read to its end within the `with` block.
+class LongJsonLine:
+    """A JSON line whose long strings are stored in an unnamed temporary file for the duration of the `with` block.
 
-    `skeleton` is text; `size` (bytes) is the whole line's, and `broken` counts its places that are no UTF-8. Strings
-    lie in `folder` meanwhile (None: where temporary files do), in a file without a name. Raises MachineError where they
-    cannot.
+    Attributes:
+        skeleton: The line as text, with a marker in place of each long string.
+        size: Bytes of the whole line.
+        invalid_utf8: Number of invalid UTF-8 sequences in the line, each replaced by U+FFFD.
     """
 
     def __init__(self, head: bytes, file: IO[bytes], folder: Path | None) -> None:
-        self._mark = secrets.token_hex(16)  # which no text holds
+        """Read the line to its end.
+
+        Args:
+            head: The beginning of the line, already read.
+            file: The file from which the rest of the line is read.
+            folder: The folder of the temporary file; None means the system's folder for temporary files.
+
+        Raises:
+            MachineError: The temporary file cannot be written.
+        """
+        self._marker = secrets.token_hex(16)  # random, so that no text contains it
         self._folder = folder or Path(tempfile.gettempdir())
-        self._parts: list[str] = []
-        self._length = 0  # of the skeleton so far
-        self._shifts: list[tuple[int, int]] = []  # where marks stand, and how much longer is what they stand for
-        self._ends: list[int] = []  # of strings in the file, in bytes
-        self._rest, self._in_string, self._aside, self._failed = "", False, False, False
+        self._parts: list[str] = []  # of the skeleton
+        self._length = 0  # characters of the skeleton so far
+        # Each marker's offset in the skeleton, and the number of characters that it is shorter than its string.
+        self._shifts: list[tuple[int, int]] = []
+        self._ends: list[int] = []  # where each string ends in the temporary file, in bytes
+        self._pending = ""  # text that cannot be interpreted before more of the line is read
+        self._in_string = False
+        self._in_moved_string = False  # the current string is being written to the file
+        self._is_invalid = False
         try:
             self._store: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with the block
         except OSError as error:
-            raise self._cannot_write(error) from None
-        self.size = self.broken = 0
+            raise self._write_error(error) from None
+        self.size = self.invalid_utf8 = 0
         try:
             self._read(head, file)
         except BaseException:
@@ -56,106 +74,114 @@ class LongLine:
             raise
         self.skeleton = "".join(self._parts)
 
-    def __enter__(self) -> LongLine:
+    def __enter__(self) -> LongJsonLine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a full disk, which the error on its way has said
+        with suppress(OSError):  # if the disk is full, the write has already raised an error
             self._store.close()
 
-    def column(self, place: int) -> int:
-        """Where in the line, from 1, the character at a place of the skeleton stands."""
-        return place + 1 + sum(longer for at, longer in self._shifts if at < place)
+    def column(self, offset: int) -> int:
+        """Return the column in the original line, counted from 1, of the character at `offset` in the skeleton."""
+        return offset + 1 + sum(longer for marker, longer in self._shifts if marker < offset)
 
-    def text(self, value: str) -> Iterator[str]:
-        """The whole of a string that json.loads found in the skeleton, in stretches."""
-        head, mark, number = value.partition(self._mark)
+    def read_string(self, value: str) -> Iterator[str]:
+        """Yield, in blocks, the full text of a string that `json.loads` returned for the skeleton."""
+        head, marker, number = value.partition(self._marker)
         yield head
-        if mark:
-            begin, end = [0, *self._ends][int(number)], self._ends[int(number)]
+        if marker:
+            index = int(number)
+            start = self._ends[index - 1] if index else 0
+            end = self._ends[index]
             decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
-            self._store.seek(begin)
-            for at in range(begin, end, BLOCK):
-                yield decoder.decode(self._store.read(min(BLOCK, end - at)))
+            self._store.seek(start)
+            for offset in range(start, end, BLOCK_BYTES):
+                yield decoder.decode(self._store.read(min(BLOCK_BYTES, end - offset)))
 
     def _read(self, block: bytes, file: IO[bytes]) -> None:
-        decoder, ended = Decoder(), False
-        while not ended:
+        decoder, at_end = Utf8Decoder(), False
+        while not at_end:
             self.size += len(block)
-            ended = not block or block.endswith(b"\n")
-            text, broken = decoder.decode(block, final=ended)
-            self.broken += broken
-            if not self._failed:
-                self._add(self._rest + text)
-            block = b"" if ended else file.readline(BLOCK)
-        if not self._failed:
-            self._keep(self._rest)
+            at_end = not block or block.endswith(b"\n")
+            text, invalid = decoder.decode(block, final=at_end)
+            self.invalid_utf8 += invalid
+            if not self._is_invalid:
+                self._scan(self._pending + text)
+            block = b"" if at_end else file.readline(BLOCK_BYTES)
+        if not self._is_invalid:
+            self._keep(self._pending)
 
-    def _add(self, text: str) -> None:
-        """Take in the next stretch; what of it cannot be judged yet is the `_rest`."""
-        at, self._rest = 0, ""
-        while at < len(text):
+    def _scan(self, text: str) -> None:
+        """Process the next text of the line, and leave in `_pending` what cannot be interpreted yet."""
+        offset = 0
+        self._pending = ""
+        while offset < len(text):
             if not self._in_string:
-                quote = text.find('"', at)
+                quote = text.find('"', offset)
                 end = len(text) if quote < 0 else quote + 1
-                self._keep(text[at:end])
-                self._in_string, self._aside, at = quote >= 0, False, end
+                self._keep(text[offset:end])
+                self._in_string, self._in_moved_string = quote >= 0, False
+                offset = end
                 continue
-            end = _whole_units(text, at)
-            closed = text[end : end + 1] == '"'
-            if not closed and end - at <= _LONG:
-                self._rest = text[at:]
+            end = _end_of_units(text, offset)
+            is_closed = text[end : end + 1] == '"'
+            if not is_closed and end - offset <= _MAX_INLINE:
+                self._pending = text[offset:]
                 return
-            self._string(text[at:end], closed)
-            if self._failed:
+            self._add_to_string(text[offset:end], is_closed)
+            if self._is_invalid:
                 return
-            at = end
-            if not closed:
-                self._rest = text[at:]
+            if not is_closed:
+                self._pending = text[end:]
                 return
             self._keep('"')
-            self._in_string, at = False, at + 1
+            self._in_string = False
+            offset = end + 1
 
-    def _string(self, content: str, closed: bool) -> None:
-        """The next stretch of a string, up to its end if it is `closed`."""
-        if not self._aside:
-            if closed and len(content) <= _LONG:
+    def _add_to_string(self, content: str, is_closed: bool) -> None:
+        """Add content to the current string, which ends after it if `is_closed`."""
+        if not self._in_moved_string:
+            if is_closed and len(content) <= _MAX_INLINE:
                 self._keep(content)
                 return
-            head = _whole_units(content[:_HEAD], 0)
+            head = _end_of_units(content[:_HEAD], 0)
             self._keep(content[:head])
             content = content[head:]
         try:
             raw = json.loads(f'"{content}"').encode("utf-8", "surrogatepass")
         except json.JSONDecodeError:
-            # json.loads fails here too, or before: what follows is not looked at.
+            # json.loads of the skeleton will fail here or earlier, so that the rest of the line is irrelevant.
             self._keep(content)
-            self._failed = True
+            self._is_invalid = True
             return
-        if not self._aside:
-            mark = f"{self._mark}{len(self._ends)}"
-            self._shifts.append((self._length, -len(mark)))
-            self._keep(mark)
-            self._ends.append(self._ends[-1] if self._ends else 0)
-            self._aside = True
-        place, longer = self._shifts[-1]
-        self._shifts[-1] = place, longer + len(content)
+        if not self._in_moved_string:
+            self._begin_moved_string()
+        marker, longer = self._shifts[-1]
+        self._shifts[-1] = (marker, longer + len(content))
         self._ends[-1] += len(raw)
         try:
             self._store.write(raw)
             self._store.flush()
         except OSError as error:
-            raise self._cannot_write(error) from None
+            raise self._write_error(error) from None
+
+    def _begin_moved_string(self) -> None:
+        marker = f"{self._marker}{len(self._ends)}"
+        self._shifts.append((self._length, -len(marker)))
+        self._keep(marker)
+        self._ends.append(self._ends[-1] if self._ends else 0)
+        self._in_moved_string = True
 
     def _keep(self, text: str) -> None:
+        """Append text to the skeleton."""
         self._parts.append(text)
         self._length += len(text)
 
-    def _cannot_write(self, error: OSError) -> MachineError:
-        what = f"cannot put the text of a long line aside: {error.strerror}"
-        return MachineError(what, str(self._folder), "make room there, then type the command again")
+    def _write_error(self, error: OSError) -> MachineError:
+        what = f"cannot store the text of a long line: {error.strerror}"
+        return MachineError(what, str(self._folder), "free space there, then run the command again")
 
 
-def _whole_units(text: str, start: int) -> int:
-    """Where the string that goes on at `start` ends, or the last place where it may be cut."""
-    return _UNITS.match(text, start).end()  # type: ignore[union-attr]  # it matches nothing, too
+def _end_of_units(text: str, start: int) -> int:
+    """Return the last offset at which the string that continues at `start` may be split, or where it ends."""
+    return _UNITS.match(text, start).end()  # type: ignore[union-attr]  # the pattern also matches the empty string

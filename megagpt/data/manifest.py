@@ -1,10 +1,10 @@
-"""Manifests: files that list what is prepared, a path a line, and to which corpus it goes.
+"""Manifests: files that list the input files, one path per line, and the corpus that each one belongs to.
 
-    PATH                      to the corpus OUTPUT
-    PATH <tab> NAME           to the corpus OUTPUT.NAME, with all others of this name
-    PATH <tab> NAME <tab> 7   and in a blend this corpus has the weight 7; one line of each name is enough
+    PATH                      goes to the corpus OUTPUT
+    PATH <tab> NAME           goes to the corpus OUTPUT.NAME, with all other files of this name
+    PATH <tab> NAME <tab> 7   also gives this corpus the weight 7 in a blend; one line per name is enough
 
-Relative paths count from the manifest's folder. Empty lines, and those that begin with #, say nothing.
+Relative paths are relative to the manifest's folder. Empty lines and lines that start with # are ignored.
 """
 
 from __future__ import annotations
@@ -17,65 +17,75 @@ from typing import NamedTuple
 from megagpt.errors import UserError
 
 
-class Line(NamedTuple):
-    """What a line asks for, and `where` it stands (`file:line`)."""
+class ManifestEntry(NamedTuple):
+    """One line of a manifest: the path, the name of its corpus ("" for none), and the location `file:line`."""
 
-    name: str
+    path: str
     corpus: str
     where: str
 
 
-class Lines:
-    """Reads manifests, and remembers what they say of each corpus."""
+class ManifestReader:
+    """Reads manifests, and collects the corpora and weights that they name."""
 
     def __init__(self) -> None:
-        self._first: dict[str, str] = {}  # where each corpus is first named
-        self._weights: dict[str, tuple[float, str]] = {}  # and its weight, and where that stands
+        self._first_mention: dict[str, str] = {}  # location at which each corpus is first named
+        self._weights: dict[str, tuple[float, str]] = {}  # weight of each corpus, and the location that sets it
 
-    def read(self, path: Path) -> Iterator[Line]:
-        """The lines of a manifest. Raises UserError where it cannot be read, or a line is wrong."""
+    def read(self, path: Path) -> Iterator[ManifestEntry]:
+        """Yield the entries of a manifest. Raises UserError if it cannot be read, or if a line is invalid."""
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the manifest: {error}", str(path), "write a path a line, in UTF-8") from None
+            do = "write one path per line, in UTF-8"
+            raise UserError(f"cannot read the manifest: {error}", str(path), do) from None
         for number, line in enumerate(lines, 1):
-            name, *columns = (column.strip() for column in line.split("\t"))
-            if line.strip() and not name.startswith("#"):
-                yield self._line(name, columns, f"{path}:{number}")
+            file, *columns = (column.strip() for column in line.split("\t"))
+            if line.strip() and not file.startswith("#"):
+                yield self._entry(file, columns, f"{path}:{number}")
 
     def weights(self, corpora: Set[str]) -> Mapping[str, float]:
-        """The weight of each corpus: of all, or of none. Raises UserError otherwise."""
-        for corpus in sorted(corpora - self._weights.keys()) if self._weights else ():
-            _, where = next(iter(self._weights.values()))
-            what = f"`{corpus}` has no weight" if corpus else "files that go to no named corpus have no weight"
-            place = f"{self._first.get(corpus, 'INPUT')}\n{where}: a weight"
-            raise UserError(what, place, "give every corpus a name and a weight, or none a weight")
+        """Return the weight of each corpus, or nothing if no corpus has one.
+
+        Args:
+            corpora: The names of all corpora of the input; "" is the corpus without a name.
+
+        Raises:
+            UserError: Some corpora have a weight, and others have none.
+        """
+        if self._weights:
+            for corpus in sorted(corpora - self._weights.keys()):
+                _, example = next(iter(self._weights.values()))
+                what = f"`{corpus}` has no weight" if corpus else "files without a named corpus have no weight"
+                where = f"{self._first_mention.get(corpus, 'INPUT')}\n{example}: a weight"
+                raise UserError(what, where, "give every corpus a name and a weight, or give none a weight")
         return {corpus: weight for corpus, (weight, _) in self._weights.items()}
 
-    def _line(self, name: str, columns: list[str], where: str) -> Line:
-        if not name or len(columns) > 2:
-            what = f"this line has {1 + len(columns)} columns" if name else "this line names no file"
+    def _entry(self, path: str, columns: list[str], where: str) -> ManifestEntry:
+        if not path or len(columns) > 2:
+            what = f"this line has {1 + len(columns)} columns" if path else "this line names no file"
             raise UserError(what, where, "write PATH, or PATH <tab> NAME, or PATH <tab> NAME <tab> WEIGHT")
         corpus, weight = [*columns, "", ""][:2]
         if corpus and (corpus.isdecimal() or not corpus.replace("-", "").replace("_", "").isalnum()):
             do = (
-                "name corpora by letters, digits, - and _, after one tab; a weight comes after the name and another tab"
+                "use letters, digits, - and _ in the name, after one tab; a weight comes after the name and another tab"
             )
             raise UserError(f"`{corpus}` cannot be the name of a corpus", where, do)
         if weight:
-            self._weigh(corpus, weight, where)
-        self._first.setdefault(corpus, where)
-        return Line(name, corpus, where)
+            self._set_weight(corpus, weight, where)
+        self._first_mention.setdefault(corpus, where)
+        return ManifestEntry(path, corpus, where)
 
-    def _weigh(self, corpus: str, text: str, where: str) -> None:
+    def _set_weight(self, corpus: str, text: str, where: str) -> None:
         try:
             weight = float(text)
         except ValueError:
             weight = math.nan
         if not corpus or not 0 < weight < math.inf:
-            what = f"`{text}` is no weight" if corpus else f"the weight {text} stands behind no name"
-            raise UserError(what, where, "write PATH <tab> NAME <tab> WEIGHT, the weight a number above 0")
-        known, place = self._weights.setdefault(corpus, (weight, where))
+            what = f"`{text}` is not a weight" if corpus else f"the weight {text} has no corpus name before it"
+            raise UserError(what, where, "write PATH <tab> NAME <tab> WEIGHT, with a weight above 0")
+        known, known_where = self._weights.setdefault(corpus, (weight, where))
         if known != weight:
             what = f"`{corpus}` has the weights {known:g} and {weight:g}"
-            raise UserError(what, f"{place}\n{where}", "a weight is of the whole corpus: give it once, or the same one")
+            do = "a weight applies to the whole corpus: give it once, or the same one each time"
+            raise UserError(what, f"{known_where}\n{where}", do)

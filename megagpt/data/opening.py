@@ -1,4 +1,4 @@
-"""Opens a file of the input, here or on a remote store, as plain bytes whatever it is compressed with."""
+"""Opens a local or remote input file and decompresses it: gzip, zstandard, xz and bzip2."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megagpt.data.remote import is_remote, missing, remote_file
+from megagpt.data.remote import is_remote, missing_package, open_remote
 from megagpt.errors import UserError
 
 
 class Compression(Enum):
-    """How a file is compressed; the value is what its name usually ends with."""
+    """Compression of a file; the value is the usual suffix of its name."""
 
     NONE = ""
     GZIP = ".gz"
@@ -27,7 +27,10 @@ class Compression(Enum):
     BZIP2 = ".bz2"
 
 
-_READ = 1 << 10  # bytes of a zstandard file at a time, which may become many thousand times as many
+# Bytes of a zstandard file that are decompressed at a time. They can become many thousand times as many.
+_ZSTANDARD_BLOCK = 1 << 10
+_XZ_MEMORY = 1 << 28  # bytes that decompressing an xz file may take; files of `xz -9` need a quarter of that
+_XZ_BLOCK = 1 << 16
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
@@ -36,83 +39,147 @@ _MAGIC = {
 }
 
 
-def compression_of(head: bytes) -> Compression:
-    """What the first bytes of a file say that it is compressed with."""
+def detect_compression(head: bytes) -> Compression:
+    """Return the compression of a file, detected from its first bytes."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
 @contextmanager
-def opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
-    """The content of a file, decompressed: all members or frames of it.
+def open_decompressed(path: str, compression: Compression) -> Iterator[IO[bytes]]:
+    """Open a file for reading, with all members or frames of it decompressed.
 
-    Raises UserError when the file cannot be opened or read, or is damaged, also while it is read in the block.
+    Args:
+        path: A local path, or the address of a remote file.
+        compression: How the file is compressed.
+
+    Raises:
+        UserError: The file cannot be opened or read, or is damaged. Errors while the file is read within the `with`
+            block are converted as well.
     """
     try:
         with ExitStack() as stack:
             if is_remote(path):
-                raw = stack.enter_context(remote_file(path))
+                raw = stack.enter_context(open_remote(path))
             else:
                 raw = stack.enter_context(Path(path).open("rb"))
-            yield stack.enter_context(_decompressed(raw, compression, path))
+            yield stack.enter_context(_decompress(raw, compression, path))
     except OSError as error:
-        # What decompresses raises OSError without a number; so do some stores where there is no such file.
+        # Decompressors raise OSError without an errno. So do some remote stores for a file that does not exist.
         if error.errno is None and not isinstance(error, FileNotFoundError):
             raise _damaged(path, error) from None
-        do = "check that it is there and that you may read it"
+        do = "check that it exists and that you have permission to read it"
         raise UserError(f"cannot read the file: {error.strerror or error}", path, do) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from None
 
 
-def _decompressed(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes]:
+def _decompress(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes]:
     if compression is Compression.GZIP:
         return cast("IO[bytes]", gzip.open(raw))
     if compression is Compression.BZIP2:
         return bz2.open(raw)
     if compression is Compression.XZ:
-        return lzma.open(raw)
+        return cast("IO[bytes]", io.BufferedReader(_XzReader(raw, path), 1 << 17))
     if compression is Compression.ZSTANDARD:
-        return cast("IO[bytes]", io.BufferedReader(_Zstandard(raw, path), 1 << 17))
+        return cast("IO[bytes]", io.BufferedReader(_ZstandardReader(raw, path), 1 << 17))
     return raw
 
 
-class _Zstandard(io.RawIOBase):
-    """All frames of a zstandard file. The package's own reader takes a frame that was cut short for its end."""
+class _XzReader(io.RawIOBase):
+    """Reads all streams of an xz file. `lzma.open` would allocate up to 4 GiB if the file asks for it."""
 
     def __init__(self, raw: IO[bytes], path: str) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise missing("zstandard", "zst", path) from None
-        self._raw, self._error = raw, zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new()
-        self._begun = False  # a frame that has not ended
-        self._left = memoryview(b"")
+        self._raw, self._path = raw, path
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        self._at_end = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        while not self._left:
-            block = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._begun = self._new(), False
-            block = block or self._raw.read(_READ)
+        while not self._at_end:
+            block = b""
+            is_new_stream = self._stream.eof
+            if is_new_stream:
+                block = self._start_next_stream()
+                if not block:
+                    continue
+            elif self._stream.needs_input:
+                block = self._raw.read(_XZ_BLOCK)
+                if not block:
+                    raise EOFError("the file ends within a stream")
+            text = self._decompress(block, len(view), is_new_stream)
+            if text:
+                view[: len(text)] = text
+                return len(text)
+        return 0
+
+    def _start_next_stream(self) -> bytes:
+        """Skip the padding after a stream, and return the first bytes of the next one; b"" at the end of the file."""
+        block = self._stream.unused_data
+        while not (block := block.lstrip(b"\0")):
+            block = self._raw.read(_XZ_BLOCK)
             if not block:
-                if self._begun:
+                self._at_end = True
+                return b""
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        return block
+
+    def _decompress(self, block: bytes, max_length: int, is_new_stream: bool) -> bytes:
+        try:
+            return self._stream.decompress(block, max_length)
+        except lzma.LZMAError as error:
+            if "Memory usage limit" in str(error):
+                what = f"decompressing this file takes more than {_XZ_MEMORY >> 20} MiB of memory"
+                raise UserError(what, self._path, "compress it again, with `xz -9` or less") from None
+            if not is_new_stream:
+                raise
+            self._at_end = True  # what follows the last stream is not xz, and is ignored as the lzma module does
+            return b""
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Reads all frames of a zstandard file. The `zstandard` package's own reader accepts a truncated last frame."""
+
+    def __init__(self, raw: IO[bytes], path: str) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise missing_package("zstandard", "zst", path) from None
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._in_frame = False
+        self._decompressed = memoryview(b"")  # not read yet
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._decompressed:
+            block = b""
+            if self._frame.eof:
+                block = self._frame.unused_data
+                self._frame = self._new_frame()
+                self._in_frame = False
+            block = block or self._raw.read(_ZSTANDARD_BLOCK)
+            if not block:
+                if self._in_frame:
                     raise EOFError("the file ends within a frame")
                 return 0
-            self._begun = True
+            self._in_frame = True
             try:
-                self._left = memoryview(self._frame.decompress(block))
+                self._decompressed = memoryview(self._frame.decompress(block))
             except self._error as error:
                 raise EOFError(str(error)) from None
-        count = min(len(view), len(self._left))
-        view[:count], self._left = self._left[:count], self._left[count:]
+        count = min(len(view), len(self._decompressed))
+        view[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
 
 def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"the compressed file is damaged or cut short: {error}", path, "copy or make it again")
+    do = "copy or create it again"
+    return UserError(f"the compressed file is damaged or truncated: {error}", path, do)

@@ -1,9 +1,9 @@
-"""The order of training: data position → sample, as a function that needs no file, no memory and no history.
+"""Maps data positions to samples, as a pure function: no index files, no memory that grows, no history.
 
-Tokens are cut into samples of seq_len + 1 that overlap by one, with another offset in each epoch (a packed source: at
-its own samples); a keyed permutation shuffles the samples of an epoch. Several sources are blended by a pattern of
-slots that is permuted anew for each block of positions. The whole state of a run's data is one integer, the data
-position.
+The tokens of a source are divided into samples of seq_len + 1 tokens that overlap by one token. Each epoch of a source
+starts at another offset, and a keyed permutation shuffles its samples. (A packed source consists of separate samples;
+only their order changes.) Several sources are blended by a pattern of slots, which is shuffled differently in each
+block of data positions. The complete state of a run's data order is one integer, the data position.
 """
 
 from __future__ import annotations
@@ -15,28 +15,46 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.permutation import Numbers, as_numbers, divided, keys, permute, sides
+from megagpt.data.permutation import UInt64Array, as_uint64, derive_keys, fast_divmod, permute, radices
 from megagpt.errors import UserError
 
-_SHORTEST, _LONGEST = 1 << 10, 1 << 30  # slots of a blend's pattern
-_OFFSET, _SAMPLE, _SLOT = 1, 2, 3  # what a key is for
+_MIN_BLOCK, _MAX_BLOCK = 1 << 10, 1 << 30  # slots of a blend's pattern
+_OFFSET_KEY, _SAMPLE_KEY, _SLOT_KEY = 1, 2, 3  # separate the purposes of keys
 
 
-class Located(NamedTuple):
-    """Where samples lie, all `[count]`: number of the source, its epoch, and the first token in its .bin."""
+class SampleLocations(NamedTuple):
+    """Locations of samples, each array `[count]`.
+
+    Attributes:
+        source: index of the source.
+        epoch: epoch of that source.
+        start: offset of the sample's first token in the source.
+    """
 
     source: npt.NDArray[np.int64]
     epoch: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
 
 
-class Order:
+class Sampler:
     """Maps data positions to samples of one or more sources.
 
-    `tokens` and `weights` are `[sources]`; a weight is the share of samples, in any unit. The sources numbered in
-    `packed` are nothing but samples, one after the other. A prefix of the order holds each source at its weight to
-    within one block (`block` positions). Raises UserError for a source shorter than one sample, or a weight that is
-    not above 0.
+    In every prefix of the order, each source has its fraction of the samples to within one block.
+
+    Args:
+        tokens: tokens per source, `[sources]`.
+        weights: relative number of samples per source, in any unit, `[sources]`.
+        seq_len: tokens per sample, without the last label.
+        seed: seed of all permutations and offsets.
+        packed: indices of the sources that are packed, i.e. consist of separate samples of seq_len + 1 tokens.
+
+    Attributes:
+        samples: samples per epoch of each source.
+        fractions: fraction of all samples that come from each source.
+        block_size: data positions per block.
+
+    Raises:
+        UserError: a source is shorter than one sample, or a weight is not above 0.
     """
 
     def __init__(
@@ -47,101 +65,113 @@ class Order:
         seed: int,
         packed: Collection[int] = (),
     ) -> None:
-        for number, (count, weight) in enumerate(zip(tokens, weights, strict=True)):
-            _check_source(number, count, weight, seq_len)
-        self.seed, self.seq_len, self.tokens = seed, seq_len, tuple(tokens)
-        # One sample less than fits, so that every epoch has room for its own offset; a packed source has none.
+        for index, (count, weight) in enumerate(zip(tokens, weights, strict=True)):
+            _check_source(index, count, weight, seq_len)
+        self.seed = seed
+        self.seq_len = seq_len
+        self.tokens = tuple(tokens)
+        # One sample fewer than would fit, so that every epoch can start at its own offset; packed sources have none.
         self.samples = tuple(
-            count // (seq_len + 1) if number in packed else max(1, count // seq_len - 1)
-            for number, count in enumerate(tokens)
+            count // (seq_len + 1) if index in packed else max(1, count // seq_len - 1)
+            for index, count in enumerate(tokens)
         )
-        slots = pattern(weights)
-        self.block = sum(slots)
-        self.shares = tuple(count / self.block for count in slots)
-        self._samples = as_numbers(self.samples)
-        self._steps = as_numbers([seq_len + (number in packed) for number in range(len(tokens))])
-        self._spans = as_numbers(
+        slots = blend_slots(weights)
+        self.block_size = sum(slots)
+        self.fractions = tuple(count / self.block_size for count in slots)
+        self._samples = as_uint64(self.samples)
+        self._strides = as_uint64([seq_len + 1 if index in packed else seq_len for index in range(len(tokens))])
+        self._offset_limits = as_uint64(
             [
-                1 if number in packed else min(seq_len, count - samples * seq_len)
-                for number, (count, samples) in enumerate(zip(tokens, self.samples, strict=True))
+                1 if index in packed else min(seq_len, count - samples * seq_len)
+                for index, (count, samples) in enumerate(zip(tokens, self.samples, strict=True))
             ]
         )
-        self._sides = np.array([sides(n) for n in self.samples], dtype=np.uint64).T
-        self._slots = as_numbers(slots)
-        self._ends = np.cumsum(self._slots)
-        self._block_sides = as_numbers(sides(self.block))
+        self._radices = np.array([radices(n) for n in self.samples], dtype=np.uint64).T
+        self._slots = as_uint64(slots)
+        self._slot_ends = np.cumsum(self._slots)
+        self._block_radices = as_uint64(radices(self.block_size))
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of all sources together: what one pass over the data means for a run's length."""
+        """Samples per epoch of all sources together, which define one epoch of a run."""
         return sum(self.samples)
 
-    def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> Located:
-        """Find the samples at these data positions `[count]`; each sample comes once in an epoch of its source."""
-        source, rank = self._draw(as_numbers(positions))
-        which = source if len(self.tokens) > 1 else source[:1]  # one for all is worked with faster
-        n = self._samples[which]
-        epoch, index = divided(rank, n)
-        place = which.astype(np.uint64)
-        a, b = self._sides[:, which]
-        sample = permute(index, n, a, b, keys(self.seed, _SAMPLE, place, epoch))
-        _, offset = divided(keys(self.seed, _OFFSET, place, epoch), self._spans[which])
-        start = offset + sample * self._steps[which]
-        return Located(source, epoch.astype(np.int64), start.astype(np.int64))
+    def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> SampleLocations:
+        """Locate the samples at data positions `[count]`. Each sample occurs once per epoch of its source."""
+        source, rank = self._assign_sources(as_uint64(positions))
+        # With a single source, scalars in place of arrays `[count]` are faster.
+        index = source if len(self.tokens) > 1 else source[:1]
+        samples = self._samples[index]
+        epoch, rank_in_epoch = fast_divmod(rank, samples)
+        source_key = index.astype(np.uint64)
+        a, b = self._radices[:, index]
+        sample = permute(rank_in_epoch, samples, a, b, derive_keys(self.seed, _SAMPLE_KEY, source_key, epoch))
+        offset_key = derive_keys(self.seed, _OFFSET_KEY, source_key, epoch)
+        _, offset = fast_divmod(offset_key, self._offset_limits[index])
+        start = offset + sample * self._strides[index]
+        return SampleLocations(source, epoch.astype(np.int64), start.astype(np.int64))
 
-    def _draw(self, positions: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:
-        """The source of each position, and how many of its samples are counted before."""
-        if self.block == 1:
+    def _assign_sources(self, positions: UInt64Array) -> tuple[npt.NDArray[np.int64], UInt64Array]:
+        """Return the source of each position, and the number of that source's samples at earlier positions."""
+        if self.block_size == 1:
             return np.zeros(len(positions), np.int64), positions
-        block, index = divided(positions, as_numbers([self.block]))
-        a, b = self._block_sides
-        slot = permute(index, as_numbers([self.block]), a, b, keys(self.seed, _SLOT, block))
-        # Slots of a source are neighbours before the permutation, so a slot knows its rank among them.
-        source = np.searchsorted(self._ends, slot, side="right")
-        rank = block * self._slots[source] + slot - (self._ends - self._slots)[source]
+        size = as_uint64([self.block_size])
+        block, index = fast_divmod(positions, size)
+        a, b = self._block_radices
+        slot = permute(index, size, a, b, derive_keys(self.seed, _SLOT_KEY, block))
+        # Before the permutation the slots of a source are consecutive, so a slot's number gives its rank among them.
+        source = np.searchsorted(self._slot_ends, slot, side="right")
+        rank = block * self._slots[source] + slot - (self._slot_ends - self._slots)[source]
         return source, rank
 
 
-def pattern(weights: Sequence[float]) -> tuple[int, ...]:
-    """Slots of each source in one block, by largest remainder; one slot in all for a single source.
+def blend_slots(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return the slots of each source in one block, by the largest-remainder method; one slot for a single source.
 
-    The block has 1,024 slots or so many more (a power of two) that each source is within 0.1 % of its share.
-    Raises UserError for shares that even 2^30 slots cannot hold.
+    A block has 1,024 slots, or the lowest power of two above that brings each source within 0.1 % of its fraction.
+    Raises UserError if not even 2^30 slots do.
     """
     if len(weights) == 1:
         return (1,)
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-    length = _SHORTEST
-    while length <= _LONGEST:
-        slots = np.floor(shares * length).astype(np.int64)
-        most_left_out = np.argsort(slots - shares * length, kind="stable")[: length - int(slots.sum())]
-        slots[most_left_out] += 1
-        if np.all(np.abs(slots / length - shares) < 1e-3 * shares):
+    fractions = np.asarray(weights, dtype=np.float64) / sum(weights)
+    length = _MIN_BLOCK
+    while length <= _MAX_BLOCK:
+        slots = np.floor(fractions * length).astype(np.int64)
+        largest_remainders = np.argsort(slots - fractions * length, kind="stable")[: length - int(slots.sum())]
+        slots[largest_remainders] += 1
+        if np.all(np.abs(slots / length - fractions) < 1e-3 * fractions):
             return tuple(slots.tolist())
         length *= 2
-    least = int(np.argmin(shares))
+    smallest = int(np.argmin(fractions))
     raise UserError(
-        f"the weight of source {least} is too small a share of all ({shares[least]:.1e})",
+        f"the weight of source {smallest} is too small a fraction of the total ({fractions[smallest]:.1e})",
         "data.train",
-        "leave the source out, or give it at least a millionth of all",
+        "remove the source, or give it at least a millionth of the total weight",
     )
 
 
 def rank_positions(
     position: int, rank: int, data_parallel: int, micro_batch: int, accumulation: int
 ) -> npt.NDArray[np.int64]:
-    """Data positions of one data-parallel rank in the update that begins at `position`: `[accumulation, micro]`.
+    """Return the data positions of one data-parallel rank in one update, `[accumulation, micro_batch]`.
 
-    Sample k of micro-step j is position + (j·data_parallel + rank)·micro_batch + k: all ranks together take the
-    next data_parallel · micro_batch · accumulation positions, each once.
+    Sample k of micro-batch j is at position + (j·data_parallel + rank)·micro_batch + k, so that all ranks together
+    take the next data_parallel · micro_batch · accumulation positions, each once.
+
+    Args:
+        position: data position at which the update starts.
+        rank: data-parallel rank.
+        data_parallel: number of data-parallel ranks.
+        micro_batch: samples per micro-batch.
+        accumulation: micro-batches per update and rank.
     """
     step = np.arange(accumulation, dtype=np.int64)[:, None] * data_parallel + rank
     return position + step * micro_batch + np.arange(micro_batch, dtype=np.int64)
 
 
-def _check_source(number: int, tokens: int, weight: float, seq_len: int) -> None:
+def _check_source(index: int, tokens: int, weight: float, seq_len: int) -> None:
     if tokens <= seq_len:
-        what = f"source {number} has {tokens:,} tokens, fewer than one sample ({seq_len + 1:,})"
+        what = f"source {index} has {tokens:,} tokens, fewer than one sample ({seq_len + 1:,})"
         raise UserError(what, "data.train", "prepare more text, or lower model.seq_len")
     if not 0 < weight < math.inf:
-        raise UserError(f"the weight of source {number} is {weight}", "data.train", "give a number above 0")
+        raise UserError(f"the weight of source {index} is {weight}", "data.train", "give a finite number above 0")

@@ -1,4 +1,4 @@
-"""Tokenizers that others trained: `tokenizer.json` of Hugging Face's, and tiktoken's encodings by name."""
+"""Tokenizer backends for Hugging Face's `tokenizer.json` and for tiktoken's encodings."""
 
 from __future__ import annotations
 
@@ -9,34 +9,45 @@ from typing import Protocol
 
 from megagpt.errors import UserError
 
-# What the vocabularies in use call their end of a document, the likeliest first.
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
+# Names of the end-of-document token in widely used vocabularies, in order of preference.
+_EOD_SYMBOLS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
 
-class Vocabulary(Protocol):
-    """What `Tokenizer` needs of a tokenizer; see there."""
+class TokenizerBackend(Protocol):
+    """What a tokenizer library must provide for `Tokenizer`, which documents the attributes."""
 
     sha256: str
     vocab_size: int
     eod: int
     unknown: int | None
     control_symbols: tuple[str, ...]
-    by_words: bool
+    is_word_local: bool
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, never those of control symbols."""
+        """Return the token ids of each text, never those of control symbols."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; that of control symbols is left out."""
+        """Return the text of token ids. Control symbols give no text."""
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`. What it adds around a text, cuts off or pads is switched off."""
+    """Tokenizer backend for a `tokenizer.json`; see `TokenizerBackend`.
 
-    by_words = False
+    Tokens that it adds around a text, truncation and padding are disabled.
+
+    Args:
+        content: content of the file.
+        path: path of the file, for error messages.
+
+    Raises:
+        UserError: the content is invalid, the package tokenizers is not installed, or there is no end-of-document
+            token.
+    """
+
+    is_word_local = False
 
     def __init__(self, content: bytes, path: str) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our workers are processes already
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our workers are separate processes already
         try:
             import tokenizers
         except ImportError:
@@ -44,64 +55,68 @@ class HuggingFaceTokenizer:
             raise UserError(what, path, 'pip install "megagpt[tokenizers]"') from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the package raises nothing more special
-            raise UserError(f"not a tokenizer of Hugging Face's: {error}", path, "give its tokenizer.json") from None
+        except Exception as error:  # the package raises no specific exception
+            raise UserError(f"not a Hugging Face tokenizer: {error}", path, "give its tokenizer.json") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # as text: a document that spells one is no end
+        self._tokenizer.encode_special_tokens = True  # encode their spelling as text: it must not end a document
         self.sha256 = hashlib.sha256(content).hexdigest()
         ids: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(ids.values()) + 1
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.control_symbols = tuple(token.content for token in added if token.special)
-        self.eod = _end(ids, self.control_symbols, path)
-        unknown: str | None = getattr(self._tokenizer.model, "unk_token", None)
-        self.unknown = ids.get(unknown) if unknown else None
+        self.eod = _find_eod(ids, self.control_symbols, path)
+        unknown_token: str | None = getattr(self._tokenizer.model, "unk_token", None)
+        self.unknown = ids.get(unknown_token) if unknown_token else None
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Return the token ids of each text."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 class TiktokenEncoding:
-    """One of tiktoken's encodings."""
+    """Tokenizer backend for a tiktoken encoding; see `TokenizerBackend`.
 
-    by_words = False
-    unknown: int | None = None  # bytes spell everything out
+    Raises:
+        UserError: the encoding cannot be loaded, or it has no end-of-document token.
+    """
+
+    is_word_local = False
+    unknown: int | None = None  # every text can be encoded as bytes
 
     def __init__(self, name: str) -> None:
         import tiktoken
 
         try:
             self._encoding = tiktoken.get_encoding(name)
-        except Exception as error:  # of the network, most of all
-            do = "tiktoken fetches it once: see TIKTOKEN_CACHE_DIR for machines without a network"
+        except Exception as error:  # mostly network errors
+            do = "tiktoken downloads it on first use; set TIKTOKEN_CACHE_DIR on machines without a network"
             raise UserError(f"cannot load this encoding: {error}", name, do) from None
-        facts = hashlib.sha256(f"tiktoken {name}".encode())
+        digest = hashlib.sha256(f"tiktoken {name}".encode())
         for piece in sorted(self._encoding.token_byte_values()):
-            facts.update(len(piece).to_bytes(4, "little") + piece)
-        self.sha256 = facts.hexdigest()
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        self.sha256 = digest.hexdigest()
         self.vocab_size: int = self._encoding.n_vocab
         self.control_symbols = tuple(sorted(self._encoding.special_tokens_set))
         ids = {symbol: self._encoding.encode_single_token(symbol) for symbol in self.control_symbols}
-        self.eod = _end(ids, self.control_symbols, name)
+        self.eod = _find_eod(ids, self.control_symbols, name)
         self._special = set(ids.values())
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Return the token ids of each text."""
         return [self._encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of token ids."""
         return self._encoding.decode([number for number in ids if number not in self._special])
 
 
 def tiktoken_encoding(name: str) -> TiktokenEncoding | None:
-    """The encoding of this name; None where tiktoken is not installed or knows no such name."""
+    """Return the tiktoken encoding with this name; None if tiktoken is not installed or has no such encoding."""
     try:
         import tiktoken
     except ImportError:
@@ -109,10 +124,10 @@ def tiktoken_encoding(name: str) -> TiktokenEncoding | None:
     return TiktokenEncoding(name) if name in tiktoken.list_encoding_names() else None
 
 
-def _end(ids: dict[str, int], control_symbols: Sequence[str], path: str) -> int:
-    """The id that ends a document. Raises UserError where none of the usual symbols is among the control symbols."""
-    for symbol in _ENDS:
+def _find_eod(ids: dict[str, int], control_symbols: Sequence[str], path: str) -> int:
+    """Return the id of the end-of-document token. Raises UserError if none of its usual names is a control symbol."""
+    for symbol in _EOD_SYMBOLS:
         if symbol in control_symbols:
             return ids[symbol]
-    what = f"the tokenizer has no end-of-document symbol (none of {', '.join(_ENDS)})"
-    raise UserError(what, path, "choose another, or add one of them to its special tokens")
+    what = f"the tokenizer has no end-of-document token (none of {', '.join(_EOD_SYMBOLS)})"
+    raise UserError(what, path, "choose another tokenizer, or add one of these to its special tokens")

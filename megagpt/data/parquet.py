@@ -1,74 +1,89 @@
-"""Texts out of a column of a parquet file, a row group at a time."""
+"""Reads the text column of a Parquet file, one row group at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megagpt.data.remote import is_remote, missing, remote_file
+from megagpt.data.remote import is_remote, missing_package, open_remote
 from megagpt.errors import UserError
 
-_ROWS = 1024  # read at a time
+_BATCH_ROWS = 1024  # rows read at a time
 
 
-def row_groups(path: str) -> int:
-    """How many row groups the file has. Raises UserError for a file that is damaged."""
-    return int(_file(path).num_row_groups)
+def count_row_groups(path: str) -> int:
+    """Return the number of row groups of a Parquet file. Raises UserError if the file is damaged."""
+    return int(_open(path).num_row_groups)
 
 
-class Row(NamedTuple):
-    """A row by its number in the file, from 1: whether the column is `there`, and its value; of a text also how many
-    places of it were no UTF-8, and are U+FFFD now.
+class ParquetRow(NamedTuple):
+    """The text column of one row.
+
+    Attributes:
+        number: The row's number in the file, counted from 1.
+        has_value: False if the column is missing, or null in this row.
+        value: The column's value, which need not be a string.
+        invalid_utf8: Number of invalid UTF-8 sequences in a text, each replaced by U+FFFD.
     """
 
     number: int
-    there: bool
+    has_value: bool
     value: Any = None
-    broken: int = 0
+    invalid_utf8: int = 0
 
 
-def rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator[Row]:
-    """The rows of the row groups `first` to `end`. Raises UserError for a file that is damaged."""
-    file = _file(path)
+def read_rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator[ParquetRow]:
+    """Yield the rows of some row groups.
+
+    Args:
+        path: A local path, or the address of a remote file.
+        first: The first row group.
+        end: The row group after the last one.
+        key: The name of the column, or of nested fields, outermost first.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = _open(path)
     number = sum(file.metadata.row_group(group).num_rows for group in range(first))
-    if not _has(file.schema_arrow, key):
+    if not _has_column(file.schema_arrow, key):
         for row in range(sum(file.metadata.row_group(group).num_rows for group in range(first, end))):
-            yield Row(number + row + 1, False)
+            yield ParquetRow(number + row + 1, has_value=False)
         return
     for group in range(first, end):
-        for value, broken in _values(file, path, group, key):
+        for value, invalid in _read_values(file, path, group, key):
             number += 1
-            yield Row(number, value is not None, value, broken)
+            yield ParquetRow(number, value is not None, value, invalid)
 
 
-def _values(file: Any, path: str, group: int, key: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
-    """The column's values in a row group, and how many places of each are no UTF-8."""
+def _read_values(file: Any, path: str, group: int, key: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
+    """Yield the column's values in a row group, each with its number of invalid UTF-8 sequences."""
     import pyarrow
     from pyarrow import compute
 
     try:
-        for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[".".join(key)]):
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[".".join(key)]):
             column = batch.column(0)
             for name in key[1:]:
                 column = compute.struct_field(column, name)
             try:
                 yield from [(value, 0) for value in column.to_pylist()]
             except UnicodeDecodeError:
-                yield from map(_replaced, column.cast(pyarrow.large_binary()).to_pylist())
+                yield from map(_decode, column.cast(pyarrow.large_binary()).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
 
 
-def _replaced(raw: bytes | None) -> tuple[str | None, int]:
-    """The text of these bytes, with U+FFFD in place of what is no UTF-8, and how often."""
+def _decode(raw: bytes | None) -> tuple[str | None, int]:
+    """Decode bytes, and return the text and the number of invalid UTF-8 sequences replaced by U+FFFD in it."""
     if raw is None:
         return None, 0
     text = raw.decode(errors="replace")
     return text, text.count("\ufffd") - raw.count("\ufffd".encode())
 
 
-def _has(schema: Any, key: tuple[str, ...]) -> bool:
-    """Whether the schema has the column that the key leads to, through structures."""
+def _has_column(schema: Any, key: tuple[str, ...]) -> bool:
+    """Return True if the schema has the column `key`, which may be nested in structs."""
     from pyarrow import types
 
     fields = list(schema)
@@ -80,19 +95,19 @@ def _has(schema: Any, key: tuple[str, ...]) -> bool:
     return True
 
 
-def _file(path: str) -> Any:
+def _open(path: str) -> Any:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise missing("pyarrow", "parquet", path) from None
+        raise missing_package("pyarrow", "parquet", path) from None
     try:
         if is_remote(path):
-            return parquet.ParquetFile(remote_file(path))
+            return parquet.ParquetFile(open_remote(path))
         return parquet.ParquetFile(path, memory_map=False)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from None
 
 
 def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"the parquet file cannot be read: {error}", path, "copy or make it again")
+    return UserError(f"cannot read the parquet file: {error}", path, "copy or create it again")

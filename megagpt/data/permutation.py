@@ -1,4 +1,4 @@
-"""A keyed permutation of 0 … n - 1 that is computed, not stored: any entry in constant time and no memory."""
+"""Keyed pseudorandom permutations of 0 … n - 1: any entry is computed in constant time, nothing is stored."""
 
 from __future__ import annotations
 
@@ -8,63 +8,82 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Numbers = npt.NDArray[np.uint64]
-_ROUNDS = 4  # each changes both halves; with two, neighbours' differences are still visibly uneven
-_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: the step of splitmix64
+UInt64Array = npt.NDArray[np.uint64]
+_ROUNDS = 4  # each changes both halves; with two rounds, differences of neighbors are still visibly uneven
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, rounded to odd: the increment of splitmix64
 
 
-def as_numbers(values: Sequence[int] | npt.NDArray[np.integer]) -> Numbers:
-    """Values as a uint64 array `[count]` (numpy warns when a scalar wraps round, not an array)."""
-    numbers: Numbers = np.asarray(values, dtype=np.uint64)
-    return numbers.reshape(-1)
+def as_uint64(values: Sequence[int] | npt.NDArray[np.integer]) -> UInt64Array:
+    """Return the values as a uint64 array `[count]`. (On overflow numpy warns for scalars, but not for arrays.)"""
+    array: UInt64Array = np.asarray(values, dtype=np.uint64)
+    return array.reshape(-1)
 
 
-def mix(numbers: Numbers) -> Numbers:
-    """Spread every bit of each number over all 64: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Numbers = numbers ^ (numbers >> np.uint64(31))
+def mix_bits(values: UInt64Array) -> UInt64Array:
+    """Spread every bit over all 64 bits: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: UInt64Array = values ^ (values >> np.uint64(31))
     return mixed
 
 
-def keys(seed: int, *parts: int | Numbers) -> Numbers:
-    """One 64-bit key for each combination of `seed` and `parts` (numbers or arrays that broadcast)."""
-    key = mix(as_numbers([seed % 2**64]))
+def derive_keys(seed: int, *parts: int | UInt64Array) -> UInt64Array:
+    """Derive a 64-bit key for each combination of a seed and further numbers.
+
+    Args:
+        seed: any integer, taken modulo 2^64.
+        parts: integers, or arrays that broadcast against each other.
+
+    Returns:
+        The keys, in the broadcast shape `[count]`.
+    """
+    key = mix_bits(as_uint64([seed % 2**64]))
     for part in parts:
-        value = as_numbers([part]) if isinstance(part, int) else part
-        key = mix(key + value * np.uint64(_ODD) + np.uint64(_ODD))
+        value = as_uint64([part]) if isinstance(part, int) else part
+        key = mix_bits(key + value * np.uint64(_GOLDEN_GAMMA) + np.uint64(_GOLDEN_GAMMA))
     return key
 
 
-def sides(n: int) -> tuple[int, int]:
-    """The two radices of the permutation of n: a = ceil(sqrt(n)), b = ceil(n / a), so a·b >= n with few to spare."""
+def radices(n: int) -> tuple[int, int]:
+    """Return the two radices of the permutation of n numbers.
+
+    They are a = ceil(sqrt(n)) and b = ceil(n / a), so that a·b >= n with a·b - n < a.
+    """
     a = math.isqrt(n - 1) + 1
     return a, -(-n // a)
 
 
-def permute(index: Numbers, n: Numbers, a: Numbers, b: Numbers, key: Numbers) -> Numbers:
-    """Where the permutation of 0 … n - 1 with this key sends `index`; all arrays broadcast to `[count]`.
+def permute(index: UInt64Array, n: UInt64Array, a: UInt64Array, b: UInt64Array, key: UInt64Array) -> UInt64Array:
+    """Return the images of indices under keyed permutations. All arrays broadcast to `[count]`.
 
-    A Feistel network over the mixed radix a·b; what lands at n or above is sent on until it lies below
-    (cycle walking, Black and Rogaway 2002), which happens to fewer than one in sqrt(n).
+    This is a Feistel network over the mixed radix a·b. Results of n and above are mapped again until they are below n
+    (cycle walking, Black and Rogaway 2002), which fewer than one in sqrt(n) need.
+
+    Args:
+        index: numbers from 0 to n - 1.
+        n: size of each permutation.
+        a: first radix of n, see `radices`.
+        b: second radix of n.
+        key: key of each permutation, see `derive_keys`.
     """
     index, n, a, b, key = np.broadcast_arrays(index, n, a, b, key)
-    result = _rounds(index, a, b, key)
+    result = _feistel(index, a, b, key)
     while (outside := np.flatnonzero(result >= n)).size:
-        result[outside] = _rounds(result[outside], a[outside], b[outside], key[outside])
+        result[outside] = _feistel(result[outside], a[outside], b[outside], key[outside])
     return result
 
 
-def divided(numbers: Numbers, by: Numbers) -> tuple[Numbers, Numbers]:
-    """Quotient and remainder. Where `by` is one number for all, numpy's division is several times as fast as divmod."""
-    quotient = numbers // by
-    return quotient, numbers - quotient * by
+def fast_divmod(values: UInt64Array, divisors: UInt64Array) -> tuple[UInt64Array, UInt64Array]:
+    """Return quotients and remainders. If `divisors` has one element, this is several times faster than np.divmod."""
+    quotient = values // divisors
+    return quotient, values - quotient * divisors
 
 
-def _rounds(index: Numbers, a: Numbers, b: Numbers, key: Numbers) -> Numbers:
-    left, right = divided(index, b)
+def _feistel(index: UInt64Array, a: UInt64Array, b: UInt64Array, key: UInt64Array) -> UInt64Array:
+    left, right = fast_divmod(index, b)
     for number in range(_ROUNDS):
-        step = key + np.uint64((2 * number + 1) * _ODD % 2**64)
-        _, left = divided(left + (mix(step ^ right) >> np.uint64(1)), a)  # halved, so that the sum stays below 2^64
-        _, right = divided(right + (mix(step + np.uint64(_ODD) ^ left) >> np.uint64(1)), b)
+        round_key = key + np.uint64((2 * number + 1) * _GOLDEN_GAMMA % 2**64)
+        # The mixed bits are halved so that the sums stay below 2^64.
+        _, left = fast_divmod(left + (mix_bits(round_key ^ right) >> np.uint64(1)), a)
+        _, right = fast_divmod(right + (mix_bits(round_key + np.uint64(_GOLDEN_GAMMA) ^ left) >> np.uint64(1)), b)
     return left * b + right

@@ -1,4 +1,4 @@
-"""The input cut into pieces of work. The cut depends on the input alone, not on who does the work."""
+"""Splits the input into chunks, the units of work. The split depends on the input alone, not on who does the work."""
 
 from __future__ import annotations
 
@@ -6,76 +6,89 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megagpt.data.opening import Compression
-from megagpt.data.parquet import row_groups
-from megagpt.data.sniffing import Kind
-from megagpt.data.sources import Source
+from megagpt.data.parquet import count_row_groups
+from megagpt.data.sniffing import FileFormat
+from megagpt.data.sources import InputFile
 
-_SMALLEST, _LARGEST, _PIECES = 4 << 20, 64 << 20, 4096  # bytes of input in a piece, and about how many there are
+_MIN_BYTES = 4 << 20  # smallest size of a chunk, in bytes of input
+_MAX_BYTES = 64 << 20
+_TARGET_CHUNKS = 4096  # approximate number of chunks if their size is between the two
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Part of a file, the `number`-th of the input: the lines that begin in its bytes `start` to `end`, or its row
-    groups so far; or, `end` being None, all of it.
+class InputRange:
+    """Part of an input file: the lines that begin in a range of bytes, or a range of row groups.
+
+    Attributes:
+        index: The file's index in the input.
+        file: The file.
+        start: The first byte or row group.
+        end: The byte or row group after the last one; None means to the end of the file.
     """
 
-    number: int
-    source: Source
+    index: int
+    file: InputFile
     start: int = 0
     end: int | None = None
 
     def __str__(self) -> str:
         if self.end is None:
-            return self.source.path
-        what = "row groups" if self.source.kind is Kind.PARQUET else "bytes"
-        return f"{self.source.path}, {what} {self.start:,} to {self.end:,}"
+            return self.file.path
+        unit = "row groups" if self.file.format is FileFormat.PARQUET else "bytes"
+        return f"{self.file.path}, {unit} {self.start:,} to {self.end:,}"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Stretches that are encoded together, in this order, into one shard; about `size` bytes of input."""
+class Chunk:
+    """Ranges of the input that are encoded together into one shard, in this order; `size` is in bytes, approximate."""
 
     number: int
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[InputRange, ...]
     size: int
 
     def __str__(self) -> str:
-        first, *others = self.stretches
-        return f"{first.source.path} and {len(others)} files after it" if others else str(first)
+        first, *others = self.ranges
+        if not others:
+            return str(first)
+        return f"{first.file.path} and the next {len(others)} file{'s' if len(others) > 1 else ''}"
 
 
-def cut(sources: Sequence[Source]) -> list[Piece]:
-    """Cut the input, in its order: large files of lines or rows into several pieces, small files together into one.
+def split_into_chunks(files: Sequence[InputFile]) -> list[Chunk]:
+    """Split the input into chunks, in its order.
 
-    A piece belongs to one corpus.
+    Large files of lines or rows are split into several chunks, and small files are combined into one. All files of a
+    chunk belong to the same corpus.
     """
-    total = sum(source.size for source in sources)
-    size = min(max(total // _PIECES, _SMALLEST), _LARGEST)
-    pieces: list[Piece] = []
-    waiting: list[Stretch] = []
-    held = 0
-    for stretch, length in _stretches(sources, size):
-        if waiting and (held + length > size or stretch.source.corpus != waiting[0].source.corpus):
-            pieces.append(Piece(len(pieces), tuple(waiting), held))
-            waiting, held = [], 0
-        waiting.append(stretch)
-        held += length
-    return [*pieces, Piece(len(pieces), tuple(waiting), held)] if waiting else pieces
+    total = sum(file.size for file in files)
+    chunk_size = min(max(total // _TARGET_CHUNKS, _MIN_BYTES), _MAX_BYTES)
+    chunks: list[Chunk] = []
+    ranges: list[InputRange] = []  # of the next chunk
+    ranges_size = 0
+    for new_range, size in _split_into_ranges(files, chunk_size):
+        if ranges and (ranges_size + size > chunk_size or new_range.file.corpus != ranges[0].file.corpus):
+            chunks.append(Chunk(len(chunks), tuple(ranges), ranges_size))
+            ranges = []
+            ranges_size = 0
+        ranges.append(new_range)
+        ranges_size += size
+    if ranges:
+        chunks.append(Chunk(len(chunks), tuple(ranges), ranges_size))
+    return chunks
 
 
-def _stretches(sources: Sequence[Source], size: int) -> Iterator[tuple[Stretch, int]]:
-    """Stretches and about how many bytes each has."""
-    for number, source in enumerate(sources):
-        in_parts = source.in_parts and source.compression is Compression.NONE and source.kind is not Kind.TEXT
-        if source.size <= size or not in_parts:
-            yield Stretch(number, source), source.size
-        elif source.kind is Kind.PARQUET:
-            groups = row_groups(source.path)
-            step = max(1, groups * size // source.size)
+def _split_into_ranges(files: Sequence[InputFile], chunk_size: int) -> Iterator[tuple[InputRange, int]]:
+    """Yield ranges of at most about `chunk_size` bytes where the file can be split, each with its approximate size."""
+    for index, file in enumerate(files):
+        can_split = file.supports_ranges and file.compression is Compression.NONE and file.format is not FileFormat.TEXT
+        if file.size <= chunk_size or not can_split:
+            yield InputRange(index, file), file.size
+        elif file.format is FileFormat.PARQUET:
+            groups = count_row_groups(file.path)
+            step = max(1, groups * chunk_size // file.size)
             for start in range(0, groups, step):
                 end = min(start + step, groups)
-                yield Stretch(number, source, start, end), source.size * (end - start) // groups
+                yield InputRange(index, file, start, end), file.size * (end - start) // groups
         else:
-            for start in range(0, source.size, size):
-                end = min(start + size, source.size)
-                yield Stretch(number, source, start, end), end - start
+            for start in range(0, file.size, chunk_size):
+                end = min(start + chunk_size, file.size)
+                yield InputRange(index, file, start, end), end - start

@@ -1,4 +1,4 @@
-"""Fragments of documents out of the stretches of the input."""
+"""Reads the documents of an input range as text fragments: text files, JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -8,168 +8,178 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megagpt.data.decoding import Decoder
+from megagpt.data.decoding import Utf8Decoder
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import Fragment
-from megagpt.data.long_line import LongLine
-from megagpt.data.oddities import Oddities, Place
-from megagpt.data.opening import opened
-from megagpt.data.parquet import row_groups, rows
-from megagpt.data.pieces import Stretch
-from megagpt.data.sniffing import Kind
+from megagpt.data.documents import TextFragment
+from megagpt.data.long_line import LongJsonLine
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.data.opening import open_decompressed
+from megagpt.data.parquet import count_row_groups, read_rows
+from megagpt.data.pieces import InputRange
+from megagpt.data.sniffing import FileFormat
 from megagpt.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that are left in one
-_LONGEST = 1 << 22  # bytes of a JSON line that is held in memory
+_BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that is not split
+_MAX_LINE = 1 << 22  # bytes of a JSON line that is held in memory
 _DECODER = json.JSONDecoder()
-_CUT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # up to the last place where a document may be fragmented
+_LAST_SPLIT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # text up to the last offset where it may be split
 
 
-def read(stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None = None) -> Iterator[Fragment]:
-    """Fragments of the documents of a stretch. `key` leads to the text in each JSON line.
+def read_fragments(
+    part: InputRange, key: tuple[str, ...], warnings: InputWarnings, folder: Path | None = None
+) -> Iterator[TextFragment]:
+    """Yield the fragments of the documents of an input range.
 
-    What cannot be read as text is noted in `odd` and passed over or replaced. Long lines lie in `folder` meanwhile
-    (None: where temporary files do). Raises UserError where the file cannot be read at all, OddInput where `odd` is
-    strict.
+    Args:
+        part: The range to read.
+        key: The keys that lead to the text in each JSON object or table row, outermost first.
+        warnings: Receives a warning for everything that cannot be read as text, and is skipped or replaced.
+        folder: The folder for temporary files with the strings of long lines; None means the system's.
+
+    Raises:
+        UserError: The file cannot be read.
+        InputError: There was a warning, and `warnings` is strict.
     """
-    source = stretch.source
-    if source.kind is Kind.DEFAULT:
+    file = part.file
+    if file.format is FileFormat.DEFAULT_CORPUS:
         for document in default_corpus().documents:
-            yield Fragment(document.text, key=document.key)
-    elif source.kind is Kind.PARQUET:
-        yield from _rows(stretch, key, odd)
+            yield TextFragment(document.text, key=document.key)
+    elif file.format is FileFormat.PARQUET:
+        yield from _read_table(part, key, warnings)
     else:
-        with opened(source.path, source.compression) as file:
-            if source.kind is Kind.TEXT:
-                yield from _text(file, Place(stretch.number, 0), odd)
+        with open_decompressed(file.path, file.compression) as content:
+            if file.format is FileFormat.TEXT:
+                blocks = _decode_blocks(content, InputLocation(part.index, 0), warnings)
+                yield from _split(blocks, TextFragment(""))
             else:
-                yield from _lines(file, stretch, key, odd, folder)
+                yield from _read_lines(content, part, key, warnings, folder)
 
 
-def key_of(text_key: str) -> tuple[str, ...]:
-    """The names that a text key, such as `a.b`, leads through. Raises UserError where one is empty."""
+def parse_text_key(text_key: str) -> tuple[str, ...]:
+    """Split a text key such as `a.b` into its names. Raises UserError if one of them is empty."""
     key = tuple(text_key.split("."))
     if "" in key:
-        what = f"the text key `{text_key}` holds an empty name"
-        raise UserError(what, "--text-key", "write a key, or several with a dot between them: body.text")
+        what = f"the text key `{text_key}` contains an empty name"
+        raise UserError(what, "--text-key", "write one key, or several separated by dots, such as body.text")
     return key
 
 
-def _text(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[Fragment]:
-    """A file that is one document."""
-    yield from _fragments(_decoded(file, place, odd), Fragment(""))
-
-
-def _decoded(file: IO[bytes], place: Place, odd: Oddities) -> Iterator[str]:
-    """The text of a file, a block at a time."""
-    decoder = Decoder()
+def _decode_blocks(file: IO[bytes], location: InputLocation, warnings: InputWarnings) -> Iterator[str]:
+    """Yield the text of a file, one block at a time."""
+    decoder = Utf8Decoder()
     block = file.read(_BLOCK)
     if block.startswith(_BOM):
-        odd.note("byte_order_marks", place)
+        warnings.add("byte_order_marks", location)
         block = block.removeprefix(_BOM)
     while block:
-        text, broken = decoder.decode(block)
-        odd.note("invalid_utf8", place, broken)
+        text, invalid = decoder.decode(block)
+        warnings.add("invalid_utf8", location, invalid)
         yield text
         block = file.read(_BLOCK)
-    text, broken = decoder.decode(b"", final=True)
-    odd.note("invalid_utf8", place, broken)
+    text, invalid = decoder.decode(b"", final=True)
+    warnings.add("invalid_utf8", location, invalid)
     yield text
 
 
-def _fragments(blocks: Iterable[str], document: Fragment) -> Iterator[Fragment]:
-    """A document's text, which comes in blocks, in fragments that are the `document`'s."""
-    begun = ""  # what came after the last cut
+def _split(blocks: Iterable[str], document: TextFragment) -> Iterator[TextFragment]:
+    """Split the text of a document, which comes in blocks, into fragments with the line and key of `document`."""
+    pending = ""  # text after the last split
     for block in blocks:
-        looked_at = max(len(begun) - 1, 0)  # up to its last character there is no place to cut
-        begun += block
-        if cut := _CUT.match(begun, looked_at):
-            yield document._replace(text=begun[: cut.end()], last=False)
-            begun = begun[cut.end() :]
-    yield document._replace(text=begun)
+        searched = max(len(pending) - 1, 0)  # all but the last pending character were searched before
+        pending += block
+        if match := _LAST_SPLIT.match(pending, searched):
+            yield document._replace(text=pending[: match.end()], is_last=False)
+            pending = pending[match.end() :]
+    yield document._replace(text=pending)
 
 
-def _of_line(text: str, number: int) -> Iterable[Fragment]:
-    """The document of a line or row; a long one in fragments, as what is worked on takes many times its size."""
+def _split_if_long(text: str, line: int) -> Iterable[TextFragment]:
+    """Yield the document of a line or row. A long one is split, since encoding takes many times its size in memory."""
     if len(text) <= _BLOCK:
-        return (Fragment(text, line=number),)
-    return _fragments((text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK)), Fragment("", line=number))
+        return (TextFragment(text, line=line),)
+    blocks = (text[start : start + _BLOCK] for start in range(0, len(text), _BLOCK))
+    return _split(blocks, TextFragment("", line=line))
 
 
-def _lines(
-    file: IO[bytes], stretch: Stretch, key: tuple[str, ...], odd: Oddities, folder: Path | None
-) -> Iterator[Fragment]:
-    """The documents of the lines that begin in the stretch."""
-    at, number = _first_line(file, stretch), 0
-    # Bytes, cut at \n only: str.splitlines would also cut at U+2028 inside a text.
-    while (stretch.end is None or at < stretch.end) and (line := file.readline(_LONGEST)):
+def _read_lines(
+    file: IO[bytes], part: InputRange, key: tuple[str, ...], warnings: InputWarnings, folder: Path | None
+) -> Iterator[TextFragment]:
+    """Yield the documents of the JSON lines that begin in the range."""
+    offset = _seek_first_line(file, part)
+    number = 0
+    # Lines are read as bytes, which end at \n only: str.splitlines would also split at U+2028 within a text.
+    while (part.end is None or offset < part.end) and (line := file.readline(_MAX_LINE)):
         number += 1
-        place = Place(stretch.number, number)
-        if at == 0 and line.startswith(_BOM):
-            odd.note("byte_order_marks", place)
-            line, at = line.removeprefix(_BOM), len(_BOM)
-        if len(line) + len(_BOM) < _LONGEST or line.endswith(b"\n"):
-            at += len(line)
-            text = _text_of(line, key, place, odd)
+        location = InputLocation(part.index, number)
+        if offset == 0 and line.startswith(_BOM):
+            warnings.add("byte_order_marks", location)
+            line = line.removeprefix(_BOM)
+            offset = len(_BOM)
+        if len(line) + len(_BOM) < _MAX_LINE or line.endswith(b"\n"):
+            offset += len(line)
+            text = _text_of_line(line, key, location, warnings)
             if text is not None:
-                yield from _of_line(text, number)
+                yield from _split_if_long(text, number)
             continue
-        with LongLine(line, file, folder) as long:
-            at += long.size
-            odd.note("invalid_utf8", place, long.broken)
-            text = _value(long.skeleton, key, place, odd, long.column)
+        with LongJsonLine(line, file, folder) as long_line:
+            offset += long_line.size
+            warnings.add("invalid_utf8", location, long_line.invalid_utf8)
+            text = _parse(long_line.skeleton, key, location, warnings, long_line.column)
             if text is not None:
-                yield from _fragments(long.text(text), Fragment("", line=number))
-    odd.lines[stretch.number] = number
+                yield from _split(long_line.read_string(text), TextFragment("", line=number))
+    warnings.lines[part.index] = number
 
 
-def _first_line(file: IO[bytes], stretch: Stretch) -> int:
-    """Where the first line that begins in the stretch does: there the file is then, if there is one."""
-    if not stretch.start:
+def _seek_first_line(file: IO[bytes], part: InputRange) -> int:
+    """Move to the first line that begins in the range, and return its offset; past the range if there is none."""
+    if not part.start:
         return 0
-    at = file.seek(stretch.start - 1)  # one byte before, which ends a line if one begins at `start`
-    while (stretch.end is None or at < stretch.end) and (block := file.readline(_BLOCK)):
-        at += len(block)
+    offset = file.seek(part.start - 1)  # one byte before: it is the newline if a line begins at `start`
+    while (part.end is None or offset < part.end) and (block := file.readline(_BLOCK)):
+        offset += len(block)
         if block.endswith(b"\n"):
             break
-    return at
+    return offset
 
 
-def _text_of(raw: bytes, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
-    """The text of a JSON line; None, and a note, where it has none."""
+def _text_of_line(raw: bytes, key: tuple[str, ...], location: InputLocation, warnings: InputWarnings) -> str | None:
+    """Return the text of a JSON line, or add a warning and return None if it has none."""
     try:
         line = raw.decode()
     except UnicodeDecodeError:
-        line, broken = Decoder().decode(raw, final=True)
-        odd.note("invalid_utf8", place, broken)
-    return _value(line, key, place, odd, lambda at: at + 1)
+        line, invalid = Utf8Decoder().decode(raw, final=True)
+        warnings.add("invalid_utf8", location, invalid)
+    return _parse(line, key, location, warnings, lambda offset: offset + 1)
 
 
-def _value(line: str, key: tuple[str, ...], place: Place, odd: Oddities, column: Callable[[int], int]) -> str | None:
-    """The string that the key leads to; None, and a note, where there is none. `column` of a place is for people."""
+def _parse(
+    line: str, key: tuple[str, ...], location: InputLocation, warnings: InputWarnings, column: Callable[[int], int]
+) -> str | None:
+    """Return the string at `key` in a JSON line, or add a warning and return None. `column` maps offsets to columns."""
     if line.isspace():
         return None
     try:
-        value = _parsed(line.rstrip("\r\n"))  # or what is missing at the end would be found on the next line
+        value = _load_json(line.rstrip("\r\n"))  # without the newline, so that an error at the end is on this line
     except json.JSONDecodeError as error:
-        odd.note("broken_json", place, detail=f"{error.msg.removesuffix(' at')} at column {column(error.pos)}")
+        detail = f"{error.msg.removesuffix(' at')} at column {column(error.pos)}"
+        warnings.add("broken_json", location, detail=detail)
         return None
-    except ValueError as error:  # a number of thousands of digits
-        odd.note("broken_json", place, detail=str(error))
+    except ValueError as error:  # an integer of thousands of digits
+        warnings.add("broken_json", location, detail=str(error))
         return None
     except RecursionError:
-        odd.note("broken_json", place, detail="nested too deeply")
+        warnings.add("broken_json", location, detail="nested too deeply")
         return None
     for name in key:
         if not isinstance(value, dict) or name not in value:
-            return _string(False, None, key, place, odd)
+            return _check_text(False, None, key, location, warnings)
         value = value[name]
-    return _string(True, value, key, place, odd)
+    return _check_text(True, value, key, location, warnings)
 
 
-def _parsed(line: str) -> Any:
-    """As `json.loads`, half of whose time goes into looking for blanks."""
+def _load_json(line: str) -> Any:
+    """Return `json.loads(line)`, in about half the time for objects because the search for whitespace is skipped."""
     if line[:1] == "{":
         value, end = _DECODER.raw_decode(line)
         if end == len(line):
@@ -177,24 +187,26 @@ def _parsed(line: str) -> Any:
     return json.loads(line)
 
 
-def _rows(stretch: Stretch, key: tuple[str, ...], odd: Oddities) -> Iterator[Fragment]:
-    """The documents of row groups of a table. A place's line is the row's number in the whole file."""
-    path = stretch.source.path
-    end = row_groups(path) if stretch.end is None else stretch.end
-    for row in rows(path, stretch.start, end, key):
-        place = Place(stretch.number, row.number)
-        odd.note("invalid_utf8", place, row.broken)
-        text = _string(row.there, row.value, key, place, odd)
+def _read_table(part: InputRange, key: tuple[str, ...], warnings: InputWarnings) -> Iterator[TextFragment]:
+    """Yield the documents of row groups of a table. The line of a location is the row's number in the whole file."""
+    path = part.file.path
+    end = count_row_groups(path) if part.end is None else part.end
+    for row in read_rows(path, part.start, end, key):
+        location = InputLocation(part.index, row.number)
+        warnings.add("invalid_utf8", location, row.invalid_utf8)
+        text = _check_text(row.has_value, row.value, key, location, warnings)
         if text is not None:
-            yield from _of_line(text, row.number)
+            yield from _split_if_long(text, row.number)
 
 
-def _string(there: bool, value: Any, key: tuple[str, ...], place: Place, odd: Oddities) -> str | None:
-    """The value if it is a string; None, and a note, if not, or if there was none."""
-    if not there:
-        odd.note("no_text", place, detail=f'no key "{".".join(key)}"')
+def _check_text(
+    has_value: bool, value: Any, key: tuple[str, ...], location: InputLocation, warnings: InputWarnings
+) -> str | None:
+    """Return the value if it is a string. Otherwise add a warning and return None."""
+    if not has_value:
+        warnings.add("no_text", location, detail=f'no key "{".".join(key)}"')
         return None
     if not isinstance(value, str):
-        odd.note("not_a_string", place, detail=f"it is {json.dumps(value, default=str)[:30]}")
+        warnings.add("not_a_string", location, detail=f"it is {json.dumps(value, default=str)[:30]}")
         return None
     return value

@@ -1,68 +1,77 @@
-"""Files on a store, such as `s3://bucket/part.jsonl`, through fsspec."""
+"""Reads remote files, such as `s3://bucket/part.jsonl`, with fsspec."""
 
 from __future__ import annotations
 
 import errno
 import io
 from collections.abc import Callable
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from megagpt.errors import UserError
 
 _BUFFER = 1 << 20
+_T = TypeVar("_T")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path names a store."""
+    """Return True if a path is the address of a remote store."""
     return "://" in path
 
 
-def file_system(path: str) -> tuple[Any, str]:
-    """The file system of fsspec for a remote path, and the path within it. Raises UserError where it cannot be used."""
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a remote path, and the path within it. Raises UserError if it is unavailable."""
     try:
         import fsspec
     except ImportError:
-        raise missing("fsspec", "remote", path) from None
+        raise missing_package("fsspec", "remote", path) from None
     try:
-        system, inner = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:  # the store's own package is missing, or there is no such store
-        raise UserError(f"cannot open this store: {error}", path, "install what it asks for") from None
-    return system, inner
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # the store's own package is missing, or the protocol is unknown
+        raise UserError(f"cannot open this store: {error}", path, "install the package that it needs") from None
+    return filesystem, inner
 
 
-def is_web(system: Any) -> bool:
-    """Whether a file system is of web servers, which have no folders, and of which some only send whole files."""
-    return "http" in system.protocol
+def is_http(filesystem: Any) -> bool:
+    """Return True for the file system of web servers. They have no folders, and some can send only whole files."""
+    return "http" in filesystem.protocol
 
 
-def remote_file(path: str) -> IO[bytes]:
-    """Open a remote file. Whatever goes wrong is an OSError, then and later."""
-    return cast("IO[bytes]", io.BufferedReader(_File(*file_system(path)), _BUFFER))
+def open_remote(path: str) -> IO[bytes]:
+    """Open a remote file. Every failure, then and while it is read, is an OSError."""
+    return cast("IO[bytes]", io.BufferedReader(_RemoteFile(*open_filesystem(path)), _BUFFER))
 
 
-def gives_parts(path: str) -> bool:
-    """Whether a remote file of some size can be read from the middle on. Raises OSError."""
-    system, inner = file_system(path)
-    with _File(system, inner) as file:
-        if not file.streams:
+def supports_ranges(path: str) -> bool:
+    """Return True if a remote file has a known size and can be read from any offset. Raises OSError."""
+    filesystem, inner = open_filesystem(path)
+    with _RemoteFile(filesystem, inner) as file:
+        if not file.is_streamed:
             file.seek(1)
             file.read(1)
-        return not file.streams
+        return not file.is_streamed
 
 
-def missing(package: str, extra: str, path: str) -> UserError:
-    """Say that a file needs a package of an extra."""
+def missing_package(package: str, extra: str, path: str) -> UserError:
+    """Return the error for a file that cannot be read without an optional package.
+
+    Args:
+        package: The name of the package.
+        extra: The extra of megagpt that installs it.
+        path: The file.
+    """
     return UserError(f"reading this needs the package {package}", path, f'pip install "megagpt[{extra}]"')
 
 
-class _File(io.RawIOBase):
-    """A file that is asked for part by part; where a web server only sends the whole, it `streams`."""
+class _RemoteFile(io.RawIOBase):
+    """A file that is requested range by range, or streamed as a whole if the web server does not support ranges."""
 
-    def __init__(self, system: Any, inner: str) -> None:
-        self._system, self._inner, self._at, self.streams = system, inner, 0, False
-        self._file = _tried(lambda: system.open(inner, "rb"))
-        if is_web(system) and self._file.size is None:
-            _tried(self._stream)
+    def __init__(self, filesystem: Any, inner: str) -> None:
+        self._filesystem, self._inner = filesystem, inner
+        self._offset = 0
+        self.is_streamed = False
+        self._file = _with_os_errors(lambda: filesystem.open(inner, "rb"))
+        if is_http(filesystem) and self._file.size is None:
+            _with_os_errors(self._stream)
 
     def readable(self) -> bool:
         return True
@@ -72,16 +81,16 @@ class _File(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_CUR:
-            offset, whence = self._at + offset, io.SEEK_SET
-        if (offset, whence) != (self._at, io.SEEK_SET):
-            self._at = int(_tried(lambda: self._file.seek(offset, whence)))
-        return self._at
+            offset, whence = self._offset + offset, io.SEEK_SET
+        if (offset, whence) != (self._offset, io.SEEK_SET):
+            self._offset = int(_with_os_errors(lambda: self._file.seek(offset, whence)))
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        block = _tried(lambda: self._read(len(view)))
+        block = _with_os_errors(lambda: self._read(len(view)))
         view[: len(block)] = block
-        self._at += len(block)
+        self._offset += len(block)
         return len(block)
 
     def close(self) -> None:
@@ -92,31 +101,34 @@ class _File(io.RawIOBase):
     def _read(self, count: int) -> bytes:
         try:
             return bytes(self._file.read(count))
-        except ValueError:
-            if self.streams or not is_web(self._system):
+        except ValueError:  # raised by fsspec if the server ignores the requested range
+            if self.is_streamed or not is_http(self._filesystem):
                 raise
         self._stream()
         return bytes(self._file.read(count))
 
     def _stream(self) -> None:
-        """Go on with the whole file as it comes, from where we are."""
+        """Reopen the file as a stream of the whole, and skip to the current offset."""
         import aiohttp
 
         self._file.close()
-        self.streams = True
-        # No limit to the whole, in seconds: what is read waits for what is worked on.
-        patient = {**self._system.client_kwargs, "timeout": aiohttp.ClientTimeout(total=None, sock_read=300)}
-        system = type(self._system)(**{**self._system.storage_options, "client_kwargs": patient})
-        self._file = system.open(self._inner, "rb", block_size=0)
-        left = self._at
-        while left and (skipped := len(self._file.read(min(left, _BUFFER)))):
-            left -= skipped
+        self.is_streamed = True
+        # There is no limit to the total time, since reading waits for the documents to be encoded. The limit of 300
+        # seconds is for a single read.
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+        client_kwargs = {**self._filesystem.client_kwargs, "timeout": timeout}
+        filesystem = type(self._filesystem)(**{**self._filesystem.storage_options, "client_kwargs": client_kwargs})
+        self._file = filesystem.open(self._inner, "rb", block_size=0)
+        remaining = self._offset
+        while remaining and (skipped := len(self._file.read(min(remaining, _BUFFER)))):
+            remaining -= skipped
 
 
-def _tried(call: Callable[[], Any]) -> Any:
+def _with_os_errors(call: Callable[[], _T]) -> _T:
+    """Return the result of `call`, with every exception of the store's own package converted to OSError."""
     try:
         return call()
     except OSError:
         raise
-    except Exception as error:  # of the store's own package
+    except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

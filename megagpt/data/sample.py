@@ -1,4 +1,4 @@
-"""A bounded sample of many texts that does not depend on the order or the parts in which they come."""
+"""Random sample of texts with a bounded size, which does not depend on the order or grouping of the texts."""
 
 from __future__ import annotations
 
@@ -7,52 +7,60 @@ import heapq
 import struct
 from collections.abc import Iterator
 
-_ALL = 1 << 64  # above every number that is drawn
-Place = tuple[int, int]
-"""Where a text stands: two numbers of its own, by which texts are ordered."""
+_MAX_DRAW = 1 << 64  # above every hash
+TextPosition = tuple[int, int]
+"""Unique position of a text, by which sampled texts are ordered: for example the chunk, and the line within it."""
 
 
-class Sample:
-    """At most `limit` bytes of texts, spread over all that are offered.
+class BoundedSample:
+    """Random sample of at most `limit` bytes from all texts that are added.
 
-    Each text draws a number from the hash of its place; the smallest stay, up to the first text that does not fit.
-    So two samples of two halves make the sample of the whole. Only numbers below `below` can stay: it sinks as texts
-    come, and tells whoever draws elsewhere what need not be sent.
+    Each text draws a number, the hash of its position. The sample consists of the texts with the smallest numbers, up
+    to the first one that no longer fits. The samples of two halves can therefore be merged into the sample of the
+    whole. Only texts that draw a number below `threshold` can be in the sample. It decreases as texts are added, and
+    other processes need not send texts that draw a larger number.
     """
 
-    def __init__(self, limit: int, below: int = _ALL) -> None:
-        self.limit, self.below = limit, below
+    def __init__(self, limit: int, threshold: int = _MAX_DRAW) -> None:
+        """Create an empty sample.
+
+        Args:
+            limit: The largest total size of the sampled texts, in bytes of UTF-8.
+            threshold: Texts that draw this number or a larger one are ignored.
+        """
+        self.limit, self.threshold = limit, threshold
         self._size = 0
-        self._kept: list[tuple[int, Place, bytes]] = []  # a heap, the largest number first, which is why it is negated
+        self._heap: list[tuple[int, TextPosition, bytes]] = []  # by negated number: the largest one comes first
 
-    def offer(self, place: Place, text: str) -> None:
-        """Draw for a text, which holds no lone surrogates."""
-        number = int.from_bytes(hashlib.blake2b(struct.pack("<qq", *place), digest_size=8).digest(), "little")
-        if number < self.below:
-            self._keep(number, place, text.encode())
+    def add(self, position: TextPosition, text: str) -> None:
+        """Add a text, which must not contain lone surrogates, at its unique position."""
+        digest = hashlib.blake2b(struct.pack("<qq", *position), digest_size=8).digest()
+        number = int.from_bytes(digest, "little")
+        if number < self.threshold:
+            self._push(number, position, text.encode())
 
-    def add(self, other: Sample) -> None:
-        """Take another sample's texts in, too."""
-        self.below = min(self.below, other.below)
-        for number, place, text in other._kept:
-            if -number < self.below:
-                self._keep(-number, place, text)
+    def merge(self, other: BoundedSample) -> None:
+        """Add the texts of another sample, with the numbers that they drew there."""
+        self.threshold = min(self.threshold, other.threshold)
+        for negated, position, text in other._heap:
+            if -negated < self.threshold:
+                self._push(-negated, position, text)
         self._shrink()
 
     def texts(self) -> list[str]:
-        """The texts in the order of their places."""
-        return [text.decode() for _, _, text in sorted(self._kept, key=lambda kept: kept[1])]
+        """Return the sampled texts in the order of their positions."""
+        return [text.decode() for _, _, text in sorted(self._heap, key=lambda entry: entry[1])]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.texts())
 
-    def _keep(self, number: int, place: Place, text: bytes) -> None:
-        heapq.heappush(self._kept, (-number, place, text))
+    def _push(self, number: int, position: TextPosition, text: bytes) -> None:
+        heapq.heappush(self._heap, (-number, position, text))
         self._size += len(text)
         self._shrink()
 
     def _shrink(self) -> None:
-        while self._kept and (self._size > self.limit or -self._kept[0][0] >= self.below):
-            number, _, text = heapq.heappop(self._kept)
+        while self._heap and (self._size > self.limit or -self._heap[0][0] >= self.threshold):
+            negated, _, text = heapq.heappop(self._heap)
             self._size -= len(text)
-            self.below = min(self.below, -number)
+            self.threshold = min(self.threshold, -negated)

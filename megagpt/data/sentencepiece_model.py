@@ -1,4 +1,4 @@
-"""A sentencepiece model, and when its ids can be had word by word."""
+"""SentencePiece models, and the test of whether one encodes every word independently of its neighbors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import sentencepiece
 from megagpt.errors import UserError
 
 EOD_PIECE = "<eod>"
-NEWLINE_ID = 2  # after <unk> and <eod>: where our settings put it
-_PAST_A_WORD = re.compile("[^\u2581]\u2581|\n")
-_UNCHANGED = "  ﬁ ½\t e\u0301  \n end "  # a text that comes back only without normalisation
+NEWLINE_ID = 2  # in tokenizers that we train: after <unk> and <eod>
+_CROSSES_WORD = re.compile("[^\u2581]\u2581|\n")
+_ROUND_TRIP_TEXT = "  ﬁ ½\t e\u0301  \n end "  # only unchanged by a model that does not normalize
 
 
 class SentencepieceModel:
-    """The facts and calls that `Tokenizer` has, from the bytes of a .model file."""
+    """Tokenizer backend for a SentencePiece .model file; see `TokenizerBackend`.
+
+    Args:
+        model: content of the file.
+        path: path of the file, for error messages.
+
+    Raises:
+        UserError: the content is no SentencePiece model, or the model has no end-of-document token.
+    """
 
     def __init__(self, model: bytes, path: str) -> None:
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -27,61 +35,76 @@ class SentencepieceModel:
         self.eod: int = self._processor.eos_id()
         if self.eod < 0:
             raise UserError(
-                "the tokenizer has no end-of-document symbol (sentencepiece's eos)",
+                "the tokenizer has no end-of-document token (SentencePiece's eos)",
                 path,
                 "train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
             )
         unknown: int = self._processor.unk_id()
-        self.unknown = None if self._processor.is_byte(self._processor.piece_to_id("<0x00>")) else unknown
+        has_byte_fallback = self._processor.is_byte(self._processor.piece_to_id("<0x00>"))
+        self.unknown = None if has_byte_fallback else unknown
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         self.control_symbols = tuple(piece for i, piece in enumerate(pieces) if self._processor.is_control(i))
-        self.by_words = self._is_by_words(pieces)
+        self.is_word_local = self._find_is_word_local(pieces)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Return the token ids of each text."""
         encoded: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Return the text of token ids."""
         return str(self._processor.decode(list(ids)))
 
-    def _is_by_words(self, pieces: Sequence[str]) -> bool:
-        """Whether a text's ids are those of its lines and words, blanks going with the word behind them.
+    def _find_is_word_local(self, pieces: Sequence[str]) -> bool:
+        """Return whether the ids of a text are those of its lines and words; spaces belong to the word after them.
 
-        So it is with our settings, which the head of the vocabulary shows: no piece goes on past a word or over
-        a line's end, and BPE (whose scores count down from 0) merges only what makes a piece.
+        This holds for models trained with our settings (recognized by their first pieces) if no piece crosses the end
+        of a word or line, and if every merge of the BPE produces a piece (scores count down from 0).
         """
         model = self._processor
-        every = list(range(self.vocab_size))
-        kinds = zip(model.is_control(every), model.is_unknown(every), model.is_byte(every), strict=True)
+        if (pieces[:3], self.eod) != (["<unk>", EOD_PIECE, "\n"], 1):
+            return False
+        ids = list(range(self.vocab_size))
+        special = zip(model.is_control(ids), model.is_unknown(ids), model.is_byte(ids), strict=True)
         merges = [
-            i for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)) if piece != "\n" and not any(kind)
+            i for i, (piece, flags) in enumerate(zip(pieces, special, strict=True)) if piece != "\n" and not any(flags)
         ]
-        return (
-            (pieces[:3], self.eod) == (["<unk>", EOD_PIECE, "\n"], 1)
-            and not any(map(_PAST_A_WORD.search, [pieces[i] for i in merges]))
-            and not any(model.is_unused(merges))
-            and model.get_score(merges) == [-float(n) for n in range(len(merges))]
-            and model.encode("\n") == [NEWLINE_ID]  # no blank is put before a text
-            and model.decode(model.encode(_UNCHANGED)) == _UNCHANGED
-        )
+        if any(_CROSSES_WORD.search(pieces[i]) for i in merges):
+            return False
+        if any(model.is_unused(merges)) or model.get_score(merges) != [-float(n) for n in range(len(merges))]:
+            return False
+        adds_space_before_text = model.encode("\n") != [NEWLINE_ID]
+        normalizes = model.decode(model.encode(_ROUND_TRIP_TEXT)) != _ROUND_TRIP_TEXT
+        return not adds_space_before_text and not normalizes
 
 
-def ids_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The id of each piece of a BPE model; and which two pieces make one, in the order in which it would make them."""
-    read = sentencepiece.SentencePieceProcessor(model_proto=model)
-    every = list(range(read.vocab_size()))
-    ids = dict(zip(read.id_to_piece(every), every, strict=True))
-    made = (piece for piece, number in ids.items() if not (read.is_byte(number) or read.is_control(number)))
-    halves = ((piece[:at], piece[at:]) for piece in made for at in range(1, len(piece)))
-    return ids, [(left, right) for left, right in halves if left in ids and right in ids]
+def bpe_vocab_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return what other BPE libraries need to know of a SentencePiece BPE model.
+
+    Args:
+        model: content of the .model file.
+
+    Returns:
+        The id of each piece, and the pairs of pieces that merge, in the order in which SentencePiece merges them.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    all_ids = list(range(processor.vocab_size()))
+    ids = dict(zip(processor.id_to_piece(all_ids), all_ids, strict=True))
+    merges = []
+    for piece, number in ids.items():
+        if processor.is_byte(number) or processor.is_control(number):
+            continue
+        for split in range(1, len(piece)):
+            left, right = piece[:split], piece[split:]
+            if left in ids and right in ids:
+                merges.append((left, right))
+    return ids, merges
 
 
 def _load(model: bytes, path: str) -> Any:
-    error = UserError("not a sentencepiece model", path, "give the .model file that `tokenizer train` wrote")
+    error = UserError("not a SentencePiece model", path, "give the .model file that `megagpt tokenizer train` wrote")
     if not model:
-        raise error  # sentencepiece would take it and print to the console later
+        raise error  # sentencepiece would accept it, and print to the console later
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError):

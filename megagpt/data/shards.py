@@ -1,7 +1,7 @@
-"""A shard: what one piece of the input was encoded to. Whole once its record is there, which comes last.
+"""Shards: what the chunks of the input are encoded to. A shard is complete once its record exists, written last.
 
-`NUMBER.bin` holds the ids of all documents, as .bin does; `NUMBER.rows` has a row for each document; `NUMBER.json`
-is the record.
+`NUMBER.bin` holds the token ids of all documents, in the format of a corpus's .bin file. `NUMBER.rows` has one row per
+document, of type `ROW_DTYPE`. `NUMBER.json` is the record.
 """
 
 from __future__ import annotations
@@ -18,17 +18,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.oddities import Oddities, Place
-from megagpt.files import ChecksummedFile
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.files import ChecksummedFile, crc32, parse_json
 
-ROW = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
+ROW_DTYPE = np.dtype([("tokens", "<i8"), ("text_bytes", "<i8"), ("validation", "?"), ("digest", "V16")])
 _ROW = struct.Struct("<qq?16s")
 Rows = npt.NDArray[np.void]
+SUFFIXES = ("bin", "rows", "json")
 
 
 @dataclass(frozen=True)
-class Record:
-    """Facts of a whole shard. `text_bytes` are of its documents; the sizes (bytes) and CRC-32 are of its files."""
+class ShardRecord:
+    """Facts about a complete shard.
+
+    Attributes:
+        number: The number of the shard, which is its chunk's.
+        documents: Number of documents.
+        tokens: Number of tokens, end-of-document symbols included.
+        text_bytes: Bytes of the documents' text in UTF-8.
+        bin_bytes: Size of `NUMBER.bin`.
+        bin_crc32: CRC-32 of `NUMBER.bin`.
+        rows_crc32: CRC-32 of `NUMBER.rows`.
+        warnings: What was unusual in the chunk.
+    """
 
     number: int
     documents: int
@@ -37,11 +49,11 @@ class Record:
     bin_bytes: int
     bin_crc32: int
     rows_crc32: int
-    oddities: Oddities
+    warnings: InputWarnings
 
 
 class ShardWriter:
-    """Writes one shard; what is given is kept until `flush`. Leaving the `with` block without `finish` removes it."""
+    """Writes one shard, buffered until `flush`. If the `with` block ends without `finish`, the files are removed."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
@@ -58,39 +70,52 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in (self._bin, self._rows):
-            with suppress(OSError):  # of a full disk, which the error on its way has said
+            with suppress(OSError):  # if the disk is full, the write has already raised an error
                 file.close()
         for suffix in ("bin", "rows"):
             self._partial(suffix).unlink(missing_ok=True)
 
     def write(self, ids: bytes) -> None:
-        """Append ids of the document that has not ended yet."""
+        """Append ids to the current document."""
         self._new_ids.append(ids)
 
     def end_document(self, tokens: int, text_bytes: int, validation: bool, digest: bytes) -> None:
-        """End a document of so many tokens and bytes of text; `digest` is the hash of the text."""
+        """End the current document.
+
+        Args:
+            tokens: Its number of tokens.
+            text_bytes: Bytes of its text.
+            validation: True if it belongs to the validation part.
+            digest: The 16-byte hash of its text.
+        """
         self._new_rows.append(_ROW.pack(tokens, text_bytes, validation, digest))
         self.documents += 1
         self.tokens += tokens
         self.text_bytes += text_bytes
 
     def flush(self) -> None:
-        """Write what has been given."""
+        """Write the buffered ids and rows."""
         self._bin_bytes += sum(map(len, self._new_ids))
         for file, new in ((self._bin, self._new_ids), (self._rows, self._new_rows)):
             file.write(b"".join(new))
             new.clear()
 
-    def finish(self, oddities: Oddities) -> Record:
-        """Name the files, and write the record when they are on the disk."""
+    def finish(self, warnings: InputWarnings) -> ShardRecord:
+        """Rename the files to their final names, then write and return the record."""
         self.flush()
         for file, suffix in ((self._bin, "bin"), (self._rows, "rows")):
             file.sync()
             self._partial(suffix).replace(self._folder / f"{self._number}.{suffix}")
-        record = Record(
-            self._number, self.documents, self.tokens, self.text_bytes, self._bin_bytes,
-            self._bin.crc32, self._rows.crc32, oddities,
-        )  # fmt: skip
+        record = ShardRecord(
+            number=self._number,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            bin_bytes=self._bin_bytes,
+            bin_crc32=self._bin.crc32,
+            rows_crc32=self._rows.crc32,
+            warnings=warnings,
+        )
         with ChecksummedFile(self._partial("json")) as file:
             file.write(json.dumps(asdict(record)).encode())
             file.sync()
@@ -98,19 +123,40 @@ class ShardWriter:
         return record
 
     def _partial(self, suffix: str) -> Path:
-        # The number of the process: one that was left over from a killed command must not write into ours.
+        # The name contains the process id, so that a process left over from a killed command cannot write to our file.
         return self._folder / f"{self._number}.{suffix}.{os.getpid()}.partial"
 
 
-def read_record(folder: Path, number: int) -> Record | None:
-    """The record of a whole shard, or None where there is none or its files are not what it says."""
+def read_shard_record(folder: Path, number: int) -> ShardRecord | None:
+    """Return the record of a complete shard, or None if there is none or its files have another size.
+
+    The content of the files is not read; `is_intact` compares it with the checksums.
+    """
     try:
-        content: dict[str, Any] = json.loads((folder / f"{number}.json").read_bytes())
-        odd = content.pop("oddities")
-        first = {kind: Place(*place) for kind, place in odd["first"].items()}
-        lines = {int(source): count for source, count in odd["lines"].items()}
-        record = Record(**content, oddities=Oddities(odd["strict"], odd["counts"], first, lines))
+        content: dict[str, Any] = parse_json((folder / f"{number}.json").read_bytes())
+        warnings = content.pop("warnings")
+        first = {kind: InputLocation(*location) for kind, location in warnings["first"].items()}
+        lines = {int(file): count for file, count in warnings["lines"].items()}
+        record = ShardRecord(**content, warnings=InputWarnings(warnings["strict"], warnings["counts"], first, lines))
         sizes = [(folder / f"{number}.{suffix}").stat().st_size for suffix in ("bin", "rows")]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return record if sizes == [record.bin_bytes, record.documents * ROW.itemsize] else None
+    return record if sizes == [record.bin_bytes, record.documents * ROW_DTYPE.itemsize] else None
+
+
+def is_intact(folder: Path, number: int) -> bool:
+    """Return True if the shard is complete and its files can be read and have the checksums of its record."""
+    record = read_shard_record(folder, number)
+    if record is None:
+        return False
+    try:
+        checksums = [crc32(folder / f"{number}.{suffix}") for suffix in ("bin", "rows")]
+    except OSError:  # a bad sector
+        return False
+    return checksums == [record.bin_crc32, record.rows_crc32]
+
+
+def remove_shard(folder: Path, number: int) -> None:
+    """Remove the files of a shard, its record first, so that it is never taken for complete."""
+    for suffix in reversed(SUFFIXES):
+        (folder / f"{number}.{suffix}").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""PREFIX.json: what .bin and .idx cannot say about a corpus."""
+"""Metadata of a corpus that .bin and .idx cannot hold, in a sidecar file PREFIX.json."""
 
 from __future__ import annotations
 
@@ -10,20 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError
+from megagpt.files import parse_json
 
 VERSION = 1
+_UINT16_VOCAB_LIMIT = 65_500  # as in Megatron-LM
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Facts of one corpus, written when it was prepared.
+    """Metadata of one corpus, written when it was prepared. Each attribute is a key of the JSON file.
 
-    `tokenizer_sha256` is the hash of the tokenizer's file, `documents` counts all documents (empty ones too),
-    `tokens` the ids in .bin, `text_bytes` the UTF-8 bytes of the text they stand for (no end-of-document symbol
-    counted), and the checksums are zlib's crc32 of the whole files. `stretches` of .bin, one after the other, each
-    have their bytes and checksum; `made` tells people how the corpus was made: version, options, what was odd.
-    A corpus `packed` for a seq_len holds samples of `packed + 1` tokens, one sequence and entry of `documents` each;
-    `padding` of its tokens are no text: an end-of-document symbol after another.
+    Attributes:
+        tokenizer_sha256: hash of the tokenizer's file.
+        vocab_size: number of ids of the tokenizer.
+        eod: id of the end-of-document token.
+        documents: number of documents, including empty ones.
+        tokens: number of ids in .bin.
+        text_bytes: UTF-8 bytes of the text, without the end-of-document tokens.
+        bin_crc32: CRC-32 (zlib) of .bin.
+        idx_crc32: CRC-32 (zlib) of .idx.
+        version: version of this format.
+        bin_ranges: length in bytes and CRC-32 of consecutive ranges of .bin, which locate damage.
+        made: how the corpus was made, for people: version, options, input warnings.
+        packed: seq_len of a packed corpus, which holds samples of `packed + 1` tokens, each one sequence and one
+            document; None for other corpora.
+        padding: number of padding tokens in a packed corpus: end-of-document tokens that follow another one.
     """
 
     tokenizer_sha256: str
@@ -35,47 +46,61 @@ class Sidecar:
     bin_crc32: int
     idx_crc32: int
     version: int = VERSION
-    stretches: tuple[tuple[int, int], ...] = ()
+    bin_ranges: tuple[tuple[int, int], ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     packed: int | None = None
     padding: int = 0
 
     def to_json(self) -> str:
-        """One JSON object, keys in the order above."""
+        """Return a JSON object with the keys in the order above."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-# which the first sidecars did not have
-_LATER: dict[str, Any] = {"stretches": [], "made": {}, "packed": None, "padding": 0}
-_OTHERS: dict[str, tuple[type, ...]] = {
-    "tokenizer_sha256": (str,), "stretches": (list,), "made": (dict,), "packed": (int, type(None)),
+# Keys that the first sidecars did not have.
+_DEFAULTS: dict[str, Any] = {"bin_ranges": [], "made": {}, "packed": None, "padding": 0}
+_NOT_INTEGERS: dict[str, tuple[type, ...]] = {
+    "tokenizer_sha256": (str,), "bin_ranges": (list,), "made": (dict,), "packed": (int, type(None)),
 }  # fmt: skip
-_TYPES = {one.name: _OTHERS.get(one.name, (int,)) for one in dataclasses.fields(Sidecar)}
+_TYPES = {key.name: _NOT_INTEGERS.get(key.name, (int,)) for key in dataclasses.fields(Sidecar)}
+
+
+def bytes_per_token(vocab_size: int) -> int:
+    """Return the bytes per id in .bin: 2 (uint16) for vocabularies below 65,500, else 4 (int32), as in Megatron-LM."""
+    return 2 if vocab_size < _UINT16_VOCAB_LIMIT else 4
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """Read the sidecar, or None where there is none. Raises UserError if it cannot be understood."""
+    """Read a sidecar file; None if there is none. Raises UserError if it is invalid."""
     do = f"run `megagpt prepare` again, or remove {path.name} to use the corpus unverified"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the sidecar of the corpus: {error}", str(path), do) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
-        raise UserError(f"the sidecar is of version {version}, not {VERSION}", str(path), do)
-    wrong = [name for name, kinds in _TYPES.items() if type(content.get(name, _LATER.get(name))) not in kinds]
-    if wrong:
-        raise UserError(f"the sidecar lacks or garbles {', '.join(wrong)}", str(path), do)
-    values = {name: content.get(name, _LATER.get(name)) for name in _TYPES}
-    values["stretches"] = tuple((size, crc32) for size, crc32 in values["stretches"])
+        raise UserError(f"the sidecar has version {version}, but only version {VERSION} is supported", str(path), do)
+    if "stretches" in content:  # an earlier name of the key
+        content["bin_ranges"] = content["stretches"]
+    values = {key: content.get(key, _DEFAULTS.get(key)) for key in _TYPES}
+    invalid = [key for key, types in _TYPES.items() if type(values[key]) not in types]
+    if invalid:
+        raise UserError(f"the sidecar has missing or invalid keys: {', '.join(invalid)}", str(path), do)
+    values["bin_ranges"] = tuple((size, crc32) for size, crc32 in values["bin_ranges"])
     return Sidecar(**values)
 
 
-def check_one_tokenizer(prefix: str, facts: Sidecar | None, other: str, sha256: str) -> None:
-    """Raise UserError if the sidecar of a corpus names another tokenizer than `sha256`, which is that of `other`."""
-    if facts and facts.tokenizer_sha256 != sha256:
-        where = f"{facts.tokenizer_sha256[:12]}…  {prefix}\n{sha256[:12]}…  {other}"
-        do = "use the tokenizer that the corpus was made with, or prepare it anew"
-        raise UserError("these two are of different tokenizers", where, do)
+def check_same_tokenizer(prefix: str, sidecar: Sidecar | None, other: str, sha256: str) -> None:
+    """Raise UserError if a corpus was made with another tokenizer.
+
+    Args:
+        prefix: prefix of the corpus.
+        sidecar: its metadata. Without it nothing is known, and nothing is raised.
+        other: the tokenizer's file, or a corpus that was made with it, to be named in the error.
+        sha256: hash of that tokenizer.
+    """
+    if sidecar and sidecar.tokenizer_sha256 != sha256:
+        where = f"{sidecar.tokenizer_sha256[:12]}…  {prefix}\n{sha256[:12]}…  {other}"
+        do = "use the tokenizer that the corpus was prepared with, or prepare the corpus again"
+        raise UserError("different tokenizers were used", where, do)

@@ -1,4 +1,4 @@
-"""What the user names as input, as a list of files: paths, folders, patterns, manifests, standard input, stores."""
+"""Finds the input files: paths, folders, patterns, manifests, standard input and addresses of remote stores."""
 
 from __future__ import annotations
 
@@ -11,159 +11,191 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from megagpt.data.manifest import Lines
+from megagpt.data.manifest import ManifestReader
 from megagpt.data.opening import Compression
-from megagpt.data.remote import file_system, gives_parts, is_remote, is_web
-from megagpt.data.sniffing import KNOWN, Kind, known_name, looked_at
+from megagpt.data.remote import is_http, is_remote, open_filesystem, supports_ranges
+from megagpt.data.sniffing import SUPPORTED_SUFFIXES, FileFormat, detect_format, has_supported_suffix
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
 
-DEFAULT = "default"  # the word that stands for the default corpus among the inputs
+DEFAULT_CORPUS = "default"  # the input that stands for the default corpus
 STANDARD_INPUT = "-"
 _MANIFEST = "@"
-_PATTERN = frozenset("*?[")
-_CORRECT = "correct the path; the word `default` stands for the default corpus"
+_PATTERN_CHARACTERS = frozenset("*?[")
+_CORRECT_PATH = "correct the path, or use `default` for the default corpus"
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One file of the input.
 
-    `size` is in bytes, as it lies there; `state` changes when the file does. `corpus` names the corpus that its
-    documents go to, where a manifest asks for several, and `weight` is that corpus's in a blend, if it is given there.
-    A file that is not `in_parts` can be read from its beginning only.
+    Attributes:
+        path: A local path, or the address of a remote file.
+        format: How it contains documents.
+        size: Bytes of the file, compressed if it is.
+        fingerprint: A text that changes when the content of the file does.
+        compression: How it is compressed.
+        corpus: The corpus that its documents belong to, if a manifest names several.
+        weight: The weight of that corpus in a blend, if a manifest gives one.
+        supports_ranges: False if the file can be read only from its beginning.
     """
 
     path: str
-    kind: Kind
+    format: FileFormat
     size: int
-    state: str
+    fingerprint: str
     compression: Compression = Compression.NONE
     corpus: str = ""
     weight: float | None = None
-    in_parts: bool = True
+    supports_ranges: bool = True
 
 
-def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
-    """The files that the inputs stand for, in the order given; those of a folder or pattern in the order of names.
+def find_input_files(inputs: Sequence[str], spool: Path) -> list[InputFile]:
+    """Find the files of the inputs, in the order given; the files of a folder or pattern are sorted by name.
 
-    An input is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see manifest.py), `-` for
-    standard input, or any of these on a store such as `s3://`. What comes through a pipe is copied to files beside
-    `spool`. No input, or the word `default`, is the default corpus. Raises UserError for what is missing or no text.
+    Args:
+        inputs: Each a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see manifest.py), `-` for
+            standard input, or an address such as `s3://…` of a file, folder or pattern. No input, or the single input
+            `default`, is the default corpus.
+        spool: The path to which the content of a pipe is copied; further pipes are copied to `spool`.1 and so on.
+
+    Raises:
+        UserError: An input does not exist, or is not text.
     """
-    if not inputs or list(inputs) == [DEFAULT]:
-        return [Source(DEFAULT, Kind.DEFAULT, 0, "")]
-    if DEFAULT in inputs:
-        do = f"leave out one of them, or write ./{DEFAULT} if it is a file"
-        raise UserError(f"`{DEFAULT}` stands for the default corpus and cannot be mixed with files", "INPUT", do)
-    lines, pipes = Lines(), _Pipes(spool)
-    sources = [source for given in inputs for source in _sources(given, pipes, lines)]
-    weights = lines.weights({source.corpus for source in sources})
-    return [replace(source, weight=weights.get(source.corpus)) for source in sources]
+    if not inputs or list(inputs) == [DEFAULT_CORPUS]:
+        return [InputFile(DEFAULT_CORPUS, FileFormat.DEFAULT_CORPUS, 0, "")]
+    if DEFAULT_CORPUS in inputs:
+        do = f"remove one of them, or write ./{DEFAULT_CORPUS} if it is a file"
+        what = f"`{DEFAULT_CORPUS}` stands for the default corpus and cannot be combined with files"
+        raise UserError(what, "INPUT", do)
+    manifests, pipes = ManifestReader(), _PipeCopier(spool)
+    files = [file for name in inputs for file in _find(name, pipes, manifests)]
+    weights = manifests.weights({file.corpus for file in files})
+    return [replace(file, weight=weights.get(file.corpus)) for file in files]
 
 
-def _sources(given: str, pipes: _Pipes, lines: Lines) -> Iterator[Source]:
-    if given == STANDARD_INPUT:
-        yield pipes.copied(sys.stdin.buffer)
-    elif given.startswith(_MANIFEST) and not os.path.exists(given):
-        yield from _manifest(Path(given[1:]), pipes, lines)
-    elif is_remote(given):
-        yield from _remote(given)
+def _find(name: str, pipes: _PipeCopier, manifests: ManifestReader) -> Iterator[InputFile]:
+    if name == STANDARD_INPUT:
+        yield pipes.copy(sys.stdin.buffer)
+    elif name.startswith(_MANIFEST) and not os.path.exists(name):
+        yield from _find_in_manifest(Path(name[1:]), pipes, manifests)
+    elif is_remote(name):
+        yield from _find_remote(name)
     else:
-        yield from _local(given, pipes)
+        yield from _find_local(name, pipes)
 
 
-def _local(given: str, pipes: _Pipes, corpus: str = "") -> Iterator[Source]:
-    path = Path(given)
+def _find_local(name: str, pipes: _PipeCopier, corpus: str = "") -> Iterator[InputFile]:
+    for path in _local_paths(name):
+        status = path.stat()
+        if stat.S_ISFIFO(status.st_mode):  # for example <(command) in a shell: it can be read only once
+            with path.open("rb") as pipe:
+                yield pipes.copy(pipe, corpus)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("this is not a file", str(path), "use files, folders, patterns or pipes")
+        file_format, compression = detect_format(str(path))
+        yield InputFile(str(path), file_format, status.st_size, str(status.st_mtime_ns), compression, corpus)
+
+
+def _local_paths(name: str) -> list[Path]:
+    """Return the paths of a file, folder or pattern. Raises UserError if there are none."""
+    path = Path(name)
     if path.is_dir():
         found = sorted(_walk(path))
         if not found:
-            do = f"put {KNOWN} files into it, or name another folder"
-            raise UserError("the folder holds no text files", given, do)
-    elif path.exists():
-        found = [path]
-    else:
-        found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if not os.path.isdir(name)]
-        if not found and _PATTERN & set(given):
-            raise UserError("no file is of this pattern", given, "correct it, and mind the shell's quotes")
-        if not found:
-            raise UserError("there is no such file or folder", given, _CORRECT)
-    for file in found:
-        status = file.stat()
-        if stat.S_ISFIFO(status.st_mode):  # as of <(command) in a shell: what is looked at would be gone
-            with file.open("rb") as pipe:
-                yield pipes.copied(pipe, corpus)
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("this is no file", str(file), "give files, folders, patterns, or a pipe")
-        kind, compression = looked_at(str(file))
-        yield Source(str(file), kind, status.st_size, str(status.st_mtime_ns), compression, corpus)
+            do = f"put {SUPPORTED_SUFFIXES} files into it, or use another folder"
+            raise UserError("the folder contains no text files", name, do)
+        return found
+    if path.exists():
+        return [path]
+    found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if not os.path.isdir(match)]
+    if not found and _PATTERN_CHARACTERS & set(name):
+        raise UserError(
+            "no file matches this pattern", name, "correct it, and quote it so that the shell does not expand it"
+        )
+    if not found:
+        raise UserError("there is no such file or folder", name, _CORRECT_PATH)
+    return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder that have a supported suffix and are not hidden."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and known_name(name):
+            if not name.startswith(".") and has_supported_suffix(name):
                 yield Path(parent, name)
 
 
-def _remote(given: str, corpus: str = "") -> Iterator[Source]:
-    """The files that an address stands for, as fsspec lists them."""
-    system, inner = file_system(given)
+def _find_remote(address: str, corpus: str = "") -> Iterator[InputFile]:
+    """Yield the files of an address, as listed by fsspec."""
+    filesystem, inner = open_filesystem(address)
     try:
-        found = [(name, system.info(name), _in_parts(system, name)) for name in _names(system, inner)]
-    except Exception as error:  # of the store's own package
-        do = "check the address, that it can be reached, and that you may read it"
-        raise UserError(f"cannot look into this store: {type(error).__name__}: {error}", given, do) from None
+        found = [
+            (name, filesystem.info(name), _remote_supports_ranges(filesystem, name))
+            for name in _remote_names(filesystem, inner)
+        ]
+    except Exception as error:  # any exception of the store's own package
+        do = "check the address, that it can be reached, and that you have permission to read it"
+        raise UserError(f"cannot list this store: {type(error).__name__}: {error}", address, do) from None
     if not found:
-        raise UserError("no text file is there", given, f"correct the address; {KNOWN} files are taken from a folder")
-    for name, facts, in_parts in found:
-        path = system.unstrip_protocol(name)
-        kind, compression = looked_at(path)
-        # What fsspec takes for a web file's state is its address.
-        state = str([system.ukey(name), facts.get("ETag"), facts.get("Last-Modified")])
-        yield Source(path, kind, facts["size"] or 0, state, compression, corpus, in_parts=in_parts)
+        do = f"correct the address; of a folder, {SUPPORTED_SUFFIXES} files are read"
+        raise UserError("no text file was found there", address, do)
+    for name, info, has_ranges in found:
+        path = filesystem.unstrip_protocol(name)
+        file_format, compression = detect_format(path)
+        # For web servers, `ukey` depends only on the address, and so the ETag and date are included.
+        fingerprint = str([filesystem.ukey(name), info.get("ETag"), info.get("Last-Modified")])
+        yield InputFile(
+            path, file_format, info["size"] or 0, fingerprint, compression, corpus, supports_ranges=has_ranges
+        )
 
 
-def _in_parts(system: Any, name: str) -> bool:
-    return not is_web(system) or gives_parts(system.unstrip_protocol(name))
+def _remote_supports_ranges(filesystem: Any, name: str) -> bool:
+    return not is_http(filesystem) or supports_ranges(filesystem.unstrip_protocol(name))
 
 
-def _names(system: Any, inner: str) -> list[str]:
-    if _PATTERN - (set("?") if is_web(system) else set()) & set(inner):
-        return sorted(system.glob(inner))
-    if known_name(inner) or not system.isdir(inner):  # a web server may take a file for a folder
-        return [inner] if system.exists(inner) else []
-    return sorted(name for name in system.find(inner) if known_name(name))
+def _remote_names(filesystem: Any, inner: str) -> list[str]:
+    """Return the files of a remote path: of a pattern, of one file, or of a folder."""
+    pattern = _PATTERN_CHARACTERS
+    if is_http(filesystem):
+        pattern = pattern - {"?"}  # it begins the query of a web address
+    if pattern & set(inner):
+        return sorted(filesystem.glob(inner))
+    if has_supported_suffix(inner) or not filesystem.isdir(inner):  # for web servers, isdir can be True for a file
+        return [inner] if filesystem.exists(inner) else []
+    return sorted(name for name in filesystem.find(inner) if has_supported_suffix(name))
 
 
-def _manifest(path: Path, pipes: _Pipes, lines: Lines) -> Iterator[Source]:
-    for line in lines.read(path):
+def _find_in_manifest(path: Path, pipes: _PipeCopier, manifests: ManifestReader) -> Iterator[InputFile]:
+    for entry in manifests.read(path):
         try:
-            if is_remote(line.name):
-                yield from _remote(line.name, line.corpus)
+            if is_remote(entry.path):
+                yield from _find_remote(entry.path, entry.corpus)
             else:
-                yield from _local(str(path.parent / line.name), pipes, line.corpus)
+                yield from _find_local(str(path.parent / entry.path), pipes, entry.corpus)
         except UserError as error:
             problem = error.problems[0]
-            raise UserError(problem.what, f"{problem.where}\n{line.where}", problem.do) from None
+            raise UserError(problem.what, f"{problem.where}\n{entry.where}", problem.do) from None
 
 
-class _Pipes:
-    """Copies what can be read only once: it can then be looked at, cut into pieces, and read twice."""
+class _PipeCopier:
+    """Copies pipes to files. A pipe can be read only once, but the format is detected first, and files are split."""
 
     def __init__(self, spool: Path) -> None:
         self._spool, self._count = spool, 0
 
-    def copied(self, pipe: IO[bytes], corpus: str = "") -> Source:
-        """The next one's copy."""
-        path = self._spool.with_name(self._spool.name + (f".{self._count}" if self._count else ""))
+    def copy(self, pipe: IO[bytes], corpus: str = "") -> InputFile:
+        """Copy a pipe to the next file, and return that file."""
+        path = self._spool
+        if self._count:
+            path = path.with_name(f"{path.name}.{self._count}")
         self._count += 1
         with ChecksummedFile(path) as file:
             size = 0
             while block := pipe.read(1 << 20):
                 file.write(block)
                 size += len(block)
-        kind, compression = looked_at(str(path))
-        return Source(str(path), kind, size, str(file.crc32), compression, corpus)
+        file_format, compression = detect_format(str(path))
+        return InputFile(str(path), file_format, size, str(file.crc32), compression, corpus)

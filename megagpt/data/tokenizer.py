@@ -1,4 +1,4 @@
-"""Text to token ids and back without loss: a sentencepiece model, and how one is trained."""
+"""Lossless conversion of text to token ids and back, and training of SentencePiece tokenizers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import sentencepiece
 
-from megagpt.data.other_tokenizers import HuggingFaceTokenizer, Vocabulary, tiktoken_encoding
-from megagpt.data.sample import Sample
+from megagpt.data.other_tokenizers import HuggingFaceTokenizer, TokenizerBackend, tiktoken_encoding
+from megagpt.data.sample import BoundedSample
 from megagpt.data.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 from megagpt.errors import UserError
 
-SAMPLE_BYTES = 20_000_000  # more text no longer changes the merges that matter
-_PIECE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or a stretch of it that ends at a blank
+SAMPLE_BYTES = 20_000_000  # more text hardly changes the merges
+_TRAINING_LINE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or part of it up to a space
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# What makes the round trip exact: bytes for rare characters, no normalisation, no blank added or removed,
-# and the newline as a symbol of its own, which no merge crosses.
+# Settings for an exact round trip: bytes for rare characters, no normalization, no spaces added or removed, and the
+# newline as a symbol of its own, which no merge crosses.
 _LOSSLESS: dict[str, Any] = {
     "byte_fallback": True,
     "normalization_rule_name": "identity",
@@ -39,12 +39,12 @@ _LOSSLESS: dict[str, Any] = {
 
 
 def without_surrogates(text: str) -> str:
-    """Give `text` with U+FFFD for every lone surrogate, so that it has a UTF-8 form."""
+    """Return `text` with every lone surrogate replaced by U+FFFD, so that it can be encoded as UTF-8."""
     return text if _is_unicode(text) else replace_surrogates(text)[0]
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """Put U+FFFD for every lone surrogate of `text`, and count them."""
+    """Replace every lone surrogate of `text` by U+FFFD; return the text and the number of replacements."""
     return _SURROGATE.subn("\ufffd", text)
 
 
@@ -57,32 +57,45 @@ def _is_unicode(text: str) -> bool:
 
 
 class Tokenizer:
-    """A sentencepiece model, a `tokenizer.json` of Hugging Face's, or one of tiktoken's encodings by its name.
+    """A SentencePiece model, a Hugging Face `tokenizer.json`, or a tiktoken encoding.
 
-    `vocab_size` counts ids, `eod` is the id that ends a document, `sha256` is the hash of the file. `unknown` is the
-    id of what no piece is for (None: bytes spell it out). `control_symbols` are the spellings of ids that no text
-    gives. `by_words`: a text's ids are those of its lines and words, blanks going with the word behind them.
-    Raises UserError when the file is missing, is no tokenizer, or has no end-of-document symbol.
+    Args:
+        path: path of the file, or the name of a tiktoken encoding.
+
+    Attributes:
+        vocab_size: number of ids.
+        eod: id of the end-of-document token.
+        sha256: hash of the file.
+        unknown: id of text that no piece covers; None if such text is encoded as bytes.
+        control_symbols: spellings of the ids that no text encodes to.
+        is_word_local: whether the ids of a text are those of its lines and words; spaces belong to the word after
+            them.
+
+    Raises:
+        UserError: the file is missing, is no tokenizer, or has no end-of-document token.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._vocabulary = vocabulary = _vocabulary(self.path)
-        self.sha256, self.vocab_size = vocabulary.sha256, vocabulary.vocab_size
-        self.eod, self.unknown = vocabulary.eod, vocabulary.unknown
-        self.control_symbols, self.by_words = vocabulary.control_symbols, vocabulary.by_words
+        self._backend = backend = _load_backend(self.path)
+        self.sha256 = backend.sha256
+        self.vocab_size = backend.vocab_size
+        self.eod = backend.eod
+        self.unknown = backend.unknown
+        self.control_symbols = backend.control_symbols
+        self.is_word_local = backend.is_word_local
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        return Tokenizer, (self.path,)  # another process opens the file for itself
+        return Tokenizer, (self.path,)  # pickled by path: another process opens the file itself
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, never `eod`; lone surrogates count as U+FFFD.
+        """Return the token ids of `text`, never `eod`. Lone surrogates are encoded as U+FFFD.
 
-        The text is cut at newlines where that gives the same ids as the whole: it is several times faster
-        on long documents, since sentencepiece's BPE slows down with the length of its input.
+        For word-local tokenizers the text is split at newlines, which gives the same ids but is several times faster
+        on long documents: SentencePiece's BPE slows down with the length of its input.
         """
         text = without_surrogates(text)
-        if not self.by_words:
+        if not self.is_word_local:
             return self.encode_all([text])[0]
         first, *others = self.encode_all(text.split("\n"))
         ids = first
@@ -92,11 +105,11 @@ class Tokenizer:
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, taken whole. The texts hold no lone surrogates."""
-        return self._vocabulary.encode_all(texts)
+        """Return the token ids of each text, without splitting it. Texts must not hold lone surrogates."""
+        return self._backend.encode_all(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; `eod` gives nothing. Raises UserError for an id outside the vocabulary."""
+        """Return the text of `ids`; `eod` gives no text. Raises UserError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise UserError(
@@ -104,17 +117,17 @@ class Tokenizer:
                 str(self.path),
                 "use the tokenizer that the tokens were made with",
             )
-        return self._vocabulary.decode(ids)
+        return self._backend.decode(ids)
 
 
-def _vocabulary(path: Path) -> Vocabulary:
-    """The tokenizer of a file, by its content; or of a name, where there is no such file."""
+def _load_backend(path: Path) -> TokenizerBackend:
+    """Load a tokenizer file by its content, or a tiktoken encoding by its name if there is no such file."""
     try:
         content = path.read_bytes()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and (encoding := tiktoken_encoding(str(path))):
             return encoding
-        do = "make one with `megagpt tokenizer train`, or correct the path"
+        do = "train one with `megagpt tokenizer train`, or correct the path"
         raise UserError(f"cannot read the tokenizer: {error.strerror}", str(path), do) from None
     if content.lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(content, str(path))
@@ -127,14 +140,25 @@ def train_tokenizer(
     output_prefix: str | os.PathLike[str],
     sample_bytes: int = SAMPLE_BYTES,
 ) -> Path:
-    """Train a lossless BPE model of `vocab_size` ids on the texts and write `output_prefix`.model.
+    """Train a lossless SentencePiece BPE model and write it to `output_prefix`.model.
 
-    At most `sample_bytes` bytes of text are used, taken by hash over the whole input, so memory is bounded
-    (about 10 bytes a byte of the sample) and the same texts give the same file.
-    Raises UserError when there is no text or the vocabulary is too small or too large for it.
+    The training text is sampled by hash over the whole input, so memory is bounded (about 10 bytes per byte of the
+    sample) and the same texts give the same file.
+
+    Args:
+        documents: texts.
+        vocab_size: number of ids, including special ones.
+        output_prefix: path without `.model`.
+        sample_bytes: maximum bytes of text to train on.
+
+    Returns:
+        Path of the model.
+
+    Raises:
+        UserError: there is no text, or the vocabulary is too small or too large for it.
     """
-    pieces = sample_pieces(documents, sample_bytes)
-    if not pieces:
+    lines = sample_lines(documents, sample_bytes)
+    if not lines:
         raise UserError(
             "no text to train a tokenizer on",
             "",
@@ -143,13 +167,13 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pieces),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            max_sentence_length=8192,  # bytes, of 2,000 characters at most; longer ones would be skipped
+            max_sentence_length=8192,  # bytes; lines have at most 2,000 characters, and longer ones would be skipped
             num_threads=1,
-            minloglevel=2,  # warnings and information stay off the console
+            minloglevel=2,  # no warnings and information on the console
             **_LOSSLESS,
         )
     except RuntimeError as error:
@@ -157,34 +181,34 @@ def train_tokenizer(
     return _publish(model.getvalue(), Path(f"{os.fspath(output_prefix)}.model"))
 
 
-def sample_pieces(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """Lines of the texts, drawn by the hashes of their places (see `Sample`), `sample_bytes` in all, in their order."""
-    sample = Sample(sample_bytes)
-    for place, line in enumerate(line for text in documents for line in lines_of(without_surrogates(text))):
-        sample.offer((0, place), line)
+def sample_lines(documents: Iterable[str], sample_bytes: int) -> list[str]:
+    """Sample lines by the hash of their index (see `BoundedSample`): `sample_bytes` in total, in input order."""
+    sample = BoundedSample(sample_bytes)
+    for index, line in enumerate(line for text in documents for line in training_lines(without_surrogates(text))):
+        sample.add((0, index), line)
     return sample.texts()
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """What is learned from a text: lines that are not blank, at most 2,000 characters each."""
-    for match in _PIECE.finditer(text):
+def training_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text to train on: not blank, and at most 2,000 characters each."""
+    for match in _TRAINING_LINE.finditer(text):
         if not match[0].isspace():
             yield match[0]
 
 
 def _training_error(message: str, vocab_size: int) -> UserError:
-    """Say in the user's words what sentencepiece found wrong with the size of the vocabulary."""
+    """Convert SentencePiece's error about the vocabulary size into a UserError."""
     if limit := re.search(r"set it to a value <= (\d+)", message):
-        do = f"ask for at most {limit[1]}, or give more text"
+        do = f"give at most {limit[1]}, or more text"
         return UserError(f"a vocabulary of {vocab_size} is too large for this text", "--vocab-size", do)
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        do = f"ask for at least {limit[1]}: the bytes and the characters of this text need that many"
+        do = f"give at least {limit[1]}, which the bytes and characters of this text need"
         return UserError(f"a vocabulary of {vocab_size} is too small for this text", "--vocab-size", do)
-    return UserError(f"sentencepiece could not train: {message}", "", "see what the input holds")
+    return UserError(f"SentencePiece could not train: {message}", "", "check the input text")
 
 
 def _publish(content: bytes, path: Path) -> Path:
-    """Write the file under a temporary name and rename it when it is whole."""
+    """Write the file under a temporary name and rename it when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -18,6 +18,7 @@ from megagpt.distributed import nodelist, passing
 from megagpt.distributed.place import Rank, in_step
 from megagpt.distributed.reach import own_address
 from megagpt.errors import Problem, UserError
+from megagpt.files import parse_json
 
 
 def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Sequence[str]] = ()) -> None:
@@ -61,7 +62,7 @@ def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expect
     Raises UserError, the same on every rank, where SLURM or DeepSpeed's launcher promised other hosts, or where what
     must be the same differs.
     """
-    told = [json.loads(fact) for fact in facts]
+    told = [parse_json(fact) for fact in facts]
     _check_where(rank, told, env, expected)
     problems = [problem for name in told[0]["same"] if (problem := _difference(name, told))]
     names = sorted({name for fact in told for name in fact["environment"]})
@@ -70,7 +71,7 @@ def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expect
         what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
         problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), HAND_ON))
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
     return list(unlike.values())
 
 
@@ -98,7 +99,7 @@ def _check_where(rank: Rank, told: Sequence[dict[str, Any]], env: Mapping[str, s
 
 def hosts_of(facts: Sequence[str]) -> list[Host]:
     """Where each rank is, by what it said of itself."""
-    return [Host(told["host"], told["address"]) for told in map(json.loads, facts)]
+    return [Host(told["host"], told["address"]) for told in map(parse_json, facts)]
 
 
 def facts_here(same: Mapping[str, str], environment: Mapping[str, str], ancestors: Sequence[Sequence[str]] = ()) -> str:
@@ -121,7 +122,7 @@ def hosts_given(ancestors: Sequence[Sequence[str]], environment: Mapping[str, st
     """
     for word in (word for words in ancestors for word in words):
         if word.startswith("--world_info="):
-            return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
+            return list(parse_json(base64.urlsafe_b64decode(word.partition("=")[2])))
     return [name for name in environment.get(passing.HOSTS, "").split("/") if name]
 
 

@@ -44,7 +44,7 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
 
     rank = from_environment(env) if options.as_rank else Rank()
     if rank.rank > 0:
-        ranks.serve(rank, options.limit)
+        ranks.serve(rank, options.limit, env)
         return None
     slots = hostfile.read(options.hostfile) if options.hostfile else {socket.gethostname(): _devices(env)}
     world = rank.world_size if options.as_rank else sum(slots.values())
@@ -52,7 +52,7 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
     from megagpt.doctor.examination import Visit
     from megagpt.doctor.facts import requirements
 
-    hosts = ranks.receive(rank, options.limit) if rank.world_size > 1 else _hosts(slots, env)
+    hosts = ranks.receive(rank, options.limit, env) if rank.world_size > 1 else _hosts(slots, env)
     launch = _launch(list(slots), env) if len(slots) > 1 else None
     alone = _alone([host.name for host in hosts])
     return examine(Visit(hosts, needs, options.limit, alone, launch, tuple(requirements())))

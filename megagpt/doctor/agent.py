@@ -8,20 +8,35 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from megagpt.doctor import facts
 from megagpt.doctor.children import Child
 from megagpt.doctor.token import Token
+from megagpt.files import parse_json
 
 MARK = "megagpt-doctor "
 """Each line of the talk begins so: what a shell's start-up prints is passed over."""
 
 
+ORDERS = ("hello", "facts", "clock", "look", "tidy", "probe", "reduce")
+"""The methods of Agent that may be ordered, and no others."""
+
+
+class Sink(Protocol):
+    """Takes lines of text."""
+
+    def write(self, line: str, /) -> object:
+        """Take a line."""
+
+    def flush(self) -> object:
+        """Have it on its way."""
+
+
 class Agent:
-    """Does what it is ordered to; each order is the name of a method, its words the method's."""
+    """Does what it is ordered to; each order is the name of a method, with its arguments."""
 
     def __init__(self, say: Callable[[dict[str, Any]], None], who: dict[str, Any]) -> None:
         self._say, self._who = say, who
@@ -73,7 +88,7 @@ class Agent:
         self._say({"doing": what})
 
 
-def serve(source: TextIO, sink: TextIO, **who: Any) -> None:
+def serve(source: Iterable[str], sink: Sink, **who: Any) -> None:
     """Take orders from `source` until it ends, or until it says so. `who` is what this process says of itself."""
 
     def say(answer: dict[str, Any]) -> None:
@@ -85,10 +100,12 @@ def serve(source: TextIO, sink: TextIO, **who: Any) -> None:
         for line in source:
             if not line.startswith(MARK):
                 continue
-            order = json.loads(line[len(MARK) :])
+            order = dict(parse_json(line[len(MARK) :]))
             name = order.pop("order")
             if name == "end":
                 break
+            if name not in ORDERS:
+                raise ValueError(f"no such order: {name!r:.40}")
             say({"answer": getattr(agent, name)(**order)})
     except (BrokenPipeError, ConnectionError):
         pass  # nobody is there to be told

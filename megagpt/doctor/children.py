@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.doctor import facts
+from megagpt.files import parse_json
 
 
 class Child:
@@ -46,7 +47,7 @@ class Child:
         at, end = "the start", time.monotonic() + limit
         try:
             while line := self._lines.get(timeout=max(end - time.monotonic(), 0)):
-                said = json.loads(line)
+                said = parse_json(line)
                 at = said.pop("doing", at)
                 doing(at)
                 found.update(said)
@@ -86,7 +87,7 @@ class Child:
 
 def begin() -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     """In such a process: its words, and how it says a part of its answer. What else it prints goes to its errors."""
-    words: dict[str, Any] = json.loads(sys.argv[1])
+    words: dict[str, Any] = parse_json(sys.argv[1])
     signal.alarm(round(words["limit"]) + 5)  # if who started it is gone
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

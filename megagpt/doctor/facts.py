@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 from megagpt.distributed import free_port, passing
 from megagpt.doctor import network
+from megagpt.files import parse_json
 
 _END = 1 << 20  # bytes of a corpus that are read at its beginning, and at its end
 _LOCK_MEMORY = 14  # CAP_IPC_LOCK, linux/capability.h: the limit does not hold
@@ -102,7 +102,7 @@ def corpus(prefix: str, say: Callable[[str], None]) -> dict[str, Any]:
         found["sizes"][suffix] = size
     say(f"data, reading {prefix}.json")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        sidecar = json.loads(Path(prefix + ".json").read_text())
+        sidecar = parse_json(Path(prefix + ".json").read_text())
         found["sidecar"] = [sidecar["bin_crc32"], sidecar["idx_crc32"]]
     return {**found, "ends": ends}
 

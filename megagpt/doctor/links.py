@@ -12,12 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megagpt.doctor.agent import MARK
+from megagpt.distributed.handshake import Channel
+from megagpt.doctor.agent import MARK, Sink
 from megagpt.doctor.finding import BAD, Finding
+from megagpt.files import parse_json
 
 _CONNECT = 10  # seconds for a host to answer ssh at all
 _NO_FOLDER, _NO_PYTHON = 101, 102
@@ -39,7 +41,7 @@ class Link:
     """
 
     def __init__(
-        self, source: IO[str], sink: IO[str], host: str, ended: Callable[[], Finding], close: Callable[[], None]
+        self, source: Iterable[str], sink: Sink, host: str, ended: Callable[[], Finding], close: Callable[[], None]
     ) -> None:
         self.host = host
         self.close = close
@@ -71,19 +73,19 @@ class Link:
         self._sink.write(f"{MARK}{json.dumps({'order': order, **words})}\n")
         self._sink.flush()
 
-    def _read(self, source: IO[str]) -> None:
+    def _read(self, source: Iterable[str]) -> None:
         try:
             for line in source:
                 if line.startswith(MARK):
-                    self._answers.put(json.loads(line[len(MARK) :]))
-        except (OSError, ValueError):  # the connection was reset, or closed by us
+                    self._answers.put(dict(parse_json(line[len(MARK) :])))
+        except (OSError, ValueError, TypeError):  # the connection was reset, or closed by us; or no JSON object came
             pass
         self._answers.put(None)
 
 
 def local() -> Link:
     """This host, by a process of its own."""
-    return _process([sys.executable, "-m", "megagpt.doctor"], socket.gethostname(), _ended_here)
+    return _process([sys.executable, "-m", "megagpt", "host-agent"], socket.gethostname(), _ended_here)
 
 
 def over_ssh(host: str, env: Mapping[str, str]) -> Link:
@@ -93,25 +95,42 @@ def over_ssh(host: str, env: Mapping[str, str]) -> Link:
     there = (
         f"cd {shlex.quote(folder)} 2>/dev/null || exit {_NO_FOLDER}; "
         f"[ -x {shlex.quote(python)} ] || exit {_NO_PYTHON}; "
-        f"exec env {exported} {shlex.quote(python)} -m megagpt.doctor"
+        f"exec env {exported} {shlex.quote(python)} -m megagpt host-agent"
     )
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}", *ssh_words(env)]
     return _process(["ssh", *options, host, there], host, _ended_there)
 
 
-def over_socket(connection: socket.socket, host: str) -> Link:
-    """A rank that has come by itself."""
-    stream = connection.makefile("rw", encoding="utf-8")
+class Lines:
+    """Lines of text over an authenticated channel, each a message, with the few methods of a text stream."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield lines until the other end has gone."""
+        while True:
+            try:
+                yield self._channel.receive().decode("utf-8", "replace")
+            except (EOFError, OSError):
+                return
+
+    def write(self, line: str) -> None:
+        """Send a line. Raises OSError if the other end has gone."""
+        self._channel.send(line.encode("utf-8", "surrogateescape"))
+
+    def flush(self) -> None:
+        """Nothing: each line is sent at once."""
+
+
+def over_channel(channel: Channel, host: str) -> Link:
+    """A rank that has come by itself, and has proved that it is of this job."""
+    stream = Lines(channel)
 
     def ended() -> Finding:
         return Finding("reach", BAD, "the rank has ended", "see what its log says", (host,))
 
-    def close() -> None:
-        with contextlib.suppress(OSError):  # it has gone already
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
-
-    return Link(stream, stream, host, ended, close)
+    return Link(stream, stream, host, ended, channel.close)
 
 
 def exports(env: Mapping[str, str]) -> dict[str, str]:
@@ -162,7 +181,7 @@ def _process(words: Sequence[str], host: str, ended: Callable[[str, int, str], F
 
 
 def _ended_here(host: str, code: int, error: str) -> Finding:
-    do = "run `python -m megagpt.doctor` there by hand, and mend what it says"
+    do = "run `python -m megagpt host-agent` there by hand, and fix what it reports"
     return Finding("reach", BAD, f"the doctor's part of this host ended with exit code {code}: {error}", do, (host,))
 
 

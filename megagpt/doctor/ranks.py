@@ -6,17 +6,18 @@ Not torch's store: the table of a host whose torch is broken must come, too.
 from __future__ import annotations
 
 import socket
-import time
+from collections.abc import Mapping
 from typing import Any
 
-from megagpt.distributed import Rank, calls
+from megagpt.distributed import Rank, calls, secret
+from megagpt.distributed.calls import Door
 from megagpt.doctor import agent
 from megagpt.doctor.examination import Host, life
 from megagpt.doctor.finding import BAD, Finding
-from megagpt.doctor.links import Link, Lost, local, over_socket
+from megagpt.doctor.links import Lines, Link, Lost, local, over_channel
 from megagpt.errors import UserError
 
-_HELLO = 5.0  # seconds in which somebody who connects says that it is a rank
+_HELLO = 5.0  # seconds in which a rank that has connected reports its host
 
 
 def _port(rank: Rank) -> int:
@@ -30,27 +31,44 @@ def _port(rank: Rank) -> int:
     return rank.port + 1
 
 
-def serve(rank: Rank, limit: float) -> None:
-    """Come to rank 0, and do what it asks. Raises MachineError where it is not found within `limit` s."""
-    connection = calls.call(rank, _port(rank), limit)
-    with connection, connection.makefile("rw", encoding="utf-8") as stream:
-        agent.serve(stream, stream, rank=rank.rank, local_rank=rank.local_rank, job=rank.job)
+def _door(rank: Rank, env: Mapping[str, str]) -> Door:
+    return Door(rank, _port(rank), "doctor", secret.state_folder(env), secret.from_environment(env))
 
 
-def receive(rank: Rank, limit: float) -> list[Host]:
-    """On rank 0: the hosts of all ranks, itself included; a rank that does not come in time stands for a host.
+def serve(rank: Rank, limit: float, env: Mapping[str, str]) -> None:
+    """Connect to rank 0, and do what it orders. Raises MachineError if it is not found within `limit` s."""
+    channel = calls.call(_door(rank, env), limit)
+    try:
+        stream = Lines(channel)
+        agent.serve(stream, stream, rank=rank.rank, local_rank=rank.local_rank)
+    finally:
+        channel.close()
 
-    Raises MachineError where the port is in use.
+
+def receive(rank: Rank, limit: float, env: Mapping[str, str]) -> list[Host]:
+    """Wait on rank 0 for all other ranks.
+
+    Args:
+        rank: This rank.
+        limit: Seconds after which a rank that has not come stands for a host of its own, which is lost.
+        env: Environment of this process.
+
+    Returns:
+        The hosts of all ranks, this one included.
+
+    Raises:
+        MachineError: The port is in use, or the key of the job cannot be written.
     """
-    end = time.monotonic() + limit
-    with calls.listen(rank, _port(rank)) as server:
-        came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
-        callers = calls.callers(server, end)
+    came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
+    with calls.callers(_door(rank, env), limit) as callers:
         while len(came) < rank.world_size and (caller := next(callers, None)):
-            link = over_socket(*caller)
-            if who := _hello(link, rank, limit):
+            number, channel = caller
+            link = over_channel(channel, f"rank {number}")
+            if who := _hello(link, limit):
                 link.host = who["host"]
-                came[who["rank"]] = (who["host"], who["local_rank"], link)
+                if number in came:  # it has called twice, since its first connection was cut
+                    came[number][2].close()
+                came[number] = (who["host"], who["local_rank"], link)
             else:
                 link.close()
     hosts: dict[str, list[tuple[Link | None, list[list[int]]]]] = {}
@@ -60,13 +78,13 @@ def receive(rank: Rank, limit: float) -> list[Host]:
     return [*(Host(name, workers) for name, workers in hosts.items()), *(_absent(number, limit) for number in absent)]
 
 
-def _hello(link: Link, rank: Rank, limit: float) -> dict[str, Any] | None:
-    """What a rank says of itself; None where it is no rank of this job."""
+def _hello(link: Link, limit: float) -> dict[str, Any] | None:
+    """What a rank reports of itself; None if it has ended or hangs."""
     try:
         who = link.ask("hello", _HELLO, limit=life(limit))
     except Lost:
         return None
-    return who if who.get("job") == rank.job and "rank" in who else None
+    return who if isinstance(who.get("host"), str) and isinstance(who.get("local_rank"), int) else None
 
 
 def _absent(number: int, limit: float) -> Host:

@@ -10,21 +10,35 @@ from typing import Protocol
 import torch
 
 from megagpt.data.loader import Batch
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.state import UpdateResult
 
 Accept = Callable[[float], bool]
+AtStep = Callable[[], None]
+
+
+def ignore_step() -> None:
+    """Do nothing when the step begins."""
 
 
 class Engine(Protocol):
     """Trains one model on one layout. Every method is called by all ranks, in the same order."""
 
-    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
-        """One update over this rank's micro-batches: forward, backward, clip, step, schedule.
+    def train_update(
+        self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
+    ) -> UpdateResult:
+        """Make one update over this rank's micro-batches: forward, backward, clip, step, schedule.
 
-        `accept` is asked for the loss before the step; its answer depends on the loss alone, and is the same on every
-        rank. An update whose loss it refuses, or whose gradient is not finite, is not made: all is as it was before,
-        but for fp16's loss scale, which an accepted loss with an infinite gradient lowers.
+        An update whose loss `accept` refuses, or whose gradient is not finite, is not made. Everything is then as
+        before, except for fp16's loss scale, which an accepted loss with an infinite gradient lowers.
+
+        Args:
+            batches: this rank's micro-batches, equally many on every rank.
+            accept: decides by the loss over the global batch whether the update may be made. It is called once
+                before the step, on the ranks that compute the loss: of a pipeline, those of the last stage. It must
+                depend on the loss alone.
+            at_step: called once on every rank when it begins the step: with the last backward pass, in which
+                gradients are reduced, or on a pipeline after it.
         """
         ...
 
@@ -36,7 +50,7 @@ class Engine(Protocol):
         """The loss in nats per valid token over all ranks' batches, equally many on each; changes nothing."""
         ...
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """Write all that `load_state` needs, file by file, through `sink`; the weights by name are among it."""
         ...
 
@@ -46,6 +60,10 @@ class Engine(Protocol):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, by its name in `GPT`, in fp32 on the host. Tied ones come once."""
+        ...
+
+    def release(self) -> None:
+        """Free what the engine holds; the process group stays, for another engine."""
         ...
 
     def close(self) -> None:

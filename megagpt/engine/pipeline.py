@@ -16,26 +16,26 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.utils import safe_get_full_fp32_param
 
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, replicas, tensor
+from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.base import Accept
+from megagpt.engine.base import Accept, AtStep, ignore_step
 from megagpt.engine.materialise import check_device
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import IGNORED
 from megagpt.model.shards import shard_spec
-from megagpt.state import UpdateResult
+from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
 class PipelineEngine:
@@ -61,8 +61,13 @@ class PipelineEngine:
         parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
         optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
+        grad_norm.configure(self._engine.optimizer)
+        self._at_step: AtStep = ignore_step
+        self._report_step()
 
-    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
+    def train_update(
+        self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
+    ) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._tokens(batches)
@@ -72,10 +77,12 @@ class PipelineEngine:
         self._stages.expect(batches)
         self._stages.normalizer = max(tokens, 1.0) / parts
         before = SideState(self._engine.optimizer)
-        loss = float(self._engine.train_batch(self._stages.feed(batches, accept)))
+        self._at_step = at_step
+        self._engine.train_batch(self._stages.feed(batches, accept))
+        loss, accepted = self._stages.loss_and_verdict()
         made = self._engine.was_step_applied()
         if not made:
-            native.take_back(self._engine, before, with_scale=not accept(loss))
+            native.take_back(self._engine, before, with_scale=not accepted)
         norm = float(self._engine.get_global_grad_norm())
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
@@ -91,7 +98,7 @@ class PipelineEngine:
         loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 
@@ -130,9 +137,20 @@ class PipelineEngine:
             self.release()
         stop()
 
+    def _report_step(self) -> None:
+        """Call `_at_step` on every stage after its last backward pass: DeepSpeed reduces tied gradients then."""
+        instructions = self._engine._INSTRUCTION_MAP
+        reduce = instructions[ReduceTiedGrads]
+
+        def report_and_reduce(engine: Any) -> None:
+            self._at_step()
+            reduce(engine)
+
+        self._engine._INSTRUCTION_MAP = {**instructions, ReduceTiedGrads: report_and_reduce}
+
     def _tokens(self, batches: Sequence[Batch]) -> float:
         """The valid target tokens of all data-parallel ranks."""
-        mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        mine = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
     def _portable(self) -> Portable:
@@ -144,9 +162,11 @@ class PipelineEngine:
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
         ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
-        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORE_INDEX))] * self._layout.accumulation)
 
     def _shaped(self, batch: Batch) -> Batch:
         """The batch filled up with ignored samples to the shape of training: stages agree on it only once."""
         missing = self._layout.micro_batch - len(batch.labels)
-        return Batch(F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORED))
+        return Batch(
+            F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORE_INDEX)
+        )

@@ -25,7 +25,7 @@ from megagpt.engine import loss_scale, schedule
 from megagpt.engine.shares import MOMENTS, Share, Shares, shares_of
 from megagpt.engine.side_state import random_state, set_random_state
 from megagpt.errors import UserError
-from megagpt.files import Write
+from megagpt.files import WriteFile, parse_json
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
 from megagpt.model.pieces import FOLDER, WEIGHT, ShardIndex, TensorFiles, TensorSlice
@@ -51,7 +51,7 @@ class Portable:
     agreement: Agreement
     copies: frozenset[str] = frozenset()
 
-    def save(self, sink: Write) -> None:
+    def save(self, sink: WriteFile) -> None:
         """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)
@@ -75,7 +75,7 @@ class Portable:
 
         Raises UserError where something is missing, or did not arrive as it was saved.
         """
-        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        summary = _summary(folder / _SUMMARY)
         source = TensorFiles(folder, self.rank.rank)
         shares = shares_of(self.engine, self.names)
         for share in shares.all():
@@ -190,6 +190,18 @@ class _no_step:  # reads as a statement
             hook.remove()
         for group, (rate, decay) in zip(self._groups, self._kept, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself beside its tensors. Raises UserError if that is damaged."""
+    try:
+        summary = dict(parse_json(path.read_text(encoding="utf-8")))
+        if missing := {"adam_step", "scheduled", "loss_scale", "checksums"} - summary.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
+        do = "remove this checkpoint so that the one before it is used"
+        raise UserError(f"the state of the optimizer cannot be read: {error}", str(path), do) from None
+    return summary
 
 
 def _adam_step(shares: Shares) -> int:

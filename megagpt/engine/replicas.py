@@ -10,6 +10,7 @@ import torch
 
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Layout
+from megagpt.files import parse_json
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
 from megagpt.model.shards import shard_spec
@@ -38,7 +39,7 @@ def differences(
     largest = agreement.largest([mine.get(key, _ABSENT) for key in keys])
     smallest = agreement.largest([-mine.get(key, _PRIME) for key in keys])
     wrong = [key for key, high, low in zip(keys, largest, smallest, strict=True) if high not in (_ABSENT, -low)]
-    held = [json.loads(text) for text in agreement.gather(json.dumps({key: mine.get(key) for key in wrong[:_SHOWN]}))]
+    held = [parse_json(text) for text in agreement.gather(json.dumps({key: mine.get(key) for key in wrong[:_SHOWN]}))]
     return [_line(key, [values[key] for values in held]) for key in wrong[:_SHOWN]]
 
 

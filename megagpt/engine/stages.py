@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megagpt.engine.materialise import recompute
 from megagpt.model import cost, gpt
 from megagpt.model.context import ContextBuilder, ForwardContext
 from megagpt.model.parallel import SequenceShard
-from megagpt.recipe import Recipe
+from megagpt.recipe import ModelSection, Recipe
 
 
 class Stages(PipelineModule):
@@ -43,6 +44,7 @@ class Stages(PipelineModule):
         self.normalizer = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._labels: torch.Tensor | None = None
+        self._mean, self._accepted = math.nan, False
         self._expected: Iterator[Batch] = iter(())
         with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
             super().__init__([nn.Identity] * len(costs), topology=tensor.topology(layout))  # `_build` has the layers
@@ -66,13 +68,37 @@ class Stages(PipelineModule):
     def feed(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> Iterator[Batch]:
         """Pass the batches on, each one's labels kept for the forward pass that follows.
 
-        In training `accept` is asked for the loss over all of them, before the last one's backward pass.
+        In training, `accept` is called once with the loss over all of them, before the last one's backward pass.
+        `loss_and_verdict` then reports both to the other stages.
         """
         self._accept, self._total = accept, torch.zeros(())
         self._count = self._coming = len(batches)
         for batch in batches:
             self._labels = batch.labels
             yield batch
+
+    def loss_and_verdict(self) -> tuple[float, bool]:
+        """Return the loss of the update and whether it was accepted, as the last stage found; collective."""
+        grid = self.mpu()
+        found = torch.tensor([self._mean, self._accepted], dtype=torch.float64)
+        found = found.to(get_accelerator().current_device_name())
+        last = grid.stage_to_global(grid.pipe_parallel_size - 1)
+        torch.distributed.broadcast(found, last, group=grid.get_pipe_parallel_group())
+        loss, accepted = found.tolist()
+        return loss, bool(accepted)
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """Return what holds the gradient of the tied matrix, and the process group of the stages that share it.
+
+        DeepSpeed 0.19.8 sums `weight.grad` (pipe/engine.py, `_exec_reduce_tied_grads`). In bf16 with an offloaded
+        optimizer that is None, since ZeRO accumulates in `weight.grad_accum`: each copy would train by itself.
+        """
+        pairs = super().get_tied_weights_and_groups()
+        accumulated = [getattr(weight, "grad_accum", None) for weight, _ in pairs]
+        return [
+            (weight if gradient is None else SimpleNamespace(grad=gradient), group)
+            for (weight, group), gradient in zip(pairs, accumulated, strict=True)
+        ]
 
     def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
         """What DeepSpeed cuts: modules, and a tied embedding at both ends."""
@@ -119,16 +145,37 @@ class Stages(PipelineModule):
             self.loss_sum = self.loss_sum.to(total.device) + total.detach()
             return total
         part = total / self.normalizer
-        return part if self._acceptable(part.detach()) else part * math.nan
+        if not self._acceptable(part.detach()):
+            part.register_hook(lambda gradient: gradient * math.nan)  # DeepSpeed makes no step on it
+        return part
 
     def _acceptable(self, part: torch.Tensor) -> bool:
-        """Whether the loss of the update may be learned from; known with the last part. Its mean is DeepSpeed's."""
+        """Whether the loss of the update may be learned from, which is decided with the last micro-batch."""
         self._total, self._coming = self._total.to(part.device) + part, self._coming - 1
         if self._coming:
             return True
         mean = self._total / self._count
         torch.distributed.all_reduce(mean, group=self.mpu().get_data_parallel_group())
-        return self._accept(float(mean / self.mpu().get_data_parallel_world_size()))
+        self._mean = float(mean / self.mpu().get_data_parallel_world_size())
+        self._accepted = self._accept(self._mean)
+        return self._accepted
+
+
+def local_layers(section: ModelSection, layout: Layout, stage: int) -> list[int]:
+    """Return the indices of the layers that a stage holds, in order.
+
+    The last stage of a tied model also holds the embedding (index 0).
+
+    Args:
+        section: The model, whose layers are cut by cost.
+        layout: The layout, of which only the number of pipeline stages matters.
+        stage: The stage, counted from 0.
+    """
+    cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
+    local = set(range(cuts[stage], cuts[stage + 1]))
+    if section.tie_embeddings and stage == layout.pipeline_stages - 1:
+        local.add(0)
+    return sorted(local)
 
 
 class _Last(nn.Module):

@@ -15,21 +15,20 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank
 from megagpt.ds_config import Resolved
-from megagpt.engine import loss_scale, native, offload, replicas, tensor
+from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine import schedule as schedules
-from megagpt.engine.base import Accept
+from megagpt.engine.base import Accept, AtStep, ignore_step
 from megagpt.engine.materialise import check_device, materialise, recompute
 from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.start import stop
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import IGNORED
 from megagpt.model.shards import shard_spec
 from megagpt.recipe import Recipe
-from megagpt.state import UpdateResult
+from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
 class ZeroEngine:
@@ -62,6 +61,7 @@ class ZeroEngine:
         parts = tensor.parts(self._grid, resolved.layout, rank.rank)
         optimizers.connect(self._engine, self._names(), recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
+        grad_norm.configure(self._engine.optimizer)
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
@@ -74,7 +74,9 @@ class ZeroEngine:
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
-    def train_update(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> UpdateResult:
+    def train_update(
+        self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
+    ) -> UpdateResult:
         """One update; see `Engine`. The loss is the sum over the global batch's valid tokens by their number."""
         batches = [self._ulysses.part(batch) for batch in batches]
         tokens = self._total(sum(_valid(batch) for batch in batches))
@@ -90,6 +92,7 @@ class ZeroEngine:
             if number == len(batches):
                 loss = self._sum(total) / parts
                 accepted = accept(loss)
+                at_step()
                 part = part if accepted else part * math.nan  # DeepSpeed steps on no gradient that is not finite
             self._engine.backward(part)
             self._engine.step()
@@ -110,7 +113,7 @@ class ZeroEngine:
         self._engine.train()
         return self._sum(loss) / max(self._total(tokens), 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 
@@ -160,7 +163,7 @@ class ZeroEngine:
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
         ids = torch.zeros((self._layout.micro_batch, self._section.seq_len), dtype=torch.int64)
-        self.train_update([Batch(ids, torch.full_like(ids, IGNORED))] * self._layout.accumulation)
+        self.train_update([Batch(ids, torch.full_like(ids, IGNORE_INDEX))] * self._layout.accumulation)
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over the data-parallel ranks, on the host."""
@@ -182,11 +185,11 @@ class _ClipBeforeStep:
 
     def __init__(self, model: GPT, optimizer: Any, limit: float | None) -> None:
         self._parameters, self._optimizer, self._limit = list(model.parameters()), optimizer, limit
-        self.norm: torch.Tensor | float = 0.0
+        self.norm = 0.0
         optimizer.register_step_pre_hook(self)
 
     def __call__(self, *_: Any) -> None:
-        self.norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit or float("inf"))
+        self.norm = grad_norm.clip(self._parameters, self._limit)
         self._optimizer.overflow = not math.isfinite(self.norm)
         if self._optimizer.overflow:
             for parameter in self._parameters:
@@ -194,4 +197,4 @@ class _ClipBeforeStep:
 
 
 def _valid(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
+    return int((batch.labels != IGNORE_INDEX).sum())

@@ -1,4 +1,4 @@
-"""A run's newest checkpoint in Hugging Face's format, held to the same logits before it gets its name."""
+"""`megagpt export`: writes a run's newest checkpoint in Hugging Face's format, after comparing the logits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ from megagpt.run import trained
 if TYPE_CHECKING:
     from megagpt.model.gpt import GPT
 
-_TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_ALLOWED = 1e-4  # of the largest logit; fp32 sums in another order stay below a tenth of it
+_DTYPE_BY_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TOLERANCE = 1e-4  # relative to the largest logit; fp32 sums in another order stay below a tenth of it
 
 
 @dataclass(frozen=True)
-class Exported:
-    """Where a model went, as what, and how far its logits are from ours (as a share of the largest one)."""
+class ExportResult:
+    """An exported model.
+
+    Attributes:
+        output: folder.
+        update: update of the checkpoint.
+        architecture: class in transformers.
+        dtype: type of the weights.
+        parameters: number of parameters.
+        tokenizer: path of the tokenizer that was exported too; None without one.
+        difference: largest difference of its logits from ours, relative to the largest logit.
+    """
 
     output: str
     update: int
@@ -34,45 +44,64 @@ class Exported:
     difference: float
 
     def __str__(self) -> str:
-        tokenizer = f"its tokenizer from {self.tokenizer}" if self.tokenizer else "no tokenizer: add the one it learned"
+        tokenizer = "no tokenizer (add the one that it was trained with)"
+        if self.tokenizer:
+            tokenizer = f"tokenizer from {self.tokenizer}"
         return (
             f"{self.output}: update {self.update} as {self.architecture}, {self.parameters:,} parameters in "
             f"{self.dtype}; {tokenizer}\n"
-            f"  its logits in transformers, fp32, differ by {self.difference:.1e} of the largest one"
+            f"  logits in transformers (fp32) differ by at most {self.difference:.1e} of the largest logit"
         )
 
 
-def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) -> Exported:
-    """Write a run's newest valid checkpoint as a folder that transformers' `from_pretrained` reads.
+def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) -> ExportResult:
+    """Write the newest valid checkpoint of a run as a folder that transformers' `from_pretrained` reads.
 
-    Raises UserError for a model that no architecture of transformers computes, a folder that is not empty, and
-    where transformers is not installed.
+    Args:
+        run: run directory.
+        output: folder to write, which must not exist or be empty.
+        to: format; `hf` is the only one.
+        dtype: type of the weights; None for the precision of training.
+
+    Raises:
+        UserError: transformers has no equivalent architecture or is not installed, or the folder is not empty.
+        MachineError: the exported model does not compute the same logits.
     """
     if to != "hf":
-        raise UserError(f"there is no format {to}", "--to", "give hf: many libraries read Hugging Face's format")
-    if dtype not in (None, *_TRAINED_IN.values()):
-        raise UserError(f"{dtype} is no type of weights", "--dtype", f"give {', '.join(_TRAINED_IN.values())}")
+        raise UserError(f"unknown format {to}", "--to", "give hf: many libraries read Hugging Face's format")
+    if dtype not in (None, *_DTYPE_BY_PRECISION.values()):
+        raise UserError(f"unsupported dtype {dtype}", "--dtype", f"give {', '.join(_DTYPE_BY_PRECISION.values())}")
     transformers = _transformers()
     if output.is_dir() and any(output.iterdir()):
-        raise UserError("the output folder is not empty", str(output), "name another one, or remove it")
-    model = trained.load(run)
-    model.model.cpu()
-    kept = dtype or _TRAINED_IN[model.recipe.precision or "fp32"]
-    theirs = architectures.convert(transformers, model.model, getattr(torch, kept))
+        raise UserError("the output folder is not empty", str(output), "choose another one, or remove it")
+    loaded = trained.load(run)
+    loaded.model.cpu()
+    dtype = dtype or _DTYPE_BY_PRECISION[loaded.recipe.precision or "fp32"]
+    theirs = architectures.convert(transformers, loaded.model, getattr(torch, dtype))
     partial = output.with_name(f"{output.name}.partial")
     files.remove_folder(partial)
     theirs.save_pretrained(partial)
-    tokenizer = vocabularies.save(transformers, model.recipe.data.tokenizer, partial, model.recipe.model.seq_len)
-    difference = _difference(transformers, model.model, partial, kept)
+    tokenizer = vocabularies.save_tokenizer(
+        transformers, loaded.recipe.data.tokenizer, partial, loaded.recipe.model.seq_len
+    )
+    difference = _check_logits(transformers, loaded.model, partial, dtype)
     if output.is_dir():
         output.rmdir()
     files.rename(partial, output)
-    update, parameters = model.checkpoint.state.update, sum(p.numel() for p in theirs.parameters())
-    return Exported(str(output), update, type(theirs).__name__, kept, parameters, tokenizer, difference)
+    parameters = sum(parameter.numel() for parameter in theirs.parameters())
+    return ExportResult(
+        output=str(output),
+        update=loaded.checkpoint.state.update,
+        architecture=type(theirs).__name__,
+        dtype=dtype,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        difference=difference,
+    )
 
 
 def _transformers() -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here: nothing is to be asked of a hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so no hub is contacted
     try:
         import transformers
     except ImportError:
@@ -82,18 +111,20 @@ def _transformers() -> Any:
 
 
 @torch.no_grad()
-def _difference(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float:
-    """Largest difference of logits on random tokens, with our weights rounded as the written ones are, in fp32.
+def _check_logits(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float:
+    """Compare the logits of the exported model with ours on random tokens, in fp32, with equally rounded weights.
 
-    Raises MachineError where the folder does not hold the same function.
+    Returns the largest difference, relative to the largest logit. Raises MachineError if it is too large.
     """
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     ours.to(getattr(torch, dtype)).float()
     shape = (2, min(ours.section.seq_len, 256))
     ids = torch.randint(ours.section.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     expected, actual = ours(ids).logits, theirs(input_ids=ids).logits
     difference = float((actual - expected).abs().max() / expected.abs().max())
-    if not difference <= _ALLOWED:
-        what = f"the written model is not the trained one: its logits differ by {difference:.1e} of the largest one"
-        raise MachineError(what, str(folder), f"report this, with transformers {transformers.__version__}")
+    if not difference <= _TOLERANCE:
+        what = f"the exported model is not equivalent: its logits differ by {difference:.1e} of the largest logit"
+        raise MachineError(what, str(folder), f"report this as a bug, with transformers {transformers.__version__}")
     return difference

@@ -1,4 +1,4 @@
-"""Which of transformers' architectures computes what a GPT of ours does, and its weights under their names."""
+"""Converts our GPT to the equivalent architecture of transformers: GPT-2, Llama or Qwen3."""
 
 from __future__ import annotations
 
@@ -27,42 +27,55 @@ _LLAMA = {
 
 
 def convert(transformers: Any, model: GPT, dtype: torch.dtype) -> Any:
-    """A model of transformers' with the weights of ours, in `dtype`. Raises UserError where none is the same."""
+    """Return a transformers model with our weights.
+
+    Args:
+        transformers: the imported package.
+        model: our model.
+        dtype: type of the new weights.
+
+    Raises:
+        UserError: no architecture of transformers is equivalent.
+    """
     section = model.section
-    if problem := _unknown(section):
+    if problem := _unsupported_feature(section):
         do = "layernorm with learned positions (GPT-2) and rmsnorm with rope (Llama, Qwen3) can be exported"
-        raise UserError(f"no architecture of transformers is this model: {problem}", "model", do)
-    gpt2, named = section.norm == "layernorm", dict(model.named_parameters())
-    config = (_gpt2 if gpt2 else _llama)(transformers, section)
+        raise UserError(f"transformers has no equivalent architecture: {problem}", "model", do)
+    named = dict(model.named_parameters())
+    if section.norm == "layernorm":
+        config = _gpt2_config(transformers, section)
+        weights = _gpt2_weights(section, named)
+    else:
+        config = _llama_config(transformers, section)
+        weights = _llama_weights(section, named)
     config.dtype = dtype
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # the tokenizer says
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # the tokenizer defines them
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
-    renamed = (_gpt2_weights if gpt2 else _llama_weights)(section, named)
-    theirs.load_state_dict({name: value.detach().to(dtype).contiguous() for name, value in renamed}, assign=True)
+    theirs.load_state_dict({name: value.detach().to(dtype).contiguous() for name, value in weights}, assign=True)
     theirs.tie_weights()
     return theirs
 
 
-def _unknown(section: ModelSection) -> str:
-    """What of this model no architecture has; "" where one has it all."""
-    first = section.norm == "layernorm"
+def _unsupported_feature(section: ModelSection) -> str:
+    """Return a feature of this model that no architecture of transformers has; "" if one has them all."""
+    layernorm = section.norm == "layernorm"
     if section.logit_softcap is not None:
         return f"logit_softcap: {section.logit_softcap:g}"
-    if first and section.position == "rope":
+    if layernorm and section.position == "rope":
         return "layernorm with rope"
-    if not first and section.position == "learned":
+    if not layernorm and section.position == "learned":
         return "rmsnorm with learned positions"
-    if first and section.qk_norm:
+    if layernorm and section.qk_norm:
         return "layernorm with qk_norm"
-    if first and section.n_kv_head != section.n_head:
+    if layernorm and section.n_kv_head != section.n_head:
         return "layernorm with shared key and value heads"
     activation = ACTIVATIONS[section.activation]
-    known = activation.gpt2 if first else activation.llama
+    known = activation.gpt2 if layernorm else activation.llama
     return "" if known else f"{section.norm} with {section.activation}"
 
 
-def _gpt2(transformers: Any, section: ModelSection) -> Any:
+def _gpt2_config(transformers: Any, section: ModelSection) -> Any:
     return transformers.GPT2Config(
         vocab_size=section.vocab_size,
         n_positions=section.seq_len,
@@ -78,8 +91,8 @@ def _gpt2(transformers: Any, section: ModelSection) -> Any:
 
 
 def _gpt2_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters under GPT-2's names. Its matrices are stored transposed."""
-    last = section.n_layer + 2
+    """Yield our parameters under GPT-2's names. GPT-2 stores matrices transposed."""
+    final_norm = section.n_layer + 2
     yield "transformer.wte.weight", named["layers.0.weight"]
     yield "transformer.wpe.weight", named["layers.1.weight"]
     for number in range(section.n_layer):
@@ -87,13 +100,16 @@ def _gpt2_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterato
             for kind in ("weight", "bias"):
                 value = named[f"layers.{number + 2}.{ours}.{kind}"]
                 yield f"transformer.h.{number}.{theirs}.{kind}", value.t() if value.ndim == 2 else value
-    yield "transformer.ln_f.weight", named[f"layers.{last}.weight"]
-    yield "transformer.ln_f.bias", named[f"layers.{last}.bias"]
-    yield "lm_head.weight", named["layers.0.weight" if section.tie_embeddings else f"layers.{last + 1}.weight"]
+    yield "transformer.ln_f.weight", named[f"layers.{final_norm}.weight"]
+    yield "transformer.ln_f.bias", named[f"layers.{final_norm}.bias"]
+    yield "lm_head.weight", named["layers.0.weight" if section.tie_embeddings else f"layers.{final_norm + 1}.weight"]
 
 
-def _llama(transformers: Any, section: ModelSection) -> Any:
-    """Llama; Qwen3 where queries and keys are normed. relu2 is relu(x)·x: a gate with the weights of the other half."""
+def _llama_config(transformers: Any, section: ModelSection) -> Any:
+    """Return a Llama configuration, or Qwen3 with qk_norm.
+
+    relu2(x) = relu(x)·x, so it is a relu gate with the same weights as the other factor.
+    """
     family = "Qwen3" if section.qk_norm else "Llama"
     return getattr(transformers, f"{family}Config")(
         vocab_size=section.vocab_size,
@@ -112,8 +128,8 @@ def _llama(transformers: Any, section: ModelSection) -> Any:
 
 
 def _llama_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters under Llama's names, which are Qwen3's too."""
-    last = section.n_layer + 1
+    """Yield our parameters under the names that Llama and Qwen3 share."""
+    final_norm = section.n_layer + 1
     yield "model.embed_tokens.weight", named["layers.0.weight"]
     for number in range(section.n_layer):
         prefix, block = f"model.layers.{number}", f"layers.{number + 1}"
@@ -122,15 +138,15 @@ def _llama_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterat
             by_up = ours == "mlp.gate" and ACTIVATIONS[section.activation].llama_gate_is_up
             value = named[f"{block}.mlp.up.weight"].clone() if by_up else named[f"{block}.{ours}.weight"]
             yield f"{prefix}.{theirs}.weight", value
-    yield "model.norm.weight", named[f"layers.{last}.weight"]
-    yield "lm_head.weight", named["layers.0.weight" if section.tie_embeddings else f"layers.{last + 1}.weight"]
+    yield "model.norm.weight", named[f"layers.{final_norm}.weight"]
+    yield "lm_head.weight", named["layers.0.weight" if section.tie_embeddings else f"layers.{final_norm + 1}.weight"]
 
 
 def _heads(section: ModelSection, rows: Tensor, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The rows [heads · head_dim, d_model] of queries, keys and values apart, and norms that change nothing: ours."""
-    head = section.d_model // section.n_head
+    """Yield the rows [heads · head_dim, d_model] of queries, keys and values, with norm weights of 1 if needed."""
+    head_dim = section.d_model // section.n_head
     counts = (section.n_head, section.n_kv_head, section.n_kv_head)
-    parts = torch.split(rows, [count * head for count in counts])
+    parts = torch.split(rows, [count * head_dim for count in counts])
     yield from ((f"{prefix}.{name}_proj.weight", part) for name, part in zip("qkv", parts, strict=True))
     if section.qk_norm:
-        yield from ((f"{prefix}.{name}_norm.weight", rows.new_ones(head)) for name in "qk")
+        yield from ((f"{prefix}.{name}_norm.weight", rows.new_ones(head_dim)) for name in "qk")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megagpt.model.shapes import ADAMW_BYTES, layer_shapes, linear_shapes
@@ -97,6 +98,21 @@ def _boundaries(costs: tuple[float, ...], stages: int) -> list[int]:
             for n in range(total - count + 1)
         }
     return best[0][1]
+
+
+def layer_kinds(section: ModelSection) -> list[str]:
+    """Return the kind of each of `gpt.layers(section)`: embedding, positions, block, norm or head."""
+    positions = ["positions"] if section.position == "learned" else []
+    return ["embedding", *positions, *["block"] * section.n_layer, "norm", "head"]
+
+
+def stage_kinds(section: ModelSection, stages: int) -> list[tuple[str, ...]]:
+    """Return the kinds of layer that each pipeline stage holds, each kind once, in the model's order.
+
+    The kinds of a stage decide which parameter groups it has and what it receives and sends.
+    """
+    kinds, cuts = layer_kinds(section), boundaries(layer_costs(section), stages)
+    return [tuple(dict.fromkeys(kinds[first:end])) for first, end in pairwise(cuts)]
 
 
 def chunk_tokens(rows: int, on_cpu: bool) -> int:

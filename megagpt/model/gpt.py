@@ -15,9 +15,9 @@ from megagpt.model.attention import Attention
 from megagpt.model.context import ContextBuilder
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.layers import MLP, Block, Head, LayerNorm, PositionEmbedding, RMSNorm, TokenEmbedding
-from megagpt.model.loss import IGNORED
 from megagpt.model.parallel import WHOLE, ParallelLayers
 from megagpt.model.shapes import has_bias, head_dim, linear_shapes
+from megagpt.state import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         loss = None
         if labels is not None:
             if normalizer is None:
-                normalizer = (labels != IGNORED).sum().clamp(min=1)
+                normalizer = (labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = head(hidden, labels) / normalizer
         return Output(loss, hidden, head)  # type: ignore[arg-type]
 

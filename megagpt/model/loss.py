@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megagpt.model import cost
 from megagpt.model.parallel import VocabShard
-
-IGNORED = -100  # label of tokens that do not count in the loss
+from megagpt.state import IGNORE_INDEX
 
 
 def project(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
@@ -82,12 +81,16 @@ def _chunk_loss(
     logits = project(rows, weight, softcap)
     if shard is None:
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum"), log_probabilities, logits
+        return (
+            F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum"),
+            log_probabilities,
+            logits,
+        )
     shifted = logits.float()
     shifted = shifted - shard.max(shifted.amax(dim=-1, keepdim=True))
     log_probabilities = shifted - shard.sum(shifted.exp().sum(dim=-1, keepdim=True)).log_()
     local_targets = _local_targets(targets, len(weight), shard)
-    loss = F.nll_loss(log_probabilities, local_targets, ignore_index=IGNORED, reduction="sum")
+    loss = F.nll_loss(log_probabilities, local_targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return shard.sum(loss), log_probabilities, logits
 
 
@@ -96,7 +99,7 @@ def _local_targets(targets: Tensor, rows: int, shard: VocabShard | None) -> Tens
     if shard is None:
         return targets
     local = targets - shard.start
-    return local.masked_fill((local < 0) | (local >= rows), IGNORED)
+    return local.masked_fill((local < 0) | (local >= rows), IGNORE_INDEX)
 
 
 def _logit_gradient(log_probabilities: Tensor, logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -128,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             local_targets = _local_targets(targets[part], len(weight), shard)
             gradient = _logit_gradient(log_probabilities, logits, local_targets, softcap)
-            valid = (targets[part] != IGNORED).unsqueeze(-1)
+            valid = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
             if d_rows is not None:
                 d_rows[part] = (gradient @ weight).mul_(valid)
             if (

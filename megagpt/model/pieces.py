@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from megagpt.errors import UserError
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.shards import shard_spec
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class _StoredSlice(NamedTuple):
     key: str
 
 
-def write_slices(slices: Iterable[TensorSlice], rank: int, sink: Write) -> None:
-    """Write the slices of one rank to files of about 64 MiB.
+def write_slices(slices: Iterable[TensorSlice], rank: int, sink: WriteFile) -> None:
+    """WriteFile the slices of one rank to files of about 64 MiB.
 
     Args:
         slices: the slices, consumed one by one
@@ -186,6 +186,16 @@ class TensorFiles:
             self._open(self._unopened.pop(0))
 
     def _open(self, path: Path) -> None:
+        try:
+            self._index_file(path)
+        except (SafetensorError, OSError, ValueError, IndexError) as error:
+            what, do = (
+                "this file holds no tensors of a checkpoint",
+                "remove this checkpoint so that the one before it is taken",
+            )
+            raise UserError(f"{what}: {error}", str(path), do) from None
+
+    def _index_file(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  # not a dictionary
                 kind, name, shard, start = key.split(":")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
 from megagpt.model.pieces import WEIGHT, TensorFiles, TensorSlice, write_slices
 from megagpt.model.shapes import layer_shapes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
 
-def save(weights: Iterable[tuple[str, torch.Tensor]], sink: Write) -> None:
+def save(weights: Iterable[tuple[str, torch.Tensor]], sink: WriteFile) -> None:
     """Write weights without optimizer state, as a single rank would.
 
     Args:

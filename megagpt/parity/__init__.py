@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import ds_config
 from megagpt import recipe as recipes
-from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.distributed import Agreement, Rank, from_environment, promise
 from megagpt.distributed.meeting import meeting
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
 from megagpt.run.console import Console
+from megagpt.run.watch import EVALUATE, PASSES, Watch
 
 if TYPE_CHECKING:
     from megagpt.data.loader import Batch
     from megagpt.ds_config import Resolved
     from megagpt.engine.base import Engine
-    from megagpt.parity.curve import Curve, Difference
+    from megagpt.parity.certificate import Certificate
+    from megagpt.parity.curve import Curve
     from megagpt.state import UpdateResult
 
 _HELD_OUT_FROM = 1_000_000  # a data position far from what is trained on
+_REAL_LENGTH = 8  # updates of the schedule of which the real shape makes one
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Options:
 
 
 def parity(options: Options) -> int:
-    """Shrink the recipe, train it on this layout and in one process, and print a certificate or what differs.
+    """Print a certificate for this layout, or what is wrong with it.
 
-    Every rank calls it. Exit code 0 for the same curve, 1 for another. What libraries say goes to logs in the run
+    The stages of the real shape are built on the meta device, the shrunk recipe is trained on this layout and in one
+    process, and one update of the real shape is made if it fits. Every rank calls it. Exit code 0 for the same curve,
+    1 for another. What libraries say goes to logs in the run
     directory's folder `parity`. Raises UserError where the recipe and the config do not fit together.
     """
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
@@ -52,27 +57,79 @@ def parity(options: Options) -> int:
 def _certify(options: Options, rank: Rank, run_dir: str) -> int:
     console = Console(Path(run_dir) / "parity", rank.rank)  # before DeepSpeed is imported, which prints
     try:
-        whole = _resolve(options, rank, ())
-        small, found = _differences(options, whole, rank)
-        console.say(_report(small, found, options.updates))
+        certificate = _prove(options, _resolve(options, rank, ()), rank, console)
+        console.say(str(certificate))
     finally:
         console.close()
-    return EXIT_FAILURE if any(row.too_far for row in found) else EXIT_DONE
+    return EXIT_DONE if certificate.good else EXIT_FAILURE
 
 
-def _differences(options: Options, whole: Resolved, rank: Rank) -> tuple[Resolved, list[Difference]]:
-    """The small run, and every number that the layout and one process make of it, compared."""
+def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Certificate:
+    """Check the stages of the real shape, train the small run, then make one update of the real shape if it fits.
+
+    The stages come first: a pipeline whose stages do not fit together would hang instead of answering.
+    """
     from megagpt.engine import build, start
-    from megagpt.parity import curve, reference
+    from megagpt.parity import curve, real_shape, reference, shrink
+    from megagpt.parity.certificate import Certificate
 
     start.start(rank)
     agreement = Agreement(rank.world_size)
-    small, updates, held_out, expected = _reference(options, whole, rank, agreement)
-    engine = build.build(small, options.updates, rank, agreement)
-    got = _train(engine, small, updates, held_out, rank)
-    engine.close()
-    tolerance = curve.allowed(small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True))
-    return small, curve.compare(small.recipe, expected, got, tolerance)
+    small = _resolve(options, rank, shrink.overrides(real, options.updates, None))
+    proof = Certificate(real, small, options.updates, real_shape.build_stages(real))
+    if proof.good:
+        small, updates, held_out, expected = _reference(options, real, rank, agreement)
+        engine = build.build(small, options.updates, rank, agreement)
+        with _watched(real, rank, agreement, console) as watch:
+            got = _train(engine, small, updates, held_out, rank, watch)
+        engine.release()
+        tolerance = curve.allowed(small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True))
+        proof = replace(proof, small=small, differences=curve.compare(small.recipe, expected, got, tolerance))
+        if not any(agreement.any(not proof.good)):
+            proof = _real_update(options, proof, rank, agreement, console)
+    start.stop()
+    return proof
+
+
+@contextlib.contextmanager
+def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
+    """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
+    hosts = promise.hosts_of(agreement.gather(promise.facts_here({}, {})))
+    folder, seconds = console.log_path.parent, real.recipe.log.hang_after
+    watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def _real_update(
+    options: Options, proof: Certificate, rank: Rank, agreement: Agreement, console: Console
+) -> Certificate:
+    """Make one update of the real model on the real layout if it fits, and add to the certificate what came of it.
+
+    Rank 0 also repeats the loss in one process if a CPU can.
+    """
+    from megagpt.engine import build
+    from megagpt.parity import curve, real_shape, reference, shrink
+    from megagpt.parity.certificate import RealUpdate
+
+    number = real_shape.micro_batches(proof.real.layout)
+    one = _resolve(options, rank, shrink.one_update(proof.real, number, _REAL_LENGTH))
+    if obstacle := real_shape.obstacle(one, agreement):
+        return replace(proof, obstacle=obstacle)
+    batch = shrink.samples(one.recipe.model, one.recipe.batch.global_size, 0)
+    engine = build.build(one, _REAL_LENGTH, rank, agreement)
+    with _watched(one, rank, agreement, console) as watch:
+        watch.enter(PASSES, 1)
+        result = _update(engine, _share(batch, one, rank))
+    engine.release()
+    made = RealUpdate(number, result.loss, result.grad_norm, result.made)
+    if real_shape.comparable(one):
+        alone = reference.train(one.recipe, [batch], batch) if rank.main else None
+        loss, norm = (agreement.total(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2))
+        made = replace(made, differences=curve.of_update(one.recipe, (made.loss, made.norm), (loss, norm)))
+    return replace(proof, update=made)
 
 
 def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:
@@ -84,32 +141,38 @@ def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:
 
 
 def _reference(
-    options: Options, whole: Resolved, rank: Rank, agreement: Agreement
+    options: Options, real: Resolved, rank: Rank, agreement: Agreement
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
     """The small run, its batches, and what one process makes of them. Clipping acts in about half of the updates."""
     from megagpt.parity import reference, shrink
 
     clip = None
     for attempt in ("without clipping", "with"):
-        small = _resolve(options, rank, shrink.words(whole, options.updates, clip))
+        small = _resolve(options, rank, shrink.overrides(real, options.updates, clip))
         size, model = small.recipe.batch.global_size, small.recipe.model
         updates = [shrink.samples(model, size, number * size) for number in range(options.updates)]
         held_out = shrink.samples(model, size, _HELD_OUT_FROM)
         expected = reference.train(small.recipe, updates, held_out)
-        if attempt == "with" or whole.recipe.optimizer.clip is None:
+        if attempt == "with" or real.recipe.optimizer.clip is None:
             break
         # rank 0's, so that different machines do not clip at limits that differ by a rounding
         clip = agreement.total(statistics.median(expected.norms) if rank.main else 0.0)
     return small, updates, held_out, expected
 
 
-def _train(engine: Engine, small: Resolved, updates: Sequence[Batch], held_out: Batch, rank: Rank) -> Curve:
-    """What the layout makes of the same batches."""
+def _train(
+    engine: Engine, small: Resolved, updates: Sequence[Batch], held_out: Batch, rank: Rank, watch: Watch
+) -> Curve:
+    """Train the layout on the same batches."""
     from megagpt.parity.curve import Curve
 
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     before = engine.evaluate(_share(held_out, small, rank))
-    results = [_update(engine, _share(batch, small, rank)) for batch in updates]
+    results = []
+    for number, batch in enumerate(updates, start=1):
+        watch.enter(PASSES, number)
+        results.append(_update(engine, _share(batch, small, rank)))
+    watch.enter(EVALUATE, len(updates))
     after = engine.evaluate(_share(held_out, small, rank))
     final = {name: value.clone() for name, value in engine.weights()}
     rows = ([row.loss, row.grad_norm, row.lr, row.tokens] for row in results)
@@ -131,27 +194,3 @@ def _share(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:
     first, step = layout.data_rank(rank.rank) * layout.micro_batch, layout.micro_batch * layout.data_parallel
     starts = range(first, len(batch.labels), step)
     return [type(batch)(*(tensor[start : start + layout.micro_batch] for tensor in batch)) for start in starts]
-
-
-def _report(small: Resolved, found: Sequence[Difference], updates: int) -> str:
-    """The certificate, or what differs first."""
-    from megagpt.parity.curve import KINDS, worst
-
-    layout, model = small.layout, small.recipe.model
-    wrong = [row for row in found if row.too_far]
-    rows = [worst(found, kind) for kind in KINDS]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("megagpt", "deepspeed", "torch"))
-    lines = [
-        f"parity   {layout.world_size} ranks: data {layout.data_parallel}, pipeline {layout.pipeline_stages}, "
-        f"tensor {layout.tensor_parallel}, sequence {layout.sequence_parallel}; ZeRO {layout.zero_stage}, "
-        f"{layout.accumulation} micro-batches, {small.recipe.precision}",
-        f"model    the recipe's, shrunk to {model.n_layer} blocks of width {model.d_model}; {updates} updates",
-        f"versions {versions}",
-        "",
-        *(f"{row.kind:9}largest relative difference {row.off:.1e}, allowed {row.limit:.0e}" for row in rows),
-        "",
-    ]
-    if not wrong:
-        return "\n".join([*lines, "the same curve as one process, update by update"])
-    first = "\n".join(f"  {row}" for row in wrong[:3])
-    return "\n".join([*lines, f"ANOTHER CURVE than one process; {len(wrong)} numbers differ, first:", first])

@@ -98,6 +98,21 @@ def compare(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tolerance | 
     return [*_exact(expected, got), *_updates(expected, got, tolerance), *_weights(recipe, expected, got, tolerance)]
 
 
+def of_update(recipe: Recipe, got: tuple[float, float], expected: tuple[float, float]) -> tuple[Difference, Difference]:
+    """Compare the loss and the gradient norm of a single update.
+
+    Args:
+        recipe: The recipe, whose precision decides what is allowed.
+        got: Loss and gradient norm of the layout.
+        expected: Those of one process.
+    """
+    tolerance = tolerance_of(recipe)
+    return (
+        _row("loss", "loss of the update", got[0], expected[0], tolerance.loss),
+        _row("norm", "gradient norm of the update", got[1], expected[1], tolerance.norm),
+    )
+
+
 def worst(differences: Sequence[Difference], kind: str) -> Difference:
     """The largest relative difference of a kind: loss, norm, held-out, weights."""
     return max((row for row in differences if row.kind == kind), key=lambda row: (row.too_far, row.off))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from megagpt.data.loader import IGNORED, Batch
+from megagpt.data.loader import Batch
 from megagpt.engine import optimizer as optimizers
 from megagpt.engine.schedule import factor
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
 from megagpt.parity.shrink import MICRO
 from megagpt.recipe import Recipe
+from megagpt.state import IGNORE_INDEX
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,8 +45,11 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
-        limit = recipe.optimizer.clip or float("inf")
-        norms.append(torch.nn.utils.clip_grad_norm_(masters.parameters(), limit).item())
+        # in fp64: in fp32 the norm of a long vector is off by more than layouts may differ
+        gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+        torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
+        norms.append(norm.item())
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):
@@ -76,9 +81,9 @@ def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float)
 def _loss(model: GPT, batch: Batch, valid: int) -> torch.Tensor:
     """The sum over the valid tokens of these samples, by the number of all valid ones."""
     logits = model(batch.input_ids).logits.float()
-    every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return every / valid
 
 
 def _valid(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
+    return int((batch.labels != IGNORE_INDEX).sum())

@@ -5,14 +5,14 @@ from __future__ import annotations
 from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.ds_config import Resolved
-from megagpt.ds_config.known import other_version, written_keys
+from megagpt.ds_config.known import recorded_keys, version_note
 from megagpt.errors import UserError
 from megagpt.model import cost
 from megagpt.plan import changes, effort, machine
 from megagpt.plan import search as config_search
 from megagpt.plan.memory import memory
 from megagpt.plan.rank_state import ZeroSettings
-from megagpt.plan.result import Plan, PlanOptions, describe_parallelism
+from megagpt.plan.result import Plan, PlanOptions
 from megagpt.plan.search import SearchResult
 from megagpt.plan.verdict import Fit, fit
 
@@ -28,7 +28,7 @@ def plan(options: PlanOptions) -> Plan:
 
     def resolve(more: tuple[str, ...] = ()) -> Resolved:
         overrides = (*options.overrides, *more)
-        return ds_config.load(options.deepspeed_config, recipe, world_size, written_keys(), overrides)
+        return ds_config.load(options.deepspeed_config, recipe, world_size, recorded_keys(), overrides)
 
     def fits(resolved: Resolved) -> Fit:
         return fit(memory(resolved), device, -(-world_size // nodes), host_memory)
@@ -43,12 +43,12 @@ def plan(options: PlanOptions) -> Plan:
         nodes=nodes,
         zero_stage=layout.zero_stage,
         data_parallel=layout.data_parallel,
-        parallelism=describe_parallelism(layout),
+        parallelism=layout.parallelism,
         micro_batch=layout.micro_batch,
         accumulation=layout.accumulation,
         global_batch=resolved.recipe.batch.global_size,
         recomputed_fraction=layout.recomputed_blocks / section.n_layer,
-        bubble_fraction=effort.bubble_fraction(layout),
+        bubble_fraction=layout.pipeline_bubble,
         offloads=ZeroSettings(resolved).offloads,
         memory=memory(resolved),
         fit=found,
@@ -69,7 +69,7 @@ def search(options: PlanOptions) -> SearchResult:
 def _notes(resolved: Resolved, *, has_device: bool) -> tuple[str, ...]:
     """What the plan could not take into account."""
     notes = list(resolved.notes)
-    note = other_version()
+    note = version_note()
     if note:
         notes.append(note)
     if has_device and ZeroSettings(resolved).offloads:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from megagpt.ds_config.batch import MICRO, divisors
-from megagpt.ds_config.parallel import TENSOR
-from megagpt.ds_config.recomputation import BLOCKS
-from megagpt.ds_config.refusals import STAGE
+from megagpt.ds_config.batch import MICRO_BATCH_KEY, divisors
+from megagpt.ds_config.parallel import TENSOR_PARALLEL_KEY
+from megagpt.ds_config.recomputation import RECOMPUTED_BLOCKS_KEY
+from megagpt.ds_config.refusals import ZERO_STAGE_KEY
 from megagpt.errors import UserError
 from megagpt.plan.rank_state import ZeroSettings
 
@@ -74,26 +74,28 @@ def _smaller_micro_batches(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]
     layout = resolved.layout
     sizes = reversed(divisors(layout.micro_batch * layout.accumulation))
     smaller = [size for size in sizes if size < layout.micro_batch]
-    return [(1 + number, (f"ds.{MICRO}={size}",)) for number, size in enumerate(smaller)]
+    return [(1 + number, (f"ds.{MICRO_BATCH_KEY}={size}",)) for number, size in enumerate(smaller)]
 
 
 def _higher_zero_stages(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
     layout = resolved.layout
     if layout.pipeline_stages > 1 or ZeroSettings(resolved).shards == 1:
         return []
-    return [(3 * stage, (f"ds.{STAGE}={stage}",)) for stage in range(layout.zero_stage + 1, 4)]
+    return [(3 * stage, (f"ds.{ZERO_STAGE_KEY}={stage}",)) for stage in range(layout.zero_stage + 1, 4)]
 
 
 def _recomputation(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
     if resolved.layout.recomputed_blocks == resolved.recipe.model.n_layer:
         return []
-    return [(6, (f"ds.{BLOCKS}=auto",))]
+    return [(6, (f"ds.{RECOMPUTED_BLOCKS_KEY}=auto",))]
 
 
 def _more_tensor_parallelism(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
     layout = resolved.layout
     degrees = range(2 * layout.tensor_parallel, _MAX_TENSOR_PARALLEL + 1)
-    return [(4 + degree, (f"ds.{TENSOR}={degree}",)) for degree in degrees if layout.world_size % degree == 0]
+    return [
+        (4 + degree, (f"ds.{TENSOR_PARALLEL_KEY}={degree}",)) for degree in degrees if layout.world_size % degree == 0
+    ]
 
 
 def _offload(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:

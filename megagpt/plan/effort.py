@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import recipe as recipes
-from megagpt.data.indexed import dtype_of
-from megagpt.data.sidecar import read_sidecar
+from megagpt.data.sidecar import bytes_per_token, read_sidecar
 from megagpt.model import cost
 from megagpt.model.shapes import FP32_BYTES, layer_shapes
 from megagpt.plan import machine, muon
 from megagpt.plan.rank_state import ZeroSettings, local_parameters
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
+    from megagpt.ds_config import Resolved
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,12 @@ def length(resolved: Resolved) -> Length:
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
     if recipe.length.epochs is None:
-        updates = recipes.updates(recipe, 0)
+        updates = recipes.total_updates(recipe, 0)
     else:
         sidecars = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
         tokens_per_corpus = [sidecar.tokens for sidecar in sidecars if sidecar is not None]
         if len(tokens_per_corpus) == len(sidecars):
-            updates = recipes.updates(recipe, sum(tokens_per_corpus) // recipe.model.seq_len)
+            updates = recipes.total_updates(recipe, sum(tokens_per_corpus) // recipe.model.seq_len)
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update
@@ -101,11 +100,6 @@ def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
     longest = flops / (layout.world_size * peak * reached.low)
     device_hours = (shortest * layout.world_size / 3600, longest * layout.world_size / 3600)
     return Time(shortest, longest, device_hours, (reached.low, reached.high), reached.source)
-
-
-def bubble_fraction(layout: Layout) -> float:
-    """Return the fraction of time in which pipeline stages are idle (1F1B, arXiv 2104.04473, section 2.2)."""
-    return (layout.pipeline_stages - 1) / (layout.accumulation + layout.pipeline_stages - 1)
 
 
 def traffic(resolved: Resolved) -> Traffic:
@@ -171,7 +165,7 @@ def disk(resolved: Resolved, tokens: int | None) -> Disk:
     checkpoints = None
     if kept is not None and recipe.checkpoint.keep_every is None:
         checkpoints = (kept + 1) * checkpoint
-    corpus = None if tokens is None else tokens * dtype_of(recipe.model.vocab_size).itemsize
+    corpus = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
     return Disk(checkpoint, checkpoints, corpus)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.errors import UserError, nearest
+from megagpt.errors import UserError, closest_match
 
 if TYPE_CHECKING:
     from megagpt.ds_config import Layout
@@ -44,7 +44,7 @@ def parse_device(text: str, option: str = "--device") -> Device:
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(GiB|GB)?", text)
     if size:
         return Device(text, int(float(size[1]) * (10**9 if size[2] == "GB" else _GIB)))
-    near = nearest(text, _MEMORY)
+    near = closest_match(text, _MEMORY)
     do = f"write {near}" if near else f"write one of {', '.join(_MEMORY)}, or a size such as 24GiB"
     raise UserError(f"{text} is neither a known device nor a size", f"{option} {text}", do)
 

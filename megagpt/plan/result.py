@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megagpt.plan.effort import Disk, Length, Time, Traffic, format_duration
 from megagpt.plan.machine import SAFE_FRACTION
 from megagpt.plan.memory import Memory
 from megagpt.plan.verdict import TOO_CLOSE, Fit
-
-if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
 
 _GIB = 1 << 30
 
@@ -64,16 +60,6 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([*_layout(self), *_memory(self), *_cost(self), *_notes_and_changes(self)])
-
-
-def describe_parallelism(layout: Layout) -> str:
-    """Return how a layout splits the model, such as "2 pipeline stages", or "" if it does not."""
-    degrees = (
-        (layout.pipeline_stages, "pipeline stages"),
-        (layout.tensor_parallel, "tensor-parallel ranks"),
-        (layout.sequence_parallel, "sequence-parallel ranks"),
-    )
-    return ", ".join(f"{count} {what}" for count, what in degrees if count > 1)
 
 
 def _layout(plan: Plan) -> list[str]:

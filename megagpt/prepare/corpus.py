@@ -1,4 +1,4 @@
-"""Sources to one corpus: pieces encoded to shards, shards joined, both parts published."""
+"""Prepares one corpus: encodes the chunks of its input to shards, merges the shards, and publishes both parts."""
 
 from __future__ import annotations
 
@@ -13,39 +13,45 @@ import numpy as np
 
 from megagpt import __version__
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.indexed import Reader, corpus_file, dtype_of
-from megagpt.data.indexed_writer import Writer
-from megagpt.data.oddities import AtPlace
-from megagpt.data.pieces import Piece, cut
-from megagpt.data.reading import key_of
-from megagpt.data.shards import Record
-from megagpt.data.sniffing import Kind
-from megagpt.data.sources import Source
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
+from megagpt.data.indexed import CorpusReader, corpus_file, token_dtype
+from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.data.oddities import LocatedError, WarningCount, locate_error, summarize_warnings
+from megagpt.data.pieces import Chunk, split_into_chunks
+from megagpt.data.reading import parse_text_key
+from megagpt.data.shards import SUFFIXES, ShardRecord, is_intact, remove_shard
+from megagpt.data.sniffing import FileFormat
+from megagpt.data.sources import InputFile
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import UserError
-from megagpt.prepare import odd_places, workplace
-from megagpt.prepare.duplicates import first_copies
-from megagpt.prepare.encoding import Job, PieceError
+from megagpt.errors import MachineError, UserError
+from megagpt.prepare import plain, workplace
+from megagpt.prepare.duplicates import mark_first_copies
+from megagpt.prepare.encoding import ChunkError, EncodeJob
 from megagpt.prepare.engines import check_engine
-from megagpt.prepare.joining import Choice, joined, writing
+from megagpt.prepare.joining import DocumentSelection, merge_shards, report_write_errors
 from megagpt.prepare.packing import pack
-from megagpt.prepare.pool import encode_all
-from megagpt.prepare.progress import shown
+from megagpt.prepare.pool import encode_chunks
+from megagpt.prepare.progress import show_progress
 from megagpt.prepare.ranks import Ranks
-from megagpt.prepare.summary import Oddity, Packing, PartSummary, PrepareSummary
+from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary
 
 
 @dataclass(frozen=True)
-class Options:
-    """How text is prepared. `text_key` leads to the text in JSON lines, through dots; `strict` makes oddities errors.
+class PrepareOptions:
+    """How text is prepared. Neither `workers` nor `engine` changes what is written.
 
-    `deduplicate` leaves out exact copies of an earlier document; `shuffle` mixes the documents, the same way each time.
-    `pack` is the seq_len of the samples that the training part is packed into; None: it is written as it comes.
-    None of `workers` is as many as there are cores; neither their number nor the `engine` changes what is written.
+    Attributes:
+        validation_fraction: The fraction of the documents that go to the validation part.
+        workers: Number of processes; None means one per core.
+        text_key: The key of the text in JSON lines or table rows; dots separate nested keys.
+        strict: Raise an error at the first unusual input, instead of a warning.
+        deduplicate: Omit exact copies of earlier documents.
+        shuffle: Shuffle the documents, in the same order every time.
+        engine: The tokenizer implementation, see `engines.ENGINES`.
+        pack: The `seq_len` of the samples into which the training part is packed; None means not packed.
     """
 
-    validation_fraction: float = DEFAULT_FRACTION
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION
     workers: int | None = None
     text_key: str = "text"
     strict: bool = False
@@ -56,200 +62,295 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One corpus that is to be made: of what, with which tokenizer, where to, and where its shards lie meanwhile."""
+class CorpusJob:
+    """One corpus to prepare.
 
-    sources: Sequence[Source]
-    model: Tokenizer
+    Attributes:
+        files: The files of its input.
+        tokenizer: The tokenizer.
+        output: The prefix of the files that are written.
+        options: How the text is prepared.
+        folder: The folder of its shards until it is complete.
+    """
+
+    files: Sequence[InputFile]
+    tokenizer: Tokenizer
     output: str
-    options: Options
+    options: PrepareOptions
     folder: Path
 
 
-def write_corpus(work: Work, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
-    """Write OUTPUT.train.* and OUTPUT.validation.*: each rank encodes its share to shards, and then joins its share.
+def write_corpus(job: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
+    """Write OUTPUT.train.* and OUTPUT.validation.*. Collective: each rank encodes some chunks, and merges some shards.
 
-    Where the ranks do not see one folder, the first one is sent all shards, and joins them alone.
-    Progress is shown on `out`. Raises UserError for input that cannot be read and when a part would be empty,
-    MachineError for a full disk.
+    If the ranks do not share a file system, all shards are sent to the first rank, which merges them alone.
+
+    Args:
+        job: The corpus to prepare.
+        ranks: The processes that share the work.
+        out: The stream on which progress is shown; None means not at all.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        UserError: An input cannot be read, or a part would be empty.
+        MachineError: The disk is full.
     """
     begin = time.perf_counter()
-    options = work.options
-    key, fraction = key_of(options.text_key), options.validation_fraction
-    job = Job(work.folder, work.model, fraction, key, options.strict, options.engine)
-    one_folder = ranks.see_one(work.folder.parent)
-    pieces = ranks.first(lambda: _begun(work))
-    held = ranks.each(lambda: _held(work, pieces, follow=not one_folder))
-    done = set().union(*held)
-    if done and out and ranks.rank == 0:
-        out.write(f"prepare: going on, {len(done):,} of {len(pieces):,} pieces are done\n")
-    missing = [piece for piece in pieces if piece.number not in done]
-    new, failure = _encoded(job, missing[ranks.rank :: ranks.size], options.workers, ranks, out)
-    failures = [one for one in ranks.each(lambda: failure) if one]
-    if one_folder:
-        return _finished(work, ranks, len(pieces), failures, begin)
-    numbers = [*held[ranks.rank], *(record.number for record in new)]
-    ranks.gather_files(work.folder, [f"{number}.{suffix}" for number in numbers for suffix in ("bin", "rows", "json")])
-    return ranks.first(lambda: _finished(work, Ranks(), len(pieces), failures, begin))
+    options = job.options
+    encode_job = EncodeJob(
+        folder=job.folder,
+        tokenizer=job.tokenizer,
+        validation_fraction=options.validation_fraction,
+        text_key=parse_text_key(options.text_key),
+        strict=options.strict,
+        engine=options.engine,
+    )
+    is_shared = ranks.see_one(job.folder.parent)
+    chunks = ranks.first(lambda: _start(job))
+    done_by_rank = ranks.each(lambda: _completed(job, chunks, create_folder=not is_shared))
+    done = set().union(*done_by_rank)
+    if done:
+        _print(f"resuming, {len(done):,} of {len(chunks):,} chunks are done", ranks, out)
+    remaining = [chunk for chunk in chunks if chunk.number not in done]
+    records, failure = _encode(encode_job, remaining[ranks.rank :: ranks.size], options.workers, ranks, out)
+    failures = [error for error in ranks.each(lambda: failure) if error]
+
+    def finish(group: Ranks) -> PrepareSummary:
+        if failures:
+            raise _user_error(job, chunks, failures)
+        _verify_shards(encode_job, job, chunks, group, out)
+        return _finish(job, group, len(chunks), begin)
+
+    if is_shared:
+        return finish(ranks)
+    numbers = [*done_by_rank[ranks.rank], *(record.number for record in records)]
+    ranks.gather_files(job.folder, [f"{number}.{suffix}" for number in numbers for suffix in SUFFIXES])
+    return ranks.first(lambda: finish(Ranks()))
 
 
-def _begun(work: Work) -> list[Piece]:
-    """All pieces of the input, once the folder of their shards is there."""
-    check_fraction(work.options.validation_fraction, f"{work.output}.validation")
-    check_engine(work.options.engine, work.model)
-    with writing(work.folder):
-        workplace.follow(work.folder, _plan(work))
-    return cut(work.sources)
+def _start(job: CorpusJob) -> list[Chunk]:
+    """Check the options, create the folder of the shards, and return the chunks of the input."""
+    check_validation_fraction(job.options.validation_fraction, f"{job.output}.validation")
+    check_engine(job.options.engine, job.tokenizer)
+    with report_write_errors(job.folder):
+        workplace.resume_or_reset(job.folder, _plan(job))
+    return split_into_chunks(job.files)
 
 
-def _held(work: Work, pieces: Sequence[Piece], follow: bool) -> list[int]:
-    """The numbers of the pieces whose shards this rank has."""
-    if follow:
-        work.folder.parent.mkdir(parents=True, exist_ok=True)
-        workplace.follow(work.folder, _plan(work))
-    return list(workplace.records(work.folder, len(pieces)))
+def _completed(job: CorpusJob, chunks: Sequence[Chunk], create_folder: bool) -> list[int]:
+    """Return the numbers of the chunks whose shards exist on this rank."""
+    if create_folder:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        workplace.resume_or_reset(job.folder, _plan(job))
+    return list(workplace.completed_records(job.folder, len(chunks)))
 
 
-def _encoded(
-    job: Job, pieces: Sequence[Piece], workers: int | None, ranks: Ranks, out: TextIO | None
-) -> tuple[list[Record], PieceError | None]:
-    """The records of this rank's pieces, or the first piece that failed."""
-    count = workers or (len(os.sched_getaffinity(0)) if ranks.size == 1 else 1)
+def _encode(
+    job: EncodeJob, chunks: Sequence[Chunk], workers: int | None, ranks: Ranks, out: TextIO | None
+) -> tuple[list[ShardRecord], ChunkError | None]:
+    """Encode this rank's chunks. Returns the records of their shards, or the error of the first chunk that failed."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if ranks.size == 1 else 1
     try:
-        with shown(sum(piece.size for piece in pieces), out if ranks.rank == 0 else None) as progress:
-            return encode_all(job, pieces, count, progress.add), None
-    except PieceError as failure:
-        if not isinstance(failure.cause, UserError | AtPlace):
+        with show_progress(sum(chunk.size for chunk in chunks), out if ranks.rank == 0 else None) as progress:
+            return encode_chunks(job, chunks, workers, progress.add), None
+    except ChunkError as failure:
+        if not isinstance(failure.cause, UserError | LocatedError):
             raise
         return [], failure
 
 
-def _finished(work: Work, ranks: Ranks, pieces: int, failures: Sequence[PieceError], begin: float) -> PrepareSummary:
-    """Publish the corpora from the shards. Raises what the first piece that failed, if any, failed by."""
-    records = ranks.first(lambda: workplace.records(work.folder, pieces))
+def _user_error(job: CorpusJob, chunks: Sequence[Chunk], failures: Sequence[ChunkError]) -> BaseException:
+    """Return the error of the first chunk that failed, with its line number counted from the top of the file."""
+    failure = min(failures, key=lambda failure: failure.number)
+    if not isinstance(failure.cause, LocatedError):
+        return failure.cause
+    records = workplace.completed_records(job.folder, len(chunks))
+    earlier = [record.warnings for number, record in records.items() if number < failure.number]
+    return locate_error(failure.cause, earlier, job.files)
+
+
+def _verify_shards(
+    encode_job: EncodeJob, job: CorpusJob, chunks: Sequence[Chunk], ranks: Ranks, out: TextIO | None
+) -> None:
+    """Compare all shards with their checksums, and encode the chunks of damaged ones again. Collective.
+
+    Raises:
+        MachineError: A shard is damaged again.
+    """
+    damaged = _find_damaged(job.folder, chunks, ranks)
+    if not damaged:
+        return
+    for chunk in damaged:
+        _print(f"shard {chunk.number} is damaged and is encoded again: {chunk}", ranks, out)
+    own = ranks.share(damaged)
+
+    def encode_again() -> ChunkError | None:
+        for chunk in own:
+            remove_shard(job.folder, chunk.number)
+        return _encode(encode_job, own, job.options.workers, ranks, None)[1]
+
+    failures = [error for error in ranks.each(encode_again) if error]
     if failures:
-        failure = min(failures, key=lambda failure: failure.number)
-        if not isinstance(failure.cause, AtPlace):
-            raise failure.cause
-        earlier = [record.oddities for number, record in records.items() if number < failure.number]
-        raise odd_places.located(failure.cause, earlier, work.sources)
-    odd = odd_places.told([record.oddities for record in records.values()], work.sources)
-    parts, packing, copies, unknown = _joined(work, ranks, list(records.values()), odd)
-    validation = parts[1] if len(parts) > 1 else None
-    seconds = time.perf_counter() - begin
-    return PrepareSummary(description(work.sources), parts[0], validation, packing, odd, copies, unknown, seconds)
+        raise _user_error(job, chunks, failures)
+    if damaged := _find_damaged(job.folder, damaged, ranks):
+        where = "\n".join(str(job.folder / f"{chunk.number}.bin") for chunk in damaged)
+        raise MachineError("shards are damaged, also after they were encoded again", where, "check the disk and memory")
 
 
-class _Joined(NamedTuple):
-    """The published parts, training first; how many copies of documents were left out, and ids are unknown."""
+def _find_damaged(folder: Path, chunks: Sequence[Chunk], ranks: Ranks) -> list[Chunk]:
+    """Return the chunks whose shards do not have the checksums of their records. Collective."""
+    own = ranks.share(chunks)
+    found = ranks.each(lambda: [chunk for chunk in own if not is_intact(folder, chunk.number)])
+    return [chunk for damaged in found for chunk in damaged]
+
+
+def _print(message: str, ranks: Ranks, out: TextIO | None) -> None:
+    if out and ranks.rank == 0:
+        out.write(f"prepare: {message}\n")
+
+
+def _finish(job: CorpusJob, ranks: Ranks, chunks: int, begin: float) -> PrepareSummary:
+    """Merge the shards, publish the parts, and return the summary."""
+    records = list(ranks.first(lambda: workplace.completed_records(job.folder, chunks)).values())
+    warnings = summarize_warnings([record.warnings for record in records], job.files)
+    published = _merge(job, ranks, records, warnings)
+    return PrepareSummary(
+        source=describe_inputs(job.files),
+        train=published.parts[0],
+        validation=published.parts[1] if len(published.parts) > 1 else None,
+        packing=published.packing,
+        oddities=warnings,
+        copies=published.copies,
+        unknown=published.unknown,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+@plain.register
+class _Published(NamedTuple):
+    """The published parts, training first; the number of copies that were omitted, and the number of unknown ids."""
 
     parts: list[PartSummary]
-    packing: Packing | None
+    packing: PackingSummary | None
     copies: int
     unknown: int
 
 
-def _joined(work: Work, ranks: Ranks, records: Sequence[Record], odd: Sequence[Oddity]) -> _Joined:
-    options, model = work.options, work.model
-    with writing(work.folder):
-        keep = ranks.first(lambda: first_copies(work.folder, records)) if options.deduplicate else None
-        kept = np.memmap(keep, np.bool_, "r") if keep else None
-    prefixes = {False: str(work.folder / "unpacked") if options.pack else f"{work.output}.train"}
+def _merge(
+    job: CorpusJob, ranks: Ranks, records: Sequence[ShardRecord], warnings: Sequence[WarningCount]
+) -> _Published:
+    options, tokenizer = job.options, job.tokenizer
+    keep = None
+    if options.deduplicate:
+        with report_write_errors(job.folder):
+            keep = np.memmap(ranks.first(lambda: mark_first_copies(job.folder, records)), np.bool_, "r")
+    # Packing reads the merged training part, and writes the final one.
+    prefixes = {False: str(job.folder / "unpacked") if options.pack else f"{job.output}.train"}
     if options.validation_fraction:
-        prefixes[True] = f"{work.output}.validation"
-    choice = Choice(work.folder, records, dtype_of(model.vocab_size).itemsize, kept, options.shuffle)
-    with joined(prefixes, model, choice, ranks) as (writers, unknown):
-        return ranks.first(
-            lambda: _published(work, list(writers.values()), sum(r.documents for r in records), unknown, odd)
-        )
+        prefixes[True] = f"{job.output}.validation"
+    id_bytes = token_dtype(tokenizer.vocab_size).itemsize
+    selection = DocumentSelection(job.folder, records, id_bytes, keep, options.shuffle)
+    documents = sum(record.documents for record in records)
+    with merge_shards(prefixes, tokenizer, selection, ranks) as (writers, unknown):
+        return ranks.first(lambda: _publish(job, list(writers.values()), documents, unknown, warnings))
 
 
-def _published(work: Work, writers: Sequence[Writer], documents: int, unknown: int, odd: Sequence[Oddity]) -> _Joined:
-    """Give the files their names, if training and validation can use them."""
-    model, options = work.model, work.options
+def _publish(
+    job: CorpusJob, writers: Sequence[CorpusWriter], documents: int, unknown: int, warnings: Sequence[WarningCount]
+) -> _Published:
+    """Rename the files to their final names, if training and validation can use them."""
+    tokenizer, options = job.tokenizer, job.options
     parts = [
-        PartSummary(f"{work.output}.{name}", writer.documents, writer.tokens, writer.text_bytes)
+        PartSummary(f"{job.output}.{name}", writer.documents, writer.tokens, writer.text_bytes)
         for name, writer in zip(("train", "validation"), writers, strict=False)
     ]
     try:
-        _check_parts(parts, options.validation_fraction, odd)
+        _check_parts(parts, options.validation_fraction, warnings)
     except UserError:
-        workplace.remove(work.folder)
+        workplace.remove_folder(job.folder)
         raise
     copies = documents - sum(part.documents for part in parts)
-    made = _made(options, odd) | {"copies_left_out": copies, "unknown": unknown}
-    with writing(work.folder):
-        packing = _packed(work, writers[0], parts[0], made) if options.pack else None
+    made = _provenance(options, warnings) | {"copies_left_out": copies, "unknown": unknown}
+    with report_write_errors(job.folder):
+        packing = _pack(job, writers[0], parts[0], made) if options.pack else None
         for writer in writers[1:] if packing else writers:
-            writer.finish(model.sha256, model.eod, made)
-    return _Joined(parts, packing, copies, unknown)
+            writer.finish(tokenizer.sha256, tokenizer.eod, made)
+    return _Published(parts, packing, copies, unknown)
 
 
-def _packed(work: Work, unpacked: Writer, part: PartSummary, made: dict[str, object]) -> Packing:
-    """Publish the training part packed, from what was written of it as it came."""
-    model, seq_len = work.model, work.options.pack
+def _pack(job: CorpusJob, unpacked: CorpusWriter, part: PartSummary, made: dict[str, object]) -> PackingSummary:
+    """Publish a packed copy of the training part, which `unpacked` has written."""
+    tokenizer, seq_len = job.tokenizer, job.options.pack
     assert seq_len is not None
-    unpacked.finish_unverified()
-    with Writer(part.prefix, model.vocab_size) as writer:
-        packing = pack(Reader(unpacked.prefix), writer, seq_len, model.eod, work.folder)
+    unpacked.finish_without_sidecar()
+    with CorpusWriter(part.prefix, tokenizer.vocab_size) as writer:
+        packing = pack(CorpusReader(unpacked.prefix), writer, seq_len, tokenizer.eod, job.folder)
         writer.text_bytes = part.text_bytes
-        cut = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
-        writer.finish(model.sha256, model.eod, made | {"packing": cut}, seq_len, packing.padding)
+        facts = {"documents": part.documents, "cut_before": packing.cut_before, "cut_after": packing.cut_after}
+        writer.finish(tokenizer.sha256, tokenizer.eod, made | {"packing": facts}, seq_len, packing.padding)
     return packing
 
 
-def description(sources: Sequence[Source]) -> str:
-    """A line that says what is read."""
-    if sources[0].kind is Kind.DEFAULT:
+def describe_inputs(files: Sequence[InputFile]) -> str:
+    """Return a one-line description of the input."""
+    if files[0].format is FileFormat.DEFAULT_CORPUS:
         return default_corpus().description
-    size = sum(source.size for source in sources) / 1e6
-    what = sources[0].path if len(sources) == 1 else f"{len(sources):,} files, {sources[0].path} the first"
-    return f"text from {what} ({size:,.1f} MB)"
+    megabytes = sum(file.size for file in files) / 1e6
+    names = files[0].path if len(files) == 1 else f"{len(files):,} files, {files[0].path} and others"
+    return f"text from {names} ({megabytes:,.1f} MB)"
 
 
-def check_fraction(fraction: float, prefix: str) -> None:
-    """Raise UserError for a fraction out of range, or when an older validation part would meet its own documents."""
+def check_validation_fraction(fraction: float, prefix: str) -> None:
+    """Raise UserError if the fraction is invalid, or if 0 would leave an older validation part to be trained on.
+
+    Args:
+        fraction: The validation fraction.
+        prefix: The prefix of the validation part.
+    """
     if not 0 <= fraction < 1:
         what = f"the validation fraction is {fraction}"
-        raise UserError(what, "--validation-fraction", "give a share from 0 up to, not including, 1")
+        raise UserError(what, "--validation-fraction", "use a fraction that is at least 0 and less than 1")
     old = corpus_file(prefix, ".idx")
     if fraction == 0 and old.exists():
-        what = "an older validation part is there, and its documents would now be trained on too"
+        what = "there is an older validation part, whose documents would now be in the training part as well"
         raise UserError(what, str(old), "remove it, choose another --output, or a --validation-fraction above 0")
 
 
-def _plan(work: Work) -> dict[str, object]:
-    """All that the shards depend on."""
+def _plan(job: CorpusJob) -> dict[str, object]:
+    """Return everything that the shards depend on. Shards are reused only if it is the same."""
     return {
-        "version": 2,
-        "sources": [[source.path, source.kind.value, source.size, source.state] for source in work.sources],
-        "tokenizer": work.model.sha256,
-        "text_key": work.options.text_key,
-        "engine": work.options.engine,
-        "validation_fraction": work.options.validation_fraction,
+        "version": 3,
+        "sources": [[file.path, file.format.value, file.size, file.fingerprint] for file in job.files],
+        "tokenizer": job.tokenizer.sha256,
+        "text_key": job.options.text_key,
+        "engine": job.options.engine,
+        "validation_fraction": job.options.validation_fraction,
     }
 
 
-def _made(options: Options, odd: Sequence[Oddity]) -> dict[str, object]:
-    """What the sidecar says about the making: nothing of who worked, since the bytes do not depend on it."""
+def _provenance(options: PrepareOptions, warnings: Sequence[WarningCount]) -> dict[str, object]:
+    """Return how the corpus was made, for its sidecar. The number of workers is not part of it: the bytes are equal."""
     return {
         "by": f"megagpt {__version__}",
         "options": {name: value for name, value in asdict(options).items() if name != "workers"},
-        "odd": {kind.kind: kind.count for kind in odd},
+        "odd": {warning.kind: warning.count for warning in warnings},  # the name is part of the sidecar's format
     }
 
 
-def _check_parts(parts: Sequence[PartSummary], fraction: float, odd: Sequence[Oddity]) -> None:
-    """Raise UserError for a part without tokens: training would only stumble over it later."""
+def _check_parts(parts: Sequence[PartSummary], fraction: float, warnings: Sequence[WarningCount]) -> None:
+    """Raise UserError if a part has no tokens, since training would fail on it later."""
     documents = sum(part.documents for part in parts)
     for part in parts:
         if part.tokens == 0 and part is parts[0]:
-            what = f"none of the {documents} documents gave a token to train on"
-            do = "give files that hold text, or lower --validation-fraction"
-            if any(one.kind in ("no_text", "not_a_string") for one in odd):
-                do = "say with --text-key where in a line, or in which column, the text stands"
-            raise UserError(what, "\n".join([part.prefix, *map(str, odd)]), do)
+            what = f"no document contains a token to train on (documents: {documents:,})"
+            do = "use files that contain text, or lower --validation-fraction"
+            if any(warning.kind in ("no_text", "not_a_string") for warning in warnings):
+                do = "set --text-key to the key or column that contains the text"
+            raise UserError(what, "\n".join([part.prefix, *map(str, warnings)]), do)
         if part.tokens == 0:
-            what = f"none of the {documents} documents fell into the validation part ({fraction:g} of them, by hash)"
-            do = "give more documents (cut a large file into several), raise --validation-fraction, or set it to 0"
+            what = f"no document is in the validation part (documents: {documents:,}, {fraction:g} of them by hash)"
+            do = "add documents (split a large file into several), raise --validation-fraction, or set it to 0"
             raise UserError(what, part.prefix, do)

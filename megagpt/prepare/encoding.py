@@ -1,4 +1,4 @@
-"""One piece of the input to one shard."""
+"""Encodes one chunk of the input to one shard: reading, tokenizing, and the split into training and validation."""
 
 from __future__ import annotations
 
@@ -9,27 +9,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.data.documents import Fragment, digest_of, in_validation, whole
-from megagpt.data.encoder import Encoder
+from megagpt.data.documents import TextFragment, is_validation, join_fragments, text_digest
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.indexed_writer import MAX_SEQUENCE
-from megagpt.data.oddities import Oddities, Place
-from megagpt.data.pieces import Piece
-from megagpt.data.reading import read
-from megagpt.data.shards import Record, ShardWriter
+from megagpt.data.oddities import InputLocation, InputWarnings
+from megagpt.data.pieces import Chunk
+from megagpt.data.reading import read_fragments
+from megagpt.data.shards import ShardRecord, ShardWriter
 from megagpt.data.tokenizer import Tokenizer, replace_surrogates
 from megagpt.errors import MachineError
-from megagpt.prepare.engines import EngineCheck, encoder_of
+from megagpt.prepare.engines import EngineCheck, create_encoder
 
-_BATCH, _BATCH_DOCUMENTS = 1 << 19, 4096  # characters, and documents, encoded at a time at most
+_BATCH_CHARACTERS = 1 << 19  # at most, encoded at a time
+_BATCH_DOCUMENTS = 4096
 
-Counts = tuple[int, int, int, int]
-Report = Callable[[int, int, int, int], None]
-"""Is told of so many more documents, tokens, bytes of text, and bytes of input that is done."""
+ProgressCallback = Callable[[int, int, int, int], None]
+"""Receives the number of further documents, tokens, bytes of text, and bytes of input in completed chunks."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker needs to know."""
+class EncodeJob:
+    """Settings that all workers need to encode chunks.
+
+    Attributes:
+        folder: The folder of the shards.
+        tokenizer: The tokenizer.
+        validation_fraction: The fraction of the documents that go to the validation part.
+        text_key: The keys that lead to the text in a JSON line or table row, outermost first.
+        strict: Raise an error at the first unusual input, instead of a warning.
+        engine: The tokenizer implementation, see `engines.ENGINES`.
+    """
 
     folder: Path
     tokenizer: Tokenizer
@@ -39,133 +48,162 @@ class Job:
     engine: str
 
 
-class PieceError(Exception):
-    """A piece that could not be encoded, and why."""
+class ChunkError(Exception):
+    """The exception `cause` occurred while chunk `number` was processed."""
 
     def __init__(self, number: int, cause: BaseException) -> None:
         super().__init__(number, cause)
         self.number, self.cause = number, cause
 
 
-class PieceEncoder:
-    """Encodes pieces one after the other, keeping the tokenizer and its memo."""
+class ChunkEncoder:
+    """Encodes one chunk after the other with the same tokenizer, whose cache is kept between chunks."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EncodeJob) -> None:
         self._job = job
-        tokenizer = job.tokenizer
-        self._encoder = encoder_of(job.engine, tokenizer)
-        self._check = EngineCheck(job.engine, tokenizer)
-        marks = {"\0": "nul", "\u2581": "lower_blocks"} | dict.fromkeys(tokenizer.control_symbols, "control_symbols")
-        self._marks = {mark.encode(): kind for mark, kind in marks.items()}
+        self._encoder = create_encoder(job.engine, job.tokenizer)
+        self._check = EngineCheck(job.engine, job.tokenizer)
+        symbols = {"\0": "nul", "\u2581": "lower_blocks"}
+        symbols |= dict.fromkeys(job.tokenizer.control_symbols, "control_symbols")
+        self._unusual_symbols = {symbol.encode(): kind for symbol, kind in symbols.items()}
 
-    def encode(self, piece: Piece, report: Report) -> Record:
-        """Write the piece's shard. Raises PieceError."""
-        odd = Oddities(self._job.strict)
-        self._check.begin()
+    def encode(self, chunk: Chunk, report: ProgressCallback) -> ShardRecord:
+        """Write the shard of a chunk.
+
+        Args:
+            chunk: The chunk to encode.
+            report: Called after every batch, and at the end.
+
+        Raises:
+            ChunkError: The chunk cannot be read, or the shard cannot be written.
+        """
+        warnings = InputWarnings(self._job.strict)
+        self._check.start_shard()
         try:
-            with _no_collecting(), ShardWriter(self._job.folder, piece.number) as shard:
-                sink = _Documents(shard, self._encoder, self._job.validation_fraction, odd)
-                for stretch in piece.stretches:
-                    fragments = read(stretch, self._job.text_key, odd, self._job.folder)
-                    for batch in _batches(fragments if self._encoder.by_words else whole(fragments)):
-                        before = sink.done()
-                        self._add(batch, stretch.number, sink, odd)
+            with _gc_disabled(), ShardWriter(self._job.folder, chunk.number) as shard:
+                documents = _DocumentAssembler(shard, self._encoder, self._job.validation_fraction, warnings)
+                for part in chunk.ranges:
+                    fragments = read_fragments(part, self._job.text_key, warnings, self._job.folder)
+                    if not self._encoder.is_word_local:
+                        fragments = join_fragments(fragments)
+                    for batch in _batches(fragments):
+                        before = documents.totals()
+                        self._encode_batch(batch, part.index, documents, warnings)
                         shard.flush()
-                        documents, tokens, text = (new - old for new, old in zip(sink.done(), before, strict=True))
-                        report(documents, tokens, text, 0)
-                record = shard.finish(odd)
-                report(0, 0, 0, piece.size)
+                        new = [after - total for after, total in zip(documents.totals(), before, strict=True)]
+                        report(new[0], new[1], new[2], 0)
+                record = shard.finish(warnings)
+                report(0, 0, 0, chunk.size)
                 return record
         except OSError as error:
-            raise PieceError(piece.number, cannot_write(error, self._job.folder)) from None
+            raise ChunkError(chunk.number, write_error(error, self._job.folder)) from None
         except Exception as error:
-            raise PieceError(piece.number, error) from error
+            raise ChunkError(chunk.number, error) from error
 
-    def _add(self, batch: list[Fragment], source: int, documents: _Documents, odd: Oddities) -> None:
+    def _encode_batch(
+        self, batch: list[TextFragment], file: int, documents: _DocumentAssembler, warnings: InputWarnings
+    ) -> None:
+        """Encode fragments of one file, and add them to its documents."""
         texts = [fragment.text for fragment in batch]
         try:
-            raws = list(map(str.encode, texts))
+            raw_texts = list(map(str.encode, texts))
         except UnicodeEncodeError:
             for number, fragment in enumerate(batch):
                 texts[number], count = replace_surrogates(fragment.text)
-                odd.note("lone_surrogates", Place(source, fragment.line), count)
-            raws = list(map(str.encode, texts))
-        together = b"".join(raws)
-        for mark, kind in self._marks.items():
-            if mark in together:  # so seldom that the common case must not look at each text
-                for fragment, raw in zip(batch, raws, strict=True):
-                    odd.note(kind, Place(source, fragment.line), raw.count(mark))
+                warnings.add("lone_surrogates", InputLocation(file, fragment.line), count)
+            raw_texts = list(map(str.encode, texts))
+        joined = b"".join(raw_texts)
+        for symbol, kind in self._unusual_symbols.items():
+            if symbol in joined:  # rare, and so the fragments are not searched one by one in the common case
+                for fragment, raw in zip(batch, raw_texts, strict=True):
+                    warnings.add(kind, InputLocation(file, fragment.line), raw.count(symbol))
         encoded = self._encoder.encode(texts)
-        self._check.look(texts, (Place(source, fragment.line) for fragment in batch), encoded)
-        for fragment, raw, ids in zip(batch, raws, encoded, strict=True):
-            documents.add(fragment, source, raw, ids)
+        self._check.compare(texts, (InputLocation(file, fragment.line) for fragment in batch), encoded)
+        for fragment, raw, ids in zip(batch, raw_texts, encoded, strict=True):
+            documents.add(fragment, file, raw, ids)
 
 
 @contextmanager
-def _no_collecting() -> Iterator[None]:
-    """No search for cycles of objects: there are none here, and looking at each list of words costs time."""
-    before = gc.isenabled()
+def _gc_disabled() -> Iterator[None]:
+    """Disable garbage collection: encoding creates no reference cycles, and scanning its lists of words takes time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if before:
+        if was_enabled:
             gc.enable()
 
 
-class _Documents:
-    """Puts encoded fragments together into the documents of a shard."""
+class _DocumentAssembler:
+    """Assembles encoded fragments into the documents of a shard."""
 
-    def __init__(self, shard: ShardWriter, encoder: Encoder, fraction: float, odd: Oddities) -> None:
-        self._shard, self._fraction, self._odd = shard, fraction, odd
-        self._end, self._width = encoder.end, encoder.width
-        self._begun: tuple[hashlib._Hash, int, int, bool] | None = None  # a document's hash, sizes, if blank so far
+    def __init__(
+        self, shard: ShardWriter, encoder: CachedEncoder, validation_fraction: float, warnings: InputWarnings
+    ) -> None:
+        self._shard, self._validation_fraction, self._warnings = shard, validation_fraction, warnings
+        self._end_of_document, self._id_bytes = encoder.end, encoder.width
+        self._reset()
 
-    def add(self, fragment: Fragment, source: int, raw: bytes, ids: bytes) -> None:
-        """Append a fragment with its text in UTF-8 and its ids."""
-        md5, text_bytes, id_bytes, blank = self._begun or (hashlib.md5(usedforsecurity=False), 0, 0, True)
-        md5.update(raw)
-        text_bytes += len(raw)
-        id_bytes += len(ids)
-        blank = blank and (not raw or fragment.text.isspace())
+    def _reset(self) -> None:
+        """Start a new document."""
+        self._hash = hashlib.md5(usedforsecurity=False)
+        self._text_bytes = self._ids_bytes = 0
+        self._is_blank = True
+
+    def add(self, fragment: TextFragment, file: int, raw: bytes, ids: bytes) -> None:
+        """Append a fragment to the current document.
+
+        Args:
+            fragment: The fragment.
+            file: The index of its file.
+            raw: Its text in UTF-8.
+            ids: Its token ids, as they are stored.
+        """
+        self._hash.update(raw)
+        self._text_bytes += len(raw)
+        self._ids_bytes += len(ids)
+        self._is_blank = self._is_blank and (not raw or fragment.text.isspace())
         self._shard.write(ids)
-        if not fragment.last:
-            self._begun = md5, text_bytes, id_bytes, blank
-            return
-        self._begun = None
-        if id_bytes:
-            self._shard.write(self._end)
-            id_bytes += self._width
-        tokens = id_bytes // self._width
-        if blank:
-            self._odd.note("blank" if text_bytes else "empty", Place(source, fragment.line))
+        if fragment.is_last:
+            self._end_document(fragment, InputLocation(file, fragment.line))
+            self._reset()
+
+    def _end_document(self, last: TextFragment, location: InputLocation) -> None:
+        if self._ids_bytes:
+            self._shard.write(self._end_of_document)
+            self._ids_bytes += self._id_bytes
+        tokens = self._ids_bytes // self._id_bytes
+        if self._is_blank:
+            self._warnings.add("blank" if self._text_bytes else "empty", location)
         if tokens > MAX_SEQUENCE:
-            self._odd.note("long", Place(source, fragment.line))
-        digest = md5.digest()
-        held_out = in_validation(digest_of(fragment.key) if fragment.key else digest, self._fraction)
-        self._shard.end_document(tokens, text_bytes, held_out, digest)
+            self._warnings.add("long", location)
+        digest = self._hash.digest()
+        split_digest = text_digest(last.key) if last.key else digest
+        validation = is_validation(split_digest, self._validation_fraction)
+        self._shard.end_document(tokens, self._text_bytes, validation, digest)
 
-    def done(self) -> tuple[int, int, int]:
-        """Documents, tokens and bytes of text so far; of a document that has not ended, too."""
-        _, text_bytes, id_bytes, _ = self._begun or (None, 0, 0, True)
-        tokens = self._shard.tokens + id_bytes // self._width
-        return self._shard.documents, tokens, self._shard.text_bytes + text_bytes
+    def totals(self) -> tuple[int, int, int]:
+        """Return the documents, tokens and bytes of text so far, with those of an unfinished document."""
+        tokens = self._shard.tokens + self._ids_bytes // self._id_bytes
+        return self._shard.documents, tokens, self._shard.text_bytes + self._text_bytes
 
 
-def _batches(fragments: Iterator[Fragment]) -> Iterator[list[Fragment]]:
-    batch: list[Fragment] = []
-    size = 0
+def _batches(fragments: Iterator[TextFragment]) -> Iterator[list[TextFragment]]:
+    batch: list[TextFragment] = []
+    characters = 0
     for fragment in fragments:
         batch.append(fragment)
-        size += len(fragment.text)
-        if size >= _BATCH or len(batch) >= _BATCH_DOCUMENTS:
+        characters += len(fragment.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
 
-def cannot_write(error: OSError, folder: Path) -> MachineError:
-    """The failure to write, in the user's words."""
-    do = "make room or choose another --output, then type the command again: it goes on where it stopped"
+def write_error(error: OSError, folder: Path) -> MachineError:
+    """Return the user-facing error for a failed write in `folder`."""
+    do = "free space or choose another --output, then run the command again: it resumes where it stopped"
     return MachineError(f"cannot write: {error.strerror}", str(error.filename or folder), do)

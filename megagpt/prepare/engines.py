@@ -1,4 +1,7 @@
-"""What encodes: sentencepiece, or an engine that is held against it at the head of every shard."""
+"""Tokenizer implementations: sentencepiece, or a faster one whose ids are compared with sentencepiece's.
+
+The comparison covers the beginning of every shard.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +10,102 @@ from itertools import takewhile
 
 import numpy as np
 
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.gigatoken_encoder import GigatokenEncoder, check_gigatoken
-from megagpt.data.indexed import dtype_of
-from megagpt.data.oddities import AtPlace, Place
+from megagpt.data.indexed import token_dtype
+from megagpt.data.oddities import InputLocation, LocatedError
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
 ENGINES = ("sentencepiece", "gigatoken")
-_CHECKED = 1 << 12  # characters at the head of each shard, and at least its first text
-_SHOWN = 8  # tokens shown around a difference
+_CHECKED_CHARACTERS = 1 << 12  # at the beginning of each shard; its first text is always checked
+_CONTEXT_TOKENS = 8  # tokens shown on each side of a difference
 
 
 def check_engine(engine: str, tokenizer: Tokenizer) -> None:
-    """Raise UserError where there is no such engine, its package is missing, or it is not for this tokenizer."""
+    """Check that an engine exists, is installed, and can encode with a tokenizer.
+
+    Args:
+        engine: The name of the engine.
+        tokenizer: The tokenizer.
+
+    Raises:
+        UserError: It cannot be used.
+    """
     if engine not in ENGINES:
         raise UserError(f"there is no engine {engine}", "--engine", f"choose {' or '.join(ENGINES)}")
     if engine == "gigatoken":
         check_gigatoken(tokenizer)
 
 
-def encoder_of(engine: str, tokenizer: Tokenizer) -> Encoder:
-    """The encoder of a name that has been checked."""
-    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else Encoder(tokenizer)
+def create_encoder(engine: str, tokenizer: Tokenizer) -> CachedEncoder:
+    """Create the encoder of an engine, which has passed `check_engine`, for a tokenizer."""
+    return GigatokenEncoder(tokenizer) if engine == "gigatoken" else CachedEncoder(tokenizer)
 
 
-class EngineDiffers(AtPlace):
-    """An engine gave a document other ids than sentencepiece: `theirs` and `ours` are the tokens around the first."""
+class EngineMismatch(LocatedError):
+    """An engine encoded a document differently from sentencepiece.
 
-    def __init__(self, place: Place, engine: str, theirs: str, ours: str) -> None:
-        super().__init__(place, engine, theirs, ours)
-        self._engine, self._theirs, self._ours = engine, theirs, ours
+    Args:
+        location: The document.
+        engine: The name of the engine.
+        actual: The engine's tokens around the first difference, as text.
+        expected: The same of sentencepiece.
+    """
 
-    def told(self, where: str) -> UserError:
-        """The error for people."""
-        what = f"{self._engine} cuts a document otherwise than sentencepiece does"
+    def __init__(self, location: InputLocation, engine: str, actual: str, expected: str) -> None:
+        super().__init__(location, engine, actual, expected)
+        self._engine, self._actual, self._expected = engine, actual, expected
+
+    def to_user_error(self, where: str) -> UserError:
+        """Return the error for the user; `where` is the location as `file` or `file:line`."""
+        what = f"{self._engine} tokenizes a document differently from sentencepiece"
         width = max(len(self._engine), len("sentencepiece")) + 1
-        cuts = [
-            f"{name + ':':{width}} {cut}" for name, cut in (("sentencepiece", self._ours), (self._engine, self._theirs))
-        ]
-        do = f"leave out --engine, and tell the makers of {self._engine}; nothing was written"
-        return UserError(what, "\n".join([where, *cuts]), do)
+        tokens = (("sentencepiece", self._expected), (self._engine, self._actual))
+        lines = [f"{name + ':':{width}} {text}" for name, text in tokens]
+        do = f"omit --engine, and report this to the developers of {self._engine}; nothing was written"
+        return UserError(what, "\n".join([where, *lines]), do)
 
 
 class EngineCheck:
-    """Holds an engine's ids against sentencepiece's own, without its memo, on the first documents of a shard."""
+    """Compares an engine's ids for the first documents of each shard with sentencepiece's own, without its cache."""
 
     def __init__(self, engine: str, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
-        self._dtype = dtype_of(tokenizer.vocab_size)
-        self.begin()
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self.start_shard()
 
-    def begin(self) -> None:
-        """A shard begins."""
-        self._left = 0 if self._engine == "sentencepiece" else _CHECKED
+    def start_shard(self) -> None:
+        """Start a new shard, whose first documents are compared."""
+        self._remaining = 0 if self._engine == "sentencepiece" else _CHECKED_CHARACTERS
 
-    def look(self, texts: Iterable[str], places: Iterable[Place], encoded: Iterable[bytes]) -> None:
-        """Compare what stands at the head of the shard. Raises EngineDiffers."""
-        for text, place, ids in zip(texts, places, encoded, strict=True):
-            if self._left <= 0:
+    def compare(self, texts: Iterable[str], locations: Iterable[InputLocation], encoded: Iterable[bytes]) -> None:
+        """Compare the next texts of the shard, as long as they are at its beginning.
+
+        Args:
+            texts: The texts.
+            locations: The location of each text.
+            encoded: The engine's ids of each text, as they are stored.
+
+        Raises:
+            EngineMismatch: The ids differ.
+        """
+        for text, location, ids in zip(texts, locations, encoded, strict=True):
+            if self._remaining <= 0:
                 return
-            self._left -= len(text) + 1
-            ours, theirs = self._tokenizer.encode(text), np.frombuffer(ids, self._dtype).tolist()
-            if ours != theirs:
-                pairs = zip(ours, theirs, strict=False)
-                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-                raise EngineDiffers(place, self._engine, *(self._cut(cut, same) for cut in (theirs, ours)))
+            self._remaining -= len(text) + 1
+            expected = self._tokenizer.encode(text)
+            actual = np.frombuffer(ids, self._dtype).tolist()
+            if expected != actual:
+                pairs = zip(expected, actual, strict=False)
+                index = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                raise EngineMismatch(
+                    location, self._engine, self._format_tokens(actual, index), self._format_tokens(expected, index)
+                )
 
-    def _cut(self, ids: Sequence[int], at: int) -> str:
-        """The tokens around one of them, as `tokenizer inspect` shows them."""
-        first, size = max(0, at - _SHOWN), self._tokenizer.vocab_size
-        shown = [self._tokenizer.decode([i]) if i < size else f"[{i}]" for i in ids[first : at + _SHOWN]]
-        return "|".join(shown).replace("\n", "⏎")
+    def _format_tokens(self, ids: Sequence[int], index: int) -> str:
+        """Return the tokens around an index as text, separated as by `tokenizer inspect`."""
+        around = ids[max(0, index - _CONTEXT_TOKENS) : index + _CONTEXT_TOKENS]
+        size = self._tokenizer.vocab_size
+        texts = [self._tokenizer.decode([number]) if number < size else f"[{number}]" for number in around]
+        return "|".join(texts).replace("\n", "⏎")

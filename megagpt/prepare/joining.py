@@ -1,4 +1,4 @@
-"""Shards to corpora: the documents of each part copied, in order or shuffled, without duplicates if so asked."""
+"""Merges shards into the parts of a corpus: copies the selected documents of each part, in order or shuffled."""
 
 from __future__ import annotations
 
@@ -13,26 +13,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.id_file import IdFile, Stretches
-from megagpt.data.indexed_writer import Writer, partial_ids
-from megagpt.data.permutation import as_numbers, keys, permute, sides
-from megagpt.data.shards import ROW, Record, Rows
+from megagpt.data.id_file import BinWriter, ChecksummedRanges
+from megagpt.data.indexed_writer import CorpusWriter, partial_bin_path
+from megagpt.data.permutation import as_uint64, derive_keys, permute, radices
+from megagpt.data.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
-from megagpt.prepare.encoding import cannot_write
+from megagpt.prepare.encoding import write_error
 from megagpt.prepare.ranks import Ranks
 
-BLOCK = 1 << 16  # documents that are looked at together; a shuffle mixes them, and the blocks
-_BYTES = 1 << 20  # copied at a time
-_SEED = 0x6D656761  # of the shuffle: the same input gives the same order
-Numbers = npt.NDArray[np.int64]
+# Documents that are processed together. A shuffle permutes the documents of each block, and the blocks.
+BLOCK_DOCUMENTS = 1 << 16
+_COPY_BYTES = 1 << 20  # copied at a time
+_SHUFFLE_SEED = 0x6D656761  # fixed, so that the same input gives the same order
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Documents `row` to `row + count` of a shard: the `first`-th of all, with ids from byte `start` on."""
+class DocumentBlock:
+    """Consecutive documents of a shard.
 
-    number: int
+    Attributes:
+        shard: The number of the shard.
+        row: The index of the first document in the shard.
+        count: Number of documents.
+        first: The index of the first document in the whole input.
+        start: The byte of the shard's .bin file where the ids of the first document begin.
+    """
+
+    shard: int
     row: int
     count: int
     first: int
@@ -40,158 +49,202 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which documents of the shards in `folder` are copied, and in what order.
+class DocumentSelection:
+    """Which documents of the shards are copied to each part, and in which order.
 
-    `keep` says it of all documents, in the order of the input; None: all. An id has `width` bytes.
+    Attributes:
+        folder: The folder of the shards.
+        records: The records of all shards.
+        id_bytes: Bytes per token id.
+        keep: One bool per document of the input, True for documents to copy; None means all.
+        shuffle: True if documents are shuffled.
     """
 
     folder: Path
-    records: Sequence[Record]
-    width: int
+    records: Sequence[ShardRecord]
+    id_bytes: int
     keep: npt.NDArray[np.bool_] | None
     shuffle: bool
 
-    def blocks(self) -> list[_Block]:
-        """All blocks, in the order in which they are copied."""
-        blocks = list(_blocks(self.folder, self.records, self.width))
-        return [blocks[place] for place in _order(len(blocks), 0, self.shuffle).tolist()]
+    def blocks(self) -> list[DocumentBlock]:
+        """Return all blocks, in the order in which they are copied."""
+        blocks = list(_blocks(self.folder, self.records, self.id_bytes))
+        return [blocks[index] for index in _permutation(len(blocks), 0, self.shuffle).tolist()]
 
-    def chosen(self, block: _Block, rows: Rows, validation: bool) -> Numbers:
-        """The documents of a block that go to one part, in order, as numbers of its `rows`."""
-        order = _order(block.count, block.first + 1, self.shuffle)
-        kept = rows["validation"] == validation
+    def select(self, block: DocumentBlock, rows: Rows, validation: bool) -> Integers:
+        """Return the documents of a block that are copied to a part, in order.
+
+        Args:
+            block: The block.
+            rows: The rows of its documents.
+            validation: True for the validation part, False for the training part.
+
+        Returns:
+            Indices into `rows`.
+        """
+        order = _permutation(block.count, block.first + 1, self.shuffle)
+        is_selected = rows["validation"] == validation
         if self.keep is not None:
-            kept &= self.keep[block.first : block.first + block.count]
-        chosen: Numbers = order[kept[order]]
-        return chosen
+            is_selected &= self.keep[block.first : block.first + block.count]
+        selected: Integers = order[is_selected[order]]
+        return selected
 
-    def id_bytes(self, blocks: Sequence[_Block], validation: bool) -> int:
-        """What the ids of one part take."""
-        rows = ((block, _rows(self.folder, block)) for block in blocks)
-        return sum(int(found["tokens"][self.chosen(one, found, validation)].sum()) for one, found in rows) * self.width
+    def total_id_bytes(self, blocks: Sequence[DocumentBlock], validation: bool) -> int:
+        """Return the size, in bytes, of the ids that are copied from some blocks to a part."""
+        tokens = 0
+        for block in blocks:
+            rows = _read_rows(self.folder, block)
+            tokens += int(rows["tokens"][self.select(block, rows, validation)].sum())
+        return tokens * self.id_bytes
 
 
 @contextmanager
-def joined(
-    prefixes: Mapping[bool, str], model: Tokenizer, choice: Choice, ranks: Ranks
-) -> Iterator[tuple[Mapping[bool, Writer], int]]:
-    """The parts PREFIX, by whether they are for validation, with all chosen documents; and how many ids are unknown.
+def merge_shards(
+    prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: Ranks
+) -> Iterator[tuple[Mapping[bool, CorpusWriter], int]]:
+    """Write the selected documents to the parts of a corpus. Collective.
 
-    Each rank writes the ids of its share of the documents straight into the files, where they belong. The first one
-    makes the files and writes the index: it alone has the writers, which it may finish in the block.
+    Each rank writes the ids of its documents directly to their final offsets in the files. The first rank creates the
+    files and writes the indexes. It alone receives the writers, and may finish them within the `with` block.
+
+    Args:
+        prefixes: The prefix of each part: training (False) and validation (True).
+        tokenizer: The tokenizer.
+        selection: The documents.
+        ranks: The processes that share the work.
+
+    Yields:
+        The writer of each part on the first rank, and the number of unknown ids in all parts.
     """
     with ExitStack() as stack:
-        writers: dict[bool, Writer] = {}
-        open_all = partial(_open, prefixes, model.vocab_size, stack, writers)
-        ranks.first(open_all)
-        blocks = choice.blocks()
-        share = ranks.share(blocks)
-        starts = {part: ranks.sum_before(partial(choice.id_bytes, share, part)) for part in prefixes}
+        writers: dict[bool, CorpusWriter] = {}
 
-        def copied() -> tuple[dict[bool, Stretches], int]:
-            with writing(choice.folder):
+        def open_writers() -> None:
+            for part, prefix in prefixes.items():
+                writers[part] = stack.enter_context(CorpusWriter(prefix, tokenizer.vocab_size))
+
+        ranks.first(open_writers)
+        blocks = selection.blocks()
+        own = ranks.share(blocks)
+        starts = {part: ranks.sum_before(partial(selection.total_id_bytes, own, part)) for part in prefixes}
+
+        def copy_own() -> tuple[dict[bool, ChecksummedRanges], int]:
+            with report_write_errors(selection.folder):
                 if ranks.rank == 0:
-                    _index(choice, blocks, writers)
-                    return {}, _copy(choice, share, {part: one.ids for part, one in writers.items()}, model.unknown)
-                with ExitStack() as files:
-                    places = {part: (partial_ids(prefix), starts[part]) for part, prefix in prefixes.items()}
-                    parts = {part: files.enter_context(IdFile(*place)) for part, place in places.items()}
-                    unknown = _copy(choice, share, parts, model.unknown)
-                    return {part: file.finish() for part, file in parts.items()}, unknown
+                    _write_index(selection, blocks, writers)
+                    files = {part: writer.bin_file for part, writer in writers.items()}
+                    return {}, _copy_ids(selection, own, files, tokenizer.unknown)
+                with ExitStack() as opened:
+                    files = {
+                        part: opened.enter_context(BinWriter(partial_bin_path(prefix), starts[part]))
+                        for part, prefix in prefixes.items()
+                    }
+                    unknown = _copy_ids(selection, own, files, tokenizer.unknown)
+                    return {part: file.finish() for part, file in files.items()}, unknown
 
-        (_, unknown), *others = ranks.each(copied)
+        (_, unknown), *others = ranks.each(copy_own)
         for part, writer in writers.items():
-            writer.others = [stretch for stretches, _ in others for stretch in stretches[part]]
+            writer.other_ranges = [written for ranges, _ in others for written in ranges[part]]
         yield writers, unknown + sum(count for _, count in others)
 
 
-def _open(prefixes: Mapping[bool, str], vocab_size: int, stack: ExitStack, writers: dict[bool, Writer]) -> None:
-    for part, prefix in prefixes.items():
-        writers[part] = stack.enter_context(Writer(prefix, vocab_size))
-
-
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Where what cannot be written is said in the user's words."""
+def report_write_errors(folder: Path) -> Iterator[None]:
+    """Convert every OSError within the `with` block to a user-facing MachineError about `folder`."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(error, folder) from None
+        raise write_error(error, folder) from None
 
 
-def _copy(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, IdFile], unknown: int | None) -> int:
-    """Copy the ids of the blocks into their part, and count those that are `unknown`. Memory does not grow."""
-    unknowns = 0
+def document_digests(folder: Path, records: Sequence[ShardRecord]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the hashes of all documents, block by block.
+
+    Args:
+        folder: The folder of the shards.
+        records: The records of all shards.
+
+    Yields:
+        The index of the block's first document in the whole input, and the hashes as uint64 `[documents, 2]`.
+    """
+    for block in _blocks(folder, records, 1):
+        digest = np.ascontiguousarray(_read_rows(folder, block)["digest"])
+        yield block.first, digest.view("<u8").reshape(-1, 2)
+
+
+def _write_index(
+    selection: DocumentSelection, blocks: Sequence[DocumentBlock], writers: Mapping[bool, CorpusWriter]
+) -> None:
+    """Add the documents of all blocks to the index of their part."""
     for block in blocks:
-        rows = _rows(choice.folder, block)
-        ids = os.open(choice.folder / f"{block.number}.bin", os.O_RDONLY)
+        rows = _read_rows(selection.folder, block)
+        for validation, writer in writers.items():
+            selected = rows[selection.select(block, rows, validation)]
+            writer.end_documents(selected["tokens"], int(selected["text_bytes"].sum()))
+
+
+def _copy_ids(
+    selection: DocumentSelection, blocks: Sequence[DocumentBlock], files: Mapping[bool, BinWriter], unknown: int | None
+) -> int:
+    """Copy the ids of some blocks to the files of their parts, and return how many of them are the id `unknown`."""
+    unknown_count = 0
+    for block in blocks:
+        rows = _read_rows(selection.folder, block)
+        shard = os.open(selection.folder / f"{block.shard}.bin", os.O_RDONLY)
         try:
-            for validation, part in parts.items():
-                for found in _ids(rows, choice.chosen(block, rows, validation), block.start, ids, choice):
-                    part.write(found)
+            for validation, file in files.items():
+                selected = selection.select(block, rows, validation)
+                for ids in _read_ids(shard, rows, selected, block.start, selection):
+                    file.write(ids)
                     if unknown is not None:
-                        unknowns += int(np.count_nonzero(np.frombuffer(found, f"<u{choice.width}") == unknown))
+                        is_unknown = np.frombuffer(ids, f"<u{selection.id_bytes}") == unknown
+                        unknown_count += int(np.count_nonzero(is_unknown))
         finally:
-            os.close(ids)
-    return unknowns
+            os.close(shard)
+    return unknown_count
 
 
-def _index(choice: Choice, blocks: Sequence[_Block], parts: Mapping[bool, Writer]) -> None:
-    """End the documents of the blocks in their part."""
-    for block in blocks:
-        rows = _rows(choice.folder, block)
-        for validation, part in parts.items():
-            chosen = rows[choice.chosen(block, rows, validation)]
-            part.end_documents(chosen["tokens"], int(chosen["text_bytes"].sum()))
+def _read_ids(shard: int, rows: Rows, selected: Integers, start: int, selection: DocumentSelection) -> Iterator[bytes]:
+    """Yield the ids of the selected documents of `rows`, which begin at byte `start` of the open file `shard`."""
+    if not len(selected):
+        return
+    ends = start + np.cumsum(rows["tokens"]) * selection.id_bytes
+    begins = np.concatenate([[start], ends[:-1]])
+    # Documents that are consecutive both in the shard and in the part are copied together.
+    is_break = np.diff(selected) != 1
+    firsts, lasts = selected[np.append(True, is_break)], selected[np.append(is_break, True)]
+    for begin, end in zip(begins[firsts].tolist(), ends[lasts].tolist(), strict=True):
+        offset = begin
+        while offset < end:
+            ids = os.pread(shard, min(end - offset, _COPY_BYTES), offset)
+            if not ids:
+                raise MachineError("a shard was truncated", str(selection.folder), "remove this folder, and try again")
+            yield ids
+            offset += len(ids)
 
 
-def _blocks(folder: Path, records: Sequence[Record], width: int) -> Iterator[_Block]:
+def _blocks(folder: Path, records: Sequence[ShardRecord], id_bytes: int) -> Iterator[DocumentBlock]:
     first = 0
     for record in records:
         start = 0
-        for row in range(0, record.documents, BLOCK):
-            block = _Block(record.number, row, min(BLOCK, record.documents - row), first + row, start)
+        for row in range(0, record.documents, BLOCK_DOCUMENTS):
+            count = min(BLOCK_DOCUMENTS, record.documents - row)
+            block = DocumentBlock(record.number, row, count, first + row, start)
             yield block
-            if row + BLOCK < record.documents:
-                start += int(_rows(folder, block)["tokens"].sum()) * width
+            if row + BLOCK_DOCUMENTS < record.documents:
+                start += int(_read_rows(folder, block)["tokens"].sum()) * id_bytes
         first += record.documents
 
 
-def _rows(folder: Path, block: _Block) -> Rows:
-    return np.fromfile(folder / f"{block.number}.rows", ROW, block.count, offset=block.row * ROW.itemsize)
+def _read_rows(folder: Path, block: DocumentBlock) -> Rows:
+    offset = block.row * ROW_DTYPE.itemsize
+    return np.fromfile(folder / f"{block.shard}.rows", ROW_DTYPE, block.count, offset=offset)
 
 
-def _order(count: int, key: int, shuffle: bool) -> Numbers:
-    """The numbers below `count`, shuffled by a key if so asked."""
+def _permutation(count: int, key: int, shuffle: bool) -> Integers:
+    """Return the integers below `count`, permuted by `key` if `shuffle` is set."""
     if not shuffle or count < 2:
         return np.arange(count)
-    a, b = (as_numbers([side]) for side in sides(count))
-    numbers = permute(np.arange(count, dtype=np.uint64), as_numbers([count]), a, b, keys(_SEED, key))
-    return numbers.astype(np.int64)
-
-
-def _ids(rows: Rows, chosen: Numbers, start: int, ids: int, choice: Choice) -> Iterator[bytes]:
-    """The ids of the chosen documents of `rows`, whose own begin at byte `start` of the open file `ids`."""
-    if not len(chosen):
-        return
-    ends = start + np.cumsum(rows["tokens"]) * choice.width
-    begins = np.concatenate([[start], ends[:-1]])
-    # Neighbours in the shard that stay neighbours are copied in one go.
-    breaks = np.diff(chosen) != 1
-    firsts, lasts = np.append(True, breaks), np.append(breaks, True)
-    for begin, end in zip(begins[chosen[firsts]].tolist(), ends[chosen[lasts]].tolist(), strict=True):
-        while begin < end:
-            block = os.pread(ids, min(end - begin, _BYTES), begin)
-            if not block:
-                do = "remove this folder, and try again"
-                raise MachineError("a shard was cut short", str(choice.folder), do)
-            yield block
-            begin += len(block)
-
-
-def digests(folder: Path, records: Sequence[Record]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """The hashes of all documents, block by block: the number of the first, and two uint64 each `[count, 2]`."""
-    for block in _blocks(folder, records, 1):
-        digest = np.ascontiguousarray(_rows(folder, block)["digest"])
-        yield block.first, digest.view("<u8").reshape(-1, 2)
+    a, b = (as_uint64([side]) for side in radices(count))
+    permuted = permute(np.arange(count, dtype=np.uint64), as_uint64([count]), a, b, derive_keys(_SHUFFLE_SEED, key))
+    return permuted.astype(np.int64)

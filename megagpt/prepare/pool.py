@@ -1,4 +1,4 @@
-"""Worker processes that encode pieces, and what happens when one fails or dies."""
+"""Worker processes that process chunks, and the errors of workers that fail or die."""
 
 from __future__ import annotations
 
@@ -14,71 +14,93 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from megagpt.data.oddities import AtPlace
-from megagpt.data.pieces import Piece
-from megagpt.data.shards import Record
+from megagpt.data.oddities import LocatedError
+from megagpt.data.pieces import Chunk
+from megagpt.data.shards import ShardRecord
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare.encoding import Job, PieceEncoder, PieceError, Report
+from megagpt.prepare.encoding import ChunkEncoder, ChunkError, EncodeJob, ProgressCallback
 
-# A new interpreter each: this process may have threads, which a fork does not survive.
+# Each worker is a new interpreter, since this process may have threads, with which a fork is not safe.
 _SPAWN = multiprocessing.get_context("spawn")
 
 _R = TypeVar("_R")
-Make = Callable[[], Callable[[Any, Report], Any]]
 
 if TYPE_CHECKING:
-    Pipe = Connection[Any, Any]  # a plain class when it runs
+    Pipe = Connection[Any, Any]  # not generic at run time
 
 
-class Task(NamedTuple):
-    """A piece, and what else whoever works on it is given."""
+class ChunkTask(NamedTuple):
+    """A chunk to process, and a further argument."""
 
-    piece: Piece
-    given: Any = None
+    chunk: Chunk
+    argument: Any = None
 
 
-def encode_all(job: Job, pieces: Sequence[Piece], workers: int, report: Report) -> list[Record]:
-    """Encode the pieces, in this process or in several, and return their records in any order.
+WorkerFactory = Callable[[], Callable[[ChunkTask, ProgressCallback], _R]]
+"""Called once per worker; returns the function that the worker calls for every task."""
 
-    After a failure no new piece is begun. Raises PieceError for the first piece, in their order, that failed.
+
+def encode_chunks(job: EncodeJob, chunks: Sequence[Chunk], workers: int, report: ProgressCallback) -> list[ShardRecord]:
+    """Encode chunks to shards, in this process or in several workers. After a failure no new chunk is started.
+
+    Args:
+        job: How they are encoded.
+        chunks: The chunks.
+        workers: The largest number of processes.
+        report: Receives the progress.
+
+    Returns:
+        The records of the shards, in any order.
+
+    Raises:
+        ChunkError: Chunks failed; the error is that of the first one, by number.
     """
-    return list(results(partial(_encoding, job), map(Task, pieces), min(workers, len(pieces)), report))
+    tasks = map(ChunkTask, chunks)
+    return list(run_tasks(partial(_create_encoder, job), tasks, min(workers, len(chunks)), report))
 
 
-def _encoding(job: Job) -> Callable[[Task, Report], Record]:
-    encoder = PieceEncoder(job)
-    return lambda task, report: encoder.encode(task.piece, report)
+def _create_encoder(job: EncodeJob) -> Callable[[ChunkTask, ProgressCallback], ShardRecord]:
+    encoder = ChunkEncoder(job)
+    return lambda task, report: encoder.encode(task.chunk, report)
 
 
-def results(
-    make: Callable[[], Callable[[Task, Report], _R]], tasks: Iterable[Task], workers: int, report: Report
+def run_tasks(
+    create: WorkerFactory[_R], tasks: Iterable[ChunkTask], workers: int, report: ProgressCallback
 ) -> Iterator[_R]:
-    """What comes of each task, as it comes; a task is asked for when somebody is there to do it.
+    """Yield the results of tasks, in the order in which they complete.
 
-    Each worker calls `make` once, and what that gives for every task. Fails as `encode_all` does.
+    Args:
+        create: Called once in each worker; the function that it returns is called for every task.
+        tasks: The tasks; the next one is taken when a worker is idle.
+        workers: Number of processes. With 1, the tasks run in this process; with 0, nothing runs.
+        report: Receives the progress.
+
+    Raises:
+        ChunkError: Chunks failed; the error is that of the first one, by number.
     """
     if workers <= 1:
-        work = make() if workers else None
-        yield from (work(task, report) for task in tasks if work)
+        if workers:
+            work = create()
+            yield from (work(task, report) for task in tasks)
         return
-    failures: list[PieceError] = []
+    failures: list[ChunkError] = []
     waiting = iter(tasks)
-    with _started(make, workers) as pool:
-        busy: dict[Pipe, Piece] = {}
+    with _start_workers(create, workers) as pool:
+        busy: dict[Pipe, Chunk] = {}
         idle = list(pool)
         while True:
             while idle and not failures and (task := next(waiting, None)):
-                busy[idle[-1]] = task.piece
+                busy[idle[-1]] = task.chunk
                 idle.pop().send(task)
             if not busy:
                 break
             for connection in cast("list[Pipe]", wait(list(busy))):
-                message = _received(connection, busy[connection], pool[connection])
+                message = _receive(connection, busy[connection], pool[connection])
                 if isinstance(message, tuple):
                     report(*message)
                     continue
                 del busy[connection]
-                if isinstance(message, PieceError):
+                if isinstance(message, ChunkError):
                     failures.append(message)
                 else:
                     idle.append(connection)
@@ -87,26 +109,27 @@ def results(
         raise min(failures, key=lambda failure: failure.number)
 
 
-def _received(connection: Pipe, piece: Piece, process: SpawnProcess) -> Any:
-    """What the worker says; that it died is a PieceError."""
+def _receive(connection: Pipe, chunk: Chunk, process: SpawnProcess) -> Any:
+    """Return the next message of a worker: progress, a result, or a ChunkError, also if the worker died."""
     try:
         return connection.recv()
     except (EOFError, OSError):
         process.join()
         code = process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        do = "type the command again (`prepare` goes on where it stopped); if memory was short, with fewer --workers"
-        return PieceError(piece.number, MachineError(f"a worker died ({how}) at this input", str(piece), do))
+        do = "run the command again (`prepare` resumes where it stopped), with fewer --workers if memory was low"
+        error = MachineError(f"a worker died ({how}) while processing this input", str(chunk), do)
+        return ChunkError(chunk.number, error)
 
 
 @contextmanager
-def _started(make: Make, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
-    """Worker processes by the connection to each, ended with the block."""
+def _start_workers(create: WorkerFactory[Any], count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
+    """Start worker processes, and return them by the connection to each. They are terminated with the `with` block."""
     pool: dict[Pipe, SpawnProcess] = {}
     try:
         for _ in range(count):
             ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_work, args=(theirs, make), daemon=True)
+            process = _SPAWN.Process(target=_run_worker, args=(theirs, create), daemon=True)
             process.start()
             theirs.close()
             pool[ours] = process
@@ -118,24 +141,27 @@ def _started(make: Make, count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
             process.join()
 
 
-def _work(connection: Pipe, make: Make) -> None:
-    """The life of a worker: a task comes, what it gives goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command ends its workers
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
-    work = make()
+def _run_worker(connection: Pipe, create: WorkerFactory[Any]) -> None:
+    """Receive tasks and send their results until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command terminates its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    work = create()
     while True:
         try:
-            task: Task = connection.recv()
+            task: ChunkTask = connection.recv()
         except EOFError:
             return
         try:
             connection.send(work(task, lambda *counts: connection.send(counts)))
-        except PieceError as error:
-            known = isinstance(error.cause, UserError | AtPlace)
-            connection.send(error if known else PieceError(task.piece.number, RuntimeError(traceback.format_exc())))
+        except ChunkError as error:
+            if isinstance(error.cause, UserError | LocatedError):
+                connection.send(error)
+            else:  # other exceptions may not be picklable, and would lose their traceback
+                connection.send(ChunkError(task.chunk.number, RuntimeError(traceback.format_exc())))
 
 
-def _end_with_the_command() -> None:
+def _exit_with_parent() -> None:
+    """Exit as soon as the command does, also if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

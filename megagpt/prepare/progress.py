@@ -1,4 +1,4 @@
-"""How far `prepare` is: a live line on a terminal, now and then a plain line elsewhere, nothing when quick."""
+"""Progress of `prepare`: a live line on a terminal, and a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,27 +14,39 @@ _SECONDS = 10.0  # between plain lines
 
 
 class Progress:
-    """Counts what was done since it began, of `total` bytes of input. This one shows nothing."""
+    """Counts what was done since it was created. This class shows nothing."""
 
     def __init__(self, total: int) -> None:
+        """Start to count.
+
+        Args:
+            total: Bytes of input that are to be processed.
+        """
         self._total = total
         self._begin = time.monotonic()
-        self._documents = self._tokens = self._text_bytes = self._input = 0
+        self._documents = self._tokens = self._text_bytes = self._input_bytes = 0
 
     def add(self, documents: int = 0, tokens: int = 0, text_bytes: int = 0, input_bytes: int = 0) -> None:
-        """Count more; `input_bytes` are those of pieces that are done."""
+        """Add to the counts.
+
+        Args:
+            documents: Further documents.
+            tokens: Further tokens.
+            text_bytes: Further bytes of text.
+            input_bytes: Further bytes of input in completed chunks.
+        """
         self._documents += documents
         self._tokens += tokens
         self._text_bytes += text_bytes
-        self._input += input_bytes
+        self._input_bytes += input_bytes
         self.show()
 
     def show(self) -> None:
-        """Show the state of things."""
+        """Show the counts."""
 
-    def share(self) -> float:
-        """The share of the input that is done."""
-        return self._input / self._total if self._total else 0.0
+    def fraction(self) -> float:
+        """Return the fraction of the input that is done."""
+        return self._input_bytes / self._total if self._total else 0.0
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self._begin, 1e-3)
@@ -42,16 +54,19 @@ class Progress:
             f"{self._text_bytes / 1e6:,.0f} MB, {self._text_bytes / 1e6 / seconds:,.1f} MB/s, "
             f"{self._documents / seconds:,.0f} documents/s, {self._tokens:,} tokens"
         )
-        share = self.share()
-        return line + (f", {100 * share:.0f} %, {_clock(seconds * (1 - share) / share)} to go" if share else "")
+        fraction = self.fraction()
+        if fraction:
+            line += f", {fraction:.0%}, {_format_time(seconds * (1 - fraction) / fraction)} remaining"
+        return line
 
 
-class _Lines(Progress):
-    """A plain line every ten seconds."""
+class _PlainProgress(Progress):
+    """Progress that writes a plain line every ten seconds."""
 
     def __init__(self, total: int, out: TextIO) -> None:
         super().__init__(total)
-        self._out, self._next = out, time.monotonic() + _SECONDS
+        self._out = out
+        self._next = time.monotonic() + _SECONDS
 
     def show(self) -> None:
         if time.monotonic() >= self._next:
@@ -61,14 +76,19 @@ class _Lines(Progress):
 
 
 @contextmanager
-def shown(total: int, out: TextIO | None) -> Iterator[Progress]:
-    """A progress over `total` bytes of input that is shown on `out`; None: not at all."""
+def show_progress(total: int, out: TextIO | None) -> Iterator[Progress]:
+    """Show progress for the duration of the `with` block.
+
+    Args:
+        total: Bytes of input that are to be processed.
+        out: The stream on which it is shown; None means not at all.
+    """
     if out is None:
         yield Progress(total)
     elif not out.isatty():
-        yield _Lines(total, out)
+        yield _PlainProgress(total, out)
     else:
-        from rich.console import Console  # here, as it takes longer to load than a small corpus to prepare
+        from rich.console import Console  # imported here, since the import takes longer than to prepare a small corpus
         from rich.live import Live
 
         progress = Progress(total)
@@ -82,11 +102,11 @@ def _bar(progress: Progress) -> Table:
     from rich.table import Column, Table
 
     row = Table.grid("", Column(no_wrap=True), padding=(0, 1))
-    row.add_row(ProgressBar(total=1.0, completed=progress.share(), width=8), str(progress))
+    row.add_row(ProgressBar(total=1.0, completed=progress.fraction(), width=8), str(progress))
     return row
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

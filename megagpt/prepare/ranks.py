@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megagpt.distributed import from_mpi_or_slurm
+from megagpt.distributed import from_mpi_or_slurm, secret
 from megagpt.errors import MachineError, UserError
 
 _T = TypeVar("_T")
@@ -79,6 +79,8 @@ class _Joined(Ranks):
 
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
         for owner, theirs in enumerate(self.each(lambda: list(names))):
+            if unsafe := [name for name in theirs if Path(name).name != name]:
+                raise MachineError("a rank names files outside of the folder of shards", ", ".join(unsafe[:3]))
             lacking = self.first(lambda theirs=theirs: [name for name in theirs if not (folder / name).exists()])  # type: ignore[misc]
             for name in lacking if owner else ():
                 if self.rank == owner:
@@ -106,20 +108,24 @@ def _outcome(work: Callable[[], _T]) -> _T | UserError:
     except UserError as error:
         return error
     except OSError as error:
-        do = "see that all hosts can read and write there, then type the command again: it goes on where it stopped"
+        do = "see that all hosts can read and write there, then run the command again: it resumes where it stopped"
         return MachineError(f"a file cannot be used: {error.strerror}", str(error.filename or ""), do)
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """All ranks of this command. One that fails by surprise ends them all; a user's mistake is told by the first."""
+def joined_ranks(folder: Path) -> Iterator[Ranks]:
+    """All ranks of this command. One that fails by surprise ends them all; a user's mistake is told by the first.
+
+    `folder` is the output's, in which tasks of SLURM find the key of their job.
+    """
     place = from_mpi_or_slurm(os.environ)
     if place.world_size == 1:
         yield Ranks()
     elif place.launcher == "slurm":
         from megagpt.prepare.sockets import connected
 
-        with _told_once(place.rank), connected(place) as tasks:
+        given = secret.from_environment(os.environ)
+        with _told_once(place.rank), connected(place, folder, given) as tasks:
             yield _Joined(tasks)
     else:
         with _told_once(place.rank):

@@ -1,118 +1,147 @@
-"""What of the input a tokenizer is trained and measured on, drawn by one process or by several: the same either way."""
+"""Samples the text on which a tokenizer is trained and measured, equally with any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from megagpt.data.documents import Fragment, digest_of, in_validation
-from megagpt.data.oddities import Oddities
-from megagpt.data.pieces import Piece, cut
-from megagpt.data.reading import read
-from megagpt.data.sample import Sample
-from megagpt.data.sources import Source
-from megagpt.data.tokenizer import SAMPLE_BYTES, lines_of, without_surrogates
-from megagpt.prepare.encoding import PieceError, Report
-from megagpt.prepare.pool import Task, results
+from megagpt.data.documents import TextFragment, is_validation, text_digest
+from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import Chunk, split_into_chunks
+from megagpt.data.reading import read_fragments
+from megagpt.data.sample import BoundedSample
+from megagpt.data.sources import InputFile
+from megagpt.data.tokenizer import SAMPLE_BYTES, training_lines, without_surrogates
+from megagpt.prepare.encoding import ChunkError, ProgressCallback
+from megagpt.prepare.pool import ChunkTask, run_tasks
 
-_MEASURED = 1_000_000  # bytes of text that quality is measured on
-_HEAD = _MEASURED // 4  # characters of a document that count there: a character has 4 bytes at most
+_MEASURED_BYTES = 1_000_000  # bytes of text on which the quality of a tokenizer is measured
+_HEAD = _MEASURED_BYTES // 4  # first characters of a document that are measured; a character has at most 4 bytes
 
 
 @dataclass
-class Drawn:
-    """Lines to train on, and documents to measure on, which are among those trained on (`seen`) or are not.
+class TokenizerSample:
+    """The text on which a tokenizer is trained and measured.
 
-    `documents` are those that may be trained on, and `text_bytes` are theirs.
+    Attributes:
+        lines: Lines to train on.
+        seen: Documents to measure on, from those whose lines are trained on.
+        unseen: Documents to measure on, from the validation part.
+        documents: Number of all documents of the training part.
+        text_bytes: Bytes of those documents, in UTF-8.
     """
 
-    lines: Sample = field(default_factory=lambda: Sample(SAMPLE_BYTES))
-    seen: Sample = field(default_factory=lambda: Sample(_MEASURED))
-    unseen: Sample = field(default_factory=lambda: Sample(_MEASURED))
+    lines: BoundedSample = field(default_factory=lambda: BoundedSample(SAMPLE_BYTES))
+    seen: BoundedSample = field(default_factory=lambda: BoundedSample(_MEASURED_BYTES))
+    unseen: BoundedSample = field(default_factory=lambda: BoundedSample(_MEASURED_BYTES))
     documents: int = 0
     text_bytes: int = 0
 
-    def add(self, other: Drawn) -> None:
-        """Take in what another process drew."""
-        self.lines.add(other.lines)
-        self.seen.add(other.seen)
-        self.unseen.add(other.unseen)
+    def merge(self, other: TokenizerSample) -> None:
+        """Add the sample of other chunks."""
+        self.lines.merge(other.lines)
+        self.seen.merge(other.seen)
+        self.unseen.merge(other.unseen)
         self.documents += other.documents
         self.text_bytes += other.text_bytes
 
+    def thresholds(self) -> tuple[int, int, int]:
+        """Return the thresholds of the three samples, above which other processes need not send texts."""
+        return self.lines.threshold, self.seen.threshold, self.unseen.threshold
 
-def drawn_from(sources: Sequence[Source], key: tuple[str, ...], fraction: float, workers: int) -> Drawn:
-    """Draw from all documents but those that `prepare` would put aside at this fraction.
 
-    Memory does not grow with the input. Raises UserError for input that cannot be read.
+def sample_inputs(
+    files: Sequence[InputFile], key: tuple[str, ...], validation_fraction: float, workers: int
+) -> TokenizerSample:
+    """Sample the documents of the input. Memory does not grow with the input.
+
+    Args:
+        files: The files of the input.
+        key: The keys that lead to the text in a JSON line or table row, outermost first.
+        validation_fraction: The fraction of documents that are not trained on.
+        workers: The largest number of processes.
+
+    Raises:
+        UserError: The input cannot be read.
     """
-    pieces, drawn = cut(sources), Drawn()
-    tasks = (Task(piece, (drawn.lines.below, drawn.seen.below, drawn.unseen.below)) for piece in pieces)
+    chunks = split_into_chunks(files)
+    sample = TokenizerSample()
+    tasks = (ChunkTask(chunk, sample.thresholds()) for chunk in chunks)
+    create = partial(_create_sampler, key, validation_fraction)
     try:
-        for more in results(partial(_drawer, key, fraction), tasks, min(workers, len(pieces)), lambda *_: None):
-            drawn.add(more)
-    except PieceError as failure:
+        for chunk_sample in run_tasks(create, tasks, min(workers, len(chunks)), lambda *_: None):
+            sample.merge(chunk_sample)
+    except ChunkError as failure:
         raise failure.cause from None
-    return drawn
+    return sample
 
 
-def _drawer(key: tuple[str, ...], fraction: float) -> Callable[[Task, Report], Drawn]:
-    def draw(task: Task, report: Report) -> Drawn:
+def _create_sampler(
+    key: tuple[str, ...], validation_fraction: float
+) -> Callable[[ChunkTask, ProgressCallback], TokenizerSample]:
+    def sample(task: ChunkTask, report: ProgressCallback) -> TokenizerSample:
         try:
-            return _drawn(task, key, fraction)
+            return _sample_chunk(task.chunk, task.argument, key, validation_fraction)
         except Exception as error:
-            raise PieceError(task.piece.number, error) from error
+            raise ChunkError(task.chunk.number, error) from error
 
-    return draw
-
-
-def _drawn(task: Task, key: tuple[str, ...], fraction: float) -> Drawn:
-    below = task.given
-    drawn = Drawn(Sample(SAMPLE_BYTES, below[0]), Sample(_MEASURED, below[1]), Sample(_MEASURED, below[2]))
-    document = _Document(drawn, fraction, task.piece.number)
-    for fragment in _fragments(task.piece, key):
-        document.add(fragment)
-    return drawn
+    return sample
 
 
-def _fragments(piece: Piece, key: tuple[str, ...]) -> Iterator[Fragment]:
-    for stretch in piece.stretches:
-        yield from read(stretch, key, Oddities())
+def _sample_chunk(
+    chunk: Chunk, thresholds: tuple[int, int, int], key: tuple[str, ...], validation_fraction: float
+) -> TokenizerSample:
+    lines, seen, unseen = thresholds
+    sample = TokenizerSample(
+        BoundedSample(SAMPLE_BYTES, lines), BoundedSample(_MEASURED_BYTES, seen), BoundedSample(_MEASURED_BYTES, unseen)
+    )
+    document = _DocumentSampler(sample, validation_fraction, chunk.number)
+    for part in chunk.ranges:
+        for fragment in read_fragments(part, key, InputWarnings()):
+            document.add(fragment)
+    return sample
 
 
-class _Document:
-    """The document that is read. What is drawn of it counts at its end, whose hash says whether it is trained on."""
+class _DocumentSampler:
+    """Samples document by document. The lines of a document are added to the sample only at its end.
 
-    def __init__(self, drawn: Drawn, fraction: float, piece: int) -> None:
-        self._drawn, self._fraction, self._piece = drawn, fraction, piece
+    Only then is its hash known, which decides if it is trained on.
+    """
+
+    def __init__(self, sample: TokenizerSample, validation_fraction: float, chunk: int) -> None:
+        self._sample, self._validation_fraction, self._chunk = sample, validation_fraction, chunk
         self._document = self._line = 0
-        self._begin()
+        self._reset()
 
-    def add(self, fragment: Fragment) -> None:
+    def add(self, fragment: TextFragment) -> None:
+        """Add a fragment to the current document."""
         text = without_surrogates(fragment.text)
         raw = text.encode()
         self._hash.update(raw)
         self._bytes += len(raw)
         self._head += text[: _HEAD - len(self._head)]
-        for line in lines_of(text):
-            self._lines.offer((self._piece, self._line), line)
+        for line in training_lines(text):
+            self._lines.add((self._chunk, self._line), line)
             self._line += 1
-        if fragment.last:
-            self._end(fragment.key)
+        if fragment.is_last:
+            self._end_document(fragment.key)
+            self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
+        """Start a new document."""
         self._hash = hashlib.md5(usedforsecurity=False)
         self._head, self._bytes = "", 0
-        self._lines = Sample(self._drawn.lines.limit, self._drawn.lines.below)
+        self._lines = BoundedSample(self._sample.lines.limit, self._sample.lines.threshold)
 
-    def _end(self, key: str) -> None:
-        held_out = in_validation(digest_of(key) if key else self._hash.digest(), self._fraction)
-        (self._drawn.unseen if held_out else self._drawn.seen).offer((self._piece, self._document), self._head)
+    def _end_document(self, key: str) -> None:
+        digest = text_digest(key) if key else self._hash.digest()
+        held_out = is_validation(digest, self._validation_fraction)
+        measured = self._sample.unseen if held_out else self._sample.seen
+        measured.add((self._chunk, self._document), self._head)
         self._document += 1
         if not held_out:
-            self._drawn.lines.add(self._lines)
-            self._drawn.documents += 1
-            self._drawn.text_bytes += self._bytes
-        self._begin()
+            self._sample.lines.merge(self._lines)
+            self._sample.documents += 1
+            self._sample.text_bytes += self._bytes

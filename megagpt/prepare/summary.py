@@ -1,4 +1,4 @@
-"""What `prepare` and `tokenizer train` say when they are done."""
+"""Summaries that `prepare` and `tokenizer train` print at the end. Their fields are the keys of the --json output."""
 
 from __future__ import annotations
 
@@ -6,61 +6,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WarningCount
 
 
 @dataclass(frozen=True)
-class Oddity:
-    """One kind of what was unusual: how often, and the first place (`file`, or `file:line`)."""
+class TokenizerQuality:
+    """Quality of a tokenizer, measured on a sample of documents.
 
-    kind: str
-    count: int
-    first: str
-
-    def __str__(self) -> str:
-        return f"odd: {self.count:,} {KINDS[self.kind]}" + (f" (first: {self.first})" if self.first else "")
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How a tokenizer does on some text that it has `seen` or not; `lost` documents do not come back from their ids."""
+    Attributes:
+        text_bytes: Bytes of the sample, in UTF-8.
+        seen: True if the tokenizer was trained on documents of the sample.
+        bytes_per_token: Bytes of text per token.
+        unknown: The fraction of tokens that are unknown.
+        documents: Number of documents.
+        lost: Number of documents that do not decode to their text.
+    """
 
     text_bytes: int
     seen: bool
     bytes_per_token: float
-    unknown: float  # share of the tokens
+    unknown: float
     documents: int
     lost: int
 
     def __str__(self) -> str:
-        text = f"{self.text_bytes / 1e6:.2f} MB that it has {'' if self.seen else 'not '}seen"
-        back = f"{self.lost} of {self.documents} documents do not come back" if self.lost else "all comes back"
-        return f"on {text}: {self.bytes_per_token:.2f} bytes per token, {self.unknown:.3%} unknown, {back}"
+        text = f"{self.text_bytes / 1e6:.2f} MB of {'training' if self.seen else 'unseen'} text"
+        if self.lost:
+            roundtrip = f"{self.lost} of {self.documents} documents do not decode to their text"
+        else:
+            roundtrip = "lossless"
+        return f"on {text}: {self.bytes_per_token:.2f} bytes per token, {self.unknown:.3%} unknown, {roundtrip}"
 
 
 @dataclass(frozen=True)
 class TokenizerSummary:
-    """What `tokenizer train` did. `text_bytes` are the UTF-8 bytes of all documents read."""
+    """Result of `tokenizer train`.
+
+    Attributes:
+        path: The tokenizer that was written.
+        source: A description of the input.
+        vocab_size: Size of its vocabulary.
+        documents: Number of documents that were read for training.
+        text_bytes: Bytes of those documents, in UTF-8.
+        quality: Its measured quality.
+        seconds: Duration.
+    """
 
     path: str
     source: str
     vocab_size: int
     documents: int
     text_bytes: int
-    quality: Quality
+    quality: TokenizerQuality
     seconds: float
 
     def __str__(self) -> str:
         return (
             f"{self.source}\n{self.quality}\n"
-            f"{self.path}: {self.vocab_size:,} pieces from {self.documents:,} documents "
+            f"{self.path}: {self.vocab_size:,} tokens, trained on {self.documents:,} documents "
             f"({self.text_bytes / 1e6:.1f} MB) in {self.seconds:.1f} s"
         )
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One corpus that was written: counts, and the UTF-8 bytes of its text."""
+    """One part of a corpus that was written; `text_bytes` are the bytes of its text in UTF-8."""
 
     prefix: str
     documents: int
@@ -68,19 +78,25 @@ class PartSummary:
     text_bytes: int
 
     def __str__(self) -> str:
-        ratio = self.text_bytes / self.tokens if self.tokens else 0.0
+        bytes_per_token = self.text_bytes / self.tokens if self.tokens else 0.0
         return (
             f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.text_bytes / 1e6:.2f} MB, {ratio:.2f} bytes per token"
+            f"{self.text_bytes / 1e6:.2f} MB, {bytes_per_token:.2f} bytes per token"
         )
 
 
 @dataclass(frozen=True)
-class Packing:
-    """What packing made of the training part: samples of `seq_len + 1` tokens, of which `padding` hold no text.
+class PackingSummary:
+    """Result of packing the training part.
 
-    `cut_before` of its documents are broken where samples are cut at a fixed length, on the average of where the first
-    one begins; `cut_after` are those longer than a sample, which nothing can keep whole.
+    Attributes:
+        seq_len: Tokens per sample, without the last label.
+        samples: Number of samples, of `seq_len + 1` tokens each.
+        padding: Number of tokens that are padding.
+        documents: Number of documents.
+        cut_before: Expected number of documents that would be split without packing, averaged over all tokens at which
+            the first sample may begin.
+        cut_after: Number of documents that are split. Only documents longer than a sample are.
     """
 
     seq_len: int
@@ -95,59 +111,82 @@ class Packing:
         before, after = self.cut_before / self.documents, self.cut_after / self.documents
         return (
             f"packed for seq_len {self.seq_len:,}: {self.samples:,} samples, {padding:.2%} padding; "
-            f"documents cut: {before:.1%} unpacked, {after:.1%} packed (longer than a sample)"
+            f"documents split: {before:.1%} unpacked, {after:.1%} packed (longer than a sample)"
         )
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What `prepare` did. `validation` is None where no documents were put aside."""
+    """Result of preparing one corpus.
+
+    Attributes:
+        source: A description of the input.
+        train: The training part.
+        validation: The validation part, if there is one.
+        packing: Result of packing the training part, if it was packed.
+        oddities: Warnings about the input.
+        copies: Number of copies of earlier documents that were omitted.
+        unknown: Number of tokens that stand for text without a token in the vocabulary.
+        seconds: Duration.
+    """
 
     source: str
     train: PartSummary
     validation: PartSummary | None
-    packing: Packing | None
-    oddities: tuple[Oddity, ...]
-    copies: int  # of earlier documents, left out
-    unknown: int  # ids that stand for what the tokenizer has no piece for
+    packing: PackingSummary | None
+    oddities: tuple[WarningCount, ...]
+    copies: int
+    unknown: int
     seconds: float
 
     def __str__(self) -> str:
-        packing = [str(self.packing)] if self.packing else []
-        copies = [f"{self.copies:,} exact copies of earlier documents, left out"] if self.copies else []
-        both = [part for part in (self.train, self.validation) if part]
-        size = sum(part.text_bytes for part in both) / 1e6
-        unknown = self.unknown / sum(part.tokens for part in both)
-        end = f"prepared in {self.seconds:.1f} s ({size / self.seconds:.1f} MB/s)"
-        told = [f"unknown: {unknown:.3%} of tokens", *map(str, self.oddities), end]
-        return "\n".join([self.source, *map(str, both), *packing, *copies, *told])
+        parts = [part for part in (self.train, self.validation) if part]
+        megabytes = sum(part.text_bytes for part in parts) / 1e6
+        unknown = self.unknown / sum(part.tokens for part in parts)
+        lines = [self.source, *map(str, parts)]
+        if self.packing:
+            lines.append(str(self.packing))
+        if self.copies:
+            lines.append(f"{self.copies:,} exact copies of earlier documents omitted")
+        lines.append(f"unknown: {unknown:.3%} of tokens")
+        lines.extend(map(str, self.oddities))
+        lines.append(f"prepared in {self.seconds:.1f} s ({megabytes / self.seconds:.1f} MB/s)")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Corpora:
-    """What `prepare` did, corpus by corpus; `data`: of several ones, what a recipe's section of that name says."""
+class PreparedCorpora:
+    """Result of `prepare`: a summary per corpus and, if there are several, the `data` section of a recipe for them."""
 
     corpora: tuple[PrepareSummary, ...]
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, made: Sequence[PrepareSummary], weights: Sequence[float | None]) -> Corpora:
-        """The corpora, blended by their weights; without weights, each is read as often as the others."""
-        validation = [one.validation.prefix for one in made if one.validation]
-        data: dict[str, Any] = {"train": [{"path": one.train.prefix} for one in made]}
+    def from_summaries(cls, corpora: Sequence[PrepareSummary], weights: Sequence[float | None]) -> PreparedCorpora:
+        """Build the result for corpora that are blended.
+
+        Args:
+            corpora: The summary of each corpus.
+            weights: The weight of each corpus in the blend. With None among them, all corpora are read equally often.
+        """
+        if len(corpora) == 1:
+            return cls(tuple(corpora))
+        train: list[dict[str, Any]] = [{"path": corpus.train.prefix} for corpus in corpora]
+        data: dict[str, Any] = {"train": train}
         if None in weights:
             data["weight_counts"] = "epochs"
         else:
-            for source, weight in zip(data["train"], weights, strict=True):
+            for source, weight in zip(train, weights, strict=True):
                 source["weight"] = weight
+        validation = [corpus.validation.prefix for corpus in corpora if corpus.validation]
         if validation:
             data["validation"] = validation
-        return cls(tuple(made), data if len(made) > 1 else {})
+        return cls(tuple(corpora), data)
 
     def __str__(self) -> str:
         lines = list(map(str, self.corpora))
         if self.data:
-            import yaml  # here: one command in many needs it
+            import yaml  # imported here, since it is rarely needed
 
             text = yaml.safe_dump({"data": self.data}, default_flow_style=None, sort_keys=False, width=10_000)
             lines += ["for a recipe:", text.rstrip()]

@@ -1,4 +1,4 @@
-"""What `megagpt tokenizer train` and `megagpt tokenizer inspect` do."""
+"""The commands `megagpt tokenizer train` and `megagpt tokenizer inspect`."""
 
 from __future__ import annotations
 
@@ -10,84 +10,118 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.data.documents import DEFAULT_FRACTION
-from megagpt.data.reading import key_of
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
+from megagpt.data.reading import parse_text_key
+from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer, without_surrogates
-from megagpt.prepare.corpus import description
-from megagpt.prepare.sampling import drawn_from
-from megagpt.prepare.summary import Quality, TokenizerSummary
+from megagpt.errors import without_controls
+from megagpt.prepare.corpus import describe_inputs
+from megagpt.prepare.sampling import sample_inputs
+from megagpt.prepare.summary import TokenizerQuality, TokenizerSummary
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-_COLOURS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
+_COLORS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
 
 
 def train_tokenizer_command(
     inputs: Sequence[str],
     vocab_size: int,
     output: str | os.PathLike[str],
-    validation_fraction: float = DEFAULT_FRACTION,
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION,
     text_key: str = "text",
     workers: int | None = None,
 ) -> TokenizerSummary:
-    """Train a tokenizer on the documents of the inputs and write OUTPUT.model.
+    """Train a tokenizer on text, and write OUTPUT.model.
 
-    The documents that `prepare` would put aside at this fraction are left out: nothing that is measured on them
-    has seen them. `workers` read (None: as many as there are cores), and their number changes nothing.
-    Raises UserError for inputs that cannot be read or a vocabulary that does not fit the text.
+    The documents that `prepare` puts into the validation part at the same fraction are not used, so that validation
+    measures text which the tokenizer has not seen.
+
+    Args:
+        inputs: Files, folders, patterns, manifests or addresses, see `find_input_files`.
+        vocab_size: Size of the vocabulary, with all special tokens.
+        output: The prefix OUTPUT of the file that is written.
+        validation_fraction: The fraction of the documents that go to the validation part.
+        text_key: The key of the text in JSON lines or table rows; dots separate nested keys.
+        workers: Number of processes that read; None means one per core. It does not change the result.
+
+    Returns:
+        What was read and written, and the quality of the tokenizer.
+
+    Raises:
+        UserError: An input cannot be read, or the vocabulary is too large or too small for the text.
     """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        sources = find_sources(inputs, Path(scratch) / "stdin")
-        count = workers or len(os.sched_getaffinity(0))
-        drawn = drawn_from(sources, key_of(text_key), validation_fraction, count)
-    path = train_tokenizer(drawn.lines, vocab_size, output)
-    unseen = drawn.unseen.texts()
-    quality = _quality(Tokenizer(path), unseen or drawn.seen.texts(), seen=not unseen)
-    seconds = time.perf_counter() - begin
-    source = description(sources)
-    return TokenizerSummary(str(path), source, vocab_size, drawn.documents, drawn.text_bytes, quality, seconds)
+        files = find_input_files(inputs, Path(scratch) / "stdin")
+        workers = workers or len(os.sched_getaffinity(0))
+        sample = sample_inputs(files, parse_text_key(text_key), validation_fraction, workers)
+    path = train_tokenizer(sample.lines, vocab_size, output)
+    unseen = sample.unseen.texts()
+    quality = _measure_quality(Tokenizer(path), unseen or sample.seen.texts(), seen=not unseen)
+    return TokenizerSummary(
+        path=str(path),
+        source=describe_inputs(files),
+        vocab_size=vocab_size,
+        documents=sample.documents,
+        text_bytes=sample.text_bytes,
+        quality=quality,
+        seconds=time.perf_counter() - begin,
+    )
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A text cut into tokens: the id and the text of each (U+FFFD where bytes of one character are apart)."""
+class TokenizedText:
+    """A text as tokens: the id and text of each. A token with part of a character's bytes has the text U+FFFD."""
 
     tokens: tuple[tuple[int, str], ...]
     text_bytes: int
 
     def __str__(self) -> str:
-        return "|".join(text for _, text in self.tokens) + f"\n{self._figures()}"
+        return without_controls("|".join(text for _, text in self.tokens)) + f"\n{self._totals()}"
 
-    def coloured(self) -> Text:
-        """The text with a colour for each token."""
+    def colored(self) -> Text:
+        """Return the text with a background color for each token."""
         from rich.text import Text
 
-        shown = Text()
-        for number, (_, text) in enumerate(self.tokens):
-            shown.append(text.replace("\n", "⏎\n"), _COLOURS[number % len(_COLOURS)])
-        return shown.append(f"\n{self._figures()}")
+        colored = Text()
+        for index, (_, text) in enumerate(self.tokens):
+            colored.append(without_controls(text).replace("\n", "⏎\n"), _COLORS[index % len(_COLORS)])
+        return colored.append(f"\n{self._totals()}")
 
-    def _figures(self) -> str:
-        ratio = self.text_bytes / len(self.tokens) if self.tokens else 0.0
-        return f"{len(self.tokens):,} tokens, {ratio:.2f} bytes per token"
+    def _totals(self) -> str:
+        bytes_per_token = self.text_bytes / len(self.tokens) if self.tokens else 0.0
+        return f"{len(self.tokens):,} tokens, {bytes_per_token:.2f} bytes per token"
 
 
-def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> Tokens:
-    """Cut a text into tokens."""
+def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> TokenizedText:
+    """Split a text into tokens.
+
+    Args:
+        tokenizer: The path of a tokenizer.
+        text: The text.
+    """
     model = Tokenizer(tokenizer)
-    ids = model.encode(text)
-    return Tokens(tuple((number, model.decode([number])) for number in ids), len(without_surrogates(text).encode()))
+    tokens = tuple((number, model.decode([number])) for number in model.encode(text))
+    return TokenizedText(tokens, len(without_surrogates(text).encode()))
 
 
-def _quality(model: Tokenizer, texts: Sequence[str], seen: bool) -> Quality:
+def _measure_quality(tokenizer: Tokenizer, texts: Sequence[str], seen: bool) -> TokenizerQuality:
     tokens = text_bytes = unknown = lost = 0
     for text in texts:
-        ids = model.encode(text)
+        ids = tokenizer.encode(text)
         tokens += len(ids)
         text_bytes += len(text.encode())
-        unknown += ids.count(model.unknown) if model.unknown is not None else 0
-        lost += model.decode(ids) != text
-    return Quality(text_bytes, seen, text_bytes / max(tokens, 1), unknown / max(tokens, 1), len(texts), lost)
+        if tokenizer.unknown is not None:
+            unknown += ids.count(tokenizer.unknown)
+        if tokenizer.decode(ids) != text:
+            lost += 1
+    return TokenizerQuality(
+        text_bytes=text_bytes,
+        seen=seen,
+        bytes_per_token=text_bytes / max(tokens, 1),
+        unknown=unknown / max(tokens, 1),
+        documents=len(texts),
+        lost=lost,
+    )

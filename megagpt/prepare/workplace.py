@@ -1,4 +1,4 @@
-"""PREFIX.prepare: where the shards lie until the corpus is whole. Held by one command at a time."""
+"""The work directory OUTPUT.prepare, which holds the shards until the corpus is complete. One command can use it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.shards import Record, read_record
+from megagpt.data.shards import ShardRecord, read_shard_record
 from megagpt.errors import UserError
 
 
-def workplace_of(output: str) -> Path:
-    """The folder beside OUTPUT where its shards lie until it is whole."""
+def work_directory(output: str) -> Path:
+    """Return the path of the work directory for a corpus with the prefix `output`."""
     return Path(output + ".prepare")
 
 
-class Workplace:
-    """A folder beside the output, locked within the `with` block.
+class WorkDirectory:
+    """Creates and locks the work directory for the duration of the `with` block.
 
-    It outlives a command that fails with shards done, so that the command typed again goes on; else it is removed.
-    Raises UserError when another command holds it, or it cannot be made.
+    If the block fails and there are complete shards, the directory is kept, so that the same command can resume.
+    Otherwise it is removed. Raises UserError if another command uses it, or it cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> WorkDirectory:
         try:
-            self._lock = self._locked()
+            self._lock = self._acquire_lock()
         except OSError as error:
-            what, do = f"cannot write here: {error.strerror}", "choose an --output in a folder that you may write to"
+            what = f"cannot write here: {error.strerror}"
+            do = "choose an --output in a folder to which you may write"
             raise UserError(what, str(error.filename or self.folder), do) from None
         return self
 
@@ -44,11 +45,11 @@ class Workplace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not any(self.folder.glob("*/*.json")):
-            remove(self.folder)
+            remove_folder(self.folder)
         self._lock.close()
 
-    def _locked(self) -> IO[str]:
-        """The lock's open file, in which our process number stands."""
+    def _acquire_lock(self) -> IO[str]:
+        """Return the open and locked lock file, which contains our process id."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / "lock").open("a+")
@@ -57,49 +58,64 @@ class Workplace:
             except BlockingIOError:
                 file.seek(0)
                 what = f"another `megagpt prepare` (process {file.read() or 'unknown'}) is writing this corpus"
-                raise UserError(what, str(self.folder), "wait until it is done, or choose another --output") from None
-            if self._is_there(file):
+                do = "wait until it has finished, or choose another --output"
+                raise UserError(what, str(self.folder), do) from None
+            if self._is_current(file):
                 file.truncate(0)
                 file.write(str(os.getpid()))
                 file.flush()
                 return file
-            file.close()  # of a folder that was removed while we waited to open it
+            file.close()  # the folder was removed between opening and locking the file
 
-    def _is_there(self, file: IO[str]) -> bool:
+    def _is_current(self, file: IO[str]) -> bool:
+        """Return True if the open file is the lock file that is now in the folder."""
         try:
             return (self.folder / "lock").stat().st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:
             return False
 
 
-def follow(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of one corpus's shards. Keep what is there if it was done under the same plan; else remove it."""
+def resume_or_reset(folder: Path, plan: dict[str, Any]) -> None:
+    """Create the folder for the shards of a corpus, and keep its files if they were written for the same plan.
+
+    Args:
+        folder: The folder.
+        plan: Everything that the shards depend on.
+    """
     path, text = folder / "plan", json.dumps(plan)
     folder.mkdir(exist_ok=True)
-    old = path.read_text() if path.exists() else None
+    previous = path.read_text() if path.exists() else None
     for file in folder.iterdir():
-        if old != text or file.suffix == ".partial":
+        if previous != text or file.suffix == ".partial":
             file.unlink()
     path.write_text(text)
 
 
-def records(folder: Path, count: int) -> dict[int, Record]:
-    """The records of the whole shards among the first `count`, by number."""
-    found = {number: read_record(folder, number) for number in range(count)}
+def completed_records(folder: Path, count: int) -> dict[int, ShardRecord]:
+    """Return the records of the complete shards among the first `count`, by number."""
+    found = {number: read_shard_record(folder, number) for number in range(count)}
     return {number: record for number, record in found.items() if record}
 
 
-def mapped(path: Path, kind: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
-    """A new file of so many entries, mapped to be written.
+def create_memmap(path: Path, dtype: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
+    """Create a file and map it into memory for writing.
 
-    It takes its room on the disk first, or raises OSError: a write to a map that finds the disk full kills the process.
+    The disk space is allocated first, since a write to a mapped page that finds the disk full kills the process.
+
+    Args:
+        path: The file.
+        dtype: The type of its entries.
+        count: The number of entries.
+
+    Raises:
+        OSError: There is not enough disk space.
     """
-    size = max(count, 1) * np.dtype(kind).itemsize
+    size = max(count, 1) * np.dtype(dtype).itemsize
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-    return np.memmap(path, kind, "r+")
+    return np.memmap(path, dtype, "r+")
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder and all in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove_folder(path: Path) -> None:
+    """Remove a folder with its content, if it exists."""
+    shutil.rmtree(path, ignore_errors=True)

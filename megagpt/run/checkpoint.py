@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt import files
 from megagpt.distributed import Agreement, Rank
-from megagpt.files import Write
+from megagpt.files import WriteFile, parse_json
 from megagpt.model.cost import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
@@ -75,7 +75,7 @@ class Store:
         """Where the checkpoint of an update is published."""
         return self.root / f"update_{update:08d}"
 
-    def publishing(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Steps:
+    def publishing(self, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]) -> Steps:
         """Save through `save_state`; `facts` go into the manifest.
 
         Each step that is yielded is file work of this rank alone, on whatever thread, and its report is sent back.
@@ -93,7 +93,7 @@ class Store:
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not."""
         skipped: list[str] = []
-        names = json.loads(self.agreement.gather(json.dumps([folder.name for folder in self.folders()]))[0])
+        names = parse_json(self.agreement.gather(json.dumps([folder.name for folder in self.folders()]))[0])
         for name in reversed(names):
             checkpoint, wrong = self.valid(name)
             if checkpoint is not None:
@@ -117,7 +117,7 @@ class Store:
     def _begin(self, partial: Path) -> None:
         """Clear what a save that was cut short has left, see that there is room, and make the partial folder."""
         for leftover in [*self.root.glob(_PARTIAL + "*"), *self.root.glob(".removed_*")]:
-            shutil.rmtree(leftover)
+            files.remove_tree(leftover)
         files.make_folder(partial)
         last = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read(folder)[0])]
         needed, free = int(CHECKPOINT_HEADROOM * max([self.needed, *last])), shutil.disk_usage(partial).free
@@ -148,7 +148,7 @@ class Store:
 
     def _agree(self, report: Report) -> list[Any]:
         """What each rank tells. Raises SaveFailed if any rank has an error."""
-        answers = [json.loads(text) for text in self.agreement.gather(json.dumps(report))]
+        answers = [parse_json(text) for text in self.agreement.gather(json.dumps(report))]
         failed = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(answers) if problem]
         if failed:
             raise SaveFailed("; ".join(failed))
@@ -161,9 +161,13 @@ def read(folder: Path) -> tuple[Checkpoint | None, str]:
         first, _, rest = (folder / MANIFEST).read_bytes().partition(b",")
         if first != b'{"checksum": %d' % zlib.crc32(rest):
             return None, f"{MANIFEST} is damaged: its checksum differs"
-        manifest = json.loads(b"{" + rest)
+        manifest = parse_json(b"{" + rest)
+        for name, written in manifest["files"].items():
+            files.WrittenFile(**written)
+            if not isinstance(name, str) or {type(written["bytes"]), type(written["crc32"])} != {int}:
+                raise ValueError(f"of {name}")
         return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{MANIFEST} cannot be read ({error})"
 
 
@@ -192,6 +196,8 @@ def incomplete(checkpoint: Checkpoint) -> str:
     """What is wrong with a checkpoint as far as names and sizes tell."""
     for name, expected in checkpoint.facts["files"].items():
         path = checkpoint.folder / name
+        if files.leads_out(path, checkpoint.folder):
+            return f"{name} leads out of the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -200,7 +206,7 @@ def incomplete(checkpoint: Checkpoint) -> str:
 
 
 def _seal(whole: Checkpoint, final: Path) -> None:
-    """Write the manifest of what all ranks have written, and give the folder its name."""
+    """WriteFile the manifest of what all ranks have written, and give the folder its name."""
     if wrong := incomplete(whole):
         raise OSError(f"{wrong} where rank 0 looks: all ranks need the same run directory")
     for folder in {(whole.folder / name).parent for name in whole.facts["files"]}:
@@ -231,7 +237,7 @@ class _Recorder:
         self.written[name] = asdict(files.write(self._folder / name, data))
 
 
-def _write(partial: Path, save_state: Callable[[Write], None]) -> Report:
+def _write(partial: Path, save_state: Callable[[WriteFile], None]) -> Report:
     """Every rank's part: its files, flushed."""
     recorder = _Recorder(partial)
     save_state(recorder)

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from megagpt import files
+from megagpt.errors import without_controls
 from megagpt.state import TrainState, UpdateResult
 
 
@@ -21,6 +23,7 @@ class Console:
     """
 
     def __init__(self, run: Path, rank: int) -> None:
+        files.refuse_links_out(run)
         path = run / "logs" / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._main, self.log_path = rank == 0, path
@@ -29,7 +32,7 @@ class Console:
         self._saved = (os.dup(1), os.dup(2))
         self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
         self.terminal = self._out.isatty()
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = files.open_to_append(path)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
@@ -42,6 +45,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Print a line on rank 0, and note it in the log of every rank."""
+        text = without_controls(text, colours=True)
         if self._main:
             with contextlib.suppress(
                 OSError

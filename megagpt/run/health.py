@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from megagpt.distributed import Agreement
+from megagpt.files import parse_json
 from megagpt.recipe.sections import HealthSection
 from megagpt.state import UpdateResult
 
@@ -69,7 +70,7 @@ class Health:
     def recall(self, records: Sequence[dict[str, Any]], agreement: Agreement) -> None:
         """Take up a run where its record stands (`Metrics.decisive`), as rank 0 has it; collective."""
         self._forget()
-        for record in json.loads(agreement.gather(json.dumps(records))[0]):
+        for record in parse_json(agreement.gather(json.dumps(records))[0]):
             self.note(**record)
 
     def note(self, event: str, *, update: int, **values: Any) -> None:

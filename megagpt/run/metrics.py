@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagpt.files import replace_text
+from megagpt.errors import UserError
+from megagpt.files import open_to_append, parse_json, replace_text
 from megagpt.run import times
 
 NAME = "metrics.jsonl"
@@ -46,7 +47,7 @@ class Metrics:
         kept, lost = _truncate(self._path, update) if self._path.exists() else ([], 0.0)
         self.decisive = _decisive(kept, self._window)
         self.here = Counter(record["event"] for record in kept if record["update"] == update)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_to_append(self._path)
         return lost
 
     def write(self, event: str, **values: Any) -> None:
@@ -68,11 +69,22 @@ class Metrics:
 def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
     """The events of a run in order, or only those of one kind; a last line cut short by a crash is left out."""
     with (run / NAME).open(encoding="utf-8") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                record = json.loads(line)
+                record = _record(line, f"{run / NAME}:{number}")
                 if event is None or record["event"] == event:
                     yield record
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    """Return the event on a line. Raises UserError if it is none."""
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"this line is not JSON: {error}", where, "remove the line, or restore the file") from None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        raise UserError("this line is not an event of a run", where, "remove the line, or restore the file")
+    return record
 
 
 def spent(run: Path) -> times.Times:

@@ -1,7 +1,7 @@
-"""Batches, and what comes before the first of them: megagpt's loader against Megatron's GPTDataset and DataLoader.
+"""Compares megagpt's loader with Megatron's GPTDataset and DataLoader: batches per second, and start-up time.
 
-Both sides run in this process, in turns; the best turn of each counts, in seconds of CPU (wall clock beside them).
-Needs megatron-core from the package index. Writes some 2 GB into FOLDER, and takes them away.
+Both run alternately in this process. The best round of each counts, in CPU seconds; wall-clock time is also printed.
+Needs megatron-core from the package index. Writes about 2 GB into FOLDER and removes them at the end.
 
     python tests/benchmarks/loading.py FOLDER
 """
@@ -25,20 +25,20 @@ import numpy as np
 import torch
 
 from megagpt.data.indexed import HEADER, MAGIC
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.loader import Loader
 
-warnings.simplefilter("ignore")  # Megatron's, about each GPU package that is not there
+warnings.simplefilter("ignore")  # Megatron warns about each GPU package that is missing
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 
 SEQ_LEN, MICRO, VOCABULARY = 1024, 8, 50_000
-BATCHES, ROUNDS = 500, 6  # per turn, turns of each side
+BATCHES, ROUNDS = 500, 6  # per round, rounds
 Next = Callable[[], object]
 
 
 def main() -> None:
-    """Run all, and print a line for each."""
+    """Run all comparisons and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = Path(tempfile.mkdtemp(dir=parser.parse_args().folder))
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {', '.join(f'{name} {version(name)}' for name in names)}")
     try:
         prefixes = [_corpus(folder / f"c{number}", number) for number in range(3)]
-        print(f"batches of {MICRO} × {SEQ_LEN}, from a warm page cache, order included:")
+        print(f"batches of {MICRO} × {SEQ_LEN}, from a warm page cache, including the data order:")
         for blend in ([(prefixes[0], 1.0)], list(zip(prefixes, (0.5, 0.3, 0.2), strict=True))):
             _batches(blend, folder / "cache")
         print("start-up, 1e7 documents of 1,000 tokens (a sparse file):")
@@ -66,24 +66,24 @@ def _batches(blend: list[tuple[str, float]], cache: Path) -> None:
         theirs = _endless(_megatron(blend, samples, cache, masks), MICRO)
         sides[name] = lambda theirs=theirs: next(theirs)
     best = {name: (float("inf"), float("inf")) for name in sides}
-    for turn in range(ROUNDS + 1):  # the first one warms up
+    for round_number in range(ROUNDS + 1):  # the first round warms up
         for name, batch in sides.items():
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(BATCHES):
                 batch()
             spent = (time.process_time() - cpu, time.perf_counter() - wall)
-            if turn:
+            if round_number:
                 best[name] = (min(best[name][0], spent[0]), min(best[name][1], spent[1]))
     for name, (cpu, wall) in best.items():
         speeds = [BATCHES * MICRO * SEQ_LEN / seconds / 1e6 for seconds in (cpu, wall)]
         print(f"  {len(blend)} source(s)  {name:22} {speeds[0]:7.1f} M tokens/cpu-s {speeds[1]:7.1f} M tokens/s"
-              f"  {cpu / BATCHES * 1e6:7.1f} µs a batch")  # fmt: skip
+              f"  {cpu / BATCHES * 1e6:7.1f} µs per batch")  # fmt: skip
     for name in list(sides)[1:]:
         _verdict(best[name][0] / best["megagpt"][0], 30)
 
 
 def _start_up(prefix: str, cache: Path) -> None:
-    """Until the first batch could be given; Megatron also writes files, which a second start reads."""
+    """Measure the time until the first batch can be loaded. Megatron also writes files, which a restart reads."""
     epoch = 10_000_000 * 1_000 // SEQ_LEN
     best = {}
     for epochs in (1.0, 3.5):
@@ -105,8 +105,8 @@ def _start_up(prefix: str, cache: Path) -> None:
 
 
 def _verdict(ratio: float, goal: float) -> None:
-    what = f"{ratio:.1f} times as fast" if goal > 1 else f"{ratio:.1f} times under 10 ms"
-    print(f"    {what}, the goal is {goal}: {'reached' if ratio >= goal else 'LOST'}")
+    what = f"{ratio:.1f} times as fast" if goal > 1 else f"10 ms is {ratio:.1f} times as long"
+    print(f"    {what}, the goal is {goal}: {'reached' if ratio >= goal else 'MISSED'}")
 
 
 def _megatron(blend: list[tuple[str, float]], samples: int, cache: Path, masks: bool = False) -> Any:
@@ -126,9 +126,9 @@ def _endless(dataset: Any, micro: int) -> Iterator[object]:
 
 
 def _corpus(path: Path, seed: int) -> str:
-    """1e8 tokens in documents of 1,000 on average."""
+    """Write 1e8 random tokens in documents of 1,000 tokens on average."""
     numbers = np.random.default_rng(seed)
-    with Writer(path, VOCABULARY) as writer:
+    with CorpusWriter(path, VOCABULARY) as writer:
         for length in numbers.integers(1, 2000, 100_000).tolist():
             writer.add_document(numbers.integers(0, VOCABULARY, length, dtype=np.uint16), 0)
         writer.finish("0" * 64, 0)
@@ -136,7 +136,7 @@ def _corpus(path: Path, seed: int) -> str:
 
 
 def _sparse(path: Path, documents: int, tokens: int) -> str:
-    """A corpus of zeros that takes no space but for its index."""
+    """Write a corpus of zeros as a sparse file, of which only the index takes space."""
     with path.with_suffix(".bin").open("wb") as file:
         file.truncate(2 * documents * tokens)
     with path.with_suffix(".idx").open("wb") as file:

@@ -1,6 +1,6 @@
-"""What Megatron-LM's tools/preprocess_data.py does (at commit 00736f4), with megatron-core's tokenizer and writer.
+"""Equivalent of Megatron-LM's tools/preprocess_data.py (commit 00736f4), with megatron-core's tokenizer and writer.
 
-One pool that encodes, one parent that writes. Kinder than the original, whose arguments import all of training.
+A pool encodes, and the parent process writes. It starts faster than the original, which imports all of training.
 usage: python megatron_way.py INPUT.jsonl TOKENIZER.model PREFIX WORKERS
 """
 
@@ -13,7 +13,7 @@ from megatron.core.tokenizers.text.libraries.sentencepiece_tokenizer import Sent
 
 
 class Encoder:
-    """Lines to ids, in a process of the pool."""
+    """Encodes lines to ids in a process of the pool."""
 
     tokenizer = None
 
@@ -21,11 +21,11 @@ class Encoder:
         self.model = model
 
     def initializer(self):
-        """Load the tokenizer once a process."""
+        """Load the tokenizer once per process."""
         Encoder.tokenizer = SentencePieceTokenizer(self.model)
 
     def encode(self, line):
-        """Ids of a line's text, and how many bytes the line has."""
+        """Return the ids of a line's text, the document lengths, and the size of the line."""
         ids = Encoder.tokenizer.text_to_ids(json.loads(line)["text"])
         if ids:
             ids.append(Encoder.tokenizer.eos_id)

@@ -1,10 +1,10 @@
-"""The most memory that one process of a command takes, on inputs that are large in different ways.
+"""Benchmark of the peak memory of a process of `prepare` and `tokenizer train`, for several kinds of large input.
 
 usage: python tests/benchmarks/memory.py [--workers 2] [--megabytes 1000] [--documents 10000000] [--long 500] [CASE…]
-Cases: large (one file of lines), tiny (documents of a few bytes), tokenizer (trained on large), and one document as a
-text (long), as a line (line), as a compressed line (gzip) and as a row of a table (row: no promise, as a value is read
-whole).
-Imports little: what this process takes would count as its children's.
+Cases: large (one file of lines), tiny (documents of a few bytes), tokenizer (trained on large), and a single document
+as a text file (long), as a line (line), as a compressed line (gzip) and as a row of a table (row: not bounded, since
+a value is read as a whole).
+This file imports little, since the memory of this process would be counted for its children.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS = "import sys; from megagpt.cli import main; sys.exit(main())"
 
 
 def paragraphs(megabytes):
-    """Paragraphs of Python's standard library, in another order each time round, up to so many MB."""
+    """Yield `megabytes` of paragraphs of Python's standard library, repeatedly and shuffled each time."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     draw, size = random.Random(1), 0
     while size < megabytes * 1e6:
@@ -38,45 +38,45 @@ def paragraphs(megabytes):
                 return
 
 
-def write_large(path, asked):
-    """One file of lines, of documents of some paragraphs."""
+def write_large(path, args):
+    """Write one file of JSON lines, one paragraph each."""
     with path.open("w") as file:
-        for text in paragraphs(asked.megabytes):
+        for text in paragraphs(args.megabytes):
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def write_tiny(path, asked):
-    """As many documents as asked, a few bytes each."""
+def write_tiny(path, args):
+    """Write many documents of a few bytes each."""
     with path.open("w") as file:
-        file.writelines(f'{{"text": "line {number}"}}\n' for number in range(asked.documents))
+        file.writelines(f'{{"text": "line {number}"}}\n' for number in range(args.documents))
 
 
-def write_long(path, asked):
-    """One document."""
+def write_long(path, args):
+    """Write one document."""
     with path.open("w") as file:
-        file.writelines(f"{text}\n\n" for text in paragraphs(asked.long))
+        file.writelines(f"{text}\n\n" for text in paragraphs(args.long))
 
 
-def write_line(path, asked):
-    """One document in one line."""
+def write_line(path, args):
+    """Write one document as a JSON line."""
     with gzip.open(path, "wt", 1) if path.suffix == ".gz" else path.open("w") as file:
         file.write('{"text": "')
-        file.writelines(json.dumps(f"{text}\n\n")[1:-1] for text in paragraphs(asked.long))
+        file.writelines(json.dumps(f"{text}\n\n")[1:-1] for text in paragraphs(args.long))
         file.write('"}\n')
 
 
-def write_row(path, asked):
-    """One document in one row, made by another process: what this one takes would count as its children's."""
+def write_row(path, args):
+    """Write one document as a table row, in another process, whose memory is not counted."""
     program = (
         "import sys, pyarrow; from pyarrow import parquet; from tests.benchmarks.memory import paragraphs\n"
         "text = '\\n\\n'.join(paragraphs(float(sys.argv[2])))\n"
         "parquet.write_table(pyarrow.table({'text': [text]}), sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", program, path, str(asked.long)], check=True)
+    subprocess.run([sys.executable, "-c", program, path, str(args.long)], check=True)
 
 
-def most(*line):
-    """The most memory (MB) that a command, or a process of its, took; and its seconds."""
+def peak_memory(*line):
+    """Run a command. Returns the peak memory of any of its processes, in MB, and its seconds."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", OURS, *map(str, line)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -104,26 +104,26 @@ def main():
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--long", type=float, default=500)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
-          f"{platform.python_version()}, {asked.workers} workers", flush=True)  # fmt: skip
+          f"{platform.python_version()}, {args.workers} workers", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_large(folder / "small.jsonl", argparse.Namespace(megabytes=5))
-        most("tokenizer", "train", folder / "small.jsonl", "--vocab-size", 8000, "--output", folder / "t")
-        for case in asked.cases:
+        peak_memory("tokenizer", "train", folder / "small.jsonl", "--vocab-size", 8000, "--output", folder / "t")
+        for case in args.cases:
             ending, write = CASES[case]
             path = folder / f"text.{ending}"
-            write(path, asked)
+            write(path, args)
             size = path.stat().st_size / 1e6
             if case == "tokenizer":
                 line = ("tokenizer", "train", path, "--vocab-size", 8000, "--output", folder / "u")
             else:
                 line = ("prepare", path, "--tokenizer", folder / "t.model", "--output", folder / "c",
                         "--validation-fraction", 0)  # fmt: skip
-            memory, seconds = most(*line, "--workers", asked.workers)
+            memory, seconds = peak_memory(*line, "--workers", args.workers)
             print(
-                f"{case:10} {size:8,.0f} MB of input: at most {memory:5.0f} MB in one process, {seconds:6.0f} s",
+                f"{case:10} {size:8,.0f} MB of input: peak {memory:5.0f} MB in one process, {seconds:6.0f} s",
                 flush=True,
             )
             path.unlink()

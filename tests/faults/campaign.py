@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt import checkpoints
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint, times
 from tests import training
 from tests.faults import drawn
@@ -273,7 +273,7 @@ def main() -> int:
         (folder / "text").mkdir()
         training.write_text(folder / "text")
         train_tokenizer_command([str(folder / "text")], 320, folder / "text")
-        prepare_command([str(folder / "text")], folder / "text.model", folder / "text", Options(0.2))
+        prepare_command([str(folder / "text")], folder / "text.model", folder / "text", PrepareOptions(0.2))
         out = campaign(options.faults, options.seed, folder, folder, options.layouts)
     print(json.dumps(vars(out)) if options.json else table(out))
     return 1 if out.wrong else 0

@@ -95,6 +95,20 @@ def poison(fault: dict) -> None:
     Loader.batches, torch.nn.functional.embedding = given, spoiled
 
 
+def mislabel(fault: dict) -> None:
+    """Data with a high, finite loss: in the updates that begin at one of `positions` every label is `token`."""
+    batches, positions = Loader.batches, set(fault["positions"])
+
+    def given(loader: Loader, position: int) -> list[Batch]:
+        real = batches(loader, position)
+        if position not in positions:
+            return real
+        fired({**fault, "position": position})
+        return [Batch(one.input_ids, torch.full_like(one.labels, fault["token"])) for one in real]
+
+    Loader.batches = given
+
+
 def file_call(fault: dict) -> None:
     """Calls number `at` to `at` + `times` - 1 that megagpt makes to the file system fail with `errno`."""
     number, code = [0], getattr(errno, fault["errno"])
@@ -135,6 +149,7 @@ INSTALL = {
     "phase": at_phase,
     "slow": slow,
     "poison": poison,
+    "mislabel": mislabel,
     "file call": file_call,
     "clock back": clock_back,
 }

@@ -6,7 +6,6 @@ All else is as it is for a launcher's process: each has a pid, an environment an
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -15,14 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt.distributed import free_port
-from tests import training
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([  # what a start of training imports; torch's optimizers import dynamo
-    "torch._dynamo", "megagpt.engine.build", "megagpt.engine.keys", "megagpt.engine.start", "megagpt.train",
-    "megagpt.prepare", "megagpt.checkpoints", "tests.training", "tests.faults.hooks",
-])  # fmt: skip
-
+from tests import forks, training
 
 SLOW_DATA = {"kind": "slow", "method": "megagpt.data.loader:Loader.batches", "seconds": 0.1}  # so that a run can be hit
 
@@ -87,7 +79,7 @@ def launch(
     processes = []
     for rank in range(world):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(_FORKS.Process(target=_train, args=({**env, **place}, words, folder / f"console-{rank}")))
+        processes.append(forks.process(_train, {**env, **place}, words, folder / f"console-{rank}"))
     started = Launch(folder, processes)
     try:
         for process in processes:

@@ -9,10 +9,10 @@ import shutil
 import pytest
 
 from megagpt import recipe as recipes
-from megagpt.data.indexed import Reader
-from megagpt.data.order import Order
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.order import Sampler
 from megagpt.evaluate import evaluate
-from megagpt.prepare import Options, prepare_command
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests import training
 from tests.faults.launches import SLOW_DATA, launch
 
@@ -59,7 +59,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
             shutil.copy(f"{prefix}.{part}{suffix}", f"{prefix}.{name}{suffix}")
     printed = training.finish(own, *blend)
     assert re.search(
-        rf"\nblend +source +tokens +share +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
+        rf"\nblend +source +tokens +fraction +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
     )
     (event,) = (event for event in training.events(tmp_path / "run") if event["event"] == "validation")
     assert list(event["sources"]) == [f"{prefix}.other", f"{prefix}.more"]
@@ -74,7 +74,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
         said = process.communicate(timeout=240)[1]
     assert process.returncode == 2
     assert re.search(
-        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), and its max_epochs is 9", said
+        rf"{prefix}.validation would be read [\d.]+ times \(3,000 samples\), but its max_epochs is 9", said
     )
 
 
@@ -86,7 +86,7 @@ def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_
         os.truncate(corpus, 100)
         assert not {0, 2, None} & {*both.wait(180)}
         said = both.printed(0) + both.printed(1)
-    assert f"{corpus} has changed while it was read: it had {len(content):,} bytes, and has 100 now" in said
+    assert f"{corpus} has changed while it was in use: it had {len(content):,} bytes, now has 100" in said
     corpus.write_bytes(content)
     training.finish(own, world=2)
     assert training.curve(tmp_path / "run")[-1]["update"] == 100
@@ -109,11 +109,11 @@ def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_ra
     text, packed = tmp_path / "short.jsonl", tmp_path / "short"
     documents = [{"text": line[: 5 + number % 60]} for number, line in enumerate(sorted(lines))]
     text.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    prepare_command([str(text)], tmp_path / "data/text.model", packed, Options(0.05, pack=32))
+    prepare_command([str(text)], tmp_path / "data/text.model", packed, PrepareOptions(0.05, pack=32))
     changes = (f"data.train={packed}.train", "data.document_mask=true", "length.updates=6", "evaluation.every=null")
     training.finish(own, *changes, world=2)
-    corpus = Reader(f"{packed}.train")
-    starts = Order([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
+    corpus = CorpusReader(f"{packed}.train")
+    starts = Sampler([len(corpus.tokens)], [1], 32, 7, [0]).locate(range(24)).start.tolist()
     samples = [corpus.sequence(start // 33).tolist() for start in starts]
     labels = [sum((a, b) != (1, 1) for a, b in itertools.pairwise(sample)) for sample in samples]
     assert len(set(labels)) > 1

@@ -109,3 +109,27 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(recipe, phase, limit, 
         assert ranks.wait(120, all_but=[1]) == [1, None], ranks.printed()
         said = ranks.printed()
     assert re.search(rf"\n  rank 1 on \S+: {phase} of update 10  silent for \d+ s: stopped or dead\n", said), said
+
+
+# update 2 still has the longer limit: it is reported early there, and ended later
+@pytest.mark.parametrize(
+    ("config", "world", "rank", "phase", "update"),
+    [("zero1", 2, 1, "forward/backward", 1), ("zero1", 2, 1, "data", 2), ("pipeline4-zero1", 4, 0, "step", 2)],
+)
+def test_a_hang_in_the_first_updates_is_reported_before_it_is_ended(
+    recipe, config, world, rank, phase, update, tmp_path
+):
+    hang = {"kind": "phase", "name": "hang", "rank": rank, "phase": phase, "update": update, "act": "note"}
+    words = ("log.hang_after=2", "model.n_layer=4", "batch.global_size=16")
+    faults = [{**hang, "seconds": 1000}]
+    with launch(recipe, *words, folder=tmp_path, world=world, config=config, faults=faults) as ranks:
+        codes = ranks.wait(120, all_but=[rank])
+        said = "".join(ranks.printed(number) for number in range(world))
+    assert 1 in codes, said
+    early, _, end = said.partition("The first updates may compile; the run ends after 20 s without progress")
+    assert re.search(rf"\n  rank {rank} on \S+: {phase} of update {update}\n", early), said
+    assert end, said
+    assert said.count("has made no progress for") > 1  # early, and at the end
+    for number in range(world):
+        log = (recipe.with_suffix("") / f"logs/rank-{number}.log").read_text()
+        assert "most recent call first" in log, log

@@ -1,15 +1,9 @@
 """The parity run: each world size once per session, with just the layouts that were asked for."""
 
-import sys
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 
-from megagpt.parity.curve import TOLERANCES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from layouts import CASES  # the path has to be there first
+from tests.parity.layouts import CASES
+from tests.parity.tables import known, table
 
 WORST = "largest relative differences"  # in a test's report, which may come from another process
 
@@ -18,37 +12,6 @@ WORST = "largest relative differences"  # in a test's report, which may come fro
 def worst_differences(record_property):
     """Notes of a case, by its id, the largest relative difference of each kind to the reference."""
     return lambda case, kinds: record_property(WORST, (case, kinds))
-
-
-def known(path):
-    """Case id → kind → difference, of an earlier table: a run of some layouts replaces only theirs."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[1:]}
-
-
-def table(rows, full):
-    """docs/parity.md."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch"))
-    limits = "; ".join(f"{name} {t.loss:.0e}, {t.norm:.0e} and {t.weights:.0e}" for name, t in TOLERANCES.items())
-    kinds = next(iter(rows.values()))
-    lines = [
-        "# Every layout, one curve",
-        "",
-        f"{len(rows)} layouts against plain PyTorch in one process ({'100' if full else '12'} updates), on CPU ranks "
-        f"with {versions}. Written by `pytest tests/parity/test_same_curve.py{' --full' if full else ''} "
-        "--parity-table docs/parity.md`.",
-        "",
-        "Largest relative difference over all updates of the loss and of the gradient norm before clipping; of the "
-        "loss on held-out samples before and after; and of one tensor's whole way from its initial value. "
-        f"Allowed of loss, norm and weights: {limits} (reasons: megagpt/parity/curve.py). Initial values are equal "
-        "bit for bit, and so are the numbers of tokens. The layouts: tests/parity/layouts.py.",
-        "",
-        "| layout | " + " | ".join(kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
-        *(f"| {case} | " + " | ".join(f"{value:.1e}" for value in row.values()) + " |" for case, row in rows.items()),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def pytest_terminal_summary(terminalreporter, config):

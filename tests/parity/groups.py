@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Case
 
 from megagpt.distributed import free_port
+from tests.parity.layouts import Case
 
 SECONDS = 300  # for one case; a rank that waits longer writes its stack and exits
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict[str, str]:
@@ -40,7 +40,7 @@ def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict
 def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str:
     """One process group over all cases; the end of the ranks' logs."""
     job = {"folder": str(folder), "updates": updates, "total": total, "cases": [case.id for case in cases]}
-    return launch("worker.py", cases[0].world, job, folder, SECONDS * len(cases) + 60)
+    return launch("worker", cases[0].world, job, folder, SECONDS * len(cases) + 60)
 
 
 def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case], dict[str, Any]]:
@@ -76,7 +76,7 @@ def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds:
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+        "PYTHONPATH": str(ROOT),
     }
     logs = [folder / f"rank-{rank}.log" for rank in range(world)]
     ranks = []
@@ -84,7 +84,7 @@ def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds:
         with log.open("w") as output:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, str(HERE / program), str(path)],
+                    [sys.executable, "-m", f"tests.parity.{program}", str(path)],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -89,10 +89,19 @@ def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
     return {"sequence_parallel_size": degree, **config}
 
 
+def _shape(blocks: int, vocabulary: int, width: int = 64) -> tuple[str, ...]:
+    """Sizes that decide which layers stand on which stage: a large vocabulary makes the head costly."""
+    return (f"model.n_layer={blocks}", f"model.vocab_size={vocabulary}", f"model.d_model={width}")
+
+
 # deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
+ROPE, LEARNED, OUT = ("model.position=rope",), "model.position=learned", {"offload_optimizer": CPU}
+UNTIED, TIED = "model.tie_embeddings=false", "model.tie_embeddings=true"
+# with qk-norm, queries and keys have large gradients: else Muon's rounding is larger where a vocabulary is large
+SURE = (*MUON, *LLAMA, "model.qk_norm=true", "optimizer.clip=1.0")
 OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU}
 CASES: tuple[Case, ...] = (
     *(Case(f"zero{stage}-1rank", 1, zero(stage)) for stage in range(4)),
@@ -189,6 +198,20 @@ CASES: tuple[Case, ...] = (
     Case("ulysses2-zero3-offload", 2, _ulysses(2, zero(3, **OFFLOADED))),
     Case("tensor2-zero3-data2-llama", 4, _tensor(2, zero(3)), LLAMA),
     Case("pipeline2-data2-offload", 4, _pipeline(2, 2, offload_optimizer=CPU), FOUR),
+    # named by the layers of each stage: E embedding, P positions, B block, N norm, H head
+    Case("stages-EPBBN-H", 2, _pipeline(2, 2), _shape(2, 4096)),
+    Case("stages-EPBBN-H-muon-offload-bf16", 2, _pipeline(2, 2, **OUT), (*MUON, *_shape(2, 4096), *BF16)),
+    Case("stages-EBB-NH-muon-untied-bf16", 2, _pipeline(2, 2), (*MUON, *_shape(2, 1024), *ROPE, UNTIED, *BF16)),
+    Case("stages-EPBB-NH-data2-fp16", 4, _pipeline(2, 2), (*_shape(2, 2048), *FP16)),
+    Case("stages-EPB-B-BNH-offload", 3, _pipeline(3, 2, **OUT), (*_shape(3, 128), *DEEP[1:], "optimizer.clip=1.5")),
+    Case("stages-EPB-BB-NH-muon-offload", 3, _pipeline(3, 2, **OUT), (*SURE, *_shape(3, 1024), LEARNED, TIED)),
+    Case("stages-EB-BBN-H-muon-offload-fp16", 3, _pipeline(3, 2, **OUT), (*SURE, *_shape(3, 2048), TIED, *FP16)),
+    Case("stages-E-BBBN-H-recompute-bf16", 3, _pipeline(3, 2) | _again(2), (*_shape(3, 8192, 32), *ROPE, *BF16)),
+    Case(
+        "stages-EP-BBB-BBN-H-muon-untied", 4, _pipeline(4, 3) | _again("auto"), (*SURE, *_shape(5, 8192, 32), LEARNED)
+    ),
+    Case("stages-E-PBB-BBN-H-offload", 4, _pipeline(4, 3, **OUT), _shape(4, 8192, 32)),
+    Case("stages-EB-BB-BB-NH-muon-untied-bf16", 4, _pipeline(4, 3), (*MUON, *_shape(5, 1024), *ROPE, UNTIED, *BF16)),
 )
 
 

@@ -1,6 +1,7 @@
 """One rank that saves a larger model, or measures what memory building or moving it takes. Started by groups.py.
 
-memory_worker.py JOB.json      JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
+python -m tests.parity.memory_worker JOB.json
+JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import layouts
 import torch
-from state_worker import data
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.ds_config import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.materialise import materialise
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
+from tests.parity import layouts
+from tests.parity.state_worker import data
 
 DEEPER = ("model.d_model=384", "model.n_layer=16", "model.vocab_size=512")
 LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")
@@ -55,7 +56,7 @@ def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     engine.train_update(data(resolved, rank, 0))  # makes the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:
-        engine.save_state(into(folder / "saved"))
+        engine.save_state(folder_writer(folder / "saved"))
     else:
         answer["loaded"] = peak(lambda: engine.load_state(folder / "saved"))
     engine.release()

@@ -1,6 +1,7 @@
 """One rank that trains layouts and saves them, or goes on from what other layouts saved. Started by groups.py.
 
-move_worker.py JOB.json      JOB: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
+python -m tests.parity.move_worker JOB.json
+JOB: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import layouts
-import needs
 import torch
 from safetensors.torch import save_file
-from state_worker import data
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
+from tests.parity import layouts, needs
+from tests.parity.state_worker import data
 
 _DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3", "optimizer.clip=1.5")  # clips in some updates, not in all
 RECIPES = {
@@ -67,7 +67,7 @@ def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
         engine.train_update(data(resolved, rank, update))
-    engine.save_state(into(folder))
+    engine.save_state(folder_writer(folder))
     engine.release()
     del engine
     gc.collect()

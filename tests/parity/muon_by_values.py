@@ -8,6 +8,7 @@ from megagpt.recipe.sections import OptimizerSection
 
 BLOCK_MATRICES = ("qkv.weight", "output.weight", "up.weight", "down.weight", "gate.weight")
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Keller Jordan et al. 2024
+_TINY = 1e-7  # theirs, too: a matrix that is zero stays zero
 
 
 class MuonByValues:
@@ -38,7 +39,7 @@ class MuonByValues:
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """U·p(p(p(p(p(S)))))·Vᵀ of the normalised matrix, larger by the root of its height where it is tall; in fp64."""
-    left, values, right = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
+    left, values, right = torch.linalg.svd(matrix.double() / (matrix.double().norm() + _TINY), full_matrices=False)
     for _ in range(5):
         values = _A * values + _B * values**3 + _C * values**5
     tall = max(1.0, matrix.size(0) / matrix.size(1)) ** 0.5

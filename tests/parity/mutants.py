@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-import layouts
-import mutants_parallel
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from layouts import Case
 
 from megagpt.data.loader import Batch
 from megagpt.engine import materialise, optimizer, schedule, zero
 from megagpt.engine.zero import ZeroEngine
 from megagpt.model.attention import Attention
 from megagpt.model.layers import Head, PositionEmbedding
+from tests.parity import layouts, mutants_parallel
+from tests.parity.layouts import Case
 
 Wrapper = Callable[..., Any]  # (the original, *its arguments) → what it returns now
 

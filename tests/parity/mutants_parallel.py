@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import layouts
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +18,7 @@ from megagpt.engine.sequence import Ulysses
 from megagpt.engine.stages import Stages
 from megagpt.model.context import ContextBuilder, ForwardContext
 from megagpt.model.shards import ShardSpec
+from tests.parity import layouts
 
 Wrapper = Callable[..., Any]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
-from layouts import Case
 from torch.utils.cpp_extension import get_default_build_root
+
+from tests.parity.layouts import Case
 
 _PARTS = ("aio", "pin_memory")  # folders of DeepSpeed's sources
 _TWICE = ("c_library_name", "c_block_size", "c_io_queue_depth")  # defined in several files, for each alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layouts import CPU, LLAMA, MUON, OFFLOADED, Case
+from tests.parity.layouts import CPU, LLAMA, MUON, OFFLOADED, Case
 
 # the smallest chunk of tokens whose logits the loss holds is 512: 1,024 tokens a micro-batch make two
 MODEL = ("model.d_model=128", "model.n_layer=4", "model.vocab_size=1024", "model.seq_len=256")

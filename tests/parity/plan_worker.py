@@ -1,6 +1,7 @@
 """One rank of four that trains two updates of each case, and writes down what its tensors take. Started by groups.py.
 
-plan_worker.py JOB.json      JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+python -m tests.parity.plan_worker JOB.json
+JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 
 The engine and all that it allocates are real. The other ranks are not there: torch's fake process group answers for
 them, with copies of what this rank sends. With real ones, gloo's threads free tensors where no one can count it.
@@ -16,10 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import layouts
 import torch
-from plan_cases import CASES, WORLD
-from state_worker import data
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -27,6 +25,9 @@ from megagpt.distributed import Agreement, Rank
 from megagpt.engine.build import build
 from megagpt.engine.exchange import Exchange
 from megagpt.engine.start import start
+from tests.parity import layouts
+from tests.parity.plan_cases import CASES, WORLD
+from tests.parity.state_worker import data
 
 
 def main(job: dict[str, Any]) -> None:

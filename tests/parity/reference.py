@@ -6,27 +6,41 @@ and precision are written out here a second time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
-import alone
 import torch
 import torch.nn.functional as F
-from muon_by_values import BLOCK_MATRICES, MuonByValues
 
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
 from megagpt.recipe import Recipe
+from megagpt.recipe.sections import ScheduleSection
+from tests.parity import alone
+from tests.parity.muon_by_values import BLOCK_MATRICES, MuonByValues
 
 Samples = tuple[torch.Tensor, torch.Tensor]  # input_ids and labels, each [global batch, seq]
+Between = Callable[[int, Callable[[Samples], float]], None]
 
 
-def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samples) -> Curve:
-    """Train on one global batch per update; the schedule is `warmup_decay` over `total` updates.
+def train(
+    recipe: Recipe,
+    updates: Sequence[Samples],
+    total: int,
+    held_out: Samples,
+    between: Between = lambda *_: None,
+    *,
+    micro: Sequence[int] = (),
+) -> Curve:
+    """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
     In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
+    Before each update `between` is called with its number, counted from 1, and a function that measures the loss.
+    `micro` is the number of samples in each micro-batch of every update, whose gradients are summed in fp32; without it
+    the global batch is not divided.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # lest small gradients vanish
+    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # or small gradients would vanish
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
@@ -36,25 +50,48 @@ def train(recipe: Recipe, updates: Sequence[Samples], total: int, held_out: Samp
     optimizer, peaks = _optimizer(recipe, masters)
     losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(recipe, model, held_out).item()]
     for number, samples in enumerate(updates, start=1):
-        warmup = recipe.schedule.warmup_updates
-        share = min(number / warmup, (total + 1 - number) / (total + 1 - warmup))
+        between(number, lambda samples: _loss(recipe, model, samples).item())
+        share = _share(recipe.schedule, number, total, recipe.schedule.min_lr / section.lr)
         rates.append(section.lr * share)
         tokens.append(int((samples[1] != -100).sum()))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        model.zero_grad()
-        loss = _loss(recipe, model, samples)
-        (loss * scale).backward()
-        for name, parameter in model.named_parameters():
-            masters[name].grad = parameter.grad.float() / scale
-        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), section.clip or float("inf")).item())
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        size = micro[number - 1] if micro else len(samples[0])
+        total_loss = 0.0
+        for part in zip(*(tensor.split(size) for tensor in samples), strict=True):
+            model.zero_grad()
+            loss = _loss(recipe, model, part, tokens[-1])
+            (loss * scale).backward()
+            for name, parameter in model.named_parameters():
+                masters[name].grad += parameter.grad.float() / scale
+            total_loss += loss.item()
+        # in fp64: a sum of squares over a long vector is off by 1e-5 in fp32
+        norm = torch.cat([master.grad.flatten() for master in masters.values()]).double().norm()
+        torch.nn.utils.clip_grads_with_norm_(masters.values(), section.clip or math.inf, norm.float())
+        norms.append(norm.item())
         optimizer.step()
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(masters[name])
-        losses.append(loss.item())
+            parameter.data.copy_(masters[name].to(dtype))
+        losses.append(total_loss)
     evaluations.append(_loss(recipe, model, held_out).item())
     final = {name: p.detach() for name, p in masters.items()}
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
+
+
+def _share(schedule: ScheduleSection, number: int, total: int, floor: float) -> float:
+    """Fraction of the peak learning rate that update `number` of `total` uses."""
+    warmup, end = max(schedule.warmup_updates, 1), total + 1  # the rate would reach the floor one update after the last
+    if number < warmup:
+        return number / warmup
+    if schedule.type == "warmup_cosine":
+        height = (1 + math.cos(math.pi * (number - warmup) / (end - warmup))) / 2
+    elif schedule.type == "wsd":
+        height = min(1.0, (end - number) / (schedule.decay_updates + 1))
+    else:
+        height = (end - number) / (end - warmup)
+    return floor + (1 - floor) * height
 
 
 def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.optim.Optimizer, list[float]]:
@@ -74,7 +111,8 @@ def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.
         section.lr, section.lr, section.muon_lr]  # fmt: skip
 
 
-def _loss(recipe: Recipe, model: GPT, samples: Samples) -> torch.Tensor:
-    """The sum over the valid tokens of all samples, by their number."""
+def _loss(recipe: Recipe, model: GPT, samples: Samples, tokens: int | None = None) -> torch.Tensor:
+    """The sum over the valid tokens of these samples, divided by `tokens`, or by their own number."""
     logits = alone.logits(model, samples[0], recipe.document_end)
-    return F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="mean")
+    total = F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="sum")
+    return total / (tokens or (samples[1] != -100).sum())

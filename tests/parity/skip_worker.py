@@ -1,6 +1,7 @@
 """One rank that trains layouts, with bad updates among the good ones and without. Started by groups.py.
 
-skip_worker.py JOB.json      JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+python -m tests.parity.skip_worker JOB.json
+JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 """
 
 from __future__ import annotations
@@ -14,19 +15,40 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import layouts
-import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine import loss_scale
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.model.attention import Attention
+from tests.parity import layouts, needs
 
 GOOD, SAVED = range(4), 2  # updates; so many of them are saved
 BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}
+
+
+class Calls:
+    """What an engine calls during an update, in order."""
+
+    def __init__(self, refuse: bool) -> None:
+        self._refuse, self._losses, self._order = refuse, [], []
+
+    def accept(self, loss: float) -> bool:
+        """Refuse the loss, or refuse only what is not finite."""
+        self._losses.append(loss)
+        self._order.append("accept")
+        return not self._refuse and math.isfinite(loss)
+
+    def at_step(self) -> None:
+        """The step begins."""
+        self._order.append("step")
+
+    def on_all_ranks(self, loss: float, agreement: Agreement) -> list[dict[str, Any]]:
+        """Per rank the calls, and the loss in the result; collective."""
+        mine = {"order": self._order, "losses": list(map(repr, self._losses)), "loss": repr(loss)}
+        return [json.loads(line) for line in agreement.gather(json.dumps(mine))]
 
 
 class Planted:
@@ -80,7 +102,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     straight = []
     for number in GOOD:
         if number == SAVED:
-            engine.save_state(into(saved))
+            engine.save_state(folder_writer(saved))
         straight.append(update(engine, number))
     weights = {name: value.clone() for name, value in engine.weights()}
     false_alarms = engine.replicas_differ()
@@ -91,18 +113,22 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     engine.release()
 
     engine = build(resolved, 100, rank, agreement)
-    good, bad = [], {}
+    good, bad, reported = [], {}, {}
     for number, (kind, position) in zip(GOOD, (*BAD.items(), ("", 0)), strict=True):
         good.append(update(engine, number))
         if kind:
             planted.bad = "" if "refused" in kind else kind
-            bad[kind] = update(engine, position, accept=(lambda _: False) if "refused" in kind else math.isfinite).made
+            calls = Calls(refuse="refused" in kind)
+            result = update(engine, position, accept=calls.accept, at_step=calls.at_step)
+            bad[kind] = result.made
+            reported[kind] = calls.on_all_ranks(result.loss, agreement)
             planted.bad = ""
     same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
     scale = loss_scale.numbers(engine._engine.optimizer)
     flipped = flip(engine, rank, resolved)
     answer = {
         "made": bad,
+        "reported": reported,
         "same results": good == straight,
         "same weights": same,
         "hysteresis": scale.get("cur_hysteresis"),

@@ -4,15 +4,13 @@ import json
 from collections import defaultdict
 from functools import lru_cache
 
-import layouts
-import move_worker
 import pytest
-import reference
-from groups import SECONDS, launch
-from needs import missing
 from safetensors.torch import load_file
 
 from megagpt.parity.curve import seen, tolerance_of
+from tests.parity import layouts, move_worker, reference
+from tests.parity.groups import SECONDS, launch
+from tests.parity.needs import missing
 
 MOVES = (
     ("zero1-2ranks", "zero3-4ranks", "fp32"),
@@ -82,10 +80,10 @@ def moved(tmp_path_factory, after, possible):
         load[move_worker.case(source, kind).world].append(("nowhere", source, kind))
     for world, sources in save.items():
         job = {"folder": str(folder), "after": after, "save": sorted(sources), "load": []}
-        logs["save", world] = launch("move_worker.py", world, job, folder, SECONDS * len(sources))
+        logs["save", world] = launch("move_worker", world, job, folder, SECONDS * len(sources))
     for world, moves in load.items():
         job = {"folder": str(folder), "after": after, "save": [], "load": moves}
-        logs["load", world] = launch("move_worker.py", world, job, folder, SECONDS * len(moves))
+        logs["load", world] = launch("move_worker", world, job, folder, SECONDS * len(moves))
 
     def answer(source, target, kind):
         if reason := possible[1][source, target, kind]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import curve
-import layouts
-import mutants
 import pytest
-import reference
-from groups import run_cases
 
 from megagpt.parity.curve import compare
+from tests.parity import curve, layouts, mutants, reference
+from tests.parity.groups import run_cases
 
 UPDATES = 6
 TOTAL = 100

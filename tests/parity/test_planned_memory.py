@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from groups import SECONDS, launch
-from layouts import resolve
-from plan_cases import CASES
 
 from megagpt.plan.memory import memory
 from megagpt.plan.rank_state import ZeroSettings, local_parameters
 from megagpt.plan.states import state_bytes
+from tests.parity.groups import SECONDS, launch
+from tests.parity.layouts import resolve
+from tests.parity.plan_cases import CASES
 
 PEAK = 0.05  # allowed of the peak; activations and states are exact, what passes by between them is not
 REST = 0.02  # of what stays: padding, and token ids
@@ -18,9 +18,7 @@ REST = 0.02  # of what stays: padding, and token ids
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    log = launch(
-        "plan_worker.py", 1, {"folder": str(folder), "cases": [case.id for case in CASES]}, folder, 4 * SECONDS
-    )
+    log = launch("plan_worker", 1, {"folder": str(folder), "cases": [case.id for case in CASES]}, folder, 4 * SECONDS)
 
     def answer(case):
         """The case as resolved, and what rank 0 took."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
-import curve as curves
-import layouts
 import pytest
-import reference
-from groups import run_cases
-from needs import missing
 
+from megagpt.model import cost
 from megagpt.parity.curve import KINDS, compare, worst
+from tests.parity import curve as curves
+from tests.parity import layouts, reference
+from tests.parity.groups import run_cases
+from tests.parity.needs import missing
 
 TOTAL = 100  # the schedule's length, also of the short run
 
@@ -66,6 +67,24 @@ def curve(tmp_path_factory, updates):
 def test_the_table_names_every_layout():
     rows = (Path(__file__).parents[2] / "docs/parity.md").read_text().splitlines()
     assert [row.split(" | ")[0][2:] for row in rows if row.startswith("| ")][1:] == [case.id for case in layouts.CASES]
+
+
+STAGES = [case for case in layouts.CASES if case.id.startswith("stages-")]
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: case.id)
+def test_rows_are_named_by_the_layers_of_their_stages(case, tmp_path):
+    model = layouts.recipe_of(case, tmp_path).model
+    layers = ["E", *("P" if model.position == "learned" else ""), *("B" * model.n_layer), "N", "H"]
+    cuts = cost.boundaries(cost.layer_costs(model), case.config["pipeline"]["stages"])
+    stages = ["".join(layers[first:last]) for first, last in pairwise(cuts)]
+    assert case.id.removeprefix("stages-").split("-")[: len(stages)] == stages
+
+
+def test_every_kind_of_stage_has_a_row():
+    kinds = {part for case in STAGES for part in case.id.split("-")[1:] if part.isupper()}
+    alike = {kind.replace("B" * kind.count("B"), "B") for kind in kinds if "B" in kind} | {*kinds}
+    assert {"E", "EB", "EP", "EPB", "B", "BN", "NH", "H", "BNH", "EPBN", "PB"} <= alike
 
 
 @pytest.mark.parametrize("case", layouts.CASES, ids=lambda case: case.id)

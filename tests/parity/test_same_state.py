@@ -1,8 +1,9 @@
 """Layouts that cut the model: saved and loaded they go on bit for bit, and an evaluation in between changes nothing."""
 
-import layouts
 import pytest
-from groups import answers_of
+
+from tests.parity import layouts
+from tests.parity.groups import answers_of
 
 IDS = (
     "pipeline2",
@@ -18,6 +19,8 @@ IDS = (
     "tensor2-zero1-llama-data2",
     "ulysses2-tensor2",
     "ulysses2-zero2-llama-data2",
+    "stages-EPBBN-H-muon-offload-bf16",
+    "stages-E-PBB-BBN-H-offload",
 )
 CASES = [case for case in layouts.CASES if case.id in IDS]
 TIED = [case for case in CASES if "pipeline" in case.config and "model.tie_embeddings=false" not in case.recipe]
@@ -26,7 +29,7 @@ TIED = [case for case in CASES if "pipeline" in case.config and "model.tie_embed
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """By case what held."""
-    return answers_of("state_worker.py", CASES, tmp_path_factory.mktemp("state"))
+    return answers_of("state_worker", CASES, tmp_path_factory.mktemp("state"))
 
 
 def test_every_named_case_is_there():

@@ -1,11 +1,13 @@
 """An update with bad numbers is not made, on any layout: afterwards all is as if its data had never been seen."""
 
-import layouts
+import math
+
 import pytest
-from groups import answers_of
-from skip_worker import BAD
 
 from megagpt.parity.curve import TOLERANCES
+from tests.parity import layouts
+from tests.parity.groups import answers_of
+from tests.parity.skip_worker import BAD
 
 IDS = (
     *(f"zero{stage}-accumulate4-3ranks" for stage in range(4)),
@@ -36,6 +38,8 @@ IDS = (
     "ulysses2-zero3-bf16",
     "ulysses2-tensor2",
     "ulysses2-pipeline2-llama",
+    "stages-EPBBN-H-muon-offload-bf16",
+    "stages-EPBB-NH-data2-fp16",
 )
 CASES = [case for case in layouts.CASES if case.id in IDS]
 # no rank has a copy of the last one's embedding: there is one rank, or it is not tied to the head of the last stage
@@ -46,7 +50,7 @@ FP16 = [case for case in CASES if "precision=fp16" in case.recipe]
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """By case what held."""
-    return answers_of("skip_worker.py", CASES, tmp_path_factory.mktemp("skips"))
+    return answers_of("skip_worker", CASES, tmp_path_factory.mktemp("skips"))
 
 
 def test_every_named_case_is_there():
@@ -61,6 +65,17 @@ def test_bad_updates_leave_no_trace(case, answers):
     assert answer["same weights"]
     if case in FP16:
         assert answer["hysteresis"] == 1  # of 2: only the infinite gradient of a good loss speaks against the scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_loss_is_judged_once_and_every_rank_reports_it_and_the_step(case, answers):
+    for kind, ranks in answers(case)["reported"].items():
+        stages = case.config.get("pipeline", {}).get("stages", 1)
+        judges = ranks[-len(ranks) // stages :]  # of a pipeline the ranks of the last stage
+        assert all(rank["order"] == ["accept", "step"] for rank in judges)
+        assert all(rank["order"] == ["step"] for rank in ranks[: len(ranks) - len(judges)])
+        (loss,) = {value for rank in ranks for value in [rank["loss"], *rank["losses"]]}
+        assert math.isfinite(float(loss)) == (kind != "a loss that is NaN on one rank")
 
 
 @pytest.mark.parametrize("case", FP16, ids=lambda case: case.id)

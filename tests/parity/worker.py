@@ -1,6 +1,7 @@
 """One rank of a process group that runs many layouts one after another. Started by groups.py.
 
-worker.py JOB.json      JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
+python -m tests.parity.worker JOB.json
+JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import curve as curves
-import layouts
-import mutants
-import needs
 import torch
 
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
 from megagpt.parity.curve import Curve
+from tests.parity import curve as curves
+from tests.parity import layouts, mutants, needs
 
 
 def main(job: dict[str, Any]) -> None:

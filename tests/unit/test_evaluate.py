@@ -1,4 +1,4 @@
-"""Evaluation, yardsticks, generation and the report, on a tiny model whose figures can be worked out otherwise."""
+"""Evaluation, baselines, generation and the report, on a tiny model whose results can be computed in other ways."""
 
 import json
 import lzma
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megagpt import cli, evaluate, generate, recipe, report, yardsticks
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model import weights
 from megagpt.model.gpt import GPT, initialize
-from megagpt.prepare import Options, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from megagpt.run import checkpoint
 from megagpt.run.metrics import Metrics
 from megagpt.run.saving import Saver
@@ -24,13 +24,13 @@ from tests import training
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run directory of a model with its initial weights, made without the training code."""
+    """Create a run directory with the initial weights of a model, without the training code."""
     folder = tmp_path_factory.mktemp("evaluate")
     text = folder / "text"
     text.mkdir()
     inputs = [str(training.write_text(text))]
     train_tokenizer_command(inputs, 300, folder / "text")
-    prepare_command(inputs, folder / "text.model", folder / "text", Options(0.3))
+    prepare_command(inputs, folder / "text.model", folder / "text", PrepareOptions(0.3))
     path = folder / "run"
     path.mkdir()
     (path / "recipe.yaml").write_text(training.write_recipe(path, folder).read_text())
@@ -47,9 +47,8 @@ def run(tmp_path_factory):
 
 
 def whole_loss(run, tokens, eod):
-    """Nats per token over all tokens in windows of 32, each predicted from the ones before it in its window."""
-    said = recipe.load(run / "recipe.yaml")
-    model = GPT(said.model)
+    """Return nats per token over all tokens, in windows of 32, each predicted from the earlier ones in its window."""
+    model = GPT(recipe.load(run / "recipe.yaml").model)
     initialize(model, 1)
     total = 0.0
     with torch.no_grad():
@@ -60,9 +59,9 @@ def whole_loss(run, tokens, eod):
     return total / len(tokens)
 
 
-def test_the_loss_is_over_every_token_and_bits_count_every_byte(run):
+def test_loss_is_over_all_tokens_and_bits_over_all_bytes(run):
     result = evaluate.evaluate(run)
-    corpus = Reader(run.parent / "text.validation")
+    corpus = CorpusReader(run.parent / "text.validation")
     tokens = corpus.tokens.tolist()
     texts = [Tokenizer(run.parent / "text.model").decode(corpus.document(n).tolist()) for n in range(len(corpus))]
     assert result.tokens == len(tokens)
@@ -73,7 +72,7 @@ def test_the_loss_is_over_every_token_and_bits_count_every_byte(run):
     assert result.update == 12
 
 
-def test_a_text_file_is_evaluated_as_it_is(run, tmp_path):
+def test_a_text_file_can_be_evaluated(run, tmp_path):
     file = tmp_path / "new.txt"
     file.write_text("the of and that\nis was for on with\n" * 20)
     result = evaluate.evaluate(run, str(file))
@@ -82,10 +81,10 @@ def test_a_text_file_is_evaluated_as_it_is(run, tmp_path):
     assert result.loss == pytest.approx(whole_loss(run, tokens, tokenizer.eod), rel=1e-5)
 
 
-def test_yardsticks_are_what_they_say(run):
-    train, validation = (Reader(run.parent / f"text.{part}") for part in ("train", "validation"))
+def test_baselines_match_independent_computations(run):
+    train, validation = (CorpusReader(run.parent / f"text.{part}") for part in ("train", "validation"))
     tokenizer = Tokenizer(run.parent / "text.model")
-    measured = yardsticks.measure(train, validation, tokenizer)
+    measured = yardsticks.measure_baselines(train, validation, tokenizer)
     training_text, text = (
         b"".join(tokenizer.decode(corpus.document(n).tolist()).encode() for n in range(len(corpus)))
         for corpus in (train, validation)
@@ -104,9 +103,9 @@ def test_yardsticks_are_what_they_say(run):
     assert measured.unigram == pytest.approx(bits / len(text))
 
 
-def test_the_table_is_sorted_and_the_json_has_every_figure(run, capsys):
+def test_the_baseline_table_is_sorted_and_json_is_printed(run, capsys):
     assert cli.main(["evaluate", str(run), "--yardsticks"]) == 0
-    table = capsys.readouterr().out.split("less is better:\n")[1].splitlines()
+    table = capsys.readouterr().out.split("(lower is better):\n")[1].splitlines()
     figures = [float(line.split()[-1]) for line in table]
     assert len(figures) == 4
     assert figures == sorted(figures)
@@ -114,7 +113,7 @@ def test_the_table_is_sorted_and_the_json_has_every_figure(run, capsys):
     assert json.loads(capsys.readouterr().out)["update"] == 12
 
 
-def test_generation_is_the_same_for_the_same_seed_and_follows_the_prompt(run, capsys):
+def test_generation_depends_on_the_seed_and_follows_the_prompt(run, capsys):
     first, again, other = (generate.generate(run, "the of", 12, 1.0, None, None, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.continuation != other.continuation
@@ -125,8 +124,8 @@ def test_generation_is_the_same_for_the_same_seed_and_follows_the_prompt(run, ca
     assert capsys.readouterr().out == f"{generate.printable(first.prompt + first.continuation)}\n"
 
 
-def test_the_report_holds_the_figures_of_the_record(run, capsys):
-    curve = report.read(run)
+def test_the_report_matches_the_recorded_metrics(run, capsys):
+    curve = report.read_curve(run)
     assert curve.loss == [6.0 / update for update in range(1, 13)]
     assert curve.tokens == [128 * update for update in range(1, 13)]
     assert (curve.validation_tokens, curve.validation_loss) == ([1536], [0.75])
@@ -155,9 +154,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_without_a_traceback_and_exit_2(run, tmp_path, capsys, mistake):
-    words, message = MISTAKES[mistake]
-    assert cli.main([word.format(empty=tmp_path, run=run) for word in words]) == 2
+def test_mistakes_are_reported_without_a_traceback_and_exit_2(run, tmp_path, capsys, mistake):
+    arguments, message = MISTAKES[mistake]
+    assert cli.main([argument.format(empty=tmp_path, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message.format(empty=tmp_path, run=run))
     assert "\n  do: " in error

@@ -1,4 +1,4 @@
-"""A tokenizer trained once, Megatron's own reader and writer, and a way to make a corpus out of ids."""
+"""Fixtures: a tokenizer trained once, Megatron's own reader and writer, and corpora made from ids."""
 
 import itertools
 import warnings
@@ -6,8 +6,8 @@ import warnings
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.indexed import Reader
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed import CorpusReader
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -24,24 +24,24 @@ def tokenizer(texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def megatron():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns about every GPU package that is not there
+        warnings.simplefilter("ignore")  # it warns about every GPU package that is missing
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
 @pytest.fixture
 def make_corpus(tmp_path):
-    """Write documents of ids, each standing for three bytes an id, and open them."""
+    """Return a function that writes documents of ids, with three bytes of text per id, and opens the corpus."""
     numbers = itertools.count()
 
     def make(documents, vocab_size=50_000, eod=1, verified=True):
         prefix = tmp_path / f"corpus-{next(numbers)}"
-        with Writer(prefix, vocab_size) as writer:
+        with CorpusWriter(prefix, vocab_size) as writer:
             for ids in documents:
                 writer.add_document(ids, 3 * len(ids))
             writer.finish("0" * 64, eod)
         if not verified:
             prefix.with_name(prefix.name + ".json").unlink()
-        return Reader(prefix)
+        return CorpusReader(prefix)
 
     return make

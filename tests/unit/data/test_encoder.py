@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import encoder as encoder_module
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.tokenizer import Tokenizer
 from tests.unit.data.test_tokenizer import AWKWARD, foreign_model
 
@@ -15,8 +15,8 @@ TEXT = st.lists(
 ).map("".join)
 
 
-def whole(tokenizer, text):
-    """Ids by sentencepiece alone, the text in one piece."""
+def encode_whole(tokenizer, text):
+    """Encode the whole text with SentencePiece alone."""
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(text)
 
 
@@ -26,27 +26,27 @@ def ids(encoded):
 
 @given(batches=st.lists(st.lists(TEXT, max_size=5), max_size=4), most=st.sampled_from([0, 5, 1000]))
 @settings(max_examples=300)
-def test_words_give_the_ids_of_the_whole(tokenizer, batches, most):
-    encoder = Encoder(tokenizer)
-    assert encoder.by_words
-    with_memo = []
+def test_cached_words_give_the_ids_of_the_whole_text(tokenizer, batches, most):
+    encoder = CachedEncoder(tokenizer)
+    assert encoder.is_word_local
+    cached = []
     for texts in batches:
-        before, encoder_module._MOST = encoder_module._MOST, most
+        before, encoder_module._MAX_WORDS = encoder_module._MAX_WORDS, most
         try:
-            with_memo += ids(encoder.encode(texts))
+            cached += ids(encoder.encode(texts))
         finally:
-            encoder_module._MOST = before
-    assert with_memo == [whole(tokenizer, text) for texts in batches for text in texts]
+            encoder_module._MAX_WORDS = before
+    assert cached == [encode_whole(tokenizer, text) for texts in batches for text in texts]
 
 
-def test_words_give_the_ids_of_the_whole_on_documents(tokenizer, texts):
-    encoder = Encoder(tokenizer)
+def test_cached_words_give_the_ids_of_whole_documents(tokenizer, texts):
+    encoder = CachedEncoder(tokenizer)
     for _ in range(2):  # cold and warm
-        assert ids(encoder.encode(texts)) == [whole(tokenizer, text) for text in texts]
+        assert ids(encoder.encode(texts)) == [encode_whole(tokenizer, text) for text in texts]
 
 
 def trained(path, **changes):
-    """A model with settings like ours, but for `changes`."""
+    """Train a model with our settings, except for `changes`."""
     settings = {
         "model_type": "bpe", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False, "add_dummy_prefix": False, "allow_whitespace_only_pieces": True,
@@ -61,8 +61,8 @@ def trained(path, **changes):
     return Tokenizer(path)
 
 
-def test_a_model_whose_ids_may_depend_on_the_whole_text_is_given_whole_texts(tmp_path):
-    assert trained(tmp_path / "like-ours.model").by_words
+def test_models_that_are_not_word_local_encode_whole_texts(tmp_path):
+    assert trained(tmp_path / "like-ours.model").is_word_local
     others = [
         {"model_type": "unigram"},
         {"add_dummy_prefix": True},
@@ -75,15 +75,15 @@ def test_a_model_whose_ids_may_depend_on_the_whole_text_is_given_whole_texts(tmp
     ]
     for number, change in enumerate(others):
         model = trained(tmp_path / f"{number}.model", **change)
-        assert not model.by_words, change
+        assert not model.is_word_local, change
         text = "fox  and\n  the =  == x "
-        assert ids(Encoder(model).encode([text])) == [whole(model, text)]
-    assert not Tokenizer(foreign_model(tmp_path / "foreign.model")).by_words
+        assert ids(CachedEncoder(model).encode([text])) == [encode_whole(model, text)]
+    assert not Tokenizer(foreign_model(tmp_path / "foreign.model")).is_word_local
 
 
-def test_a_large_vocabulary_takes_four_bytes_an_id(tokenizer, monkeypatch):
+def test_a_large_vocabulary_takes_four_bytes_per_id(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "vocab_size", 65_500)
-    encoder = Encoder(tokenizer)
+    encoder = CachedEncoder(tokenizer)
     assert encoder.width == 4
     assert np.frombuffer(encoder.encode(["the end"])[0], "<i4").tolist() == tokenizer.encode("the end")
     assert np.frombuffer(encoder.end, "<i4").tolist() == [tokenizer.eod]

@@ -6,18 +6,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.evaluation import Evaluation, together
+from megagpt.data.evaluation import EvaluationBatches, combine_losses
 from megagpt.errors import UserError
 
 ANY_FIXTURE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def evaluation(corpus, **changes):
-    return Evaluation(corpus, **{"seq_len": 8, "vocab_size": 50_000, "micro_batch": 3, **changes})
+    return EvaluationBatches(corpus, **{"seq_len": 8, "vocab_size": 50_000, "micro_batch": 3, **changes})
 
 
 def pairs(batches):
-    """(token before, label) for each label that counts."""
+    """Return (input, label) for each label that is not ignored."""
     found = []
     for batch in batches:
         counts = batch.labels != -100
@@ -26,7 +26,7 @@ def pairs(batches):
 
 
 def in_order(ranks):
-    """The batches of all ranks in the order of the corpus."""
+    """Return the batches of all ranks in corpus order."""
     return [batch for step in zip(*(rank.batches() for rank in ranks), strict=True) for batch in step]
 
 
@@ -44,10 +44,10 @@ def test_every_token_is_a_label_once_after_the_token_before_it(make_corpus, toke
         assert len(batches) == len(rank) == -(-windows // (micro_batch * data_parallel))
         assert all(part.shape == (micro_batch, 8) and part.dtype == torch.int64 for b in batches for part in b)
         assert all(part.min() >= 0 for part, _ in batches)
-        assert (rank.tokens, rank.text_bytes, rank.whole) == (tokens, 3 * tokens, True)
+        assert (rank.tokens, rank.text_bytes, rank.is_complete) == (tokens, 3 * tokens, True)
 
 
-def test_a_window_sees_only_tokens_of_its_own_and_the_one_before(make_corpus):
+def test_a_window_holds_its_tokens_and_the_one_before(make_corpus):
     batch = next(evaluation(make_corpus([range(20)], eod=9)).batches())
     assert batch.input_ids.tolist() == [
         [9, 0, 1, 2, 3, 4, 5, 6],
@@ -57,7 +57,7 @@ def test_a_window_sees_only_tokens_of_its_own_and_the_one_before(make_corpus):
     assert batch.labels.tolist() == [[*range(8)], [*range(8, 16)], [16, 17, 18, 19, -100, -100, -100, -100]]
 
 
-def test_a_corpus_without_a_sidecar_leaves_out_its_first_token(make_corpus):
+def test_the_first_token_is_no_label_without_a_sidecar(make_corpus):
     ids = list(range(100, 120))
     part = evaluation(make_corpus([ids], verified=False))
     assert pairs(part.batches()) == list(itertools.pairwise(ids))
@@ -66,7 +66,7 @@ def test_a_corpus_without_a_sidecar_leaves_out_its_first_token(make_corpus):
 
 @pytest.mark.parametrize("samples", [1, 3, 10, 25, 26, 1000])
 @pytest.mark.parametrize("data_parallel", [1, 2])
-def test_a_limit_takes_windows_spread_evenly(make_corpus, samples, data_parallel):
+def test_limited_samples_are_windows_spread_evenly(make_corpus, samples, data_parallel):
     ids = list(range(200, 403))  # 26 windows, the last of 3 tokens
     corpus = make_corpus([ids])
     ranks = [evaluation(corpus, samples=samples, data_parallel=data_parallel, rank=r) for r in range(data_parallel)]
@@ -78,25 +78,25 @@ def test_a_limit_takes_windows_spread_evenly(make_corpus, samples, data_parallel
     for rank in ranks:
         assert rank.tokens == len(labels)
         assert rank.text_bytes == pytest.approx(3 * len(labels))
-        assert rank.whole == (samples >= 26)
+        assert rank.is_complete == (samples >= 26)
 
 
-def test_what_cannot_be_evaluated_is_named(make_corpus):
+def test_corpora_that_cannot_be_evaluated_are_rejected(make_corpus):
     empty = make_corpus([[], []])
     with pytest.raises(UserError) as error:
         evaluation(empty)
     assert str(error.value) == (
-        f"megagpt: the corpus holds no tokens to validate on\n  {empty.prefix}\n  do: prepare more text"
+        f"megagpt: the corpus has no tokens to evaluate on\n  {empty.prefix}\n  do: prepare more text"
     )
-    with pytest.raises(UserError, match="vocabulary of 100, the model only one of 99"):
+    with pytest.raises(UserError, match="vocabulary of 100, but the model has only 99"):
         evaluation(make_corpus([range(50)], vocab_size=100), vocab_size=99)
 
 
-def test_the_loss_over_several_corpora_is_that_over_all_their_tokens(make_corpus):
+def test_the_loss_of_several_corpora_is_that_of_all_their_tokens(make_corpus):
     parts = [evaluation(make_corpus([range(10)])), evaluation(make_corpus([range(30)]))]
-    loss, bits = together([(parts[0], 2.0), (parts[1], 4.0)])
+    loss, bits = combine_losses([(parts[0], 2.0), (parts[1], 4.0)])
     assert loss == pytest.approx((10 * 2 + 30 * 4) / 40)
     assert bits == pytest.approx((10 * 2 + 30 * 4) / (3 * 40) / math.log(2))
     alone = evaluation(make_corpus([range(7)]))
-    assert together([(alone, 2.34567)]) == (2.34567, alone.bits_per_byte(2.34567))
-    assert together([(parts[0], 2.0), (evaluation(make_corpus([range(30)], verified=False)), 4.0)])[1] is None
+    assert combine_losses([(alone, 2.34567)]) == (2.34567, alone.bits_per_byte(2.34567))
+    assert combine_losses([(parts[0], 2.0), (evaluation(make_corpus([range(30)], verified=False)), 4.0)])[1] is None

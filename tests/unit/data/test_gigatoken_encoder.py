@@ -1,4 +1,4 @@
-"""gigatoken's ids are sentencepiece's, or there is no gigatoken."""
+"""gigatoken gives the ids of SentencePiece, or is rejected."""
 
 import sys
 
@@ -23,47 +23,49 @@ def ids(encoded):
     return [np.frombuffer(one, "<u2").tolist() for one in encoded]
 
 
-def whole(tokenizer, texts):
-    """Ids by sentencepiece alone, each text in one piece."""
+def encode_whole(tokenizer, texts):
+    """Encode whole texts with SentencePiece alone."""
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(texts)
 
 
 @given(batch=st.lists(st.one_of(TEXT, st.text("<eod> \n", max_size=20)), max_size=5))
 @settings(max_examples=300)
-def test_it_gives_the_ids_of_sentencepiece(tokenizer, encoder, batch):
-    assert ids(encoder.encode(batch)) == whole(tokenizer, batch)
+def test_ids_equal_those_of_sentencepiece(tokenizer, encoder, batch):
+    assert ids(encoder.encode(batch)) == encode_whole(tokenizer, batch)
 
 
-def test_it_gives_the_ids_of_sentencepiece_on_documents(tokenizer, encoder, texts):
-    spelled = [text.replace(" the ", "<eod>", 3) for text in texts[:2]]  # which gigatoken by itself makes an end of
+def test_ids_equal_those_of_sentencepiece_on_documents(tokenizer, encoder, texts):
+    spelled = [
+        text.replace(" the ", "<eod>", 3) for text in texts[:2]
+    ]  # which gigatoken alone would encode as the control symbol
     for batch in ([*texts, *spelled], texts):
-        assert ids(encoder.encode(batch)) == whole(tokenizer, batch)
+        assert ids(encoder.encode(batch)) == encode_whole(tokenizer, batch)
 
 
-def test_its_memory_is_bounded(tokenizer, monkeypatch):
-    """Words that never come again fill its cache: some 9 bytes a byte of text, if it were not emptied."""
-    monkeypatch.setattr(gigatoken_encoder, "_GROWTH", 8 << 20)
+def test_memory_is_bounded(tokenizer, monkeypatch):
+    """Words that never repeat fill the cache: about 9 bytes per byte of text if it were not emptied."""
+    monkeypatch.setattr(gigatoken_encoder, "_CACHE_GROWTH", 8 << 20)
     encoder, draw = GigatokenEncoder(tokenizer), np.random.default_rng(1)
     held = []
     for _ in range(12):
         text = " ".join(f"{number:x}" for number in draw.integers(0, 1 << 40, 50_000).tolist())
-        assert ids(encoder.encode([text[:2000]])) == whole(tokenizer, [text[:2000]])
+        assert ids(encoder.encode([text[:2000]])) == encode_whole(tokenizer, [text[:2000]])
         encoder.encode([text])
-        held.append(gigatoken_encoder._resident())
-    assert max(held[3:]) - held[0] < 30 << 20  # one batch and the doubling of a table may come on top
+        held.append(gigatoken_encoder._resident_bytes())
+    assert max(held[3:]) - held[0] < 30 << 20  # one batch and the doubling of a hash table may be added
 
 
-def test_a_tokenizer_that_it_is_not_exact_for_is_refused(tmp_path):
+def test_an_incompatible_tokenizer_is_rejected(tmp_path):
     model = trained(tmp_path / "blank-before.model", add_dummy_prefix=True)
     with pytest.raises(UserError) as error:
         GigatokenEncoder(model)
     assert str(error.value) == (
-        "megagpt: the engine gigatoken gives sentencepiece's ids only for tokenizers of `megagpt tokenizer train`\n"
-        f"  {model.path}\n  do: leave out --engine: sentencepiece encodes with any tokenizer"
+        "megagpt: the engine gigatoken matches SentencePiece's ids only for tokenizers of `megagpt tokenizer train`\n"
+        f"  {model.path}\n  do: leave out --engine: SentencePiece encodes with any tokenizer"
     )
 
 
-def test_the_missing_package_is_named(tokenizer, monkeypatch):
+def test_a_missing_package_is_reported(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(UserError) as error:
         GigatokenEncoder(tokenizer)
@@ -73,7 +75,7 @@ def test_the_missing_package_is_named(tokenizer, monkeypatch):
     )
 
 
-def test_a_model_that_it_cannot_read_is_told(tokenizer, monkeypatch):
+def test_a_model_that_gigatoken_cannot_read_is_reported(tokenizer, monkeypatch):
     import gigatoken
 
     def refuse(content):

@@ -1,4 +1,4 @@
-"""Ids that several writers put into one .bin: the bytes and checksums of one writer."""
+"""Several writers of one .bin give the bytes and checksums of a single writer."""
 
 import itertools
 import zlib
@@ -8,38 +8,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.data import id_file
-from megagpt.data.id_file import IdFile, whole_stretches
+from megagpt.data.id_file import BinWriter, merge_ranges
 
 
-@given(content=st.binary(max_size=120), cuts=st.lists(st.integers(0, 120), max_size=4), stretch=st.integers(1, 50))
-def test_stretches_of_several_writers_go_together(tmp_path_factory, content, cuts, stretch):
+@given(content=st.binary(max_size=120), cuts=st.lists(st.integers(0, 120), max_size=4), range_bytes=st.integers(1, 50))
+def test_ranges_of_several_writers_merge(tmp_path_factory, content, cuts, range_bytes):
     path = tmp_path_factory.mktemp("c") / "c.bin"
     bounds = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
     parts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(id_file, "_STRETCH", stretch)
+        patch.setattr(id_file, "_RANGE", range_bytes)
         path.touch()
         for start, end in itertools.pairwise(bounds):
-            with IdFile(path, start) as file:
+            with BinWriter(path, start) as file:
                 file.write(content[start : (start + end) // 2])
                 file.write(content[(start + end) // 2 : end])
                 parts += file.finish()
-        whole = whole_stretches(parts)
+        whole = merge_ranges(parts)
     assert path.read_bytes() == content
-    cut = [content[at : at + stretch] for at in range(0, len(content), stretch)]
+    cut = [content[at : at + range_bytes] for at in range(0, len(content), range_bytes)]
     assert whole == [(len(part), zlib.crc32(part)) for part in cut]
 
 
 @pytest.mark.parametrize("start", [2**31 - 6, 2**32 - 6, 2**40])
-def test_a_writer_begins_beyond_what_32_bits_count(tmp_path, start):
+def test_a_writer_may_start_beyond_32_bit_offsets(tmp_path, start):
     (tmp_path / "c.bin").touch()
-    with IdFile(tmp_path / "c.bin", start) as file:
+    with BinWriter(tmp_path / "c.bin", start) as file:
         file.write(b"twelve bytes")
         parts = file.finish()
     assert (tmp_path / "c.bin").stat().st_size == start + 12  # sparse
     with (tmp_path / "c.bin").open("rb") as file:
         file.seek(start)
         assert file.read() == b"twelve bytes"
-    sizes = [6, 6] if start < 2**40 else [12]  # a stretch ends there
+    sizes = [6, 6] if start < 2**40 else [12]  # a range ends there
     assert [size for size, _ in parts] == sizes
     assert parts[-1][1] == zlib.crc32(b"twelve bytes"[-sizes[-1] :])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.evaluation import Evaluation
+from megagpt.data.evaluation import EvaluationBatches
 from megagpt.data.indexed import CorpusChanged, corpus_file
 from megagpt.data.loader import Loader, _are_cached
 from megagpt.errors import UserError
@@ -18,7 +18,7 @@ ANY_FIXTURE = settings(max_examples=25, suppress_health_check=[HealthCheck.funct
 
 @pytest.fixture
 def corpora(make_corpus):
-    """Two corpora whose ids tell where they stand: counting up, and counting up from 20,000."""
+    """Return two corpora whose ids reveal their position: they count up from 0 and from 20,000."""
     return [make_corpus([range(0, 3000), range(3000, 5000)]), make_corpus([range(20_000, 21_500)])]
 
 
@@ -29,83 +29,87 @@ def loader(corpora, weights=(1.0, 1.0), **changes):
 
 
 def samples(batches):
-    """Rows of all micro-batches, as the stretches of tokens that they came from."""
+    """Return the rows of all micro-batches, each as the range of tokens that it came from."""
     for batch in batches:
         assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
     return [[int(i[0]), *j.tolist()] for batch in batches for i, j in zip(*batch, strict=True)]
 
 
-def named_by_the_order(data, corpora, positions):
-    located = data.order.locate(positions)
-    places = zip(located.source, located.start, strict=True)
-    return [corpora[source].tokens[start : start + 17].tolist() for source, start in places]
+def expected_samples(data, corpora, positions):
+    locations = data.sampler.locate(positions)
+    starts = zip(locations.source, locations.start, strict=True)
+    return [corpora[source].tokens[start : start + 17].tolist() for source, start in starts]
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_batch_holds_the_stretches_that_the_order_names(corpora, count):
+def test_a_batch_holds_the_samples_that_the_sampler_selects(corpora, count):
     data = loader(corpora[:count], accumulation=3)
     batches = data.batches(96)
     assert len(batches) == 3
     for batch in batches:
         for part in batch:
             assert (part.dtype, part.shape) == (torch.int64, (4, 16))
-    assert samples(batches) == named_by_the_order(data, corpora, range(96, 96 + 12))
+    assert samples(batches) == expected_samples(data, corpora, range(96, 96 + 12))
 
 
-def test_inputs_and_labels_share_the_memory_that_was_gathered(corpora):
+def test_inputs_and_labels_share_memory(corpora):
     batch = loader(corpora[:1]).batches(0)[0]
     assert batch.labels.data_ptr() == batch.input_ids.data_ptr() + 8
     assert batch.input_ids.stride() == batch.labels.stride() == (17, 1)
 
 
-@pytest.mark.parametrize(("in_memory", "asked_for"), [(0, 12), (1, 12), (None, 0)])
-def test_the_coming_samples_are_asked_for_ahead_unless_all_are_in_memory(corpora, monkeypatch, in_memory, asked_for):
-    """The file system says that so many samples (None: all) are in memory, then that it would have to wait."""
-    told, asked = itertools.count(), []
+@pytest.mark.parametrize(("cached", "prefetched"), [(0, 12), (1, 12), (None, 0)])
+def test_coming_samples_are_prefetched_unless_all_are_cached(corpora, monkeypatch, cached, prefetched):
+    """The filesystem reports that this many samples (None: all) are cached, then that it would block."""
+    probes, advised = itertools.count(), []
 
-    def look(file, buffers, offset, flags):
+    def preadv(fd, buffers, offset, flags):
         assert flags == os.RWF_NOWAIT
-        if next(told) == in_memory:
+        if next(probes) == cached:
             raise BlockingIOError
         return len(buffers[0])
 
-    monkeypatch.setattr(os, "preadv", look)
-    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given))
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: advised.append(given))
     data = loader(corpora, accumulation=3)
-    expected = named_by_the_order(data, corpora, range(12, 24))
+    expected = expected_samples(data, corpora, range(12, 24))
     data.batches(0)
-    assert len(asked) == asked_for
-    pieces = [np.frombuffer(os.pread(file, size, offset), "<u2") for file, offset, size, _ in asked]
-    assert [piece.tolist() for piece in pieces] == expected[:asked_for]
-    assert {advice for *_, advice in asked} <= {os.POSIX_FADV_WILLNEED}
+    assert len(advised) == prefetched
+    ids = [np.frombuffer(os.pread(fd, size, offset), "<u2") for fd, offset, size, _ in advised]
+    assert [sample.tolist() for sample in ids] == expected[:prefetched]
+    assert {advice for *_, advice in advised} <= {os.POSIX_FADV_WILLNEED}
 
 
-def test_whether_samples_are_in_memory_is_asked_of_the_file_system(make_corpus):
+def test_page_cache_state_is_read_from_the_filesystem(make_corpus):
     corpus = make_corpus([range(20_000)])
-    os.fsync(corpus.file)
-    os.posix_fadvise(corpus.file, 0, 0, os.POSIX_FADV_DONTNEED)
-    said = []
+    os.fsync(corpus.fd)
+    os.posix_fadvise(corpus.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    cached = []
     for _ in range(2):
-        said.append(_are_cached([(corpus.file, 100, 0), (corpus.file, 100, 30_000)]))
-        os.pread(corpus.file, 40_000, 0)
-    assert said in ([False, True], [True, True], [False, False])  # a disk; memory only; one that cannot tell
-    assert not _are_cached([(corpus.file, 100, 39_950)])  # there is no such
+        cached.append(_are_cached([(corpus.fd, 100, 0), (corpus.fd, 100, 30_000)]))
+        os.pread(corpus.fd, 40_000, 0)
+    assert cached in (
+        [False, True],
+        [True, True],
+        [False, False],
+    )  # on a disk; on tmpfs; on a filesystem that cannot tell
+    assert not _are_cached([(corpus.fd, 100, 39_950)])  # beyond the end of the file
 
 
-def test_pinned_batches_are_pinned_one_by_one(corpora, monkeypatch):
-    """Nothing can be pinned without a GPU: what torch would be asked for is looked at."""
-    asked = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor) or tensor.clone())
+def test_inputs_and_labels_are_pinned_separately(corpora, monkeypatch):
+    """Nothing can be pinned without a GPU, so the calls of pin_memory are recorded instead."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append(tensor) or tensor.clone())
     pinned, plain = (loader(corpora, accumulation=2, pinned=on).batches(0) for on in (True, False))
-    assert [part.shape for part in asked] == [(4, 16)] * 4
-    assert all(part.is_contiguous() for part in asked)  # else the copy goes by way of memory that is not pinned
+    assert [part.shape for part in calls] == [(4, 16)] * 4
+    assert all(part.is_contiguous() for part in calls)  # else the copy goes through memory that is not pinned
     for ours, theirs in zip(pinned, plain, strict=True):
         assert all(map(torch.equal, ours, theirs))
-        assert ours.labels.data_ptr() != ours.input_ids.data_ptr() + 8  # they are the copies
+        assert ours.labels.data_ptr() != ours.input_ids.data_ptr() + 8  # these are the copies
 
 
 @pytest.mark.parametrize("layout", [(1, 24, 1), (1, 2, 12), (2, 3, 4), (2, 12, 1), (3, 4, 2), (4, 1, 6), (4, 6, 1)])
-def test_every_layout_trains_the_same_samples_in_an_update(corpora, layout):
+def test_an_update_trains_the_same_samples_on_every_layout(corpora, layout):
     data_parallel, micro_batch, accumulation = layout
     whole = loader(corpora, micro_batch=24)
     shape = {"micro_batch": micro_batch, "accumulation": accumulation, "data_parallel": data_parallel}
@@ -118,20 +122,20 @@ def test_every_layout_trains_the_same_samples_in_an_update(corpora, layout):
 
 @given(positions=st.lists(st.integers(0, 2000), max_size=6))
 @ANY_FIXTURE
-def test_what_comes_does_not_depend_on_what_was_asked_before(corpora, positions):
+def test_batches_do_not_depend_on_earlier_calls(corpora, positions):
     used = loader(corpora)
     for position in [*positions, 40, 44, 48]:
-        expected = named_by_the_order(used, corpora, range(position, position + 4))
+        expected = expected_samples(used, corpora, range(position, position + 4))
         assert samples(used.batches(position)) == expected
 
 
-def test_an_epoch_trains_every_window_once(corpora):
+def test_an_epoch_trains_each_sample_once(corpora):
     data = loader(corpora[:1], micro_batch=1)
-    firsts = [samples(data.batches(position))[0][0] for position in range(data.order.samples_per_epoch)]
+    firsts = [samples(data.batches(position))[0][0] for position in range(data.sampler.samples_per_epoch)]
     assert np.array_equal(np.diff(sorted(firsts)), np.full(len(firsts) - 1, 16))
 
 
-def test_the_fingerprint_changes_with_data_order_and_cut_only(corpora, make_corpus):
+def test_the_fingerprint_depends_on_data_order_and_seq_len_only(corpora, make_corpus):
     same = loader(corpora).fingerprint
     assert loader(corpora, micro_batch=2, accumulation=5).fingerprint == same
     copy = make_corpus([range(0, 3000), range(3000, 5000)])
@@ -155,39 +159,39 @@ def test_a_changed_file_without_a_sidecar_changes_the_fingerprint(make_corpus):
     assert loader([one]).fingerprint["sources"][0]["crc32"] is None
 
 
-def test_a_corpus_without_a_sidecar_is_accepted_and_said_to_be_unverified(make_corpus):
+def test_a_corpus_without_a_sidecar_is_noted_as_unverified(make_corpus):
     corpus = make_corpus([range(3000)], verified=False)
     name = corpus.prefix.rsplit("/", 1)[1]
-    assert loader([corpus]).notes == (f"{corpus.prefix}: unverified (no {name}.json says how it was made)",)
+    assert loader([corpus]).notes == (f"{corpus.prefix}: unverified, since it has no {name}.json",)
     assert loader([make_corpus([range(3000)])]).notes == ()
 
 
 @pytest.mark.parametrize(
-    ("verified", "place"), [(True, 0), (True, 100_000), (True, 199_999), (False, 0), (False, 199_999)]
+    ("verified", "index"), [(True, 0), (True, 100_000), (True, 199_999), (False, 0), (False, 199_999)]
 )
-def test_ids_that_the_model_does_not_know_are_found_before_training(make_corpus, verified, place):
+def test_ids_that_the_model_does_not_know_are_found_before_training(make_corpus, verified, index):
     ids = np.full(200_000, 9)
-    ids[place] = 999
+    ids[index] = 999
     corpus = make_corpus([ids], vocab_size=1000, verified=verified)
     with pytest.raises(UserError) as error:
         loader([corpus], vocab_size=999)
-    known = "has a vocabulary of 1000, the model only one of 999"
-    seen = "holds token ids such as 999, the model knows 0 to 998"
+    by_sidecar = "has a vocabulary of 1000, but the model has only 999"
+    by_ids = "holds token ids such as 999, but the model knows only 0 to 998"
     assert str(error.value) == (
-        f"megagpt: the corpus {known if verified else seen}\n  {corpus.prefix}\n"
-        "  do: set model.vocab_size to the tokenizer's, or prepare the corpus with the model's tokenizer"
+        f"megagpt: the corpus {by_sidecar if verified else by_ids}\n  {corpus.prefix}\n"
+        "  do: set model.vocab_size to that of the tokenizer, or prepare the corpus with the model's tokenizer"
     )
     loader([corpus], vocab_size=1000)
 
 
-def test_a_foreign_corpus_with_many_odd_ids_is_found_by_the_sample(make_corpus):
+def test_many_unknown_ids_in_a_foreign_corpus_are_found_by_probing(make_corpus):
     ids = np.full(1_000_000, 9)
     ids[300_000:340_000] = 999
     with pytest.raises(UserError, match="token ids such as 999"):
         loader([make_corpus([ids], vocab_size=1000, verified=False)], vocab_size=999)
 
 
-def test_a_corpus_shorter_than_a_sample_is_named(make_corpus):
+def test_a_corpus_shorter_than_one_sample_is_rejected(make_corpus):
     corpus = make_corpus([range(16)])
     with pytest.raises(UserError) as error:
         loader([make_corpus([range(17)]), corpus])
@@ -198,7 +202,7 @@ def test_a_corpus_shorter_than_a_sample_is_named(make_corpus):
 
 
 @pytest.mark.parametrize("layout", [(1, 24, 1), (2, 3, 4), (3, 2, 4)])
-def test_skipped_positions_are_left_out_and_no_other_sample_moves(corpora, layout):
+def test_skipped_positions_do_not_move_other_samples(corpora, layout):
     data_parallel, micro_batch, accumulation = layout
     shape = {"micro_batch": micro_batch, "accumulation": accumulation, "data_parallel": data_parallel}
     skip = [(5, 6), (40, 70), (95, 95)]
@@ -209,23 +213,23 @@ def test_skipped_positions_are_left_out_and_no_other_sample_moves(corpora, layou
         expected = kept[update * 24 : update * 24 + 24]
         steps = zip(*(rank.batches(position) for rank in ranks), strict=True)
         together = [sample for step in steps for sample in samples(step)]
-        assert together == named_by_the_order(ranks[0], corpora, expected)
-        position += ranks[0].span(position)
+        assert together == expected_samples(ranks[0], corpora, expected)
+        position += ranks[0].positions_used(position)
         assert position == expected[-1] + 1
-    assert samples(ranks[0].batches(40)) == samples(ranks[0].batches(71))  # a checkpoint may lie inside
+    assert samples(ranks[0].batches(40)) == samples(ranks[0].batches(71))  # a checkpoint may be within a skipped range
 
 
 @pytest.mark.parametrize("sizes", [(24,), (8, 16), (12, 4, 8), (1, 2, 3, 18)])
-def test_another_global_batch_goes_on_with_the_same_order(corpora, sizes):
+def test_the_order_continues_with_another_global_batch(corpora, sizes):
     position, seen = 100, []
-    for size in sizes:  # as a run that is resumed each time
+    for size in sizes:  # a run that is resumed each time
         seen += samples(loader(corpora, micro_batch=size).batches(position))
         position += size
-    assert seen == named_by_the_order(loader(corpora), corpora, range(100, 124))
+    assert seen == expected_samples(loader(corpora), corpora, range(100, 124))
 
 
-def break_(how):
-    """What may happen to a file that is being read."""
+def damage(how):
+    """Return a function that changes a file while it is being read."""
 
     def shorten(path):
         os.truncate(path, 1000)
@@ -233,7 +237,7 @@ def break_(how):
     def overwrite(path):
         with path.open("r+b") as file:
             file.write(b"\1\2\3\4")
-        os.utime(path, (1, 1))  # a clock of few ticks may not have moved since the file was made
+        os.utime(path, (1, 1))  # a coarse clock may not have advanced since the file was written
 
     def lengthen(path):
         with path.open("ab") as file:
@@ -245,38 +249,38 @@ def break_(how):
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        ("shorten", "had 10,000 bytes, and has 1,000 now"),
-        ("lengthen", "had 10,000 bytes, and has 10,002 now"),
-        ("overwrite", "has been written to"),
+        ("shorten", "had 10,000 bytes, now has 1,000"),
+        ("lengthen", "had 10,000 bytes, now has 10,002"),
+        ("overwrite", "was overwritten"),
     ],
 )
 @pytest.mark.parametrize("reader", ["training", "validation"])
-def test_a_corpus_that_changes_under_a_run_is_named_and_no_crash(corpora, how, what, reader):
+def test_a_corpus_that_changes_during_a_run_is_reported(corpora, how, what, reader):
     path = corpus_file(corpora[0].prefix, ".bin")
     if reader == "training":
         data = loader(corpora)
-        read = lambda: [data.batches(0) for _ in corpora]  # noqa: E731  # one is looked at each time
+        read = lambda: [data.batches(0) for _ in corpora]  # noqa: E731  # each call checks one corpus
     else:
-        data = Evaluation(corpora[0], seq_len=16, vocab_size=50_000, micro_batch=4)
+        data = EvaluationBatches(corpora[0], seq_len=16, vocab_size=50_000, micro_batch=4)
         read = lambda: list(data.batches())  # noqa: E731
     read()
-    break_(how)(path)
+    damage(how)(path)
     with pytest.raises(CorpusChanged) as error:
         read()
     assert str(error.value) == (
-        f"{path} has changed while it was read: it {what}. Restore it and start the same command again: "
-        "a run goes on from its last checkpoint"
+        f"{path} has changed while it was in use: it {what}. Restore it and run the same command again; "
+        "training resumes from its last checkpoint"
     )
 
 
-def test_a_corpus_cut_short_between_check_and_read_is_named(corpora):
+def test_a_corpus_truncated_between_check_and_read_is_reported(corpora):
     data = loader(corpora[:1])
     data._readers[0].check_unchanged = lambda: os.truncate(corpus_file(corpora[0].prefix, ".bin"), 0)
-    with pytest.raises(CorpusChanged, match="it has become shorter"):
+    with pytest.raises(CorpusChanged, match="it was truncated"):
         data.batches(0)
 
 
-def test_a_corpus_that_is_touched_replaced_or_removed_is_read_on(corpora):
+def test_a_corpus_may_be_touched_replaced_or_removed_during_a_run(corpora):
     data = loader(corpora)
     expected = samples(data.batches(8))
     path = corpus_file(corpora[0].prefix, ".bin")
@@ -289,37 +293,38 @@ def test_a_corpus_that_is_touched_replaced_or_removed_is_read_on(corpora):
     assert samples(data.batches(8)) == expected
 
 
-def test_sources_of_different_widths_blend(make_corpus):
+def test_sources_of_different_id_types_blend(make_corpus):
     corpora = [make_corpus([range(3000)], vocab_size=60_000), make_corpus([range(60_000, 62_000)], vocab_size=70_000)]
     assert [corpus.tokens.dtype for corpus in corpora] == ["uint16", "int32"]
     data = loader(corpora, vocab_size=70_000)
-    assert samples(data.batches(96)) == named_by_the_order(data, corpora, range(96, 100))
+    assert samples(data.batches(96)) == expected_samples(data, corpora, range(96, 100))
 
 
-def test_a_corpus_of_another_tokenizer_is_named(corpora, tmp_path):
+def test_a_corpus_of_another_tokenizer_is_rejected(corpora, tmp_path):
     file = tmp_path / "other.model"
     file.write_bytes(b"another")
     with pytest.raises(UserError) as error:
         loader(corpora, tokenizer=str(file))
     assert str(error.value) == (
-        f"megagpt: these two are of different tokenizers\n  000000000000…  {corpora[0].prefix}\n"
-        f"  ae448ac86c4e…  {file}\n  do: use the tokenizer that the corpus was made with, or prepare it anew"
+        f"megagpt: different tokenizers were used\n  000000000000…  {corpora[0].prefix}\n"
+        f"  ae448ac86c4e…  {file}\n  do: use the tokenizer that the corpus was prepared with, "
+        "or prepare the corpus again"
     )
 
 
-def test_no_file_appears_beside_the_data(corpora, tmp_path):
+def test_loading_writes_no_files(corpora, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     loader(corpora).batches(0)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_weights_may_count_times_through_a_source(corpora):
+def test_weights_may_count_epochs_of_a_source(corpora):
     data = loader(corpora, weights=(1.0, 2.0), by_epochs=True)  # 5,000 tokens once, 1,500 twice
-    assert data.order.shares == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
+    assert data.sampler.fractions == pytest.approx((5 / 8, 3 / 8), rel=1e-3)
     assert data.fingerprint != loader(corpora, weights=(1.0, 2.0)).fingerprint
 
 
-def test_the_corpora_say_which_token_ends_a_document(make_corpus):
+def test_the_corpora_define_the_token_that_ends_a_document(make_corpus):
     data = loader([make_corpus([[*range(2000), 5]] * 3 + [[]], eod=5)] * 2)
     assert data.document_end(None) == data.document_end(5) == 5
     foreign = loader([make_corpus([[*range(2000), 5]] * 3, eod=5, verified=False)])
@@ -327,19 +332,24 @@ def test_the_corpora_say_which_token_ends_a_document(make_corpus):
 
 
 @pytest.mark.parametrize(
-    ("ends", "said", "given", "message"),
+    ("ends", "recorded", "given", "message"),
     [
-        ((5,), (5,), 6, "the corpora do not agree which token ends a document\n  6  data.eod\n  5  {0}\n"),
-        ((5, 7), (5, 7), None, "the corpora do not agree which token ends a document\n  5  {0}\n  7  {1}\n"),
-        ((5,), (None,), None, "no corpus says which token ends a document\n  data.document_mask\n  do: give data.eod"),
-        ((9,), (5,), None, "document 0 ends with the token 9, not with 5, which ends documents\n  {0}\n"),
-        ((9,), (None,), 5, "document 0 ends with the token 9, not with 5, which ends documents\n  {0}\n"),
+        ((5,), (5,), 6, "the corpora disagree about the token that ends a document\n  6  data.eod\n  5  {0}\n"),
+        ((5, 7), (5, 7), None, "the corpora disagree about the token that ends a document\n  5  {0}\n  7  {1}\n"),
+        (
+            (5,),
+            (None,),
+            None,
+            "no corpus defines the token that ends a document\n  data.document_mask\n  do: set data.eod",
+        ),
+        ((9,), (5,), None, "document 0 ends with the token 9, not with the end-of-document token 5\n  {0}\n"),
+        ((9,), (None,), 5, "document 0 ends with the token 9, not with the end-of-document token 5\n  {0}\n"),
     ],
 )
-def test_an_end_of_documents_that_is_not_plain_is_refused(make_corpus, ends, said, given, message):
+def test_an_ambiguous_end_of_document_token_is_rejected(make_corpus, ends, recorded, given, message):
     corpora = [
         make_corpus([[*range(2000), end]], eod=eod or 0, verified=eod is not None)
-        for end, eod in zip(ends, said, strict=True)
+        for end, eod in zip(ends, recorded, strict=True)
     ]
     with pytest.raises(UserError) as error:
         loader(corpora).document_end(given)
@@ -347,7 +357,7 @@ def test_an_end_of_documents_that_is_not_plain_is_refused(make_corpus, ends, sai
 
 
 @pytest.mark.parametrize("call", ["pread", "fstat"])
-def test_a_file_system_that_went_away_is_named(corpora, monkeypatch, call):
+def test_an_unavailable_filesystem_is_reported(corpora, monkeypatch, call):
     def stale(*_):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -356,10 +366,12 @@ def test_a_file_system_that_went_away_is_named(corpora, monkeypatch, call):
         patched.setattr(os, call, stale)
         with pytest.raises(CorpusChanged) as error:
             data.batches(0)
-    assert "corpus-0.bin has changed while it was read: it can no longer be read: Stale file handle" in str(error.value)
+    assert "corpus-0.bin has changed while it was in use: it can no longer be read: Stale file handle" in str(
+        error.value
+    )
 
 
-def test_a_read_that_ended_early_is_made_again(corpora, monkeypatch):
+def test_a_short_read_is_repeated(corpora, monkeypatch):
     data, pread, calls = loader(corpora), os.pread, []
 
     def short_at_first(file, size, offset):
@@ -367,5 +379,5 @@ def test_a_read_that_ended_early_is_made_again(corpora, monkeypatch):
         return pread(file, size if len(calls) > 1 else 5, offset)
 
     monkeypatch.setattr(os, "pread", short_at_first)
-    assert samples(data.batches(0)) == named_by_the_order(data, corpora, range(4))
+    assert samples(data.batches(0)) == expected_samples(data, corpora, range(4))
     assert len(calls) == 8

@@ -1,4 +1,4 @@
-"""A line too long to be held means what json.loads says that it means."""
+"""A long JSON line is read with the same result as json.loads gives."""
 
 import json
 import tempfile
@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import long_line, reading
-from megagpt.data.documents import whole
-from megagpt.data.long_line import LongLine
-from megagpt.data.oddities import OddInput, Oddities
-from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import join_fragments
+from megagpt.data.long_line import LongJsonLine
+from megagpt.data.oddities import InputError, InputWarnings
+from megagpt.data.pieces import InputRange
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import MachineError
 
 UNITS = [
@@ -44,7 +44,7 @@ def documents(strings):
 
 @st.composite
 def lines(draw):
-    """JSON objects, good ones and such as were changed by hand, by chance, or cut short."""
+    """JSON objects: valid, invalid, with random changes, and truncated."""
     line = draw(documents(string) | documents(broken_string))
     for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         at = draw(st.integers(0, len(line)))
@@ -54,18 +54,20 @@ def lines(draw):
 
 def found(path, key, strict):
     """Documents and oddities; of those that are errors, the first."""
-    odd = Oddities(strict)
+    warnings = InputWarnings(strict)
     try:
-        fragments = list(read(Stretch(0, find_sources([str(path)], None)[0]), tuple(key.split(".")), odd))
-    except OddInput as error:
-        # Of a string that is no longer than a head, more may be shown here than is in its place.
-        return error.kind, error.place, error.kind == "not_a_string" or error.detail
-    assert all(fragment.last for fragment in whole(fragments))
-    return [(one.text, one.line) for one in whole(fragments)], odd
+        fragments = list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), tuple(key.split(".")), warnings)
+        )
+    except InputError as error:
+        # The detail of a long string shows only its head, of a short one possibly more.
+        return error.kind, error.location, error.kind == "not_a_string" or error.detail
+    assert all(fragment.is_last for fragment in join_fragments(fragments))
+    return [(one.text, one.line) for one in join_fragments(fragments)], warnings
 
 
 def text_of(line, key):
-    """What the json module alone makes of a line."""
+    """Return the text that the json module alone finds in a line."""
     try:
         value = json.loads(line.decode(errors="replace"))
         for one in key.split("."):
@@ -84,15 +86,15 @@ def text_of(line, key):
     strict=st.booleans(),
 )
 @settings(max_examples=int(__import__("os").environ.get("EX", "300")), deadline=None)
-def test_a_long_line_is_read_as_a_short_one(tmp_path_factory, line, key, block, long, end, strict):
+def test_a_long_line_is_read_like_a_short_one(tmp_path_factory, line, key, block, long, end, strict):
     path = tmp_path_factory.getbasetemp() / "a.jsonl"
     before = b'{"text": "first"}\n'
     path.write_bytes(before + line + end + (before if end else b""))
     expected = found(path, key, strict)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_LONGEST", 3)
-        patch.setattr(long_line, "BLOCK", block)
-        patch.setattr(long_line, "_LONG", long)
+        patch.setattr(reading, "_MAX_LINE", 3)
+        patch.setattr(long_line, "BLOCK_BYTES", block)
+        patch.setattr(long_line, "_MAX_INLINE", long)
         assert found(path, key, strict) == expected
     if not strict:
         text = text_of(line, key)
@@ -108,44 +110,46 @@ def test_a_long_line_is_read_as_a_short_one(tmp_path_factory, line, key, block, 
         (rb'{"a": "%s", "text": "%s\x"}', "Invalid \\escape at column 12582932"),
     ],
 )
-def test_what_is_wrong_with_a_long_line_is_told_as_of_a_short_one(tmp_path, monkeypatch, line, detail):
+def test_errors_of_a_long_line_are_those_of_a_short_one(tmp_path, monkeypatch, line, detail):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line.replace(b"%s", rb"\\4e2d" * (1 << 20)) + b"\n")
     assert found(path, "text", strict=False)[0] == []
-    with pytest.raises(OddInput) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(True)))
+    with pytest.raises(InputError) as error:
+        list(read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(True)))
     assert error.value.detail == detail
-    monkeypatch.setattr(reading, "_LONGEST", 1 << 30)
-    with pytest.raises(OddInput) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(True)))
+    monkeypatch.setattr(reading, "_MAX_LINE", 1 << 30)
+    with pytest.raises(InputError) as error:
+        list(read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(True)))
     assert error.value.detail == detail
 
 
-def test_long_strings_lie_on_the_disk(tmp_path):
-    """What is held in memory of a line of 20 MB: its strings' heads and marks, and a block."""
+def test_long_strings_are_stored_on_disk(tmp_path):
+    """Only the heads and markers of the strings of a 20 MB line, and one block, are in memory."""
     text = "\\u4e2d\\ud83d\\ude00 \\\\x" * 500_000
     path = tmp_path / "line"
     path.write_text(f'{{"text": "{text}", "list": ["{text}", 1, "{text}"]}}\n')
-    with path.open("rb") as file, LongLine(file.readline(100), file, tmp_path) as line:
+    with path.open("rb") as file, LongJsonLine(file.readline(100), file, tmp_path) as line:
         assert len(line.skeleton) < 1200
         assert line.size == path.stat().st_size
         value = json.loads(line.skeleton)
         for one in (value["text"], *value["list"][::2]):
-            stretches = list(line.text(one))
-            assert "".join(stretches) == "中😀 \\x" * 500_000
-            assert max(map(len, stretches)) <= long_line.BLOCK
+            blocks = list(line.read_string(one))
+            assert "".join(blocks) == "中😀 \\x" * 500_000
+            assert max(map(len, blocks)) <= long_line.BLOCK_BYTES
         assert list(tmp_path.iterdir()) == [path]  # the file has no name
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "word " * 2_000_000}) + "\n")
     store = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115, closed by the reader
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: store)
     with pytest.raises(MachineError) as error:
-        list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities(), tmp_path))
+        list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings(), tmp_path)
+        )
     assert str(error.value) == (
-        "megagpt: cannot put the text of a long line aside: No space left on device\n"
-        f"  {tmp_path}\n  do: make room there, then type the command again"
+        "megagpt: cannot store the text of a long line: No space left on device\n"
+        f"  {tmp_path}\n  do: free space there, then run the command again"
     )
     assert store.closed

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megagpt.data.encoder import Encoder
+from megagpt.data.encoder import CachedEncoder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -19,7 +19,7 @@ TEXT = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
-    """A byte-level BPE with a symbol put before each text, padding and truncation, which must all be switched off."""
+    """Train a byte-level BPE with a leading token, padding and truncation, all of which must be disabled."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,11 +35,11 @@ def hugging_face(tmp_path_factory):
 
 
 def local_encoding(monkeypatch):
-    """A tiktoken encoding of bytes and one pair, where a real one would be fetched from the network."""
+    """Replace tiktoken's download by an encoding of the bytes and one merge."""
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256}
-    made = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END: 257})
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": made}.__getitem__)
-    return made
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END: 257})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    return encoding
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def encoding(monkeypatch):
 
 
 @given(texts=st.lists(TEXT.map("".join), max_size=4))
-def test_a_tokenizer_json_gives_its_ids_and_never_a_control_symbols(hugging_face, texts):
+def test_a_tokenizer_json_never_encodes_text_to_control_symbols(hugging_face, texts):
     model = Tokenizer(hugging_face)
-    encoded = [np.frombuffer(ids, "<u2").tolist() for ids in Encoder(model).encode(texts)]
+    encoded = [np.frombuffer(ids, "<u2").tolist() for ids in CachedEncoder(model).encode(texts)]
     plain = tokenizers.Tokenizer.from_file(str(hugging_face))
     plain.no_truncation()
     plain.no_padding()
@@ -62,27 +62,27 @@ def test_a_tokenizer_json_gives_its_ids_and_never_a_control_symbols(hugging_face
     assert [model.encode(text) for text in texts] == encoded
 
 
-def test_a_tokenizer_jsons_facts_are_those_of_its_file(hugging_face):
+def test_attributes_match_the_tokenizer_json(hugging_face):
     model = Tokenizer(hugging_face)
-    assert (model.vocab_size, model.eod, model.unknown, model.by_words) == (284, 1, None, False)
+    assert (model.vocab_size, model.eod, model.unknown, model.is_word_local) == (284, 1, None, False)
     assert model.control_symbols == ("<s>", END)
     assert model.decode([model.eod, *model.encode("the fox"), model.eod]) == "the fox"
     assert model.sha256 == hashlib.sha256(hugging_face.read_bytes()).hexdigest()
 
 
 @given(text=TEXT.map("".join))
-def test_a_tiktoken_encoding_gives_its_ids_and_never_a_control_symbols(text):
+def test_a_tiktoken_encoding_never_encodes_text_to_control_symbols(text):
     with pytest.MonkeyPatch.context() as patch:
-        made = local_encoding(patch)
+        expected = local_encoding(patch)
         model = Tokenizer("gpt2")
         assert (model.vocab_size, model.eod, model.control_symbols) == (258, 257, (END,))
         ids = model.encode(text)
-        assert ids == made.encode_ordinary(text)
+        assert ids == expected.encode_ordinary(text)
         assert model.decode([*ids, model.eod]) == text
         assert model.eod not in ids
 
 
-def test_encodings_are_told_apart_by_their_hash(encoding, monkeypatch):
+def test_encodings_differ_in_their_hash(encoding, monkeypatch):
     one = Tokenizer("gpt2").sha256
     ranks = {bytes([i]): i for i in range(256)} | {b"he": 256}
     other = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={END: 257})
@@ -90,25 +90,25 @@ def test_encodings_are_told_apart_by_their_hash(encoding, monkeypatch):
     assert Tokenizer("gpt2").sha256 != one
 
 
-def refused(path):
+def rejection(path):
     with pytest.raises(UserError) as error:
         Tokenizer(path)
     return str(error.value).removeprefix("megagpt: ")
 
 
-def test_what_cannot_be_used_is_said(hugging_face, encoding, tmp_path, monkeypatch):
+def test_unusable_tokenizers_are_rejected(hugging_face, encoding, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    what, where, do = refused(path).splitlines()
-    assert what.startswith("not a tokenizer of Hugging Face's: ")
+    what, where, do = rejection(path).splitlines()
+    assert what.startswith("not a Hugging Face tokenizer: ")
     assert (where, do) == (f"  {path}", "  do: give its tokenizer.json")
     path.write_text(hugging_face.read_text().replace(END, "<|other|>"))
-    assert refused(path).startswith("the tokenizer has no end-of-document symbol (none of <|endoftext|>, ")
-    assert refused("cl100k_base").splitlines()[0].startswith("cannot load this encoding: ")
-    assert refused("no-such-name").splitlines()[0] == "cannot read the tokenizer: No such file or directory"
+    assert rejection(path).startswith("the tokenizer has no end-of-document token (none of <|endoftext|>, ")
+    assert rejection("cl100k_base").splitlines()[0].startswith("cannot load this encoding: ")
+    assert rejection("no-such-name").splitlines()[0] == "cannot read the tokenizer: No such file or directory"
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    assert refused("gpt2").splitlines()[0] == "cannot read the tokenizer: No such file or directory"
+    assert rejection("gpt2").splitlines()[0] == "cannot read the tokenizer: No such file or directory"
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert refused(hugging_face) == (
+    assert rejection(hugging_face) == (
         f'a tokenizer.json needs the package tokenizers\n  {hugging_face}\n  do: pip install "megagpt[tokenizers]"'
     )

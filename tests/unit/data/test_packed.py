@@ -1,4 +1,4 @@
-"""Packed corpora as training reads them: sample by sample, what fills them up no label, documents apart."""
+"""Packed corpora as training reads them: whole samples, padding that is no label, separate documents."""
 
 import itertools
 import json
@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt import yardsticks
-from megagpt.data.evaluation import Evaluation
-from megagpt.data.indexed import Reader, corpus_file
-from megagpt.data.indexed_writer import Writer
-from megagpt.data.loader import IGNORED, Loader
-from megagpt.data.order import Order
+from megagpt.data.evaluation import EvaluationBatches
+from megagpt.data.indexed import CorpusReader, corpus_file
+from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.data.loader import Loader
+from megagpt.data.order import Sampler
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.prepare.packing import pack
 from megagpt.recipe import ModelSection
+from megagpt.state import IGNORE_INDEX
 
 SEQ_LEN, EOD = 16, 1
 LENGTHS = [9, 17, 5, 40, 3, 3, 8, 12, 18, 2, 2, 11, 16, 15, 7, 4, 6]
@@ -26,17 +27,17 @@ LENGTHS = [9, 17, 5, 40, 3, 3, 8, 12, 18, 2, 2, 11, 16, 15, 7, 4, 6]
 
 @pytest.fixture
 def packed(make_corpus, tmp_path):
-    """Documents of 2 and up, no id twice but the end of each, packed; 18 and 35 tokens leave a lone end."""
+    """Return packed documents in which every id but the end is unique; 18 and 35 tokens leave a lone end."""
     first, documents = 2, []
     for length in [*LENGTHS * 3, 35]:
         documents.append([*range(first, first + length - 1), EOD])
         first += length
     prefix = tmp_path / "packed"
-    with Writer(prefix, 50_000) as writer:
+    with CorpusWriter(prefix, 50_000) as writer:
         summary = pack(make_corpus(documents), writer, SEQ_LEN, EOD, tmp_path)
         writer.text_bytes = 3 * first
         writer.finish("0" * 64, EOD, None, SEQ_LEN, summary.padding)
-    return Reader(prefix)
+    return CorpusReader(prefix)
 
 
 def loader(corpora, weights=(1.0, 1.0), **changes):
@@ -44,42 +45,42 @@ def loader(corpora, weights=(1.0, 1.0), **changes):
     return Loader([(corpus.prefix, weight) for corpus, weight in zip(corpora, weights, strict=False)], **options)
 
 
-def refused(call, *arguments, **named):
+def rejection(call, *arguments, **named):
     with pytest.raises(UserError) as error:
         call(*arguments, **named)
     return str(error.value).removeprefix("megagpt: ")
 
 
 @given(sources=st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_an_epoch_of_a_packed_source_is_each_of_its_samples_once(sources, seed):
+def test_an_epoch_of_a_packed_source_has_each_sample_once(sources, seed):
     tokens = [count * 9 if is_packed else count * 8 + 9 for count, is_packed in sources]
     packed = [number for number, (_, is_packed) in enumerate(sources) if is_packed]
-    order = Order(tokens, [1.0] * len(sources), 8, seed, packed)
-    located = order.locate(range(order.block * 130))
+    sampler = Sampler(tokens, [1.0] * len(sources), 8, seed, packed)
+    located = sampler.locate(range(sampler.block_size * 130))
     for number in packed:
         count = sources[number][0]
-        assert order.samples[number] == count
+        assert sampler.samples[number] == count
         for epoch in range(3):
             starts = located.start[(located.source == number) & (located.epoch == epoch)]
             assert sorted(starts.tolist()) == [9 * sample for sample in range(count)]
-    plain = Order(tokens, [1.0] * len(sources), 8, seed).locate(range(130))
+    plain = Sampler(tokens, [1.0] * len(sources), 8, seed).locate(range(130))
     kept = ~np.isin(plain.source, packed)
     assert np.array_equal(plain.start[kept], located.start[:130][kept])
 
 
-def test_a_batch_holds_whole_samples_and_no_label_is_padding(packed):
+def test_a_batch_holds_whole_samples_and_padding_is_no_label(packed):
     data = loader([packed], micro_batch=2, accumulation=3)
     seen, labels = [], 0
-    assert data.order.samples_per_epoch == len(packed) > 12
+    assert data.sampler.samples_per_epoch == len(packed) > 12
     for position in range(0, len(packed) - 5, 6):
         for batch in data.batches(position):
             assert [part.dtype for part in batch] == [torch.int64] * 2
             for inputs, label in zip(*(part.tolist() for part in batch), strict=True):
-                # What the labels hide is known here: an end after an end.
-                whole = [inputs[0], *(EOD if token == IGNORED else token for token in label)]
+                # The hidden labels are known: an end-of-document token after another one.
+                whole = [inputs[0], *(EOD if token == IGNORE_INDEX else token for token in label)]
                 assert whole[:-1] == inputs
                 hidden = [(a, b) == (EOD, EOD) for a, b in itertools.pairwise(whole)]
-                assert [token == IGNORED for token in label] == hidden
+                assert [token == IGNORE_INDEX for token in label] == hidden
                 seen.append(whole)
                 labels += len(label) - sum(hidden)
     everything = [packed.sequence(number).tolist() for number in range(len(packed))]
@@ -88,14 +89,14 @@ def test_a_batch_holds_whole_samples_and_no_label_is_padding(packed):
     assert labels > 0
 
 
-def test_every_end_of_text_is_a_label_and_every_end_of_padding_is_none(packed):
-    """What is hidden is the padding, and each rest of a document that is its end alone, after another end."""
+def test_document_ends_are_labels_and_padding_is_not(packed):
+    """Hidden are the padding and remainders of documents that consist of the end token alone, after another end."""
     data = loader([packed])
     labels = [token for n in range(len(packed)) for token in data.batches(n)[0].labels[0].tolist()]
-    hidden = labels.count(IGNORED)
-    rests = 3 + 1  # of 18 and 35 tokens: one more than one or two samples
-    assert 0 < packed.sidecar.padding <= hidden <= packed.sidecar.padding + rests
-    ids = [token for token in labels if token not in (IGNORED, EOD)]
+    hidden = labels.count(IGNORE_INDEX)
+    remainders = 3 + 1  # of 18 and 35 tokens: one more than one or two samples
+    assert 0 < packed.sidecar.padding <= hidden <= packed.sidecar.padding + remainders
+    ids = [token for token in labels if token not in (IGNORE_INDEX, EOD)]
     assert len(set(ids)) == len(ids)
 
 
@@ -104,52 +105,53 @@ def test_packed_and_other_sources_blend(packed, make_corpus):
     data = loader([packed, other], micro_batch=64)
     found = {0: 0, 1: 0}
     (batch,) = data.batches(0)
-    located = data.order.locate(range(64))
+    located = data.sampler.locate(range(64))
     for row, (source, start) in enumerate(zip(located.source, located.start, strict=True)):
         ids = (packed, other)[source].tokens[start : start + SEQ_LEN + 1].tolist()
         found[source] += 1
         assert batch.input_ids[row].tolist() == ids[:-1]
-        assert source == 0 or batch.labels[row].tolist() == ids[1:]  # two ends in a row are labels there
+        assert source == 0 or batch.labels[row].tolist() == ids[1:]  # there two ends in a row are labels
         assert source == 1 or start % (SEQ_LEN + 1) == 0
     assert min(found.values()) > 10
 
 
-def test_only_a_model_of_its_seq_len_trains_on_a_packed_corpus(packed):
-    for seq_len in (8, 32, 100_000):  # the last one being more than all its tokens
-        assert refused(loader, [packed], seq_len=seq_len) == (
-            f"the corpus is packed for a seq_len of 16, the model has one of {seq_len}\n  {packed.prefix}\n"
+def test_a_packed_corpus_needs_a_model_of_its_seq_len(packed):
+    for seq_len in (8, 32, 100_000):  # the last one exceeds the corpus
+        assert rejection(loader, [packed], seq_len=seq_len) == (
+            f"the corpus is packed for a seq_len of 16, but the model has {seq_len}\n  {packed.prefix}\n"
             f"  do: set model.seq_len to 16, or prepare the corpus with --pack {seq_len}"
         )
 
 
-def test_packing_changes_the_fingerprint_and_its_absence_does_not(packed, make_corpus):
+def test_only_packing_is_added_to_the_fingerprint(packed, make_corpus):
     is_packed = loader([packed]).fingerprint
     assert is_packed["sources"][0]["packed"] == SEQ_LEN
     path = corpus_file(packed.prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "packed": None}))
     assert loader([packed]).fingerprint != is_packed
-    assert "packed" not in loader([packed]).fingerprint["sources"][0]  # as in checkpoints of before
+    assert "packed" not in loader([packed]).fingerprint["sources"][0]  # as in earlier checkpoints
 
 
-def test_the_end_of_documents_is_what_a_packed_corpus_says(packed):
+def test_a_packed_corpus_defines_the_end_of_document_token(packed):
     assert any(packed.document(number)[-1] != EOD for number in range(len(packed)))
     assert loader([packed]).document_end(None) == loader([packed]).document_end(EOD) == EOD
-    assert "the corpora do not agree" in refused(loader([packed]).document_end, 5)
+    assert "the corpora disagree" in rejection(loader([packed]).document_end, 5)
 
 
-def test_a_packed_corpus_is_not_validated_on(packed):
-    assert refused(Evaluation, packed, seq_len=16, vocab_size=50_000, micro_batch=4) == (
-        f"the corpus is packed, and not all of its tokens can be predicted\n  {packed.prefix}\n"
-        "  do: validate on a validation part, which is never packed, or prepare the text without --pack"
+def test_a_packed_corpus_cannot_be_evaluated(packed):
+    assert rejection(EvaluationBatches, packed, seq_len=16, vocab_size=50_000, micro_batch=4) == (
+        f"the corpus is packed, so not all of its tokens can be predicted\n  {packed.prefix}\n"
+        "  do: evaluate on a validation part, which is never packed, or prepare the text without --pack"
     )
 
 
-def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, make_corpus):
+def test_a_packed_corpus_without_its_sidecar_is_noted(packed, make_corpus):
     path = corpus_file(packed.prefix, ".json")
     path.unlink()
-    unverified = f"{packed.prefix}: unverified (no packed.json says how it was made)"
+    unverified = f"{packed.prefix}: unverified, since it has no packed.json"
     assert loader([packed], seq_len=8).notes == (
-        f"{unverified}; all its documents have 17 tokens, as if packed for a seq_len of 16: read across",
+        f"{unverified}; all its documents have 17 tokens, as if it was packed for a seq_len of 16, "
+        "but without a sidecar samples cross document boundaries",
     )
     for documents in (
         [range(40)],
@@ -158,18 +160,19 @@ def test_a_packed_corpus_without_its_sidecar_is_told_to_look_like_one(packed, ma
         [range(17)] * 9,
     ):
         other = make_corpus(documents, verified=False)
-        assert ("as if packed" in loader([other]).notes[0]) == (len(documents) == 9)
+        assert ("as if it was packed" in loader([other]).notes[0]) == (len(documents) == 9)
 
 
-def test_a_sidecar_of_other_samples_is_refused(packed):
+def test_a_sidecar_with_other_sample_sizes_is_rejected(packed):
     path = corpus_file(packed.prefix, ".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "packed": 17}))
-    assert refused(Reader, packed.prefix) == (
-        f"the sidecar speaks of samples of 18 tokens, the corpus has others\n  {path}\n  do: prepare the corpus again"
+    assert rejection(CorpusReader, packed.prefix) == (
+        f"the sidecar describes samples of 18 tokens, but those of the corpus differ\n  {path}\n"
+        "  do: prepare the corpus again"
     )
 
 
-def test_the_unigram_yardstick_does_not_count_padding(packed, make_corpus):
+def test_the_unigram_baseline_does_not_count_padding(packed, make_corpus):
     real = packed.tokens.tolist()
     for _ in range(packed.sidecar.padding):
         real.remove(EOD)
@@ -179,8 +182,8 @@ def test_the_unigram_yardstick_does_not_count_padding(packed, make_corpus):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_a_change_in_one_document_of_a_sample_leaves_the_bits_of_the_others(packed, position):
-    """What the loader gives, through a model that keeps within documents."""
+def test_documents_of_a_sample_do_not_affect_each_other(packed, position):
+    """Run batches of the loader through a model that masks attention at document boundaries."""
     section = ModelSection(
         n_layer=2, n_head=2, d_model=16, vocab_size=50_000, seq_len=SEQ_LEN, position=position, norm="rmsnorm"
     )
@@ -189,13 +192,13 @@ def test_a_change_in_one_document_of_a_sample_leaves_the_bits_of_the_others(pack
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     plain.load_state_dict(model.state_dict())
-    data, looked_at = loader([packed]), 0
+    data, compared = loader([packed]), 0
     for number in range(len(packed)):
         (batch,) = data.batches(number)
         ends = (batch.input_ids[0] == EOD).nonzero().flatten().tolist()
         if not ends or ends[0] in (0, SEQ_LEN - 1):
             continue
-        looked_at += 1
+        compared += 1
         changed = batch.input_ids.clone()
         changed[0, : ends[0]] = 40_000
         begin = ends[0] + 1
@@ -203,7 +206,7 @@ def test_a_change_in_one_document_of_a_sample_leaves_the_bits_of_the_others(pack
         assert torch.equal(before[:, begin:], after[:, begin:])
         assert not torch.equal(before[:, :begin], after[:, :begin])
         assert not torch.equal(plain(batch.input_ids).logits[:, begin:], plain(changed).logits[:, begin:])
-        # Each document gets the logits that it gets alone.
+        # Each document has the same logits as when it is run alone.
         alone = plain(batch.input_ids[:, begin : ends[1] + 1 if len(ends) > 1 else None]).logits
         torch.testing.assert_close(before[:, begin : begin + alone.shape[1]], alone, rtol=1e-4, atol=1e-4)
-    assert looked_at > 5
+    assert compared > 5

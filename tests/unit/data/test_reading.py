@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megagpt.data import pieces, reading
-from megagpt.data.documents import whole
-from megagpt.data.oddities import OddInput, Oddities, Place
-from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.documents import join_fragments
+from megagpt.data.oddities import InputError, InputLocation, InputWarnings
+from megagpt.data.pieces import InputRange
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import UserError
 from tests.unit.data.whole import whole_documents
 
@@ -23,11 +23,11 @@ def jsonl(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def documents(*paths, odd=None, key="text"):
-    sources = find_sources([str(path) for path in paths], None)
+def documents(*paths, warnings=None, key="text"):
+    files = find_input_files([str(path) for path in paths], None)
     return [
         (document.name.split("/")[-1], document.text)
-        for document in whole_documents(sources, tuple(key.split(".")), odd or Oddities())
+        for document in whole_documents(files, tuple(key.split(".")), warnings or InputWarnings())
     ]
 
 
@@ -36,9 +36,9 @@ def texts(*paths, **options):
 
 
 @given(texts=st.lists(ANY_TEXT), newline=st.sampled_from(["\n", "\r\n"]))
-def test_jsonl_is_cut_at_newlines_only(tmp_path_factory, texts, newline):
+def test_jsonl_is_split_at_newlines_only(tmp_path_factory, texts, newline):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
-    # Unescaped, so that U+2028, \x85 and their like stand in the file as they are.
+    # Not escaped, so that the file contains U+2028, \x85 and the like.
     lines = [json.dumps({"text": text}, ensure_ascii=any("\ud800" <= c <= "\udfff" for c in text)) for text in texts]
     path.write_bytes(newline.join([*lines, ""]).encode())
     assert [text for _, text in documents(path)] == texts
@@ -46,25 +46,25 @@ def test_jsonl_is_cut_at_newlines_only(tmp_path_factory, texts, newline):
 
 @given(lines=st.lists(st.text("ab\u2028é", max_size=8), max_size=30), size=st.integers(1, 40), ended=st.booleans())
 @settings(max_examples=200)
-def test_every_line_is_in_one_piece_however_a_file_is_cut(tmp_path_factory, lines, size, ended):
+def test_every_line_is_in_exactly_one_chunk(tmp_path_factory, lines, size, ended):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     content = "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines) + ("\n" if ended else "")
     path.write_text(content, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_SMALLEST", size)
-        cut = pieces.cut(find_sources([str(path)], None))
-    odd = Oddities()
-    found = [f.text for piece in cut for stretch in piece.stretches for f in read(stretch, ("text",), odd)]
+        patch.setattr(pieces, "_MIN_BYTES", size)
+        chunks = pieces.split_into_chunks(find_input_files([str(path)], None))
+    warnings = InputWarnings()
+    found = [f.text for chunk in chunks for part in chunk.ranges for f in read_fragments(part, ("text",), warnings)]
     assert found == lines
-    assert len(cut) == max(1, -(-len(content.encode()) // size))
+    assert len(chunks) == max(1, -(-len(content.encode()) // size))
 
 
-def test_small_files_share_a_piece_and_a_large_text_is_never_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "_SMALLEST", 100)
+def test_small_files_share_a_chunk_and_a_text_file_is_never_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 100)
     for name, size in (("a.txt", 40), ("b.txt", 60), ("c.txt", 1), ("d.txt", 500), ("e.jsonl", 150)):
         (tmp_path / name).write_bytes(b"x" * size)
-    cut = pieces.cut(find_sources([str(tmp_path)], None))
-    spans = [[(s.source.path[-6:], s.start, s.end) for s in piece.stretches] for piece in cut]
+    chunks = pieces.split_into_chunks(find_input_files([str(tmp_path)], None))
+    spans = [[(part.file.path[-6:], part.start, part.end) for part in chunk.ranges] for chunk in chunks]
     assert spans == [
         [("/a.txt", 0, None), ("/b.txt", 0, None)],
         [("/c.txt", 0, None)],
@@ -72,34 +72,34 @@ def test_small_files_share_a_piece_and_a_large_text_is_never_cut(tmp_path, monke
         [(".jsonl", 0, 100)],
         [(".jsonl", 100, 150)],
     ]
-    assert [piece.number for piece in cut] == [0, 1, 2, 3, 4]
-    assert str(cut[0]) == f"{tmp_path}/a.txt and 1 files after it"
-    assert str(cut[3]) == f"{tmp_path}/e.jsonl, bytes 0 to 100"
+    assert [chunk.number for chunk in chunks] == [0, 1, 2, 3, 4]
+    assert str(chunks[0]) == f"{tmp_path}/a.txt and the next 1 file"
+    assert str(chunks[3]) == f"{tmp_path}/e.jsonl, bytes 0 to 100"
 
 
 @given(text=st.text(st.sampled_from("ab \n\u2581é👩")), block=st.integers(1, 7), broken=st.integers(0, 3))
 @settings(max_examples=300)
-def test_a_text_read_in_fragments_is_the_text(tmp_path_factory, text, block, broken):
+def test_the_fragments_of_a_text_join_to_the_text(tmp_path_factory, text, block, broken):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     raw = text.encode() + b"\xf0\x9f\x91"[:broken]
     path.write_bytes(raw)
-    odd = Oddities()
+    warnings = InputWarnings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK", block)
-        (piece,) = pieces.cut(find_sources([str(path)], None))
-        fragments = list(read(piece.stretches[0], ("text",), odd))
+        (chunk,) = pieces.split_into_chunks(find_input_files([str(path)], None))
+        fragments = list(read_fragments(chunk.ranges[0], ("text",), warnings))
     assert "".join(fragment.text for fragment in fragments) == raw.decode(errors="replace")
-    assert [fragment.last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
+    assert [fragment.is_last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
     for fragment, after in itertools.pairwise(fragments):
-        # Not a word, and not blanks, on both sides of a cut.
+        # A split is never within a word or between spaces.
         assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
-    assert odd.counts.get("invalid_utf8", 0) == (1 if broken else 0)
+    assert warnings.counts.get("invalid_utf8", 0) == (1 if broken else 0)
 
 
 @given(
     text=st.text(st.sampled_from("ab \n\u2581é👩")), block=st.integers(1, 7), kind=st.sampled_from(["jsonl", "parquet"])
 )
-def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, block, kind):
+def test_a_long_text_in_a_line_or_row_is_read_in_fragments(tmp_path_factory, text, block, kind):
     path = tmp_path_factory.mktemp("text") / f"a.{kind}"
     if kind == "parquet":
         parquet.write_table(pyarrow.table({"text": ["one", text, "two"]}), path)
@@ -107,8 +107,10 @@ def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, 
         path.write_bytes(jsonl("one", text, "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BLOCK", block)
-        fragments = list(read(Stretch(0, find_sources([str(path)], None)[0]), ("text",), Oddities()))
-    assert [(one.text, one.line) for one in whole(fragments)] == [("one", 1), (text, 2), ("two", 3)]
+        fragments = list(
+            read_fragments(InputRange(0, find_input_files([str(path)], None)[0]), ("text",), InputWarnings())
+        )
+    assert [(one.text, one.line) for one in join_fragments(fragments)] == [("one", 1), (text, 2), ("two", 3)]
     fragments = [fragment for fragment in fragments if fragment.line == 2]
     for fragment, after in itertools.pairwise(fragments):
         assert fragment.text[-1] == "\n" or (fragment.text[-1] not in " \u2581" and after.text[0] == " ")
@@ -116,22 +118,22 @@ def test_a_long_text_of_a_line_or_row_is_fragmented_too(tmp_path_factory, text, 
         assert len(fragments) > 1
 
 
-def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):
+def test_byte_order_marks_and_empty_lines_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl("one") + b"\n  \n" + jsonl("two"))
-    odd = Oddities()
-    assert documents(tmp_path, odd=odd) == [("a.txt", "hello"), ("b.jsonl:1", "one"), ("b.jsonl:4", "two")]
-    assert odd.counts == {"byte_order_marks": 2}
-    assert odd.lines == {1: 4}
+    warnings = InputWarnings()
+    assert documents(tmp_path, warnings=warnings) == [("a.txt", "hello"), ("b.jsonl:1", "one"), ("b.jsonl:4", "two")]
+    assert warnings.counts == {"byte_order_marks": 2}
+    assert warnings.lines == {1: 4}
 
 
-def test_broken_bytes_are_replaced_and_counted(tmp_path):
+def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xff\xef\xbf\xbd")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n' + jsonl("fine"))
-    odd = Oddities()
-    assert texts(tmp_path, odd=odd) == ["caf\ufffd \ufffd\ufffd", "\ufffd", "fine"]
-    assert odd.counts == {"invalid_utf8": 3}
-    assert odd.first == {"invalid_utf8": Place(0, 0)}
+    warnings = InputWarnings()
+    assert texts(tmp_path, warnings=warnings) == ["caf\ufffd \ufffd\ufffd", "\ufffd", "fine"]
+    assert warnings.counts == {"invalid_utf8": 3}
+    assert warnings.first == {"invalid_utf8": InputLocation(0, 0)}
 
 
 BROKEN = [
@@ -146,49 +148,49 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("line", "kind", "detail"), BROKEN)
-def test_a_broken_line_is_passed_over_counted_and_an_error_when_strict(tmp_path, line, kind, detail):
+def test_an_invalid_line_is_skipped_and_counted_and_an_error_when_strict(tmp_path, line, kind, detail):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("good") + line + b"\n" + jsonl("better"))
-    odd = Oddities()
-    assert texts(path, odd=odd) == ["good", "better"]
-    assert (odd.counts, odd.first) == ({kind: 1}, {kind: Place(0, 2)})
-    with pytest.raises(OddInput) as error:
-        texts(path, odd=Oddities(strict=True))
-    assert (error.value.kind, error.value.place) == (kind, Place(0, 2))
+    warnings = InputWarnings()
+    assert texts(path, warnings=warnings) == ["good", "better"]
+    assert (warnings.counts, warnings.first) == ({kind: 1}, {kind: InputLocation(0, 2)})
+    with pytest.raises(InputError) as error:
+        texts(path, warnings=InputWarnings(strict=True))
+    assert (error.value.kind, error.value.location) == (kind, InputLocation(0, 2))
     assert error.value.detail.startswith(detail)
 
 
-def test_the_text_may_stand_within_other_keys(tmp_path):
+def test_the_text_may_be_within_nested_keys(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": {"b": "deep"}}\n{"a": "b"}\n{"a": {"b": {}}}\n')
-    odd = Oddities()
-    assert texts(tmp_path / "a.jsonl", key="a.b", odd=odd) == ["deep"]
-    assert odd.counts == {"no_text": 1, "not_a_string": 1}
+    warnings = InputWarnings()
+    assert texts(tmp_path / "a.jsonl", key="a.b", warnings=warnings) == ["deep"]
+    assert warnings.counts == {"no_text": 1, "not_a_string": 1}
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_the_error_names_a_file_that_cannot_be_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("x"))
-    (piece,) = pieces.cut(find_sources([str(path)], None))
+    (chunk,) = pieces.split_into_chunks(find_input_files([str(path)], None))
     path.unlink()
     with pytest.raises(UserError) as error:
-        list(read(piece.stretches[0], ("text",), Oddities()))
+        list(read_fragments(chunk.ranges[0], ("text",), InputWarnings()))
     assert str(error.value) == (
         f"megagpt: cannot read the file: No such file or directory\n  {path}\n"
-        "  do: check that it is there and that you may read it"
+        "  do: check that it exists and that you have permission to read it"
     )
 
 
 def test_lines_beyond_four_gigabytes_are_found(tmp_path):
     path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:  # sparse: a line of 4 GB that nobody reads
+    with path.open("wb") as file:  # sparse: a line of 4 GB that is never read
         file.write(jsonl("first"))
         file.seek(2**32)
         file.write(b"\n" + jsonl("second", "third"))
-    (source,) = find_sources([str(path)], None)
-    cut = pieces.cut([source])
-    stretches = [stretch for piece in cut for stretch in piece.stretches]
-    assert [stretch.start for stretch in stretches[1:]] == [stretch.end for stretch in stretches[:-1]]
-    assert (stretches[0].start, stretches[-1].end) == (0, source.size)
-    assert stretches[-1].start <= 2**32 < stretches[-1].end
-    beyond = pieces.Stretch(0, source, 2**32, source.size)
-    assert [fragment.text for fragment in read(beyond, ("text",), Oddities())] == ["second", "third"]
+    (file,) = find_input_files([str(path)], None)
+    chunks = pieces.split_into_chunks([file])
+    ranges = [part for chunk in chunks for part in chunk.ranges]
+    assert [part.start for part in ranges[1:]] == [part.end for part in ranges[:-1]]
+    assert (ranges[0].start, ranges[-1].end) == (0, file.size)
+    assert ranges[-1].start <= 2**32 < ranges[-1].end
+    beyond = pieces.InputRange(0, file, 2**32, file.size)
+    assert [fragment.text for fragment in read_fragments(beyond, ("text",), InputWarnings())] == ["second", "third"]

@@ -1,4 +1,4 @@
-"""Files of a web server, a real one: some give parts of a file, some the whole only, some do not say how long it is."""
+"""Files of a real web server: with ranges, without ranges, without a content length, and with errors."""
 
 import gzip
 import os
@@ -11,23 +11,23 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megagpt.data.oddities import Oddities
-from megagpt.data.pieces import cut
-from megagpt.data.reading import read
-from megagpt.data.sources import find_sources
+from megagpt.data.oddities import InputWarnings
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.reading import read_fragments
+from megagpt.data.sources import find_input_files
 from megagpt.errors import UserError
 
-LINES = [f"line {number} " + "word " * 200 for number in range(6_000)]  # 7 MB: more than is asked for at a time
+LINES = [f"line {number} " + "word " * 200 for number in range(6_000)]  # 7 MB: more than one request reads
 
 
 class Whole(SimpleHTTPRequestHandler):
-    """What `python -m http.server` does: it sends whole files."""
+    """The server of `python -m http.server`, which sends only whole files."""
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Log nothing."""
 
 
-class Parts(Whole):
+class Ranges(Whole):
     def do_GET(self):
         path = self.translate_path(self.path)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -49,8 +49,8 @@ class NoLength(Whole):
             super().send_header(name, value)
 
 
-class Broken(Parts):
-    """It stops in the middle."""
+class Broken(Ranges):
+    """A server that fails in the middle of a file."""
 
     def do_GET(self):
         if int(re.search(r"=(\d+)", self.headers.get("Range", "=0"))[1]) > 1 << 20:
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=[Parts, Whole, NoLength, Broken])
+@pytest.fixture(params=[Ranges, Whole, NoLength, Broken])
 def server(request, folder):
     def handler(*given):
         return request.param(*given, directory=str(folder))
@@ -82,14 +82,14 @@ def server(request, folder):
 
 
 def texts(address):
-    pieces = cut(find_sources([address], None))
+    chunks = split_into_chunks(find_input_files([address], None))
     found = [
         fragment.text
-        for piece in pieces
-        for stretch in piece.stretches
-        for fragment in read(stretch, ("text",), Oddities())
+        for chunk in chunks
+        for part in chunk.ranges
+        for fragment in read_fragments(part, ("text",), InputWarnings())
     ]
-    return found, len(pieces)
+    return found, len(chunks)
 
 
 def test_files_of_a_web_server_are_read(server):
@@ -99,31 +99,31 @@ def test_files_of_a_web_server_are_read(server):
             texts(f"{address}/a.jsonl")
         assert str(error.value).startswith("megagpt: cannot read the file: ClientResponseError: 500")
         assert str(error.value).endswith(
-            f"\n  {address}/a.jsonl\n  do: check that it is there and that you may read it"
+            f"\n  {address}/a.jsonl\n  do: check that it exists and that you have permission to read it"
         )
         return
-    assert texts(f"{address}/a.jsonl") == (LINES, 2 if kind is Parts else 1)
+    assert texts(f"{address}/a.jsonl") == (LINES, 2 if kind is Ranges else 1)
     assert texts(f"{address}/a.jsonl?download=true")[0] == LINES
     assert texts(f"{address}/a.jsonl.gz") == (LINES, 1)
     assert "".join(texts(f"{address}/a.txt")[0]) == "\n".join(LINES)
-    if kind is Parts:
+    if kind is Ranges:
         assert texts(f"{address}/a.parquet") == (LINES, 2)
         assert len(texts(address)[0]) == len(texts(f"{address}/")[0]) > 3 * len(LINES)
     else:
-        with pytest.raises(UserError, match="the parquet file cannot be read: ") as error:
+        with pytest.raises(UserError, match="cannot read the parquet file: ") as error:
             texts(f"{address}/a.parquet")
-        assert str(error.value).endswith(f"\n  {address}/a.parquet\n  do: copy or make it again")
-    with pytest.raises(UserError, match="no text file is there"):
+        assert str(error.value).endswith(f"\n  {address}/a.parquet\n  do: copy or create it again")
+    with pytest.raises(UserError, match="no text file was found there"):
         texts(f"{address}/none.jsonl")
 
 
-def test_a_web_file_that_changes_is_another_one(folder, server):
+def test_a_changed_web_file_has_another_fingerprint(folder, server):
     _, address = server
     (folder / "b.txt").write_text("one")
-    (before,) = find_sources([f"{address}/b.txt"], None)
-    assert find_sources([f"{address}/b.txt"], None) == [before]
+    (before,) = find_input_files([f"{address}/b.txt"], None)
+    assert find_input_files([f"{address}/b.txt"], None) == [before]
     (folder / "b.txt").write_text("two")
     os.utime(folder / "b.txt", (1e9, 1e9))
-    (after,) = find_sources([f"{address}/b.txt"], None)
+    (after,) = find_input_files([f"{address}/b.txt"], None)
     (folder / "b.txt").unlink()
-    assert (after.size, after.state == before.state) == (before.size, False)
+    assert (after.size, after.fingerprint == before.fingerprint) == (before.size, False)

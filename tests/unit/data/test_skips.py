@@ -2,26 +2,26 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.data.skips import Skips
+from megagpt.data.skips import SkippedRanges
 
-STRETCHES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda s: (s[0], s[0] + s[1])), max_size=6)
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda s: (s[0], s[0] + s[1])), max_size=6)
 
 
-@given(STRETCHES)
-def test_the_kept_positions_are_all_that_lie_in_no_stretch(stretches):
-    skips = Skips(stretches)
-    kept = [p for p in range(200) if not any(first <= p <= last for first, last in stretches)]
+@given(RANGES)
+def test_kept_positions_are_those_in_no_range(ranges):
+    skips = SkippedRanges(ranges)
+    kept = [p for p in range(200) if not any(first <= p <= last for first, last in ranges)]
     numbers = np.arange(len(kept))
-    assert skips.positions(numbers).tolist() == kept
-    assert skips.positions(numbers[:100].reshape(2, 50)).tolist() == [kept[:50], kept[50:100]]
+    assert skips.to_positions(numbers).tolist() == kept
+    assert skips.to_positions(numbers[:100].reshape(2, 50)).tolist() == [kept[:50], kept[50:100]]
 
 
-@given(STRETCHES, st.integers(0, 100))
-def test_a_positions_number_counts_the_kept_ones_before_it(stretches, position):
-    kept = [p for p in range(position) if not any(first <= p <= last for first, last in stretches)]
-    assert Skips(stretches).number(position) == len(kept)
+@given(RANGES, st.integers(0, 100))
+def test_kept_index_counts_the_kept_positions_before(ranges, position):
+    kept = [p for p in range(position) if not any(first <= p <= last for first, last in ranges)]
+    assert SkippedRanges(ranges).kept_index(position) == len(kept)
 
 
-def test_without_stretches_nothing_moves():
-    assert Skips([]).positions(np.array([0, 5, 2**40])).tolist() == [0, 5, 2**40]
-    assert Skips([]).number(2**40) == 2**40
+def test_without_ranges_all_positions_are_kept():
+    assert SkippedRanges([]).to_positions(np.array([0, 5, 2**40])).tolist() == [0, 5, 2**40]
+    assert SkippedRanges([]).kept_index(2**40) == 2**40

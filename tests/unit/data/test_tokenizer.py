@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.tokenizer import Tokenizer, sample_pieces, train_tokenizer
+from megagpt.data.tokenizer import Tokenizer, sample_lines, train_tokenizer
 from megagpt.errors import UserError
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
@@ -19,14 +19,14 @@ AWKWARD = st.sampled_from(
 ANY_TEXT = st.lists(st.one_of(st.text(ANY_CHARACTER), AWKWARD)).map("".join)
 
 
-def whole(tokenizer, text):
-    """Ids by sentencepiece alone, the text in one piece."""
+def encode_whole(tokenizer, text):
+    """Encode the whole text with SentencePiece alone."""
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(text)
 
 
 @given(text=ANY_TEXT)
 @settings(max_examples=300)
-def test_any_text_comes_back_but_for_the_two_named_losses(tokenizer, text):
+def test_any_text_survives_the_round_trip_except_surrogates_and_u2581(tokenizer, text):
     expected = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else " " if c == "\u2581" else c for c in text)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == expected
@@ -34,17 +34,17 @@ def test_any_text_comes_back_but_for_the_two_named_losses(tokenizer, text):
 
 
 @given(text=st.lists(st.one_of(st.text(max_size=20), AWKWARD.filter(lambda s: s != "\ud83d"))).map("".join))
-def test_cutting_at_lines_gives_the_ids_of_the_whole(tokenizer, text):
-    assert tokenizer.encode(text) == whole(tokenizer, text)
+def test_splitting_at_newlines_gives_the_same_ids(tokenizer, text):
+    assert tokenizer.encode(text) == encode_whole(tokenizer, text)
 
 
-def test_cutting_at_lines_is_exact_on_documents(tokenizer, texts):
+def test_splitting_at_newlines_is_exact_on_documents(tokenizer, texts):
     for text in texts:
         assert "\n" in text
-        assert tokenizer.encode(text) == whole(tokenizer, text)
+        assert tokenizer.encode(text) == encode_whole(tokenizer, text)
 
 
-def test_a_models_facts_are_those_of_its_file(tokenizer):
+def test_attributes_match_the_model_file(tokenizer):
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
     assert tokenizer.vocab_size == model.vocab_size() == 700
     assert model.is_control(tokenizer.eod)
@@ -72,15 +72,15 @@ def test_training_is_deterministic_and_prints_nothing(texts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t1.model", "t2.model", "text"]
 
 
-def test_a_document_without_line_ends_is_learned_from(tmp_path):
-    # sentencepiece skips inputs longer than its limit with a line in its log
+def test_a_document_without_newlines_is_used_for_training(tmp_path):
+    # SentencePiece skips inputs longer than its limit, and only logs it
     model = Tokenizer(train_tokenizer(["wonderful " * 5000], 290, tmp_path / "t"))
     assert len(model.encode(" wonderful")) == 1
 
 
-def test_the_sample_is_bounded_spread_over_the_whole_and_in_order():
+def test_the_sample_is_bounded_spread_out_and_in_order():
     documents = [f"{d:02d} line {n:03d}\n" * 1 for d in range(50) for n in range(200)]
-    sample = sample_pieces(documents, 12_000)  # of 110,000 bytes
+    sample = sample_lines(documents, 12_000)  # of 110,000 bytes
     assert 11_900 < sum(map(len, sample)) <= 12_000
     assert sample == sorted(sample)
     per_document = [sum(piece.startswith(f"{d:02d}") for piece in sample) for d in range(50)]
@@ -89,10 +89,10 @@ def test_the_sample_is_bounded_spread_over_the_whole_and_in_order():
 
 
 @given(st.text(alphabet="ab \n", max_size=60).map(lambda text: text * 100))
-def test_pieces_are_short_and_lose_only_newlines_and_blank_stretches(text):
-    pieces = sample_pieces([text], 10**9)
-    assert all(len(piece) <= 2000 and "\n" not in piece for piece in pieces)
-    assert "".join(pieces).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+def test_sampled_lines_are_short_and_omit_only_blank_lines(text):
+    lines = sample_lines([text], 10**9)
+    assert all(len(line) <= 2000 and "\n" not in line for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,18 @@ def test_pieces_are_short_and_lose_only_newlines_and_blank_stretches(text):
         (
             ["hello world, how are you"],
             1000,
-            "a vocabulary of 1000 is too large for this text\n  --vocab-size\n"
-            "  do: ask for at most 306, or give more text",
+            "a vocabulary of 1000 is too large for this text\n  --vocab-size\n  do: give at most 306, or more text",
         ),
         (
             ["hello world, how are you"],
             200,
             "a vocabulary of 200 is too small for this text\n  --vocab-size\n"
-            "  do: ask for at least 271: the bytes and the characters of this text need that many",
+            "  do: give at least 271, which the bytes and characters of this text need",
         ),
     ],
     ids=["no text", "too large", "too small"],
 )
-def test_what_cannot_be_trained_is_said(tmp_path, capfd, texts, vocab_size, message):
+def test_training_failures_are_reported(tmp_path, capfd, texts, vocab_size, message):
     with pytest.raises(UserError) as error:
         train_tokenizer(texts, vocab_size, tmp_path / "t")
     assert str(error.value) == f"megagpt: {message}"
@@ -128,7 +127,7 @@ def test_what_cannot_be_trained_is_said(tmp_path, capfd, texts, vocab_size, mess
 
 
 def foreign_model(path, **changes):
-    """A model with sentencepiece's own defaults."""
+    """Train a model with SentencePiece's own defaults."""
     model = io.BytesIO()
     text = ["the quick brown fox jumps over the lazy dog", "and so on and so forth"] * 10
     sentencepiece.SentencePieceTrainer.train(
@@ -138,10 +137,10 @@ def foreign_model(path, **changes):
     return path
 
 
-def test_a_foreign_model_is_given_whole_texts(tmp_path):
+def test_a_foreign_model_encodes_whole_texts(tmp_path):
     model = Tokenizer(foreign_model(tmp_path / "foreign.model"))
     text = "the quick\nbrown fox\n and so on"
-    assert model.encode(text) == whole(model, text)
+    assert model.encode(text) == encode_whole(model, text)
     assert model.eod == 2
 
 
@@ -151,19 +150,22 @@ def test_a_foreign_model_is_given_whole_texts(tmp_path):
         (
             None,
             "cannot read the tokenizer: No such file or directory\n  {path}\n"
-            "  do: make one with `megagpt tokenizer train`, or correct the path",
+            "  do: train one with `megagpt tokenizer train`, or correct the path",
         ),
-        (b"", "not a sentencepiece model\n  {path}\n  do: give the .model file that `tokenizer train` wrote"),
-        (b"text", "not a sentencepiece model\n  {path}\n  do: give the .model file that `tokenizer train` wrote"),
+        (b"", "not a SentencePiece model\n  {path}\n  do: give the .model file that `megagpt tokenizer train` wrote"),
+        (
+            b"text",
+            "not a SentencePiece model\n  {path}\n  do: give the .model file that `megagpt tokenizer train` wrote",
+        ),
         (
             "no eos",
-            "the tokenizer has no end-of-document symbol (sentencepiece's eos)\n  {path}\n"
+            "the tokenizer has no end-of-document token (SentencePiece's eos)\n  {path}\n"
             "  do: train one with `megagpt tokenizer train`, or choose a model that has an eos piece",
         ),
     ],
     ids=["missing", "empty", "text", "no eos"],
 )
-def test_what_is_no_tokenizer_is_named(tmp_path, capfd, content, message):
+def test_files_that_are_no_tokenizer_are_rejected(tmp_path, capfd, content, message):
     path = tmp_path / "t.model"
     if content == "no eos":
         foreign_model(path, eos_id=-1)
@@ -175,7 +177,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path, capfd, content, message):
     assert capfd.readouterr() == ("", "")
 
 
-def test_ids_of_another_vocabulary_are_refused(tokenizer):
+def test_ids_of_another_vocabulary_are_rejected(tokenizer):
     with pytest.raises(UserError) as error:
         tokenizer.decode([5, 700])
     assert str(error.value) == (

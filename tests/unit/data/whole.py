@@ -1,13 +1,13 @@
-"""Documents whole, as no worker holds them."""
+"""Complete documents, joined from the fragments in which workers read them."""
 
-from megagpt.data.documents import Document, whole
-from megagpt.data.pieces import Stretch
-from megagpt.data.reading import read
+from megagpt.data.documents import Document, join_fragments
+from megagpt.data.pieces import InputRange
+from megagpt.data.reading import read_fragments
 
 
-def whole_documents(sources, key, odd):
-    """All documents of the sources, one after the other."""
-    for number, source in enumerate(sources):
-        for fragment in whole(read(Stretch(number, source), key, odd)):
-            name = f"{source.path}:{fragment.line}" if fragment.line else source.path
+def whole_documents(files, key, warnings):
+    """Yield all documents of the input files, in order."""
+    for number, file in enumerate(files):
+        for fragment in join_fragments(read_fragments(InputRange(number, file), key, warnings)):
+            name = f"{file.path}:{fragment.line}" if fragment.line else file.path
             yield Document(name, fragment.text, fragment.key)

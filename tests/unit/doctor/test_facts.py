@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.data.indexed_writer import Writer
+from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.doctor import facts, network
 from megagpt.doctor.agent import Agent
 from megagpt.doctor.children import Child
@@ -58,7 +58,7 @@ def test_the_address_that_others_reach_is_not_the_loopback():
 
 def test_a_corpus_is_told_by_its_sizes_ends_and_sidecar(tmp_path):
     def write(name, ids):
-        with Writer(tmp_path / name, 60_000) as writer:
+        with CorpusWriter(tmp_path / name, 60_000) as writer:
             writer.add_document(list(ids), 1)
             writer.finish("sha", 0)
         return facts.corpus(str(tmp_path / name), print)

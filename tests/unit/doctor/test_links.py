@@ -3,12 +3,13 @@
 import os
 import socket
 import sys
-import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from megagpt import plan
+from megagpt.distributed.handshake import Channel
 from megagpt.doctor import links, needs
 from megagpt.doctor.links import Lost
 from megagpt.errors import UserError
@@ -38,7 +39,7 @@ UP = "see whether n is up, runs sshd, and is let through by firewalls: `ssh n tr
          f"install megagpt there, or copy it to {os.getcwd()}"),
         (134, "Fatal Python error", "reach",
          "the doctor's part of this host ended with exit code 134: Fatal Python error",
-         "run `python -m megagpt.doctor` there by hand, and mend what it says"),
+         "run `python -m megagpt host-agent` there by hand, and fix what it reports"),
     ],
 )  # fmt: skip
 def test_how_a_host_is_lost(code, error, check, what, do):
@@ -65,12 +66,13 @@ def until_lost(link):
 
 
 def test_an_answer_that_does_not_come_names_what_was_being_done():
-    ours, theirs = socket.socketpair()
-    link = links.over_socket(ours, "n")
-    with theirs, theirs.makefile("rw") as stream:
-        threading.Thread(target=stream.readline).start()
-        stream.write('a shell that greets\nmegagpt-doctor {"doing": "data"}\n')
-        stream.flush()
+    ours, theirs = (
+        Channel(end, *keys) for end, keys in zip(socket.socketpair(), ((b"a", b"b"), (b"b", b"a")), strict=True)
+    )
+    link = links.over_channel(ours, "n")
+    with closing(theirs):
+        theirs.send(b"a shell that greets\n")
+        theirs.send(b'megagpt-doctor {"doing": "data"}\n')
         with pytest.raises(Lost) as caught:
             link.ask("facts", 2)
     assert caught.value.finding.what == "no answer in 2 s, at: data"
@@ -125,7 +127,9 @@ def test_bytes_are_those_of_the_plan(recipe):
 def test_files_that_do_not_fit_together_are_a_users_mistake(recipe):
     with pytest.raises(UserError) as caught:
         needs.of(recipe, CONFIGS / "pipeline2.json", (), 3)
-    assert str(caught.value).startswith("megagpt: a world of 3 does not divide by 2, the ranks of one copy")
+    assert str(caught.value).startswith(
+        "megagpt: the world size 3 is not a multiple of 2, the ranks of one model replica"
+    )
 
 
 def test_words_without_a_recipe_are_a_mistake():

@@ -1,13 +1,20 @@
 """Faults of DeepSpeed that engine/ goes round. A test that fails here says that the way round can go."""
 
+import os
+import subprocess
+import sys
+
 import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
+from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from megagpt.engine import native
+from megagpt.distributed import free_port
+from megagpt.engine import grad_norm, native
 
 pytestmark = pytest.mark.usefixtures("agreement")
 
@@ -157,3 +164,134 @@ def test_a_dtype_given_to_zero_init_is_taken_for_bf16_where_there_is_no_fp16(mon
     with deepspeed.zero.Init(dtype=torch.float32):
         layer = torch.nn.Linear(4, 4)
     assert layer.weight.ds_tensor.dtype == torch.bfloat16
+
+
+def test_the_first_two_updates_of_deepspeeds_warmup_have_the_rate_0():
+    """Why schedule.build sets the place of DeepSpeed's WarmupDecayLR itself, and counts one update more."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = WarmupDecayLR(optimizer, 10, warmup_max_lr=1.0, warmup_num_steps=3, warmup_type="linear")
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0, 0, 1 / 3])
+
+
+def test_deepspeeds_muon_is_clipped_by_the_norm_of_its_own_update():
+    """Why Muon is ours: the recipe's limit is one of the gradient, as for every other optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    for parameter in model.parameters():
+        parameter.use_muon = True
+    x = torch.randn(2, 8)
+    model(x).square().mean().backward()
+    gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+    model.zero_grad()
+    engine = deepspeed.initialize(
+        model=model,
+        model_parameters=list(model.parameters()),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 1, "reduce_scatter": False},
+            "optimizer": {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.95}},
+        },
+        dist_init_required=False,
+    )[0]
+    engine.backward(engine(x).square().mean())
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    native.release(engine)
+    assert norm > 2 * gradient
+
+
+CLIPPED_BY_STAGE = """
+import json, os, sys
+from megagpt.distributed import from_environment
+from megagpt.engine import start
+
+start.start(from_environment(os.environ))
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+
+torch.manual_seed(0)
+pipe = PipelineModule(
+    [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], num_stages=2, partition_method="uniform",
+    loss_fn=lambda out, labels: (out - labels).square().mean(),
+)
+before = [parameter.detach().clone() for parameter in pipe.parameters()]
+engine = deepspeed.initialize(
+    model=pipe, optimizer=torch.optim.SGD(pipe.parameters(), lr=1.0),
+    config={"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.01, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": int(sys.argv[1])}},
+    dist_init_required=False,
+)[0]
+engine.train_batch(iter([(torch.ones(2, 4), torch.full((2, 4), 3.0))]))
+moves = [(parameter - start).square().sum() for parameter, start in zip(pipe.parameters(), before)]
+total = torch.stack(moves).sum()
+torch.distributed.all_reduce(total)
+print(json.dumps(float(total.sqrt())), file=sys.stderr)
+start.stop()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_without_zero_a_pipeline_is_not_clipped_by_the_norm_of_the_whole_gradient(stage):
+    """Why pipelines run on ZeRO-1: only there is the whole update as long as the limit."""
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIPPED_BY_STAGE, str(stage)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        answers = [process.communicate(timeout=200)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], answers
+    length = float(answers[0].splitlines()[-1])
+    if stage == 0:
+        assert length > 1.2 * 0.01
+    else:
+        assert length == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_each_parameter_group_is_reduced_over_the_stages_by_itself(offload, monkeypatch):
+    """Why the norm is taken by us: stages with different numbers of groups would wait for each other."""
+    engine = zero(1, groups=2, offload=offload)
+    reduced = []
+    monkeypatch.setattr(
+        engine.optimizer, "_model_parallel_all_reduce", lambda tensor, op: reduced.append(float(tensor))
+    )
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    theirs = float(engine.optimizer.scaled_global_norm())
+    assert len(reduced) == 2
+    reduced.clear()
+    grad_norm.configure(engine.optimizer)
+    assert float(engine.optimizer.scaled_global_norm()) == pytest.approx(theirs, rel=1e-6)
+    assert len(reduced) == 1
+    native.release(engine)
+
+
+def test_the_norm_of_no_gradients_fails():
+    """Why the bf16 optimizer is given a norm in place of gradients: a tied head alone has none to count."""
+    with pytest.raises(RuntimeError, match="non-empty TensorList"):
+        get_global_norm_of_tensors([])
+
+
+def test_with_bf16_and_offload_gradients_are_not_in_grad():
+    """Why the gradient of a tied matrix is looked up in `grad_accum`, which a pipeline does not sum."""
+    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    engine = zero(1, offload="cpu", gradient_accumulation_steps=2, **config)
+    engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean())
+    found = [(weight.grad, weight.grad_accum) for weight in engine.module.parameters()]
+    native.release(engine)
+    assert all(gradient is None and accumulated.abs().max() > 0 for gradient, accumulated in found)

@@ -1,10 +1,14 @@
 """Which optimizer steps where."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from deepspeed.ops import adam
 
 from megagpt.engine import offload, optimizer
+from megagpt.model import cost, gpt
+from megagpt.recipe import PRESETS, ModelSection
 from megagpt.recipe.sections import OptimizerSection
 
 
@@ -48,3 +52,36 @@ def test_an_optimizer_steps_on_the_gpu_unless_it_is_offloaded(monkeypatch, devic
     monkeypatch.setattr(offload.operators, "device", lambda: device)
     section = {} if place is None else {"offload_optimizer": {"device": place}}
     assert offload.steps_on_gpu({"zero_optimization": section}) is there
+
+
+def stage_counts(blocks):
+    """Every count that divides the blocks, and every small one."""
+    dividing = [count for count in range(2, blocks + 1) if blocks % count == 0]
+    return sorted({*dividing, *range(2, min(16, blocks) + 1)})
+
+
+def kinds(groups):
+    """What distinguishes parameter groups; their parameters differ from stage to stage."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+@pytest.mark.parametrize("type", ["adamw", "muon"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_groups_of_every_stage_are_those_of_the_whole_model_in_its_order(preset, type):
+    section = ModelSection(**{"vocab_size": 32_000, "seq_len": 1024, **PRESETS[preset]})
+    settings = OptimizerSection(type=type, lr=0.1, muon_lr=0.2, muon_momentum=0.95)
+    with torch.device("meta"):
+        layers = gpt.layers(section)
+    whole = kinds(optimizer._groups(settings, torch.nn.ModuleList(layers)))
+    assert len(whole) == (4 if type == "muon" else 2)
+    for count in stage_counts(section.n_layer):
+        cuts = cost.boundaries(cost.layer_costs(section), count)
+        for first, last in pairwise(cuts):
+            local = layers[first:last]
+            if section.tie_embeddings and last == len(layers):
+                local = [layers[0], *local]
+            groups = optimizer._groups(settings, torch.nn.ModuleList(local))
+            positions = [whole.index(kind) for kind in kinds(groups)]
+            assert positions == sorted(set(positions))
+            assert all(group["params"] for group in groups)
+            assert (groups[0]["lr"], "muon" in groups[0]) == (0.1, False)  # its rate is the one that is logged

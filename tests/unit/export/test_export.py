@@ -1,4 +1,4 @@
-"""Exported models: transformers, given the folder alone, computes what we do, and cuts text as we do."""
+"""Exported models: transformers, given only the folder, computes the same logits and the same token ids."""
 
 import json
 from types import SimpleNamespace as Space
@@ -44,7 +44,7 @@ def model_of(**changes):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """What `trained.load` would find, without a run directory: a model of these keys, and no tokenizer."""
+    """Return a function that makes `trained.load` return a model without a tokenizer."""
 
     def put(precision="fp32", **changes):
         model = model_of(**changes)
@@ -57,11 +57,11 @@ def run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transformers_computes_the_same(run, tmp_path, shape):
+def test_transformers_computes_the_same_logits(run, tmp_path, shape):
     architecture, changes = SHAPES[shape]
     ours = run(**changes)
-    made = export.export(tmp_path, tmp_path / "out")
-    assert made.architecture == architecture
+    result = export.export(tmp_path, tmp_path / "out")
+    assert result.architecture == architecture
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ == architecture
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}
@@ -74,14 +74,16 @@ def test_transformers_computes_the_same(run, tmp_path, shape):
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize(("precision", "asked", "kept"), [("bf16", None, "bfloat16"), ("fp32", "float16", "float16")])
-def test_weights_are_written_as_they_were_trained_or_as_asked(run, tmp_path, precision, asked, kept):
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"), [("bf16", None, "bfloat16"), ("fp32", "float16", "float16")]
+)
+def test_weights_have_the_precision_of_training_or_the_requested_dtype(run, tmp_path, precision, dtype, expected):
     ours = run(precision, **SHAPES["qwen3"][1])
     before = ours.layers[0].weight.clone()
-    assert export.export(tmp_path, tmp_path / "out", dtype=asked).dtype == kept
+    assert export.export(tmp_path, tmp_path / "out", dtype=dtype).dtype == expected
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.dtype == getattr(torch, kept)
-    assert torch.equal(theirs.model.embed_tokens.weight, before.to(getattr(torch, kept)))
+    assert theirs.dtype == getattr(torch, expected)
+    assert torch.equal(theirs.model.embed_tokens.weight, before.to(getattr(torch, expected)))
 
 
 @pytest.mark.parametrize(
@@ -96,54 +98,54 @@ def test_weights_are_written_as_they_were_trained_or_as_asked(run, tmp_path, pre
         ({**ROPE, "activation": "swiglu", "logit_softcap": 15.0}, "logit_softcap: 15"),
     ],
 )
-def test_what_no_architecture_computes_is_refused(run, tmp_path, changes, problem):
+def test_models_without_an_equivalent_architecture_are_rejected(run, tmp_path, changes, problem):
     run(**changes)
     with pytest.raises(UserError) as caught:
         export.export(tmp_path, tmp_path / "out")
     assert str(caught.value) == (
-        f"megagpt: no architecture of transformers is this model: {problem}\n  model\n"
+        f"megagpt: transformers has no equivalent architecture: {problem}\n  model\n"
         "  do: layernorm with learned positions (GPT-2) and rmsnorm with rope (Llama, Qwen3) can be exported"
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_went_wrong_never_get_the_name(run, tmp_path, monkeypatch):
+def test_a_wrong_export_is_never_published(run, tmp_path, monkeypatch):
     run(**SHAPES["llama"][1])
     real = export.architectures._LLAMA
     monkeypatch.setattr(export.architectures, "_LLAMA", {**real, "mlp.gate": "mlp.up_proj", "mlp.up": "mlp.gate_proj"})
-    with pytest.raises(MachineError, match="the written model is not the trained one"):
+    with pytest.raises(MachineError, match="the exported model is not equivalent"):
         export.export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_told(run, tmp_path):
+def test_mistakes_are_reported(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     run(**SHAPES["llama"][1])
     messages = []
-    for words in ({"to": "onnx"}, {"dtype": "int8"}, {"output": tmp_path / "full"}):
+    for arguments in ({"to": "onnx"}, {"dtype": "int8"}, {"output": tmp_path / "full"}):
         with pytest.raises(UserError) as caught:
-            export.export(tmp_path, **{"output": tmp_path / "out", **words})
+            export.export(tmp_path, **{"output": tmp_path / "out", **arguments})
         messages.append(str(caught.value))
     assert messages == [
-        "megagpt: there is no format onnx\n  --to\n  do: give hf: many libraries read Hugging Face's format",
-        "megagpt: int8 is no type of weights\n  --dtype\n  do: give float32, bfloat16, float16",
-        f"megagpt: the output folder is not empty\n  {tmp_path / 'full'}\n  do: name another one, or remove it",
+        "megagpt: unknown format onnx\n  --to\n  do: give hf: many libraries read Hugging Face's format",
+        "megagpt: unsupported dtype int8\n  --dtype\n  do: give float32, bfloat16, float16",
+        f"megagpt: the output folder is not empty\n  {tmp_path / 'full'}\n  do: choose another one, or remove it",
     ]
 
 
 @pytest.fixture(scope="module")
-def cuts(tmp_path_factory):
-    """Our tokenizer, and transformers' of what was exported."""
+def tokenizers_of_both(tmp_path_factory):
+    """Return our tokenizer and that of transformers after the export."""
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [document.text for document in default_corpus().documents[:40]]
     path = train_tokenizer(texts, 2000, folder / "t")
-    assert export.vocabularies.save(transformers, str(path), folder / "out", 128) == str(path)
+    assert export.vocabularies.save_tokenizer(transformers, str(path), folder / "out", 128) == str(path)
     return Tokenizer(path), transformers.AutoTokenizer.from_pretrained(folder / "out")
 
 
-def test_text_is_cut_alike(cuts):
-    ours, theirs = cuts
+def test_documents_have_the_same_ids(tokenizers_of_both):
+    ours, theirs = tokenizers_of_both
     for document in default_corpus().documents[40:60]:
         ids = ours.encode(document.text)
         assert theirs.encode(document.text) == ids
@@ -151,35 +153,37 @@ def test_text_is_cut_alike(cuts):
     assert (theirs.eos_token_id, theirs.model_max_length) == (ours.eod, 128)
 
 
-ODD = st.text(st.sampled_from("aAeion  \n\t\r▁½ﬁ語é\u0301🙂0123.,<>=-"), max_size=60)
+AWKWARD = st.text(st.sampled_from("aAeion  \n\t\r▁½ﬁ語é\u0301🙂0123.,<>=-"), max_size=60)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(ODD, st.text(max_size=40)))
-def test_any_text_is_cut_alike(cuts, text):
-    ours, theirs = cuts
+@given(st.one_of(AWKWARD, st.text(max_size=40)))
+def test_any_text_has_the_same_ids(tokenizers_of_both, text):
+    ours, theirs = tokenizers_of_both
     if "<eod>" in text or "<unk>" in text or "\ud800" <= max(text, default="") <= "\udfff":
         return
     text = text.encode("utf-8", "replace").decode()
     assert theirs.encode(text) == ours.encode(text)
 
 
-def test_a_tokenizer_json_goes_along_and_others_stay(cuts, tmp_path):
+def test_a_tokenizer_json_is_exported_and_others_are_not(tokenizers_of_both, tmp_path):
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3}, "<unk>"))
     fast.add_special_tokens(["</s>", "<unk>"])
     fast.save(str(tmp_path / "tokenizer.json"))
-    export.vocabularies.save(transformers, str(tmp_path / "tokenizer.json"), tmp_path / "out", 64)
+    export.vocabularies.save_tokenizer(transformers, str(tmp_path / "tokenizer.json"), tmp_path / "out", 64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.encode("b"), theirs.eos_token) == ([1], "</s>")
     lines = iter([document.text[:2000] for document in default_corpus().documents[:20]])
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_prefix=str(tmp_path / "theirs"), vocab_size=300, minloglevel=2
     )
-    assert export.vocabularies.save(transformers, str(tmp_path / "theirs.model"), tmp_path / "none", 64) is None
+    assert (
+        export.vocabularies.save_tokenizer(transformers, str(tmp_path / "theirs.model"), tmp_path / "none", 64) is None
+    )
     assert not (tmp_path / "none").exists()
 
 
-def test_a_trained_run_is_exported_whole(data, tmp_path, capsys):
+def test_a_trained_run_is_exported(data, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "run", data)
     finish(recipe, "length.updates=10", "model.activation=swiglu")
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--json"]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.ds_config.known import written_keys
+from megagpt.ds_config.known import recorded_keys
 from megagpt.engine.keys import known_keys
 from megagpt.errors import UserError
 from megagpt.plan import PlanOptions, plan, search
@@ -27,7 +27,7 @@ def config(name):
 
 def test_the_stored_keys_are_those_of_deepspeed():
     """To update them: python -m megagpt.engine.keys > megagpt/ds_config/known_keys.json"""
-    assert written_keys() == json.loads(json.dumps(known_keys()))
+    assert recorded_keys() == json.loads(json.dumps(known_keys()))
 
 
 def test_planning_loads_neither_torch_nor_deepspeed():

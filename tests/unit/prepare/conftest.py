@@ -1,4 +1,4 @@
-"""Paragraphs of prose with empty documents among them, a tokenizer trained on them, and commands that can be killed."""
+"""Texts with empty documents among them, a tokenizer trained on them, and commands that can be killed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import train_tokenizer_command
+from megagpt.prepare.command import train_tokenizer_command
 
 
 def jsonl(texts):
@@ -17,7 +17,7 @@ def jsonl(texts):
 
 
 def content(prefix):
-    """All bytes of the two corpora, by the ending of their files."""
+    """Return the bytes of all files of the two parts, by suffix."""
     endings = [f".{part}{suffix}" for part in ("train", "validation") for suffix in (".bin", ".idx", ".json")]
     return {ending: prefix.with_name(prefix.name + ending).read_bytes() for ending in endings}
 
@@ -41,43 +41,43 @@ def model(source, tmp_path_factory):
     return train_tokenizer_command([source], 400, tmp_path_factory.mktemp("model") / "small").path
 
 
-# The command with pieces of so many bytes, so that a small input has many, and a pause before each is done, when all
-# are joined, and before samples are packed. The file PLACES is told where in a .bin each rank has written, and how many
-# bytes. A tokenizer is trained on SAMPLE bytes.
+# The command with chunks of a given size, so that a small input has many, and with pauses: before each shard is
+# finished, while shards are merged, and before samples are packed. If OFFSETS is set, each rank appends the offset at
+# which it writes to a .bin file, and the number of bytes, to this file. A tokenizer is trained on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
 from megagpt.data import id_file, pieces, shards
 
-piece, pause, limit, *arguments = sys.argv[1:]
+chunk, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
 shards.ShardWriter.finish = lambda *given: time.sleep(float(pause)) or finish(*given)  # in the workers too
-write = id_file.IdFile.finish
-id_file.IdFile.finish = lambda *given: time.sleep(float(pause)) or write(*given)
+write = id_file.BinWriter.finish
+id_file.BinWriter.finish = lambda *given: time.sleep(float(pause)) or write(*given)
 
 
-class Told(id_file.IdFile):
+class Recorded(id_file.BinWriter):
     def __init__(self, path, start=None):
         super().__init__(path, start)
         self._start = start or 0
 
     def finish(self):
-        stretches = super().finish()
-        with open(os.environ["PLACES"], "a") as file:
-            print(self._start, sum(size for size, _ in stretches), file=file)
-        return stretches
+        written = super().finish()
+        with open(os.environ["OFFSETS"], "a") as file:
+            print(self._start, sum(size for size, _ in written), file=file)
+        return written
 
 
 if "SAMPLE" in os.environ:
     from megagpt.prepare import sampling
     sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
-if "PLACES" in os.environ:
-    id_file.IdFile = Told
-from megagpt.prepare import packing  # now that what it imports has been changed
+if "OFFSETS" in os.environ:
+    id_file.BinWriter = Recorded
+from megagpt.prepare import packing  # imported after the changes above, which it would not see otherwise
 
-filled = packing._filled
-packing._filled = lambda *given: time.sleep(float(pause)) or filled(*given)
+fill_samples = packing._fill_samples
+packing._fill_samples = lambda *given: time.sleep(float(pause)) or fill_samples(*given)
 if __name__ == "__main__":
-    pieces._SMALLEST = int(piece)
+    pieces._MIN_BYTES = int(chunk)
     if limit != "0":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     from megagpt.cli import main
@@ -87,13 +87,13 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def command(tmp_path):
-    """Start `megagpt` with small pieces, in a session of its own; `file_limit` bytes of a file can be written."""
+    """Start `megagpt` with small chunks in its own session, with files limited to `file_limit` bytes."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     started = []
 
-    def start(*arguments, piece=30_000, pause=0.0, file_limit=0, stdin=None, launcher=()):
-        line = [*launcher, sys.executable, program, piece, pause, file_limit, *arguments]
+    def start(*arguments, chunk=30_000, pause=0.0, file_limit=0, stdin=None, launcher=()):
+        line = [*launcher, sys.executable, program, chunk, pause, file_limit, *arguments]
         pipe = subprocess.PIPE
         line = list(map(str, line))
         process = subprocess.Popen(line, stdin=stdin, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -107,14 +107,14 @@ def command(tmp_path):
 
 
 def finish(process, code=0):
-    """What the command printed on standard output and error, once it has ended with this exit code."""
+    """Wait for the command, check its exit code, and return its standard output and error."""
     output, errors = process.communicate(timeout=240)
     assert process.returncode == code, errors
     return output, errors
 
 
 def wait_for(folder, pattern, process):
-    """The files of this pattern, once there are some."""
+    """Wait until files match the pattern, and return them."""
     end = time.monotonic() + 180
     while time.monotonic() < end and process.poll() is None:
         if found := sorted(folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""Documents left out, and documents mixed, while shards are joined."""
+"""Deduplication and shuffling while shards are merged."""
 
 import itertools
 import json
@@ -8,25 +8,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import pieces
-from megagpt.data.documents import digest_of, in_validation
-from megagpt.data.indexed import Reader
+from megagpt.data.documents import is_validation, text_digest
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import Options, duplicates, joining, prepare_command
+from megagpt.prepare import duplicates, joining
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 
 def documents(prefix, model):
-    reader, tokenizer = Reader(prefix), Tokenizer(model)
+    reader, tokenizer = CorpusReader(prefix), Tokenizer(model)
     return [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
 
 
 def prepared(texts, model, folder, **options):
     path = folder / "text.jsonl"
     path.write_text(jsonl(texts))
-    with pytest.MonkeyPatch.context() as patch:  # several shards, blocks and files of hashes out of a few documents
-        for module, name, value in ((pieces, "_SMALLEST", 700), (joining, "BLOCK", 7), (duplicates, "_TOGETHER", 10)):
+    with pytest.MonkeyPatch.context() as patch:  # several shards, blocks and files of hashes for few documents
+        for module, name, value in (
+            (pieces, "_MIN_BYTES", 700),
+            (joining, "BLOCK_DOCUMENTS", 7),
+            (duplicates, "_ENTRIES_PER_FILE", 10),
+        ):
             patch.setattr(module, name, value)
-        summary = prepare_command([str(path)], model, folder / "c", Options(0.3, workers=1, **options))
+        summary = prepare_command([str(path)], model, folder / "c", PrepareOptions(0.3, workers=1, **options))
     return [documents(folder / f"c.{part}", model) for part in ("train", "validation")], summary
 
 
@@ -35,19 +40,19 @@ SOME = st.lists(st.integers(0, 60), min_size=80, max_size=160)
 
 @given(numbers=SOME)
 @settings(max_examples=15, deadline=None)
-def test_each_text_is_kept_once_where_it_came_first(model, tmp_path_factory, numbers):
+def test_deduplication_keeps_the_first_copy_of_each_text(model, tmp_path_factory, numbers):
     texts = [f"text {number}" for number in [*range(40), *numbers]]
     (train, validation), summary = prepared(texts, model, tmp_path_factory.mktemp("c"), deduplicate=True)
     once = list(dict.fromkeys(texts))
-    assert train == [text for text in once if not in_validation(digest_of(text), 0.3)]
-    assert validation == [text for text in once if in_validation(digest_of(text), 0.3)]
+    assert train == [text for text in once if not is_validation(text_digest(text), 0.3)]
+    assert validation == [text for text in once if is_validation(text_digest(text), 0.3)]
     assert summary.copies == len(texts) - len(once)
     assert summary.train.text_bytes == sum(map(len, train))
 
 
 @given(numbers=SOME, deduplicate=st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_shuffling_moves_documents_and_keeps_all(model, tmp_path_factory, numbers, deduplicate):
+def test_shuffling_moves_documents_and_keeps_all_of_them(model, tmp_path_factory, numbers, deduplicate):
     texts = [f"text {number}" for number in [*range(40), *numbers]]
     plain, _ = prepared(texts, model, tmp_path_factory.mktemp("c"), deduplicate=deduplicate)
     mixed, _ = prepared(texts, model, tmp_path_factory.mktemp("c"), deduplicate=deduplicate, shuffle=True)
@@ -66,14 +71,14 @@ def test_a_shuffle_spreads_the_documents_of_each_shard(model, tmp_path):
     assert sum(after == before + 1 / 700 for before, after in itertools.pairwise(places)) < len(places) / 7
 
 
-def test_choosing_does_not_depend_on_the_workers_and_is_told(command, texts, model, tmp_path):
+def test_the_selection_does_not_depend_on_the_workers_and_is_recorded(command, texts, model, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(jsonl([*texts, *texts[::-1]]))
     options = ("--tokenizer", model, "--validation-fraction", 0.2, "--shuffle", "--deduplicate")
     for workers in (1, 3):
         prefix = tmp_path / f"c{workers}"
         printed, _ = finish(
-            command("prepare", path, "--output", prefix, "--workers", workers, *options, "--json", piece=2000)
+            command("prepare", path, "--output", prefix, "--workers", workers, *options, "--json", chunk=2000)
         )
     assert content(tmp_path / "c1") == content(tmp_path / "c3")
     assert json.loads(printed)["copies"] == len(texts) + 2  # two of three empty documents are copies too
@@ -87,11 +92,11 @@ def test_choosing_does_not_depend_on_the_workers_and_is_told(command, texts, mod
     assert (made["copies_left_out"], made["unknown"]) == (len(texts) + 2, 0)
 
 
-def test_a_tokenizer_without_pieces_for_some_characters_tells_how_many(tmp_path):
+def test_unknown_tokens_are_counted(tmp_path):
     from tests.unit.data.test_tokenizer import foreign_model
 
     path = tmp_path / "a.txt"
     path.write_text("the quick 中 brown")
-    summary = prepare_command([str(path)], foreign_model(tmp_path / "foreign.model"), tmp_path / "c", Options(0))
+    summary = prepare_command([str(path)], foreign_model(tmp_path / "foreign.model"), tmp_path / "c", PrepareOptions(0))
     assert summary.unknown == 1
     assert f"unknown: {1 / summary.train.tokens:.3%} of tokens" in str(summary)

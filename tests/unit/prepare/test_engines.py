@@ -1,4 +1,4 @@
-"""An engine changes how long it takes, not what is written; one that would is found out."""
+"""An engine does not change what is written. One that would is detected."""
 
 import json
 import pickle
@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from megagpt.data import gigatoken_encoder, pieces
-from megagpt.data.oddities import Place
+from megagpt.data.oddities import InputLocation
 from megagpt.errors import UserError
-from megagpt.prepare import Options, prepare_command
-from megagpt.prepare.engines import EngineDiffers
+from megagpt.prepare.command import PrepareOptions, prepare_command
+from megagpt.prepare.engines import EngineMismatch
 from tests.unit.prepare.conftest import content, finish, jsonl
 
-GIGATOKEN = Options(0.1, workers=1, engine="gigatoken")
+GIGATOKEN = PrepareOptions(0.1, workers=1, engine="gigatoken")
 
 
 @pytest.fixture(scope="module")
 def mixed(texts, tmp_path_factory):
-    """Prose, and what an engine may take for something else."""
+    """Prose, and texts that an engine might encode differently."""
     path = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
-    odd = [
+    unusual = [
         "a <eod> b",
         "<eod>",
         "",
@@ -32,11 +32,11 @@ def mixed(texts, tmp_path_factory):
         "\0",
         "\ud800",
     ]
-    path.write_text(jsonl([*texts, *odd, *reversed(texts)]))
+    path.write_text(jsonl([*texts, *unusual, *reversed(texts)]))
     return path
 
 
-def test_the_bytes_are_those_of_sentencepiece(mixed, model, tmp_path, command):
+def test_the_bytes_are_the_same_as_with_sentencepiece(mixed, model, tmp_path, command):
     for engine, workers in (("sentencepiece", 1), ("gigatoken", 2)):
         line = (mixed, "--tokenizer", model, "--output", tmp_path / engine, "--engine", engine, "--workers", workers)
         finish(command("prepare", *line))
@@ -51,10 +51,10 @@ def test_the_bytes_are_those_of_sentencepiece(mixed, model, tmp_path, command):
 
 
 class Broken:
-    """gigatoken, but that it drops the last id of a document which holds a word."""
+    """gigatoken, except that it drops the last id of documents that contain a given word."""
 
     def __init__(self, tokenizer, word):
-        self._engine, self._word, self._end = gigatoken_encoder_opened(tokenizer), word, tokenizer.eod
+        self._engine, self._word, self._end = build_engine(tokenizer), word, tokenizer.eod
 
     def encode(self, texts):
         ids = self._engine.encode(texts)
@@ -63,35 +63,39 @@ class Broken:
         return np.delete(ids, last)
 
 
-gigatoken_encoder_opened = gigatoken_encoder._opened
+build_engine = gigatoken_encoder._build_engine
 
 
-def test_an_engine_that_differs_stops_and_names_the_document(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gigatoken_encoder, "_opened", lambda tokenizer: Broken(tokenizer, b"Zebra"))
-    monkeypatch.setattr(pieces, "_SMALLEST", 60)  # five lines a shard, or fewer
+def test_a_mismatch_is_an_error_that_names_the_document(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gigatoken_encoder, "_build_engine", lambda tokenizer: Broken(tokenizer, b"Zebra"))
+    monkeypatch.setattr(pieces, "_MIN_BYTES", 60)  # at most five lines per shard
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
     with pytest.raises(UserError) as error:
         prepare_command([str(source)], model, tmp_path / "c", GIGATOKEN)
     what, where, ours, theirs, do = str(error.value).splitlines()
-    assert what == "megagpt: gigatoken cuts a document otherwise than sentencepiece does"
+    assert what == "megagpt: gigatoken tokenizes a document differently from sentencepiece"
     assert where == f"  {source}:31"
     name, cut = ours.split(": ")
     assert name == "  sentencepiece"
     assert cut.replace("|", "").strip() == "of the⏎Zebra"
     assert theirs == f"  gigatoken:     {cut[: cut.rindex('|')]}"
-    assert do == "  do: leave out --engine, and tell the makers of gigatoken; nothing was written"
+    assert do == "  do: omit --engine, and report this to the developers of gigatoken; nothing was written"
     assert not list(tmp_path.glob("c.*.idx"))
 
 
-def test_what_differs_can_come_from_a_worker():
-    error = pickle.loads(pickle.dumps(EngineDiffers(Place(1, 5), "e", "a|b", "ab")))
-    assert error.place == Place(1, 5)
-    assert str(error.told("here")).splitlines()[1:4] == ["  here", "  sentencepiece: ab", "  e:             a|b"]
+def test_a_mismatch_can_be_sent_from_a_worker():
+    error = pickle.loads(pickle.dumps(EngineMismatch(InputLocation(1, 5), "e", "a|b", "ab")))
+    assert error.location == InputLocation(1, 5)
+    assert str(error.to_user_error("here")).splitlines()[1:4] == [
+        "  here",
+        "  sentencepiece: ab",
+        "  e:             a|b",
+    ]
 
 
 def test_an_unknown_engine_is_refused(mixed, model, tmp_path):
     with pytest.raises(UserError) as error:
-        prepare_command([str(mixed)], model, tmp_path / "c", Options(engine="warp"))
+        prepare_command([str(mixed)], model, tmp_path / "c", PrepareOptions(engine="warp"))
     assert str(error.value) == ("megagpt: there is no engine warp\n  --engine\n  do: choose sentencepiece or gigatoken")
     assert not list(Path(tmp_path).iterdir())

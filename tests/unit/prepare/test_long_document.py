@@ -1,4 +1,4 @@
-"""One document over 2³¹ tokens in one line of JSON (with --full; else the limit is lowered): several sequences."""
+"""A document of over 2³¹ tokens in one JSON line becomes several sequences. Without --full, the limit is lower."""
 
 import json
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import zstandard
 
-from megagpt import corpora
+from megagpt.corpora.verifying import verify
 from megagpt.data import indexed_writer
-from megagpt.data.indexed import Reader
+from megagpt.data.indexed import CorpusReader
 from megagpt.data.loader import Loader
-from megagpt.data.oddities import KINDS
+from megagpt.data.oddities import WARNING_KINDS
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import Options, encoding, prepare_command
+from megagpt.prepare import encoding
+from megagpt.prepare.command import PrepareOptions, prepare_command
 
-WORD = " 1234567890123456789012345678901"  # a token a character: digits are split
+WORD = " 1234567890123456789012345678901"  # one token per character: digits are not merged
 MORE = 100
 
 
@@ -27,7 +28,7 @@ def limit(request, monkeypatch):
     return 5_000_000
 
 
-def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, limit):
+def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path, limit):
     block = WORD * 32_768
     words, rest = divmod(limit + MORE - 1, len(WORD))
     path = tmp_path / "a.jsonl.zst"
@@ -37,11 +38,11 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
             file.write(block.encode())
         file.write((WORD * (words % 32_768) + WORD[:rest]).encode())
         file.write(b'"}\n{"text": "after"}\n')
-    summary = prepare_command([str(path)], model, tmp_path / "c", Options(0, workers=1))
+    summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
-    assert [str(one) for one in summary.oddities] == [f"odd: 1 {KINDS['long']} (first: {path}:2)"]
+    assert [str(one) for one in summary.oddities] == [f"warning: {WARNING_KINDS['long']}: 1 (first: {path}:2)"]
 
-    reader, tokenizer = Reader(tmp_path / "c.train"), Tokenizer(model)
+    reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
     assert len(word) == len(WORD)
     assert reader.lengths.tolist() == [len(before) + 1, limit, MORE, len(after) + 1]
@@ -54,11 +55,11 @@ def test_a_document_of_too_many_tokens_is_split_into_sequences(model, tmp_path, 
         start = at % len(word)
         assert np.array_equal(ids, np.resize(word[start:] + word[:start], len(ids)))
     assert tokenizer.decode(reader.document(2)[:-1]) == "after"
-    assert corpora.verify(summary.train.prefix).wrong == ()
+    assert verify(summary.train.prefix).wrong == ()
 
     loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
     start = len(before) + 1 + limit - 32  # around the end of the first sequence
-    stretch = np.frombuffer(reader.stretch(start, 64), reader.dtype)
-    assert np.array_equal(stretch, document[limit - 32 : limit + 32])
-    assert loader.order.samples_per_epoch == len(reader.tokens) // 64 - 1
+    around = np.frombuffer(reader.read_range(start, 64), reader.dtype)
+    assert np.array_equal(around, document[limit - 32 : limit + 32])
+    assert loader.sampler.samples_per_epoch == len(reader.tokens) // 64 - 1
     assert json.loads((tmp_path / "c.train.json").read_text())["made"]["odd"] == {"long": 1}

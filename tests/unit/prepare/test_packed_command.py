@@ -1,4 +1,4 @@
-"""`megagpt prepare --pack`: whoever works, and whatever stops it, the same packed training part."""
+"""`megagpt prepare --pack` writes the same packed training part with any workers, and after any interruption."""
 
 import json
 import time
@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from megagpt import corpora
-from megagpt.data.indexed import Reader
-from megagpt.prepare import Options, prepare_command
+from megagpt.corpora.verifying import verify
+from megagpt.data.indexed import CorpusReader
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 SEQ_LEN = 100
@@ -24,13 +24,13 @@ def lines(texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unpacked(lines, model, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("unpacked") / "c"
-    return prepare_command([str(lines)], model, prefix, Options(0.2))
+    return prepare_command([str(lines)], model, prefix, PrepareOptions(0.2))
 
 
 @pytest.fixture(scope="module")
 def packed(lines, model, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("packed") / "c"
-    return prepare_command([str(lines)], model, prefix, Options(0.2, workers=1, pack=SEQ_LEN)), content(prefix)
+    return prepare_command([str(lines)], model, prefix, PrepareOptions(0.2, workers=1, pack=SEQ_LEN)), content(prefix)
 
 
 def start(command, lines, model, prefix, workers=1, **limits):
@@ -40,7 +40,7 @@ def start(command, lines, model, prefix, workers=1, **limits):
 
 def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, packed):
     summary, _ = packed
-    plain, train = Reader(unpacked.train.prefix), Reader(summary.train.prefix)
+    plain, train = CorpusReader(unpacked.train.prefix), CorpusReader(summary.train.prefix)
     assert train.packed == train.sidecar.packed == SEQ_LEN
     assert set(train.lengths.tolist()) == {SEQ_LEN + 1}
     more = np.bincount(train.tokens, minlength=400) - np.bincount(plain.tokens, minlength=400)
@@ -50,15 +50,15 @@ def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, pa
         one, other = (f"{part.validation.prefix}{ending}" for part in (summary, unpacked))
         with open(one, "rb") as ours, open(other, "rb") as theirs:
             assert ours.read() == theirs.read()
-    assert Reader(summary.validation.prefix).packed is None
+    assert CorpusReader(summary.validation.prefix).packed is None
     assert (summary.train.documents, summary.train.tokens) == (unpacked.train.documents, len(plain.tokens))
-    assert corpora.verify(summary.train.prefix).wrong == ()
+    assert verify(summary.train.prefix).wrong == ()
 
 
-def test_the_documents_cut_are_those_of_a_count_over_all_places(unpacked, packed):
-    """Before: with samples that overlap by one token, from each of the seq_len tokens where the first may begin."""
-    plain = Reader(unpacked.train.prefix)
-    begins = plain.begins(np.arange(len(plain.documents)))
+def test_the_split_documents_are_those_counted_over_all_offsets(unpacked, packed):
+    """Without packing, samples overlap by one token, and the first may begin at each of seq_len tokens."""
+    plain = CorpusReader(unpacked.train.prefix)
+    begins = plain.document_starts(np.arange(len(plain.documents)))
     lengths, cut = np.diff(begins), 0
     for first in range(SEQ_LEN):
         into = (begins[:-1] - first) % SEQ_LEN  # the sample that has the document's first token as an input
@@ -69,17 +69,17 @@ def test_the_documents_cut_are_those_of_a_count_over_all_places(unpacked, packed
     assert 0 < facts.cut_after < 0.8 * facts.cut_before
 
 
-def test_what_packing_did_is_told(packed, tmp_path, model, command, lines):
+def test_the_result_of_packing_is_reported(packed, tmp_path, model, command, lines):
     summary, _ = packed
     facts, padding = summary.packing, summary.packing.padding
-    samples = len(Reader(summary.train.prefix))
+    samples = len(CorpusReader(summary.train.prefix))
     line = (
-        f"packed for seq_len 100: {samples:,} samples, {padding / samples / 101:.2%} padding; documents cut: "
+        f"packed for seq_len 100: {samples:,} samples, {padding / samples / 101:.2%} padding; documents split: "
         f"{facts.cut_before / facts.documents:.1%} unpacked, {facts.cut_after / facts.documents:.1%} packed (longer "
         "than a sample)"
     )
     assert line in str(summary).splitlines()
-    made = Reader(summary.train.prefix).sidecar.made
+    made = CorpusReader(summary.train.prefix).sidecar.made
     assert made["options"]["pack"] == 100
     assert made["packing"] == {
         "documents": facts.documents,
@@ -92,16 +92,16 @@ def test_what_packing_did_is_told(packed, tmp_path, model, command, lines):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_bytes_do_not_depend_on_who_works(command, lines, model, packed, tmp_path, workers):
-    finish(start(command, lines, model, tmp_path / "c", workers, piece=20_000 + workers))
+def test_the_bytes_do_not_depend_on_the_workers(command, lines, model, packed, tmp_path, workers):
+    finish(start(command, lines, model, tmp_path / "c", workers, chunk=20_000 + workers))
     assert content(tmp_path / "c") == packed[1]
     assert not (tmp_path / "c.prepare").exists()
 
 
-def test_a_command_killed_while_it_packs_goes_on(command, lines, model, packed, tmp_path):
-    process = start(command, lines, model, tmp_path / "c", pause=2, piece=10_000_000)
+def test_a_command_killed_while_it_packs_resumes(command, lines, model, packed, tmp_path):
+    process = start(command, lines, model, tmp_path / "c", pause=2, chunk=10_000_000)
     end = time.monotonic() + 60
-    while not (tmp_path / "c.prepare/shards/places").exists():
+    while not (tmp_path / "c.prepare/shards/segments").exists():
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.002)
@@ -109,18 +109,18 @@ def test_a_command_killed_while_it_packs_goes_on(command, lines, model, packed, 
     process.communicate()
     assert (tmp_path / "c.train.bin.partial").exists()
     assert not list(tmp_path.glob("c.*.idx"))
-    finish(start(command, lines, model, tmp_path / "c", piece=10_000_000))
+    finish(start(command, lines, model, tmp_path / "c", chunk=10_000_000))
     assert content(tmp_path / "c") == packed[1]
     assert len(list(tmp_path.glob("c.*"))) == 6
 
 
 @pytest.mark.parametrize("where", ["unpacked", "packed"])
 def test_a_disk_that_is_full_while_packing_leaves_no_corpus(command, lines, model, unpacked, packed, tmp_path, where):
-    """A limit to the size of files that the packed corpus goes past, or that before it."""
+    """The limit to the size of files is reached by the packed corpus, or by the unpacked one."""
     limit = 2 * unpacked.train.tokens + (100 if where == "packed" else -100)
     assert limit < len(packed[1][".train.bin"])
-    _, errors = finish(start(command, lines, model, tmp_path / "c", piece=20_000, file_limit=limit), 1)
+    _, errors = finish(start(command, lines, model, tmp_path / "c", chunk=20_000, file_limit=limit), 1)
     assert errors.splitlines()[0] == "megagpt: cannot write: File too large"
     assert not [path for path in tmp_path.glob("c.*") if path.suffix in (".idx", ".bin", ".json")]
-    finish(start(command, lines, model, tmp_path / "c", piece=20_000))
+    finish(start(command, lines, model, tmp_path / "c", chunk=20_000))
     assert content(tmp_path / "c") == packed[1]

@@ -1,4 +1,4 @@
-"""What is seen while prepare works: a live line on a terminal, plain lines elsewhere; standard output has figures."""
+"""Progress of `prepare`: a live line on a terminal, plain lines elsewhere; standard output has only the result."""
 
 import io
 import json
@@ -8,35 +8,35 @@ import re
 import subprocess
 import sys
 
-from megagpt.data.pieces import cut
-from megagpt.data.sources import find_sources
+from megagpt.data.pieces import split_into_chunks
+from megagpt.data.sources import find_input_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import progress
-from megagpt.prepare.encoding import Job, PieceEncoder
+from megagpt.prepare.encoding import ChunkEncoder, EncodeJob
 from tests.unit.prepare.conftest import PROGRAM, finish, jsonl
 
 
-def test_plain_lines_say_how_far_it_is(monkeypatch):
+def test_plain_lines_show_the_progress(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    with progress.shown(40_000_000, out) as seen:
+    with progress.show_progress(40_000_000, out) as shown:
         for second in (4, 8, 12, 16, 23):
             now[0] = second
-            seen.add(documents=1000, tokens=2_000_000, text_bytes=6_000_000, input_bytes=4_000_000)
+            shown.add(documents=1000, tokens=2_000_000, text_bytes=6_000_000, input_bytes=4_000_000)
     assert out.getvalue().splitlines() == [
-        "prepare: 18 MB, 1.5 MB/s, 250 documents/s, 6,000,000 tokens, 30 %, 0:28 to go",
-        "prepare: 30 MB, 1.3 MB/s, 217 documents/s, 10,000,000 tokens, 50 %, 0:23 to go",
+        "prepare: 18 MB, 1.5 MB/s, 250 documents/s, 6,000,000 tokens, 30%, 0:28 remaining",
+        "prepare: 30 MB, 1.3 MB/s, 217 documents/s, 10,000,000 tokens, 50%, 0:23 remaining",
     ]
 
 
-def test_nothing_is_shown_when_nobody_looks_or_it_is_quick(command, source, model, tmp_path):
+def test_nothing_is_shown_for_a_quick_command(command, source, model, tmp_path):
     printed, errors = finish(command("prepare", source, "--tokenizer", model, "--output", tmp_path / "c", "--json"))
     assert json.loads(printed)["train"]["documents"] > 0
     assert errors == ""
 
 
-def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, model, tmp_path):
+def test_a_terminal_shows_one_live_line_and_standard_output_has_none(texts, model, tmp_path):
     path, program = tmp_path / "text.jsonl", tmp_path / "program.py"
     path.write_text(jsonl(texts * 3))
     program.write_text(PROGRAM)
@@ -60,16 +60,16 @@ def test_a_terminal_sees_one_live_line_and_standard_output_stays_clean(texts, mo
     assert json.loads(printed)["train"]["documents"] > 0
     states = re.findall(r"[\d,]+ MB, [\d.]+ MB/s, [\d,]+ documents/s, ([\d,]+) tokens", shown.decode())
     assert len(set(states)) > 2
-    assert re.search(r"\d+ %, \d+:\d\d to go", shown.decode())
+    assert re.search(r"\d+%, \d+:\d\d remaining", shown.decode())
 
 
-def test_a_long_document_is_counted_while_it_is_worked_on(texts, model, tmp_path):
+def test_a_long_document_is_counted_while_it_is_encoded(texts, model, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(texts * 120))
-    (piece,) = cut(find_sources([str(path)], None))
+    (chunk,) = split_into_chunks(find_input_files([str(path)], None))
     reports = []
-    job = Job(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
-    record = PieceEncoder(job).encode(piece, lambda *counts: reports.append(counts))
+    job = EncodeJob(tmp_path, Tokenizer(model), 0.0, ("text",), strict=False, engine="sentencepiece")
+    record = ChunkEncoder(job).encode(chunk, lambda *counts: reports.append(counts))
     assert path.stat().st_size > 2 << 20
     assert len([text for _, _, text, _ in reports if text]) > 2
     assert [sum(column) for column in zip(*reports, strict=True)] == [

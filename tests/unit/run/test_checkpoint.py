@@ -54,7 +54,16 @@ DAMAGE = {
         lambda f: (f / "manifest.json").write_bytes(b'{"checksum": %d,' % zlib.crc32(ANOTHER) + ANOTHER),
         "manifest.json cannot be read (",
     ),
+    "a manifest whose numbers are texts": (
+        lambda f: (f / "manifest.json").write_bytes(b'{"checksum": %d,' % zlib.crc32(TEXTS) + TEXTS),
+        "manifest.json cannot be read (",
+    ),
+    "a file that is a link out of the checkpoint": (
+        lambda f: (f / "shard-0").replace(f.parent / "shard-0") and (f / "shard-0").symlink_to(f.parent / "shard-0"),
+        "shard-0 leads out of the checkpoint",
+    ),
 }
+TEXTS = b' "state": {}, "files": {"shard-0": {"bytes": "12", "crc32": 0}}}'
 ANOTHER = b' "state": {"step": 1}}'
 
 

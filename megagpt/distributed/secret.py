@@ -1,0 +1,122 @@
+"""The secret of a job, which its processes share and nobody else can read; it is never on a command line.
+
+Either the environment variable MEGAGPT_JOB_SECRET, which srun and mpirun forward and which only the user (and root) can
+read from a process, or a key file that rank 0 writes into a folder that all hosts see: mode 0600, of this user, gone as
+soon as all processes have come. The key file also says at which address and port rank 0 listens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.errors import MachineError, UserError
+from megagpt.files import parse_json
+
+VARIABLE = "MEGAGPT_JOB_SECRET"
+SET = f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
+_FEWEST = 32  # characters of the variable: whoever listens on the network could try all secrets that are shorter
+_MOST = 4096  # bytes of a key file
+
+
+@dataclass(frozen=True)
+class JobKey:
+    """The secret of a job, and where its rank 0 listens."""
+
+    secret: bytes
+    address: str
+    port: int
+
+
+def from_environment(env: Mapping[str, str]) -> bytes | None:
+    """Return the secret in MEGAGPT_JOB_SECRET, None if it is not set. Raises UserError if it is short."""
+    text = env.get(VARIABLE, "")
+    if not text:
+        return None
+    if len(text) < _FEWEST:
+        raise UserError(f"{VARIABLE} has {len(text)} characters, at least {_FEWEST} are needed", VARIABLE, SET)
+    return text.encode()
+
+
+def state_folder(env: Mapping[str, str]) -> Path:
+    """Return the folder of this user where commands without an output keep their key files (XDG_STATE_HOME)."""
+    base = env.get("XDG_STATE_HOME", "")
+    return Path(base if base.startswith("/") else Path.home() / ".local" / "state") / "megagpt"
+
+
+def file_name(purpose: str, job: str, port: int) -> str:
+    """Return the name of a job's key file: the same for all its processes, another one for other jobs."""
+    return f"{purpose}.{re.sub(r'[^A-Za-z0-9_.-]', '_', job)[:100]}.{port}.key"
+
+
+def publish(path: Path, key: JobKey) -> None:
+    """Write the key file, replacing what a dead job of this name has left.
+
+    Args:
+        path: The key file.
+        key: What the other processes need.
+
+    Raises:
+        UserError: The filesystem does not keep the file from others.
+        MachineError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    content = {"secret": key.secret.hex(), "address": key.address, "port": key.port}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                if why := _unsafe(os.fstat(descriptor)):
+                    raise UserError(f"a file here cannot be kept from others: {why}", str(path.parent), SET)
+                json.dump(content, file)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot write the key of this job: {error.strerror}", str(path), SET) from None
+
+
+def find(path: Path) -> JobKey | str:
+    """Return what a key file says, or the reason why there is none that can be trusted (yet)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return "it is not there"
+    except OSError as error:
+        return str(error.strerror)
+    with os.fdopen(descriptor, "rb") as file:
+        if why := _unsafe(os.fstat(descriptor)):
+            return why
+        try:
+            content = parse_json(file.read(_MOST))
+            secret, address, port = bytes.fromhex(content["secret"]), content["address"], content["port"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return "it is not a key file"
+    if len(secret) != 32 or not isinstance(address, str) or not isinstance(port, int) or not 0 < port < 65536:
+        return "it is not a key file"
+    return JobKey(secret, address, port)
+
+
+def remove(path: Path) -> None:
+    """Remove the key file, if it is still there."""
+    path.unlink(missing_ok=True)
+
+
+def _unsafe(status: os.stat_result) -> str:
+    """Return why a key file may have been written or read by somebody else, "" if it cannot."""
+    if not stat.S_ISREG(status.st_mode):
+        return "it is not a regular file"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}, this process to user {os.geteuid()}"
+    if status.st_mode & 0o077:
+        return f"its mode is {stat.S_IMODE(status.st_mode):04o}"
+    return ""

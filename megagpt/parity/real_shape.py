@@ -1,0 +1,189 @@
+"""What can be proven about the real shape of a run: its stages on the meta device, and one update where it fits."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from megagpt.distributed import Agreement
+from megagpt.doctor import facts
+from megagpt.ds_config import Layout, Resolved
+from megagpt.engine import operators, stages, tensor
+from megagpt.engine import optimizer as optimizers
+from megagpt.model import cost, gpt
+from megagpt.model.context import ContextBuilder
+from megagpt.model.shapes import layer_shapes
+from megagpt.model.shards import shard_spec
+from megagpt.plan.machine import Device
+from megagpt.plan.memory import memory
+from megagpt.plan.verdict import fit
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_FLOPS = 2e12
+"""Arithmetic that the CPUs of all ranks do in one or two minutes, in fp32; low precision takes ten times as long."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage of the real model, built on the meta device as one tensor-parallel rank holds it."""
+
+    kinds: tuple[str, ...]
+    groups: list[frozenset[str]]
+    """names of the parameters of each group, with the kind of layer in place of its number"""
+    uneven: list[str]
+    """a line for each parameter whose shard does not have the shape that its rank must hold"""
+    output: str
+    """shape and dtype of what a stage sends to the next one"""
+
+
+def build_stages(resolved: Resolved) -> list[Stage]:
+    """Build every stage of a model on the meta device, which takes no memory and little time."""
+    layout, section = resolved.layout, resolved.recipe.model
+    whole, shards = _layers(resolved, 1), _layers(resolved, layout.tensor_parallel)
+    built = []
+    for number, kinds in enumerate(cost.stage_kinds(section, layout.pipeline_stages)):
+        local = stages.local_layers(section, layout, number)
+        held = nn.ModuleDict({str(index): shards[index] for index in local})
+        last = number == layout.pipeline_stages - 1
+        output = "the loss" if last else _output(resolved, [whole[index] for index in local], number)
+        built.append(Stage(kinds, _groups(resolved, held), _uneven(resolved, held), output))
+    return built
+
+
+def alike(built: list[Stage], others: list[Stage]) -> bool:
+    """Return whether two models are cut alike: the same kinds of layer and the same parameter groups on each stage."""
+    return [(stage.kinds, stage.groups) for stage in built] == [(stage.kinds, stage.groups) for stage in others]
+
+
+def faults(built: list[Stage], resolved: Resolved) -> list[str]:
+    """Return a line for each way in which stages do not fit together; an empty list if they do.
+
+    Args:
+        built: The stages, from `build_stages`.
+        resolved: The recipe and the DeepSpeed config from which they were built.
+    """
+    layout, section = resolved.layout, resolved.recipe.model
+    lines = [line for stage in built for line in stage.uneven]
+    layers = enumerate(_layers(resolved, layout.tensor_parallel))
+    whole = _groups(resolved, nn.ModuleDict({str(index): layer for index, layer in layers}))
+    for number, stage in enumerate(built):
+        places = [[place for place, group in enumerate(whole) if mine <= group] for mine in stage.groups]
+        if not places or places != sorted(places) or any(len(place) != 1 for place in places):
+            lines.append(f"stage {number} ({', '.join(stage.kinds)}) has other parameter groups than the whole model")
+    hidden = [layout.micro_batch, section.seq_len // layout.sequence_parallel, section.d_model]
+    expected = f"{hidden} {resolved.recipe.precision or 'fp32'}"
+    lines += [
+        f"stage {number} sends {stage.output}, the next one expects {expected}"
+        for number, stage in enumerate(built[:-1])
+        if stage.output != expected
+    ]
+    return lines
+
+
+def described(kinds: list[tuple[str, ...]]) -> str:
+    """Return the kinds of layer of all stages on one line; equal neighbors are counted."""
+    runs = [(" + ".join(kind), len(list(run))) for kind, run in groupby(kinds)]
+    return " | ".join(f"{text} (×{number})" if number > 1 else text for text, number in runs)
+
+
+def micro_batches(layout: Layout) -> int:
+    """Return how many micro-batches the update of the real shape takes: enough to fill a pipeline, and to add up."""
+    return min(layout.accumulation, max(layout.pipeline_stages, 2))
+
+
+def obstacle(one: Resolved, agreement: Agreement) -> str:
+    """Return why an update of the real shape cannot be made on these machines, or "" if it can be.
+
+    Collective; every rank returns the same text.
+
+    Args:
+        one: The real recipe with an update of a few micro-batches.
+        agreement: The ranks.
+    """
+    ranks = agreement.gather(socket.gethostname()).count(socket.gethostname())
+    on_cpu = operators.device() == "cpu"
+    needed, available = memory(one, on_cpu), facts.memory()["available"]
+    if on_cpu:
+        found = fit(needed, Device("cpu", available // ranks), ranks, available)
+    else:
+        found = fit(needed, Device("gpu", torch.cuda.mem_get_info()[0]), ranks, available)
+    mine = ""
+    if found.is_bad:
+        mine = (
+            f"a rank needs {_gb(found.device_wanted)} of {_gb(found.device_memory or 0)} of its device, and a host "
+            f"{_gb(found.host_wanted)} of {_gb(found.host_memory or 0)} of its memory"
+        )
+    elif on_cpu and (work := arithmetic(one)) > _affordable(one):
+        mine = f"an update takes {work / 1e12:,.0f} TFLOP, too many for CPUs"
+    return next((text for text in agreement.gather(mine) if text), "")
+
+
+def arithmetic(one: Resolved) -> float:
+    """Return the FLOPs of one update of all ranks."""
+    section = one.recipe.model
+    return cost.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
+
+
+def comparable(one: Resolved) -> bool:
+    """Return whether one process on a CPU can repeat the loss of an update of the real shape."""
+    return one.recipe.model.dropout == 0 and arithmetic(one) <= _affordable(one)
+
+
+def _affordable(one: Resolved) -> float:
+    return CPU_FLOPS if one.recipe.precision in (None, "fp32") else CPU_FLOPS / 10
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
+    """All layers on the meta device, as a rank of `degree` tensor-parallel ones holds them."""
+    with torch.device("meta"):
+        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.Parts(degree=degree))
+        return list(gpt.build_layers(resolved.recipe.model, parallel))
+
+
+def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
+    """The parameter groups of the recipe's optimizer over these layers."""
+    kinds = cost.layer_kinds(resolved.recipe.model)
+    names = {parameter: name.split(".", 1) for name, parameter in held.named_parameters()}
+    groups = optimizers.build(resolved.recipe.optimizer, held, on_gpu=False).param_groups
+    found = ((names[parameter] for parameter in group["params"]) for group in groups)
+    return [frozenset(f"{kinds[int(index)]}.{name}" for index, name in group) for group in found]
+
+
+def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
+    """A line for each parameter whose shard does not have the shape that its rank must hold."""
+    section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
+    shapes = {name: list(shape) for layer in layer_shapes(section) for name, shape in layer.items()}
+    lines = []
+    for name, parameter in held.named_parameters(prefix="layers"):
+        cut, expected = shard_spec(name, section, degree), [*shapes[name]]
+        if cut is not None:
+            expected[cut.dim] //= degree
+        got = list(parameter.shape)
+        if got != expected or (cut is not None and any(size % degree for size in cut.sections)):
+            lines.append(f"{name} has shape {got} on a rank, which is not 1/{degree} of {shapes[name]}")
+    return lines
+
+
+def _output(resolved: Resolved, layers: Sequence[nn.Module], number: int) -> str:
+    """Shape and dtype after these whole layers: what travels between stages is not cut by tensor-parallel ranks."""
+    layout, section = resolved.layout, resolved.recipe.model
+    dtype = _DTYPES[resolved.recipe.precision or "fp32"]
+    size = (layout.micro_batch, section.seq_len // layout.sequence_parallel)
+    hidden = torch.empty(*size, section.d_model, dtype=dtype, device="meta")
+    x = torch.zeros(size, dtype=torch.int64, device="meta") if number == 0 else hidden
+    ids = torch.zeros(size, dtype=torch.int64, device="meta")
+    context = ContextBuilder(section).for_batch(ids)
+    with torch.no_grad():
+        for layer in layers:
+            x = layer.to(dtype)(x, context)
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return f"{list(x.shape)} {names[x.dtype]}"
