@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from megagpt.cli.options import Inputs, Json, Prefix, TextKey, Workers, print_result
-from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.errors import EXIT_FAILURE
+from megagpt.prepare.readers.documents import DEFAULT_VALIDATION_FRACTION
 
 app = typer.Typer()
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or inspect one.", rich_markup_mode=None)
@@ -94,7 +94,7 @@ def inspect_data(
     as_json: Json = False,
 ) -> None:
     """Show the statistics of a corpus, how it was made, and some of its documents."""
-    from megagpt.corpora import inspecting as implementation
+    from megagpt.corpus import inspect as implementation
 
     print_result(implementation.inspect(prefix, document or (), sample, tokenizer), as_json)
 
@@ -106,7 +106,7 @@ def verify_data(
     as_json: Json = False,
 ) -> None:
     """Read and check a whole corpus: index, ids, checksums. Exit code 1 if anything is wrong."""
-    from megagpt.corpora import verifying as implementation
+    from megagpt.corpus import verify as implementation
 
     verification = implementation.verify(prefix, workers)
     print_result(verification, as_json)
@@ -121,6 +121,6 @@ def merge_data(
     as_json: Json = False,
 ) -> None:
     """Merge several corpora of the same tokenizer into one."""
-    from megagpt.corpora import merging as implementation
+    from megagpt.corpus import merge as implementation
 
     print_result(implementation.merge(prefixes, output), as_json)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.distributed import Rank, from_environment, hostfile, passing
+from megagpt.cluster import Rank, env_forwarding, from_environment, hostfile
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,5 +137,5 @@ def _launch(hosts: list[str], env: Mapping[str, str]) -> Launch:
         settings = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
         alive[host] = int(settings.get("serveraliveinterval", 0)) * int(settings.get("serveralivecountmax", 0))
     exported = links.exports(env)
-    kept = tuple(name for name, value in passing.passed_on(env).items() if exported.get(name) != value)
+    kept = tuple(name for name, value in env_forwarding.passed_on(env).items() if exported.get(name) != value)
     return Launch(shutil.which("pdsh") is not None, alive, kept)

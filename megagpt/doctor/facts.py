@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import free_port, passing
+from megagpt.cluster import env_forwarding, free_port
 from megagpt.doctor import network
 from megagpt.files import parse_json
 
@@ -42,7 +42,7 @@ def gather(needs: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         "nvidia": nvidia,
         "infiniband": lambda: _names(Path("/sys/class/infiniband")),
         "network": network.facts,
-        "environment": lambda: passing.passed_on(os.environ),
+        "environment": lambda: env_forwarding.passed_on(os.environ),
         "locks": locks,
         "port": free_port,
     }

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed.handshake import Channel
+from megagpt.cluster.handshake import Channel
 from megagpt.doctor.agent import MARK, Sink
 from megagpt.doctor.finding import BAD, Finding
 from megagpt.files import parse_json

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
-    from megagpt.recipe import Recipe
+    from megagpt.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def of(recipe: Path | None, config: Path | None, overrides: Sequence[str], world
     files = [str(path) for path in (recipe, config) if path]
     muon = False
     if recipe is not None:
-        from megagpt import recipe as recipes
+        from megagpt.config import recipe as recipes
 
         read = recipes.load(recipe, words)
         muon = read.optimizer.type == "muon"
@@ -71,19 +71,19 @@ def of(recipe: Path | None, config: Path | None, overrides: Sequence[str], world
 
 
 def _of_recipe(recipe: Recipe) -> dict[str, Any]:
-    from megagpt.model import cost
+    from megagpt.model import flops
 
     sources = (*(source.path for source in recipe.data.train), *recipe.data.validation)
     return {
         "corpora": tuple(dict.fromkeys(sources)), "run_dir": recipe.run_dir, "keep_last": recipe.checkpoint.keep_last,
-        "checkpoint": int(cost.CHECKPOINT_HEADROOM * cost.checkpoint_bytes(recipe.model)),
+        "checkpoint": int(flops.CHECKPOINT_HEADROOM * flops.checkpoint_bytes(recipe.model)),
     }  # fmt: skip
 
 
 def _sizes(config: Path, recipe: Recipe, words: Sequence[str], world: int) -> dict[str, int]:
     """What the fullest rank takes, as `megagpt plan` has it."""
-    from megagpt import ds_config
-    from megagpt.ds_config.known import recorded_keys
+    from megagpt.config import deepspeed as ds_config
+    from megagpt.config.deepspeed.known_keys import recorded_keys
     from megagpt.plan.memory import memory
 
     resolved = ds_config.load(config, recipe, world, recorded_keys(), words)
@@ -96,7 +96,7 @@ def _sizes(config: Path, recipe: Recipe, words: Sequence[str], world: int) -> di
 
 def _of_config(path: Path, words: Sequence[str], muon: bool) -> dict[str, Any]:
     """Operators and folders, which do not depend on the recipe but for its optimizer."""
-    from megagpt.ds_config.reading import read_hjson
+    from megagpt.config.syntax.hjson_reader import read_hjson
 
     tree = read_hjson(path)
     for word in words:

@@ -27,9 +27,9 @@ def main() -> None:
         say({"pinned": _pinned()})
     say({"doing": "import deepspeed"})
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from megagpt.engine import operators
+    from megagpt.engine import deepspeed_ops
 
-    say({"accelerator": operators.device()})
+    say({"accelerator": deepspeed_ops.device()})
     tried: dict[str, Any] = {}
     for name in [*words["operators"], *(words["gpu_operators"] if cuda else [])]:
         say({"doing": f"{BUILDING}{name}"})
@@ -66,11 +66,11 @@ def _pinned() -> dict[str, Any]:
 
 def _operator(name: str) -> dict[str, Any]:
     """Seconds that an operator took, or why it does not load."""
-    from megagpt.engine import operators
+    from megagpt.engine import deepspeed_ops
 
     begun = time.monotonic()
     try:
-        operators.load(name)
+        deepspeed_ops.load(name)
     except Exception as error:  # a compiler, a header, a library, a lock: whatever it is, it is to be told
         return {"seconds": time.monotonic() - begun, "error": str(error).strip().splitlines()[0]}
     return {"seconds": time.monotonic() - begun, "error": ""}

@@ -9,8 +9,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from megagpt.distributed import Rank, calls, secret
-from megagpt.distributed.calls import Door
+from megagpt.cluster import Rank, secret, tcp
+from megagpt.cluster.tcp import Door
 from megagpt.doctor import agent
 from megagpt.doctor.examination import Host, life
 from megagpt.doctor.finding import BAD, Finding
@@ -37,7 +37,7 @@ def _door(rank: Rank, env: Mapping[str, str]) -> Door:
 
 def serve(rank: Rank, limit: float, env: Mapping[str, str]) -> None:
     """Connect to rank 0, and do what it orders. Raises MachineError if it is not found within `limit` s."""
-    channel = calls.call(_door(rank, env), limit)
+    channel = tcp.call(_door(rank, env), limit)
     try:
         stream = Lines(channel)
         agent.serve(stream, stream, rank=rank.rank, local_rank=rank.local_rank)
@@ -60,7 +60,7 @@ def receive(rank: Rank, limit: float, env: Mapping[str, str]) -> list[Host]:
         MachineError: The port is in use, or the key of the job cannot be written.
     """
     came: dict[int, tuple[str, int, Link]] = {0: (socket.gethostname(), rank.local_rank, local())}
-    with calls.callers(_door(rank, env), limit) as callers:
+    with tcp.callers(_door(rank, env), limit) as callers:
         while len(came) < rank.world_size and (caller := next(callers, None)):
             number, channel = caller
             link = over_channel(channel, f"rank {number}")

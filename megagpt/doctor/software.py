@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 
-from megagpt.distributed import passing, promise
+from megagpt.cluster import env_forwarding, preflight
 from megagpt.doctor import examination
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import BAD, Finding
@@ -91,9 +91,9 @@ def environment(visit: Visit) -> Iterator[Finding]:
         return
     for name in sorted({name for host in hosts for name in host.facts["environment"]}):
         for host, here, there in unlike(hosts, lambda host, name=name: host.facts["environment"].get(name, "not set")):  # type: ignore[misc]
-            if not passing.of_a_host(name):
+            if not env_forwarding.of_a_host(name):
                 wrong = True
-                yield bad("variables", f"{name}: {here}, on {hosts[0].name} {there}", promise.HAND_ON, host)
+                yield bad("variables", f"{name}: {here}, on {hosts[0].name} {there}", preflight.HAND_ON, host)
     if visit.launch and visit.launch.kept_back:
         wrong = True
         what = f"DeepSpeed would not hand these on to the other hosts: {', '.join(visit.launch.kept_back)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megagpt.distributed import passing
+from megagpt.cluster import env_forwarding
 from megagpt.doctor import network
 from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
@@ -34,7 +34,7 @@ def launcher(visit: Visit) -> Iterator[Finding]:
     if not visit.launch.pdsh:
         do = "install pdsh (Debian: pdsh), or start with `deepspeed --launcher openmpi`"
         yield bad("launcher", "there is no pdsh on this host", do)
-    do = f'export PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"'
+    do = f'export PDSH_SSH_ARGS_APPEND="{env_forwarding.SSH_ALIVE}"'
     waits: dict[int, list[Host]] = {}
     for host in visit.hosts:
         waits.setdefault(visit.launch.keep_alive.get(host.name, 0), []).append(host)

@@ -3,7 +3,7 @@
 import os
 
 # DeepSpeed's ZeRO imports its Muon, whose @torch.compile imports all of inductor: seconds of startup for code that is
-# not used here. Only this import is without torch.compile; document masks on GPUs use it (model/documents.py).
+# not used here. Only this import is without torch.compile; document masks on GPUs use it (model/document_mask.py).
 _WAS_SET = "TORCHDYNAMO_DISABLE" in os.environ
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

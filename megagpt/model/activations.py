@@ -52,7 +52,7 @@ def _swiglu(up: Tensor, gate: Tensor | None) -> Tensor:
 
 def _relu2(up: Tensor, gate: Tensor | None) -> Tensor:
     """max(up, 0)² (Primer, arXiv 2109.08668)."""
-    from megagpt.model.functions import relu_squared
+    from megagpt.model.fused_ops import relu_squared
 
     return relu_squared(up)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from megagpt.model.context import ForwardContext
-from megagpt.model.documents import attend_in_blocks
-from megagpt.model.functions import split_heads
+from megagpt.model.document_mask import attend_in_blocks
+from megagpt.model.fused_ops import split_heads
 from megagpt.model.parallel import SequenceShard
 
 EPSILON = 1e-5  # of every norm

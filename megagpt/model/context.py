@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from megagpt.model.documents import DocumentMask
+from megagpt.model.document_mask import DocumentMask
 from megagpt.model.kv_cache import KVCache
 from megagpt.model.parallel import SequenceShard
 from megagpt.model.rotary import RotaryEmbedding
 from megagpt.model.shapes import head_dim
 
 if TYPE_CHECKING:
-    from megagpt.recipe import ModelSection
+    from megagpt.config.recipe import ModelSection
 
 _SMALLEST_FLEX_HEAD = 16  # flex attention's kernels support no narrower heads
 

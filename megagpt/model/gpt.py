@@ -20,7 +20,7 @@ from megagpt.model.shapes import has_bias, head_dim, linear_shapes
 from megagpt.state import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from megagpt.recipe import ModelSection
+    from megagpt.config.recipe import ModelSection
 
 INITIAL_STD = 0.02  # GPT-2
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from megagpt.model.activations import Activation
 from megagpt.model.attention import EPSILON, Attention, apply_dropout
 from megagpt.model.context import ForwardContext
-from megagpt.model.functions import rms_norm
+from megagpt.model.fused_ops import rms_norm
 from megagpt.model.loss import cross_entropy_sum, project
 from megagpt.model.parallel import VocabShard
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from megagpt.recipe import ModelSection
+    from megagpt.config.recipe import ModelSection
 
 FP32_BYTES = 4
 ADAMW_BYTES = 3 * FP32_BYTES

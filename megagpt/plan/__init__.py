@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megagpt import ds_config
-from megagpt import recipe as recipes
-from megagpt.ds_config import Resolved
-from megagpt.ds_config.known import recorded_keys, version_note
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe as recipes
+from megagpt.config.deepspeed import Resolved
+from megagpt.config.deepspeed.known_keys import recorded_keys, version_note
 from megagpt.errors import UserError
-from megagpt.model import cost
-from megagpt.plan import changes, effort, machine
+from megagpt.model import flops
+from megagpt.plan import changes, cost_estimate, machine
 from megagpt.plan import search as config_search
 from megagpt.plan.memory import memory
 from megagpt.plan.rank_state import ZeroSettings
@@ -36,9 +36,9 @@ def plan(options: PlanOptions) -> Plan:
     resolved = resolve()
     layout, section = resolved.layout, resolved.recipe.model
     found = fits(resolved)
-    length = effort.length(resolved)
+    length = cost_estimate.length(resolved)
     return Plan(
-        parameters=cost.parameters(section),
+        parameters=flops.parameters(section),
         world_size=world_size,
         nodes=nodes,
         zero_stage=layout.zero_stage,
@@ -53,9 +53,9 @@ def plan(options: PlanOptions) -> Plan:
         memory=memory(resolved),
         fit=found,
         length=length,
-        time=None if device is None else effort.time(resolved, length.flops, device.name),
-        traffic=effort.traffic(resolved),
-        disk=effort.disk(resolved, length.tokens),
+        time=None if device is None else cost_estimate.time(resolved, length.flops, device.name),
+        traffic=cost_estimate.traffic(resolved),
+        disk=cost_estimate.disk(resolved, length.tokens),
         changes=changes.nearest(resolved, resolve, lambda other: fits(other).is_good) if found.is_bad else (),
         notes=_notes(resolved, has_device=device is not None),
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.model import cost
+from megagpt.model import flops
 from megagpt.model.activations import ACTIVATIONS
 from megagpt.model.shapes import FP32_BYTES
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout
+    from megagpt.config.recipe import ModelSection
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def loss_workspace(shape: MicroBatchShape, on_cpu: bool) -> int:
         on_cpu: use the smaller chunks of CPUs
 
     """
-    chunks = -(-shape.tokens // cost.chunk_tokens(shape.vocab_rows, on_cpu))
+    chunks = -(-shape.tokens // flops.chunk_tokens(shape.vocab_rows, on_cpu))
     tokens = -(-shape.tokens // chunks)
     logits = tokens * shape.vocab_rows
     matrix = shape.vocab_rows * shape.section.d_model

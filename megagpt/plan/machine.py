@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megagpt.errors import UserError, closest_match
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
+    from megagpt.config.deepspeed import Layout
 
 _GIB = 1 << 30
 _MEMORY = {"V100-16": 16, "V100-32": 32, "A100-40": 40, "A100-80": 80, "A800": 80, "H100": 80, "H800": 80, "H200": 141}

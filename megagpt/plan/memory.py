@@ -12,8 +12,8 @@ from megagpt.plan.rank_state import LocalParameters, StateBytes, ZeroSettings, l
 from megagpt.plan.states import state_bytes
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout, Resolved
+    from megagpt.config.recipe import ModelSection
 
 PROCESS_BYTES = 4 << 30
 """Host memory of a rank besides what is counted: Python, torch, CUDA, pages of the corpus. 3 to 5 GB in BigScience's

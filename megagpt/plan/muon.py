@@ -1,6 +1,6 @@
 """Memory and traffic of Muon where they differ from AdamW: one moment less per matrix, and whole matrices in the step.
 
-Follows engine/muon.py and engine/exchange.py tensor by tensor. tests/unit/plan/test_muon_memory.py compares it with
+Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor. tests/unit/plan/test_muon_memory.py compares it with
 torch's allocations.
 """
 
@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megagpt.model.cost import MATRICES_AT_ONCE
+from megagpt.model.flops import MATRICES_AT_ONCE
 from megagpt.model.shapes import FP32_BYTES, Shapes
-from megagpt.model.shards import shard_spec
+from megagpt.model.sharding import shard_spec
 from megagpt.plan.rank_state import LocalParameters, StateBytes, ZeroSettings
 
 if TYPE_CHECKING:
-    from megagpt.recipe import ModelSection
+    from megagpt.config.recipe import ModelSection
 
 
 def matrices(shapes: Shapes) -> Shapes:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megagpt.model import cost
+from megagpt.model import flops
 from megagpt.model.shapes import ADAMW_BYTES, FP32_BYTES, Shapes, layer_shapes
-from megagpt.model.shards import shard_spec
+from megagpt.model.sharding import shard_spec
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout, Resolved
+    from megagpt.config.recipe import ModelSection
 
 _BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -50,7 +50,7 @@ def local_parameters(section: ModelSection, layout: Layout, stage: int = 0) -> L
 
     """
     layers = layer_shapes(section)
-    boundaries = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
+    boundaries = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
     indices = list(range(boundaries[stage], boundaries[stage + 1]))
     if section.tie_embeddings and len(layers) - 1 in indices and 0 not in indices:
         indices.append(0)
@@ -105,7 +105,7 @@ class ZeroSettings:
         self.element = _BYTES_PER_ELEMENT[self.precision]
         """bytes per weight"""
         self.accumulator = 2 if self.precision == "fp16" else FP32_BYTES
-        """bytes per accumulated gradient: fp16 accumulates in fp16, bf16 in fp32 (ds_config/precision.py)"""
+        """bytes per accumulated gradient: fp16 accumulates in fp16, bf16 in fp32 (config/deepspeed/precision.py)"""
         self.reduced = FP32_BYTES if resolved.config.get("communication_data_type") == "fp32" else self.element
         """bytes per gradient in a reduction"""
 

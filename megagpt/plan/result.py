@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.plan.effort import Disk, Length, Time, Traffic, format_duration
+from megagpt.plan.cost_estimate import Disk, Length, Time, Traffic, format_duration
 from megagpt.plan.machine import SAFE_FRACTION
 from megagpt.plan.memory import Memory
 from megagpt.plan.verdict import TOO_CLOSE, Fit

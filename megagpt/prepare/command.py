@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TextIO
 
-from megagpt.data.sources import InputFile, find_input_files
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.prepare.corpus import CorpusJob, PrepareOptions, write_corpus
-from megagpt.prepare.ranks import Ranks, joined_ranks
+from megagpt.prepare.process_group import Ranks, joined_ranks
+from megagpt.prepare.readers.inputs import InputFile, find_input_files
 from megagpt.prepare.summary import PreparedCorpora, PrepareSummary, TokenizerSummary
-from megagpt.prepare.tokenizing import TokenizedText, inspect_tokenizer, train_tokenizer_command
-from megagpt.prepare.workplace import WorkDirectory, remove_folder, work_directory
+from megagpt.prepare.train_tokenizer import TokenizedText, inspect_tokenizer, train_tokenizer_command
+from megagpt.prepare.workdir import WorkDirectory, remove_folder, work_directory
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "PrepareOptions",

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from megagpt import doctor
-from megagpt.distributed import Rank, free_port, secret
+from megagpt.cluster import Rank, free_port, secret
 from megagpt.doctor import agent, ranks
 from megagpt.doctor.finding import Finding, Report
 from megagpt.errors import MachineError, UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.corpus.writer import CorpusWriter
 from megagpt.doctor import facts, network
 from megagpt.doctor.agent import Agent
 from megagpt.doctor.children import Child

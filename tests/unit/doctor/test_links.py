@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from megagpt import plan
-from megagpt.distributed.handshake import Channel
+from megagpt.cluster.handshake import Channel
 from megagpt.doctor import links, needs
 from megagpt.doctor.links import Lost
 from megagpt.errors import UserError

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.engine.materialise import recompute
-from megagpt.model import documents
-from megagpt.model.documents import DocumentMask
+from megagpt.engine.init_model import recompute
+from megagpt.model import document_mask
+from megagpt.model.document_mask import DocumentMask
 from megagpt.model.gpt import GPT
 
 END = 60
@@ -118,8 +118,8 @@ def test_block_masks_equal_dense_masks(ids, kv_heads):
     k, v = torch.randn(2, 3, kv_heads, 16, 8, generator=generator)
     ends = ids == END
     number = ends.cumsum(1) - ends.long()
-    expected = F.scaled_dot_product_attention(q, k, v, documents.dense_mask(number), enable_gqa=kv_heads < 4)
-    got = documents.attend_in_blocks(q, k, v, documents.block_mask(number))
+    expected = F.scaled_dot_product_attention(q, k, v, document_mask.dense_mask(number), enable_gqa=kv_heads < 4)
+    got = document_mask.attend_in_blocks(q, k, v, document_mask.block_mask(number))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

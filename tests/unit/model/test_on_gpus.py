@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from gpu_worker import CASES
 from torch._dynamo.testing import CompileCounter
 
-from megagpt.model import documents, pieces
+from megagpt.checkpoint import tensor_files
+from megagpt.model import document_mask
 
 
 class PretendedGpuTensor(torch.Tensor):
@@ -57,10 +58,12 @@ def test_grouped_attention_is_the_same_without_kernels_for_groups(tiny, random_g
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_checksums_are_equal_on_gpu_and_host(monkeypatch, cut):
-    monkeypatch.setattr(pieces, "_CHUNK_ON_GPU", 7)
+    monkeypatch.setattr(tensor_files, "_CHUNK_ON_GPU", 7)
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(4))
     indices = torch.randperm(100, generator=torch.Generator().manual_seed(5)) if cut else 12345678901
-    assert pieces.checksum(tensor.as_subclass(PretendedGpuTensor), indices) == pieces.checksum(tensor, indices)
+    assert tensor_files.checksum(tensor.as_subclass(PretendedGpuTensor), indices) == tensor_files.checksum(
+        tensor, indices
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -68,14 +71,14 @@ def test_document_mask_kernels_are_compiled_once_per_shape(monkeypatch):
     """Each batch has a mask of its own. Compiling for each of them would take longer than training."""
     counted = CompileCounter()
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    for function in (documents.create_block_mask, documents.flex_attention):
-        monkeypatch.setattr(documents, function.__name__, torch.compile(function, backend=counted, dynamic=False))
+    for function in (document_mask.create_block_mask, document_mask.flex_attention):
+        monkeypatch.setattr(document_mask, function.__name__, torch.compile(function, backend=counted, dynamic=False))
     q = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(6))
     graphs = []
     for seed in range(3):
         number = torch.randint(2, (2, 16), generator=torch.Generator().manual_seed(seed)).cumsum(1)
-        got = documents.attend_in_blocks(q, q, q, documents.block_mask(number))
-        expected = F.scaled_dot_product_attention(q, q, q, documents.dense_mask(number))
+        got = document_mask.attend_in_blocks(q, q, q, document_mask.block_mask(number))
+        expected = F.scaled_dot_product_attention(q, q, q, document_mask.dense_mask(number))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         graphs.append(counted.frame_count)
     assert graphs[0] > 0

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.ds_config.known import recorded_keys
-from megagpt.engine.keys import known_keys
+from megagpt.config.deepspeed.known_keys import recorded_keys
+from megagpt.engine.deepspeed_keys import known_keys
 from megagpt.errors import UserError
 from megagpt.plan import PlanOptions, plan, search
 
@@ -26,7 +26,7 @@ def config(name):
 
 
 def test_the_stored_keys_are_those_of_deepspeed():
-    """To update them: python -m megagpt.engine.keys > megagpt/ds_config/known_keys.json"""
+    """To update them: python -m megagpt.engine.deepspeed_keys > megagpt/config/deepspeed/known_keys.json"""
     assert recorded_keys() == json.loads(json.dumps(known_keys()))
 
 

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from megagpt.corpora.verifying import verify
-from megagpt.data.indexed import CorpusReader
+from megagpt.corpus.reader import CorpusReader
+from megagpt.corpus.verify import verify
 from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 

@@ -1,0 +1,177 @@
+"""Costs of a run besides memory: tokens, FLOPs, time, network traffic, disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.config import recipe as recipes
+from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.model import flops as cost
+from megagpt.model.shapes import FP32_BYTES, layer_shapes
+from megagpt.plan import machine, muon
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+
+if TYPE_CHECKING:
+    from megagpt.config.deepspeed import Resolved
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length of training. Updates and tokens are None if they depend on a corpus that does not exist."""
+
+    updates: int | None
+    tokens_per_update: int
+    tokens: int | None
+    flops: float | None
+    """of the model, forward and backward, without recomputation"""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds at the highest and the lowest utilization published for similar layouts."""
+
+    shortest: float
+    longest: float
+    device_hours: tuple[float, float]
+    utilization: tuple[float, float]
+    source: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends per update, by kind, on the ranks that send most."""
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline: int
+    sequence_parallel: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk that all ranks share."""
+
+    checkpoint: int
+    checkpoints: int | None
+    """all that are kept, and one being written; None if their number grows with every save"""
+    corpus: int | None
+    """if each token is read once"""
+
+
+def length(resolved: Resolved) -> Length:
+    """Return the length of training. A length in epochs needs the sidecar files of the corpora."""
+    recipe = resolved.recipe
+    per_update = recipe.batch.global_size * recipe.model.seq_len
+    updates = None
+    if recipe.length.epochs is None:
+        updates = recipes.total_updates(recipe, 0)
+    else:
+        sidecars = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
+        tokens_per_corpus = [sidecar.tokens for sidecar in sidecars if sidecar is not None]
+        if len(tokens_per_corpus) == len(sidecars):
+            updates = recipes.total_updates(recipe, sum(tokens_per_corpus) // recipe.model.seq_len)
+    if updates is None:
+        return Length(None, per_update, None, None)
+    tokens = updates * per_update
+    return Length(updates, per_update, tokens, tokens * cost.flops_per_token(recipe.model))
+
+
+def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
+    """Estimate the time of a run: FLOPs divided by ranks, peak FLOP/s and utilization.
+
+    Args:
+        resolved: recipe, config and layout
+        flops: FLOPs of the run
+        device: name of the device
+
+    Returns:
+        The time, or None if one of the factors is unknown, as with offload.
+
+    """
+    recipe, layout = resolved.recipe, resolved.layout
+    peak = cost.peak_flops(device, recipe.precision or "fp32")
+    reached = machine.utilization(device, layout, recipe.model.n_layer)
+    if flops is None or peak is None or reached is None or ZeroSettings(resolved).offloads:
+        return None
+    shortest = flops / (layout.world_size * peak * reached.high)
+    longest = flops / (layout.world_size * peak * reached.low)
+    device_hours = (shortest * layout.world_size / 3600, longest * layout.world_size / 3600)
+    return Time(shortest, longest, device_hours, (reached.low, reached.high), reached.source)
+
+
+def traffic(resolved: Resolved) -> Traffic:
+    """Return the bytes that a rank sends per update.
+
+    All collectives are rings: an all-reduce over n ranks sends 2(n - 1)/n of its bytes, an all-gather or
+    reduce-scatter (n - 1)/n. ZeRO section 7 (arXiv 1910.02054), Megatron (arXiv 1909.08053), Ulysses (arXiv
+    2309.14509).
+    """
+    layout, section = resolved.layout, resolved.recipe.model
+    zero = ZeroSettings(resolved)
+    ranks = [local_parameters(section, layout, stage) for stage in range(layout.pipeline_stages)]
+    between_zero_ranks = between_tensor_ranks = 0
+    if zero.uses_muon:
+        between_zero_ranks, between_tensor_ranks = max(muon.traffic(zero, rank) for rank in ranks)
+    hidden = layout.micro_batch * section.seq_len // layout.sequence_parallel * section.d_model * zero.element
+    blocks = -(-section.n_layer // layout.pipeline_stages)
+    recomputed = layout.recomputed_blocks / section.n_layer
+    # all-reduces per block: forward after attention and MLP; backward before qkv, up and gate, each on its own
+    all_reduces = 2 * (1 + recomputed) + (3 if section.is_gated else 2)
+    all_reduce = 2 * _ring(layout.tensor_parallel)
+    kv_width = section.n_kv_head * (section.d_model // section.n_head)
+    exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and attention output, keys and values
+    all_to_all = _ring(layout.sequence_parallel) * exchanged
+    return Traffic(
+        data_parallel=int(_data_parallel(zero, max(rank.total for rank in ranks))) + between_zero_ranks,
+        tensor_parallel=int(layout.accumulation * blocks * all_reduces * all_reduce * hidden) + between_tensor_ranks,
+        pipeline=layout.accumulation * hidden * min(layout.pipeline_stages - 1, 2),
+        sequence_parallel=int(layout.accumulation * blocks * (2 + recomputed) * all_to_all),
+    )
+
+
+def _data_parallel(zero: ZeroSettings, parameters: int) -> float:
+    """Bytes of gradients and weights between the ranks that hold the same part of the model."""
+    low, reduced, fraction = zero.element * parameters, zero.reduced * parameters, _ring(zero.shards)
+    stage, micro_batches = zero.layout.zero_stage, zero.layout.accumulation
+    if stage == 0:
+        return 2 * fraction * FP32_BYTES * parameters
+    if stage == 1:
+        return fraction * (2 * reduced + low)  # DeepSpeed all-reduces whole gradients here
+    if stage == 2:
+        return fraction * (reduced * micro_batches + low)
+    return fraction * micro_batches * (2 * low + reduced)
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def disk(resolved: Resolved, tokens: int | None) -> Disk:
+    """Return the disk space of a run.
+
+    Args:
+        resolved: recipe, config and layout
+        tokens: tokens of the run, if known
+
+    """
+    recipe = resolved.recipe
+    checkpoint = cost.checkpoint_bytes(recipe.model)
+    if recipe.optimizer.type == "muon":  # its matrices have one moment
+        checkpoint -= FP32_BYTES * sum(map(muon.elements, layer_shapes(recipe.model)))
+    kept = recipe.checkpoint.keep_last
+    checkpoints = None
+    if kept is not None and recipe.checkpoint.keep_every is None:
+        checkpoints = (kept + 1) * checkpoint
+    corpus = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
+    return Disk(checkpoint, checkpoints, corpus)
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in days, hours, minutes or seconds."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{math.ceil(seconds)} seconds"

@@ -1,0 +1,67 @@
+"""Hostfiles are checked with the number of the line, and a right one means what DeepSpeed makes of it."""
+
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.runner import fetch_hostfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.cli import main
+from megagpt.cluster import hostfile
+from megagpt.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+FORM = "\n  do: write `HOST slots=NUMBER`, one host a line; `#` begins a comment line"
+
+
+def test_a_right_file_is_read_and_so_is_the_example(tmp_path):
+    (tmp_path / "h").write_text("# two\nnode1 slots=4\n\n  10.0.0.2\tslots=8  \n")
+    assert hostfile.read(tmp_path / "h") == {"node1": 4, "10.0.0.2": 8}
+    assert hostfile.read(ROOT / "launch/hosts.example") == {"node1": 8, "node2": 8}
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9.-]{0,9}", fullmatch=True), st.integers(1, 64), min_size=1))
+def test_deepspeed_reads_the_same(tmp_path_factory, slots):
+    path = tmp_path_factory.mktemp("hosts") / "h"
+    path.write_text("#\n\n" + "".join(f"{host}  slots={count}\n" for host, count in slots.items()))
+    assert hostfile.read(path) == dict(fetch_hostfile(str(path))) == slots
+
+
+def test_all_mistakes_are_told_with_their_lines(tmp_path):
+    path = tmp_path / "h"
+    path.write_text("node1 slots=4\nnode2 lots=4\nnode1 slots=2\nnode3\nnode4 slots=0\nnode5 slots=2 gpus=1\n")
+    with pytest.raises(UserError) as caught:
+        hostfile.read(path)
+    assert str(caught.value) == (
+        f"megagpt: this line is no host\n  {path}:2: node2 lots=4{FORM}\n"
+        f"megagpt: node1 stands here twice, first in line 1\n  {path}:3: node1 slots=2\n"
+        "  do: give each host one line, with all its slots\n"
+        f"megagpt: this line is no host\n  {path}:4: node3{FORM}\n"
+        f"megagpt: node4 has no slots\n  {path}:5: node4 slots=0\n  do: leave the host out, or give it slots\n"
+        f"megagpt: this line is no host\n  {path}:6: node5 slots=2 gpus=1{FORM}"
+    )
+
+
+def test_a_file_without_hosts_or_none_at_all_is_a_mistake(tmp_path):
+    (tmp_path / "h").write_text("# nobody\n")
+    with pytest.raises(UserError, match="names no host"):
+        hostfile.read(tmp_path / "h")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        hostfile.read(tmp_path / "hots")
+
+
+def test_the_command_checks_and_writes_what_deepspeed_will_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "h").write_text("a slots=2\nnode2 slots=1\n")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert main(["hosts", str(tmp_path / "h"), "--write-environment", str(tmp_path / "e")]) == 0
+    assert capsys.readouterr().out == (
+        f"a      2 ranks\nnode2  1 ranks\n2 hosts, 3 ranks\n"
+        f"wrote {tmp_path}/e; before `deepspeed --hostfile`, run:\n"
+        f'export DS_ENV_FILE={tmp_path}/e PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"\n'
+    )
+    lines = (tmp_path / "e").read_text().splitlines()
+    assert {"NCCL_DEBUG=INFO", "MEGAGPT_HOSTS=a/node2"} <= {*lines}
+    assert all(len(line.split("=", 1)) == 2 for line in lines)  # DeepSpeed's launcher dies on others
+    assert main(["hosts", str(tmp_path / "none")]) == 2
