@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config import recipe as recipes
-from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.corpus.metadata import read_sidecar
 from megagpt.model import flops as cost
 from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
+from megagpt.tokenizer.id_dtype import bytes_per_token
 
 if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved

@@ -1,6 +1,7 @@
 """What Muon takes otherwise than AdamW: a moment less for each matrix, and in the step room to make matrices whole.
 
-Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor; tests/unit/plan/test_muon_memory.py holds it to torch.
+Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor.
+tests/unit/plan/test_muon_memory.py compares it with torch.
 """
 
 from __future__ import annotations
