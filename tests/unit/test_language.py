@@ -62,7 +62,9 @@ A_FOR_PER = re.compile(rf"\b{_UNITS} an? {_PER}\b")
 WORDS = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
 # the yardsticks option is a public name
-ALLOWED = {"megagpt/cli/run.py": ("yardsticks",)    "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
+ALLOWED = {
+    "megagpt/cli/run.py": ("yardsticks",),
+    "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
     "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
 }
 
