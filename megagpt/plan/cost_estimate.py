@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config import recipe as recipes
-from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.corpus.metadata import read_sidecar
 from megagpt.model import flops as cost
 from megagpt.model.shapes import FP32_BYTES, layer_shapes
 from megagpt.plan import machine, muon
 from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.tokenizer.id_dtype import bytes_per_token
 
 if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved

@@ -1,7 +1,7 @@
 """Memory and traffic of Muon where they differ from AdamW: one moment less per matrix, and whole matrices in the step.
 
-Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor. tests/unit/plan/test_muon_memory.py compares it with
-torch's allocations.
+Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor.
+tests/unit/plan/test_muon_memory.py compares it with torch.
 """
 
 from __future__ import annotations

@@ -221,8 +221,9 @@ def _open(
     say = run.console.say
     say(f"run      {run.path}   (log: {run.console.log_path})")
     say(
-        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {flops.parameters(recipe.model):,} parameters"
-        f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
+        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, "
+        f"{flops.parameters(recipe.model):,} parameters, "
+        f"{run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
     held_out = (
         f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"
