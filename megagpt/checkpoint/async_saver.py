@@ -28,7 +28,7 @@ class SaveFailed(Exception):
 class SaveResult:
     """Result of one save, the same on every rank except for the times.
 
-    `problem` says why the checkpoint was not published, or what failed after it was; "" if nothing did.
+    `problem` is the reason why the checkpoint was not published, or what failed after it was; "" if nothing did.
     `blocking_seconds` is the time that training waited, `write_seconds` the duration of this rank's file work.
     """
 

@@ -12,7 +12,7 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """A checkpoint in the list. `wrong` says why it cannot be used; "" if it can.
+    """A checkpoint in the list. `wrong` is the reason why it cannot be used, or "" if it can.
 
     `update`, `tokens` and `bytes` are None if the manifest cannot be read.
     """

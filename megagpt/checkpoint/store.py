@@ -19,12 +19,12 @@ from typing import Any
 from megagpt import files
 from megagpt.cluster import Collectives, Rank
 from megagpt.files import WriteFile, parse_json
+from megagpt.model.flops import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
 PINNED = "PINNED"  # a file of this name in a checkpoint keeps it from being removed
 _PARTIAL = ".partial_"
-_HEADROOM = 1.2  # free space that a save requires, as a multiple of what the checkpoint is expected to take
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Store:
             files.remove_tree(leftover)
         files.make_folder(partial)
         previous = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read_manifest(folder)[0])]
-        needed = int(_HEADROOM * max([self.min_bytes, *previous]))
+        needed = int(CHECKPOINT_HEADROOM * max([self.min_bytes, *previous]))
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")

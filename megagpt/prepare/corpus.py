@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from megagpt import __version__
-from megagpt.corpus.reader import CorpusReader, corpus_file, token_dtype
+from megagpt.corpus.reader import CorpusReader, corpus_file
 from megagpt.corpus.writer import CorpusWriter
 from megagpt.errors import MachineError, UserError
 from megagpt.prepare import plain_data, workdir
@@ -33,6 +33,7 @@ from megagpt.prepare.readers.reader import parse_text_key
 from megagpt.prepare.shards import SUFFIXES, ShardRecord, is_intact, remove_shard
 from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary
 from megagpt.prepare.workers import encode_chunks
+from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved
     from megagpt.engine.base import Engine
 
-_FP32_ADAM_BYTES = 12  # per parameter: a weight and two moments in fp32
-
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -141,7 +139,7 @@ def build_run(
         inputs.collectives,
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
-        min_bytes=_FP32_ADAM_BYTES * flops.parameters(recipe.model),
+        min_bytes=flops.checkpoint_bytes(recipe.model),
     )
     found, branched, damaged = _find_checkpoint(options, inputs, store)
     if found is not None and _is_complete(inputs, found):
@@ -271,7 +269,7 @@ def _find_checkpoint(
 
 
 def _is_complete(inputs: _Inputs, found: checkpoint.Checkpoint) -> bool:
-    """Return whether the run has reached its length and its DONE file says so. Collective."""
+    """Return whether the run has reached its length and has a DONE file that records it. Collective."""
     if found.state.update < inputs.total:
         return False
     done = inputs.rank.main and update_of_done(Path(inputs.resolved.recipe.run_dir)) >= found.state.update
@@ -326,7 +324,7 @@ def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
-    """What a checkpoint records besides the state: enough to tell whether a resume is the same run."""
+    """What a checkpoint records besides the state: enough to decide whether a resume is the same run."""
     return {
         "recipe": resolved.recipe.model_dump(mode="json"),
         "deepspeed": resolved.config,

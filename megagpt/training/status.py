@@ -1,8 +1,8 @@
 """Status of a run, read from the files it leaves: launchers lose exit codes, and some lose the ranks themselves.
 
-Rank 0 writes `status.json` when it starts and when it ends. In between, its heartbeat (training/watchdog.py) shows that it is
-alive. A job script may write the file first: `megagpt mark-starting RUN PID` announces that process PID is
-about to start the ranks.
+Rank 0 writes `status.json` when it starts and when it ends. In between, its heartbeat (training/watchdog.py) shows
+that it is alive. A job script may write the file first: `megagpt mark-starting RUN PID` announces that process PID
+is about to start the ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "status.json"
 DONE = "DONE"  # written only after the last checkpoint was read back
 STOP_FILE = "STOP"  # a file of this name in the run directory requests a stop
 _HEARTBEAT_TIMEOUT = 60.0  # seconds; heartbeats are written every second, so after this long the process is gone
-_LABELS = {"requeue": "stopped"}  # `requeue` tells job scripts what to do; a person may have pressed Ctrl-C
+_LABELS = {"requeue": "stopped"}  # `requeue` is for job scripts; a person may have pressed Ctrl-C
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class StopSignals:
             ignore_time_limit: consider only signals and the stop file.
 
         Returns:
-            The reason, in words for the console. It stays available as `reason`.
+            The reason, as text for the console. It stays available as `reason`.
         """
         if self._request is None:
             self._request = self._find_request(ignore_time_limit)

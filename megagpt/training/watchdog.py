@@ -170,14 +170,14 @@ class Watch:
         self._write_stacks()
 
     def _stacks_requested(self) -> bool:
-        """Whether any rank has asked for stacks since this one wrote them last."""
+        """Whether any rank has requested stacks since this one wrote them last."""
         with contextlib.suppress(OSError):
             return (self._folder / _REQUEST).stat().st_mtime > self._stacks_written_at
         return False
 
     def _write_requested_stacks(self) -> None:
         if self._stacks_requested():
-            self._warned |= self._is_first()  # whoever asked reports
+            self._warned |= self._is_first()  # the rank that requested them reports
             self._write_stacks()
 
     def _write_stacks(self) -> None:
@@ -211,7 +211,7 @@ class Watch:
                 silent = time.time() - beat["at"]
             except (OSError, ValueError, TypeError, KeyError):
                 continue
-            word = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
-            line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{word}"
-            rows.append((not word, beat["update"], line))
+            silence = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
+            line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{silence}"
+            rows.append((not silence, beat["update"], line))
         return [(line, not alive) for alive, _, line in sorted(rows)]
