@@ -187,5 +187,5 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(uninterrupt
     for folder in (run / "checkpoints").glob("update_*"):
         (folder / "manifest.json").unlink()
     printed = finish(recipe, code=2)
-    assert printed.startswith("megagpt: this run has checkpoints, but none is whole\n  update_00000100: manifest.json")
+    assert printed.startswith("megagpt: this run has checkpoints, but all are damaged\n  update_00000100: manifest.json")
     assert len(curve(run)) == LAST
