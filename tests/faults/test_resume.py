@@ -117,7 +117,7 @@ REFUSED = {
         "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
         "  model.n_layer  2 then, 1 now\n"
         "  optimizer.lr  0.003 then, 0.01 now\n"
-        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start over, "
         "or allow each change by name: --allow-change KEY\n",
     ),
     "another number of ranks": (
@@ -130,7 +130,7 @@ REFUSED = {
         ["optimizer.lr=0.01", "schedule.min_lr=0.001", "--allow-change", "schedule.min_lr"],
         "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
         "  optimizer.lr  0.003 then, 0.01 now\n"
-        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start over, "
         "or allow each change by name: --allow-change KEY\n",
     ),
     "a change allowed of what there is not": (
@@ -141,9 +141,9 @@ REFUSED = {
     ),
     "never": (
         ["--resume", "never"],
-        "megagpt: this run has checkpoints already, and --resume never would train over them\n"
+        "megagpt: this run already has checkpoints, and --resume never would overwrite them\n"
         "  {run}/checkpoints\n"
-        "  do: choose another run_dir, remove this one, or go on with --resume auto\n",
+        "  do: choose another run_dir, remove this one, or resume with --resume auto\n",
     ),
     "a word that is none": (
         ["--resume", "perhaps"],
@@ -187,5 +187,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(uninterrupt
     for folder in (run / "checkpoints").glob("update_*"):
         (folder / "manifest.json").unlink()
     printed = finish(recipe, code=2)
-    assert printed.startswith("megagpt: this run has checkpoints, but all are damaged\n  update_00000100: manifest.json")
+    expected = "megagpt: this run has checkpoints, but all are damaged\n  update_00000100: manifest.json"
+    assert printed.startswith(expected)
     assert len(curve(run)) == LAST
