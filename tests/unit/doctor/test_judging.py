@@ -285,7 +285,6 @@ def test_an_operator_whose_build_does_not_end(visit):
         "give it longer (--limit), or build it once before: "
         "`/env/bin/python -c 'from megagpt.engine import deepspeed_ops; deepspeed_ops.load(\"async_io\")'`"
     )
-    assert callable(deepspeed_ops.load)
 
 
 ODD = {
