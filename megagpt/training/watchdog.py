@@ -118,7 +118,7 @@ class Watch:
             lasted = time.monotonic() - self._since
             beat = {"update": self._update, "phase": self._phase, "lasted": lasted, "at": time.time()}
             with contextlib.suppress(OSError):
-                self._file(self._rank).write_text(json.dumps(beat))
+                self._write_heartbeat(json.dumps(beat))
             self._write_requested_stacks()
             if self._updates_seen and lasted > self._limit():
                 self._give_up(lasted)
@@ -126,6 +126,13 @@ class Watch:
                 self._report_early(lasted)
             if self._end.wait(min(1.0, self._seconds / 5)):
                 return
+
+    def _write_heartbeat(self, text: str) -> None:
+        """Replace this rank's heartbeat in one step: another rank that reads it must not find an empty file."""
+        path = self._file(self._rank)
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
     def _limit(self) -> float:
         measured = list(self._durations[self._phase])

@@ -17,7 +17,7 @@ import pytest
 
 from megagpt import files, report
 from megagpt.checkpoint import store
-from megagpt.checkpoint.tensor_files import Pieces
+from megagpt.checkpoint.tensor_files import TensorFiles
 from megagpt.config import recipe as megagpt_recipe
 from megagpt.config.syntax import yaml_reader
 from megagpt.corpus.inspect import DocumentExcerpt
@@ -120,7 +120,7 @@ def test_a_pickle_in_place_of_weights(bomb, tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state/rank-00000-000.safetensors").write_bytes(bomb)
     with pytest.raises(UserError, match="this file holds no tensors of a checkpoint"):
-        Pieces(tmp_path).read("weight", "head", 0, 1)
+        TensorFiles(tmp_path).read("weight", "head", 0, 1)
 
 
 @pytest.mark.parametrize("name", ["t.model", "tokenizer.json"])
