@@ -23,7 +23,7 @@ _REMOVE = "remove it"
 
 
 @dataclass(frozen=True)
-class UnsupportedSetting:
+class _UnsupportedSetting:
     """A key that may only have one of the given harmless values."""
 
     key: str
@@ -35,39 +35,52 @@ class UnsupportedSetting:
 
 _RECIPE_PRECISION = "state precision in the recipe, which keeps fp32 master weights"
 UNSUPPORTED_SETTINGS = (
-    UnsupportedSetting(
+    _UnsupportedSetting(
         f"{_ZERO}.zenflow", (None,), "ZenFlow trains different weights: its steps were ten times as large as AdamW's"
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         f"{_OPTIMIZER}.super_offload",
         (False,),
         "SuperOffload is for CUDA superchips only, and megagpt has not been tested with it",
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         f"{_ZERO}.compute_grad_norm", (True,), "megagpt logs the gradient norm of every update and clips by it"
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         f"{_ZERO}.round_robin_gradients",
         (False,),
         "with it DeepSpeed maps parameters to the wrong offsets, so checkpoints would be saved under wrong names",
     ),
-    UnsupportedSetting(f"{_ZERO}.legacy_stage1", (False,), "DeepSpeed ignores it"),
-    UnsupportedSetting(f"{_ZERO}.elastic_checkpoint", (False,), "megagpt can already resume on any layout"),
-    UnsupportedSetting("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),
-    UnsupportedSetting("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
-    UnsupportedSetting("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32", _RECIPE_PRECISION),
-    UnsupportedSetting("bf16.check_grad_overflow", (True,), "megagpt must skip updates whose gradient is not finite"),
-    UnsupportedSetting("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
-    UnsupportedSetting(
+    _UnsupportedSetting(f"{_ZERO}.legacy_stage1", (False,), "DeepSpeed ignores it"),
+    _UnsupportedSetting(f"{_ZERO}.elastic_checkpoint", (False,), "megagpt can already resume on any layout"),
+    _UnsupportedSetting("torch_autocast.enabled", (False,), "precision belongs to the recipe", _RECIPE_PRECISION),
+    _UnsupportedSetting("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
+    _UnsupportedSetting("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32", _RECIPE_PRECISION),
+    _UnsupportedSetting("bf16.check_grad_overflow", (True,), "megagpt must skip updates whose gradient is not finite"),
+    _UnsupportedSetting("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32", _RECIPE_PRECISION),
+    _UnsupportedSetting(
         "data_types.grad_accum_dtype", (None, "auto", "fp32"), "gradients accumulate in fp32", 'write "auto"'
     ),
-    UnsupportedSetting("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
-    UnsupportedSetting(
+    _UnsupportedSetting("gradient_allreduce_op", ("mean",), "the loss is a mean over the whole global batch"),
+    _UnsupportedSetting(
         "managed_gradient_accumulation", (True,), "megagpt relies on DeepSpeed to count the micro-batches of an update"
     ),
-    UnsupportedSetting("zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, for offload too"),
+    _UnsupportedSetting(
+        "zero_force_ds_cpu_optimizer", (False,), "megagpt builds the optimizer itself, for offload too"
+    ),
     *(
-        UnsupportedSetting(
+        _UnsupportedSetting(
+            f"{_ZERO}.{name}",
+            (0,),
+            "with it DeepSpeed treats the whole model as one module and loses its gradients: nothing is trained",
+        )
+        for name in ("stage3_module_granularity_threshold", "module_granularity_threshold")
+    ),
+    _UnsupportedSetting(
+        f"{_ZERO}.leaf_module", (None,), "it is for modules that use a part of their weights, and this model has none"
+    ),
+    *(
+        _UnsupportedSetting(
             f"activation_checkpointing.{name}",
             (False,),
             "megagpt uses torch's activation checkpointing, which would ignore it",
@@ -79,39 +92,39 @@ UNSUPPORTED_SETTINGS = (
             "profile",
         )
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         f"{_OPTIMIZER}.ratio",
         (1,),
         "the part that is not offloaded would be updated by DeepSpeed's own AdamW, partly without the schedule",
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         "data_parallel_size", (None,), "with it DeepSpeed does not reduce gradients over sequence-parallel ranks"
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         "data_efficiency.enabled", (False,), "it would be ignored: the recipe determines the order of the data"
     ),
-    UnsupportedSetting("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
-    UnsupportedSetting("autotuning.enabled", (False,), "it works only with DeepSpeed's own launch script"),
-    UnsupportedSetting("hybrid_engine.enabled", (False,), "it is for reinforcement learning"),
-    UnsupportedSetting("expert_parallel.enabled", (False,), "the model has no experts"),
-    UnsupportedSetting("weight_quantization.enabled", (False,), "it is for inference"),
-    UnsupportedSetting("compile.deepcompile", (False,), "DeepCompile has not been tested to train the same"),
-    UnsupportedSetting("pipeline.partition", ("best",), "megagpt balances the stages by the cost of their layers"),
-    UnsupportedSetting("pipeline.seed_layers", (False,), "random numbers would depend on the layout"),
-    UnsupportedSetting(
+    _UnsupportedSetting("dataloader_drop_last", (False,), "it would be ignored: megagpt loads the data itself"),
+    _UnsupportedSetting("autotuning.enabled", (False,), "it works only with DeepSpeed's own launch script"),
+    _UnsupportedSetting("hybrid_engine.enabled", (False,), "it is for reinforcement learning"),
+    _UnsupportedSetting("expert_parallel.enabled", (False,), "the model has no experts"),
+    _UnsupportedSetting("weight_quantization.enabled", (False,), "it is for inference"),
+    _UnsupportedSetting("compile.deepcompile", (False,), "DeepCompile has not been tested to train the same"),
+    _UnsupportedSetting("pipeline.partition", ("best",), "megagpt balances the stages by the cost of their layers"),
+    _UnsupportedSetting("pipeline.seed_layers", (False,), "random numbers would depend on the layout"),
+    _UnsupportedSetting(
         "pipeline.use_reentrant", (None, False), "a stage whose inputs are token ids would lose its gradient"
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         "pipeline.activation_checkpoint_interval",
         (0,),
         "recomputation is set by another key, which works on all layouts",
         'set activation_checkpointing.number_checkpoints to a number of blocks, or to "auto" for all',
     ),
-    UnsupportedSetting(
+    _UnsupportedSetting(
         "checkpoint.writer", (None,), "DeepSpeed's writers fail (0.19.8), and megagpt writes checkpoints itself"
     ),
-    UnsupportedSetting("checkpoint.load_universal", (False,), "megagpt can already resume on any layout"),
-    UnsupportedSetting("datastates_ckpt", (False,), "megagpt writes checkpoints itself"),
+    _UnsupportedSetting("checkpoint.load_universal", (False,), "megagpt can already resume on any layout"),
+    _UnsupportedSetting("datastates_ckpt", (False,), "megagpt writes checkpoints itself"),
 )
 
 
