@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from megagpt.engine.parallel import tensor
-from megagpt.engine.parallel.tensor import Parts
+from megagpt.engine.parallel.tensor import TensorParallelGroup
 from megagpt.model.flops import MATRICES_AT_ONCE
-from megagpt.model.sharding import Cut
+from megagpt.model.sharding import ShardSpec
 
 ComputeUpdates = Callable[[Tensor], Tensor]
 """maps matrices [number, rows, columns] to their updates"""
@@ -31,7 +31,7 @@ class Matrix:
     """A matrix as a rank without ZeRO would hold it: whole, or a tensor-parallel shard of this shape."""
 
     shape: torch.Size
-    cut: Cut | None = None
+    shard_spec: ShardSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,21 @@ class MuonAllToAll:
         matrices: The matrices of the flat buffer.
         fragments: Where all ranks of the group hold which elements of each matrix.
         group: Process group of the ranks that partition the flat buffer.
-        parts: The tensor-parallel shards of this rank.
+        tensor_parallel: The tensor-parallel group of this rank.
         device: Device of the computation, if the flat buffer is on the host.
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], fragments: Sequence[Fragment], group: Any, parts: Parts, device: Any
+        self,
+        matrices: Sequence[Matrix],
+        fragments: Sequence[Fragment],
+        group: Any,
+        tensor_parallel: TensorParallelGroup,
+        device: Any,
     ) -> None:
         self._matrices = matrices
         self._group = group
-        self._parts = parts
+        self._tensor_parallel = tensor_parallel
         self._device = device
         self._rank = torch.distributed.get_rank(group)
         ranks = torch.distributed.get_world_size(group)
@@ -99,9 +104,9 @@ class MuonAllToAll:
             fragments = [flat.narrow(0, fragment.offset, fragment.numel) for fragment in self._sent]
             sent = torch.cat([flat.new_empty(0), *fragments]).to(self._device)
             self._all_to_all(sent, received, self._send_counts, self._recv_counts)
-        for cut, batch in self._batches():
+        for spec, batch in self._batches():
             stacked = torch.stack([self._reassemble(flat, received, number) for number in batch])
-            for number, update in zip(batch, self._local_updates(stacked, cut, compute_updates), strict=True):
+            for number, update in zip(batch, self._local_updates(stacked, spec, compute_updates), strict=True):
                 for fragment, view in self._views(flat, received, number):
                     view.copy_(update.reshape(-1).narrow(0, fragment.start, fragment.numel))
         if self._communicates:
@@ -111,26 +116,25 @@ class MuonAllToAll:
             for fragment, update in zip(self._sent, returned.split(sizes), strict=True):
                 flat.narrow(0, fragment.offset, fragment.numel).copy_(update)
 
-    def _local_updates(self, matrices: Tensor, cut: Cut | None, compute_updates: ComputeUpdates) -> Tensor:
+    def _local_updates(self, matrices: Tensor, spec: ShardSpec | None, compute_updates: ComputeUpdates) -> Tensor:
         """Gather the tensor-parallel shards, compute updates of whole matrices, and return this rank's shards.
 
         Collective over the tensor-parallel group if the matrices are sharded.
         """
-        if cut is None:
+        if spec is None:
             return compute_updates(matrices)
-        cut = replace(cut, dim=cut.dim + 1)  # the matrices are stacked
-        parts = self._parts
-        whole = tensor.whole(matrices, cut, parts.group, parts.degree)
-        return cut.part(compute_updates(whole), parts.index, parts.degree)
+        spec = replace(spec, dim=spec.dim + 1)  # the matrices are stacked
+        whole = tensor.gather_shards(matrices, spec, self._tensor_parallel)
+        return spec.shard(compute_updates(whole), self._tensor_parallel.index, self._tensor_parallel.degree)
 
-    def _batches(self) -> Iterator[tuple[Cut | None, list[int]]]:
+    def _batches(self) -> Iterator[tuple[ShardSpec | None, list[int]]]:
         """Yield batches of this rank's matrices with the same shape and the same tensor-parallel split."""
         alike: dict[Matrix, list[int]] = defaultdict(list)
         for number in self._owned:
             alike[self._matrices[number]].append(number)
         for matrix, numbers in alike.items():
-            for batch in split_into_batches(numbers, matrix.shape.numel() * self._parts.degree):
-                yield matrix.cut, batch
+            for batch in split_into_batches(numbers, matrix.shape.numel() * self._tensor_parallel.degree):
+                yield matrix.shard_spec, batch
 
     def _reassemble(self, flat: Tensor, received: Tensor, number: int) -> Tensor:
         """Return a matrix of this rank, as a view where it is in one piece."""

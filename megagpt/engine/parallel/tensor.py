@@ -1,12 +1,12 @@
-"""Tensor parallelism: the matrices of attention, of MLP and of the vocabulary cut over ranks (arXiv 1909.08053).
+"""Tensor parallelism: the matrices of attention, MLP and vocabulary are sharded over ranks (arXiv 1909.08053).
 
-Own layers, and DeepSpeed's grid as the `mpu` that tells its optimizers who shares what. DeepSpeed's AutoTP would
-build process groups of its own over all ranks of the world, which leaves no place for pipeline stages.
+The layers are our own. DeepSpeed's grid is passed as `mpu`, from which its optimizers learn which ranks share what.
+DeepSpeed's AutoTP would create its process groups over all ranks of the job, and could not be combined with pipeline
+stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,36 @@ from torch import Tensor, nn
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection, Recipe
 from megagpt.model import gpt
-from megagpt.model.layers import MLP, Attention, Head, TokenEmbedding
-from megagpt.model.sharding import Cut, cut_of
+from megagpt.model.parallel import ParallelLayers, SequenceShard
+from megagpt.model.shapes import LinearShape
+from megagpt.model.sharding import ShardSpec, shard_spec
 
 
-class _Enter(torch.autograd.Function):
-    """A tensor that all ranks have goes into parts: as it is; its gradient is the sum over the parts."""
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    """The ranks that hold the shards of the same layers, and the index of this rank among them."""
+
+    group: Any = None
+    index: int = 0
+    degree: int = 1
+
+
+def tensor_parallel_group(grid: Any, layout: Layout, rank: int) -> TensorParallelGroup:
+    """Return the tensor-parallel group of a rank.
+
+    Args:
+        grid: DeepSpeed's grid of process groups; not used without tensor parallelism.
+        layout: The layout of the job.
+        rank: Index of the rank in the job.
+    """
+    degree = layout.tensor_parallel
+    if degree == 1:
+        return TensorParallelGroup()
+    return TensorParallelGroup(grid.get_slice_parallel_group(), rank % degree, degree)
+
+
+class CopyToTensorParallelRegion(torch.autograd.Function):
+    """Identity in the forward pass; all-reduces the gradient over the tensor-parallel group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -37,8 +61,8 @@ class _Enter(torch.autograd.Function):
         return total, None
 
 
-class _Leave(torch.autograd.Function):
-    """Parts are summed to a tensor that all ranks have; its gradient goes into each part as it is."""
+class ReduceFromTensorParallelRegion(torch.autograd.Function):
+    """All-reduces over the tensor-parallel group in the forward pass; identity for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -51,143 +75,149 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-class _First(nn.Linear):
-    """This rank's share of the outputs of a linear layer."""
+class ColumnParallelLinear(nn.Linear):
+    """This rank's shard of a linear layer that is split along its outputs."""
 
-    group: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
-        return F.linear(_Enter.apply(x, self.group), self.weight, self.bias)
-
-
-class _Second(nn.Linear):
-    """This rank's share of the inputs of a linear layer; its bias is whole, and added after the sum."""
-
-    group: Any = None
+    def __init__(self, shape: LinearShape, bias: bool, tensor_parallel: TensorParallelGroup) -> None:
+        super().__init__(shape.in_features, shape.out_features // tensor_parallel.degree, bias)
+        self.group = tensor_parallel.group
 
     def forward(self, x: Tensor) -> Tensor:
-        """From this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
-        total: Tensor = _Leave.apply(F.linear(x, self.weight), self.group)
+        """Map x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
+        return F.linear(CopyToTensorParallelRegion.apply(x, self.group), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Linear):
+    """This rank's shard of a linear layer that is split along its inputs. The bias is whole, and added to the sum."""
+
+    def __init__(self, shape: LinearShape, bias: bool, tensor_parallel: TensorParallelGroup) -> None:
+        super().__init__(shape.in_features // tensor_parallel.degree, shape.out_features, bias)
+        self.group = tensor_parallel.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
+        total: Tensor = ReduceFromTensorParallelRegion.apply(F.linear(x, self.weight), self.group)
         return total if self.bias is None else total + self.bias
 
 
-class _VocabularyShare:
-    """A `Share` on a process group."""
+class VocabParallelGroup:
+    """A `VocabShard` whose collectives run over a process group."""
 
-    def __init__(self, first: int, group: Any) -> None:
-        self.first, self._group = first, group
+    def __init__(self, start: int, rows: int, group: Any) -> None:
+        self.start = start
+        self.rows = rows
+        self._group = group
 
     def sum(self, x: Tensor) -> Tensor:
-        """See `Share`."""
+        """See `VocabShard`."""
         torch.distributed.all_reduce(x, group=self._group)
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """See `Share`."""
+        """See `VocabShard`."""
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._group)
         return x
 
-    def join(self, x: Tensor) -> Tensor:
-        """See `Share`."""
-        total: Tensor = _Leave.apply(x, self._group)
+    def reduce(self, x: Tensor) -> Tensor:
+        """See `VocabShard`."""
+        total: Tensor = ReduceFromTensorParallelRegion.apply(x, self._group)
         return total
 
 
-def grid(layout: Layout) -> Any:
-    """DeepSpeed's process groups for a layout without a pipeline; collective."""
+def create_grid(layout: Layout) -> Any:
+    """Create DeepSpeed's process groups for a layout without a pipeline. Collective."""
     return PipelineParallelGrid(topology(layout))
 
 
 def topology(layout: Layout) -> Any:
-    """The order of ranks: tensor parts next to each other, then data-parallel copies, then pipeline stages."""
-    copies = layout.data_parallel * layout.sequence_parallel  # see sequence.py
-    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
+    """Return the order of ranks: tensor-parallel ranks are adjacent, then data-parallel replicas, then stages.
+
+    Sequence-parallel ranks count as data-parallel ones (engine/parallel/ulysses.py).
+    """
+    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, layout.zero_partitions)
 
 
-def split(layers: Iterable[nn.Module], degree: int) -> None:
-    """Put shares in the place of what is cut in a GPT's layers; their weights are rubbish, on the meta device."""
-    for part in [part for layer in layers for part in layer.modules()]:
-        if isinstance(part, Attention):
-            part.qkv, part.output = _first(part.qkv, degree), _second(part.output, degree)
-        elif isinstance(part, MLP):
-            part.up, part.down = _first(part.up, degree), _second(part.down, degree)
-            part.gate = None if part.gate is None else _first(part.gate, degree)
-        elif isinstance(part, (TokenEmbedding, Head)) and (weight := part._parameters.get("weight")) is not None:
-            rows = len(weight) if len(weight) % degree else len(weight) // degree
-            part.weight = nn.Parameter(torch.empty(rows, weight.shape[1], device="meta"))
+def parallel_layers(
+    section: ModelSection, tensor_parallel: TensorParallelGroup, sequence: SequenceShard | None = None
+) -> ParallelLayers:
+    """Return what a GPT needs to build its layers as this rank's shards.
 
+    Args:
+        section: The model.
+        tensor_parallel: The tensor-parallel group of this rank.
+        sequence: This rank's shard of the sequences; None without sequence parallelism.
+    """
+    if tensor_parallel.degree == 1:
+        return ParallelLayers(sequence=sequence)
+    vocabulary = None
+    if shard_spec("layers.0.weight", section, tensor_parallel.degree) is not None:
+        rows = section.vocab_size // tensor_parallel.degree
+        vocabulary = VocabParallelGroup(tensor_parallel.index * rows, rows, tensor_parallel.group)
 
-def connect(layers: Iterable[nn.Module], section: ModelSection, index: int, degree: int, group: Any) -> None:
-    """Tell the shares in a GPT's layers their place among the ranks, and how to reach the others."""
-    rows, rest = divmod(section.vocab_size, degree)
-    for part in [part for layer in layers for part in layer.modules()]:
-        if isinstance(part, (_First, _Second)):
-            part.group = group
-        elif isinstance(part, (TokenEmbedding, Head)) and not rest:
-            part.share = _VocabularyShare(index * rows, group)
+    def linear(shape: LinearShape, bias: bool) -> nn.Linear:
+        if shape.split == "column":
+            return ColumnParallelLinear(shape, bias, tensor_parallel)
+        return RowParallelLinear(shape, bias, tensor_parallel)
+
+    return ParallelLayers(linear, vocabulary, sequence)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index: int, degree: int) -> list[str]:
-    """Give a module on the meta device memory and its initial weights, or rank `index`'s share of them.
+def init_tp_weights(
+    module: nn.Module, prefix: str, section: ModelSection, seed: int, index: int, degree: int
+) -> list[str]:
+    """Allocate a module that is on the meta device, and set its initial weights, or one rank's shard of them.
 
-    The names of its parameters in `GPT` begin with `prefix`; they are returned in order.
+    Args:
+        module: A GPT or one of its layers, which is moved to the CPU.
+        prefix: Beginning of the names of its parameters in `GPT`.
+        section: The model.
+        seed: Seed of the initial weights.
+        index: Index of the rank in its tensor-parallel group.
+        degree: Number of ranks in the group.
+
+    Returns:
+        The names of the parameters in `GPT`, in the module's order.
     """
     module.to_empty(device="cpu")
     names = []
     for name, parameter in module.named_parameters(prefix=prefix):
-        cut = cut_of(name, section, degree)
+        spec = shard_spec(name, section, degree)
         shape = list(parameter.shape)
-        if cut is None:
+        if spec is None:
             parameter.copy_(gpt.initial_value(name, shape, section, seed))
         else:
-            shape[cut.dim] *= degree
-            parameter.copy_(cut.part(gpt.initial_value(name, shape, section, seed), index, degree))
+            shape[spec.dim] *= degree
+            parameter.copy_(spec.shard(gpt.initial_value(name, shape, section, seed), index, degree))
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
         names.append(name)
     return names
 
 
-def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
-    """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
+def init_tp_model(recipe: Recipe, tensor_parallel: TensorParallelGroup, parallel: ParallelLayers) -> gpt.GPT:
+    """Build this rank's shard of a GPT with its initial weights, on the CPU in fp32.
+
+    Args:
+        recipe: The recipe with the model and the seed.
+        tensor_parallel: The tensor-parallel group of this rank.
+        parallel: How the layers are sharded; see `parallel_layers`.
+    """
     with torch.device("meta"):
-        model = gpt.GPT(recipe.model, recipe.document_end)
-    split(model.layers, degree)
-    fill(model, "", recipe.model, recipe.seed, index, degree)
-    connect(model.layers, recipe.model, index, degree, group)
+        model = gpt.GPT(recipe.model, recipe.document_end, parallel)
+    init_tp_weights(model, "", recipe.model, recipe.seed, tensor_parallel.index, tensor_parallel.degree)
     return model
 
 
-@dataclass(frozen=True)
-class Parts:
-    """This rank among those that hold the other parts of what is cut."""
+def gather_shards(shard: Tensor, spec: ShardSpec | None, tensor_parallel: TensorParallelGroup) -> Tensor:
+    """Return a whole tensor from the shards of all ranks. Collective over the group if the tensor is sharded.
 
-    group: Any = None
-    index: int = 0
-    degree: int = 1
-
-
-def parts(grid: Any, layout: Layout, rank: int) -> Parts:
-    """The place of a rank in a grid; without tensor parallelism there is none."""
-    degree = layout.tensor_parallel
-    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
-
-
-def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:
-    """The whole tensor of the ranks' parts; collective where there is a cut."""
-    if cut is None:
-        return part
-    parts = [torch.empty_like(part) for _ in range(degree)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    return cut.join(parts)
-
-
-def _first(linear: nn.Linear, degree: int) -> _First:
-    shape = (linear.in_features, linear.out_features // degree)
-    return _First(*shape, bias=linear.bias is not None, device="meta")
-
-
-def _second(linear: nn.Linear, degree: int) -> _Second:
-    shape = (linear.in_features // degree, linear.out_features)
-    return _Second(*shape, bias=linear.bias is not None, device="meta")
+    Args:
+        shard: This rank's shard.
+        spec: How the tensor is sharded; None if every rank has the whole tensor.
+        tensor_parallel: The tensor-parallel group of this rank.
+    """
+    if spec is None:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(tensor_parallel.degree)]
+    torch.distributed.all_gather(shards, shard.contiguous(), group=tensor_parallel.group)
+    return spec.join(shards)
