@@ -48,7 +48,15 @@ _TYPES: Mapping[str, Node] = {
     "activation_checkpointing.number_checkpoints": {"type": "integer", "minimum": 1},
     "pipeline.stages": {"type": "integer", "minimum": 1},
 }
-_RECORDED = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers", "torch_autocast")
+_RECORDED = (
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "data_types",
+    "flops_profiler",
+    "timers",
+    "torch_autocast",
+)
 _OPAQUE = ("autotuning", "data_efficiency", "datastates_ckpt", "expert_parallel")  # rejected if enabled
 
 

@@ -126,6 +126,7 @@ class ClipBeforeStep:
         optimizer.register_step_pre_hook(self)
 
     def __call__(self, *_: Any) -> None:
+        """Clip or remove the gradients; called by torch before each step."""
         self.norm = grad_norm.clip(self._parameters, self._limit)
         self._optimizer.overflow = not math.isfinite(self.norm)
         if self._optimizer.overflow:

@@ -1,4 +1,4 @@
-"""Which device a rank trains on, and what it supports. The decisions are pure functions, so that they run without a GPU."""
+"""Which device a rank trains on, and what it supports. All decisions are pure functions, testable without a GPU."""
 
 from __future__ import annotations
 

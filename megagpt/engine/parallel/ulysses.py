@@ -1,8 +1,8 @@
 """Ulysses: sequences are sharded over ranks, which exchange heads for tokens around attention (arXiv 2309.14509).
 
-To DeepSpeed these ranks are data-parallel ones, which is what they are outside attention: each contributes the gradient
-of its own tokens, and ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not used. One
-of its code paths does not reduce gradients, and another needs a differently scaled loss at stage 3.
+To DeepSpeed these ranks are data-parallel ones, which is what they are outside attention: each contributes the
+gradient of its own tokens, and ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not
+used. One of its code paths does not reduce gradients, and another needs a differently scaled loss at stage 3.
 """
 
 from __future__ import annotations
