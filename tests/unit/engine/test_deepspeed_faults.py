@@ -300,12 +300,13 @@ def test_with_bf16_and_offload_gradients_are_not_in_grad():
 
 def test_a_destroyed_engine_leaves_its_process_groups_to_the_next_one(monkeypatch):
     """Why deepspeed_patches.release resets the globals of DeepSpeed's process groups."""
-    engine = zero(0)
+    first = zero(0)
+    second = zero(0)
     monkeypatch.setattr(groups, "mpu", "grid")
     monkeypatch.setattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "group")
-    engine.destroy()
+    first.destroy()
     assert (groups.mpu, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP) == ("grid", "group")
-    deepspeed_patches.release(zero(0))
+    deepspeed_patches.release(second)
     assert (groups.mpu, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP) == (None, None)
 
 
