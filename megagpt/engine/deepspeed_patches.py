@@ -9,6 +9,7 @@ PipelineModule in a subclass (engine/parallel/pipeline_stages.py); they patch no
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -28,6 +29,14 @@ from torch.distributed import distributed_c10d
 from megagpt.engine import grad_norm
 from megagpt.engine.state import loss_scale
 from megagpt.engine.state.rng_and_loss_scale import RngAndLossScaleSnapshot
+
+
+_VECTOR_ELEMENTS = 16  # fp32 elements of the widest vectors, those of AVX-512
+_ALIGNED_ELEMENTS = 2  # to which DeepSpeed aligns partitions (nccl_start_alignment_factor)
+_FLATTEN_METHODS = (
+    (DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned"),
+    (BF16_Optimizer, "_flatten_dense_tensors_aligned"),
+)
 
 
 def skip_shared_memory_operator() -> None:
@@ -195,6 +204,32 @@ def _square_sums(optimizer: Any, group: int, parameters: Sequence[Any]) -> Itera
         replicated = getattr(parameter, "ds_pipe_replicated", False)
         if not replicated and (is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0):
             yield square
+
+
+@contextlib.contextmanager
+def partitions_of_whole_vectors() -> Iterator[None]:
+    """Let optimizers that DeepSpeed builds in this context pad their flat buffers to whole CPU vectors per rank.
+
+    torch's fused AdamW computes the last elements of a tensor one by one, and rounds them differently than the vectors
+    before them. The copies of a tied matrix have different offsets in the flat buffers of two pipeline stages, so that
+    they would drift apart. runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py align partitions to 2 elements.
+    Test: tests/parity/test_fuzz.py, which compares tied copies bit by bit.
+    """
+    originals = [getattr(owner, name) for owner, name in _FLATTEN_METHODS]
+
+    def aligned(flatten: Any) -> Any:
+        def flatten_to_vectors(optimizer: Any, tensors: Any, alignment: int, **options: Any) -> Any:
+            return flatten(optimizer, tensors, alignment * _VECTOR_ELEMENTS // _ALIGNED_ELEMENTS, **options)
+
+        return flatten_to_vectors
+
+    for (owner, name), original in zip(_FLATTEN_METHODS, originals, strict=True):
+        setattr(owner, name, aligned(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(_FLATTEN_METHODS, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def call_before_tied_reduction(engine: Any, callback: Callable[[], None]) -> None:

@@ -39,7 +39,8 @@ class PipelineEngine(DeepSpeedWrapper):
         optimizer = optimizers.build(recipe.optimizer, self._stage, on_gpu=offload.steps_on_gpu(resolved.config))
         config = deepspeed_config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
-        self._initialize(self._stage, optimizer, config, total_updates)
+        with deepspeed_patches.partitions_of_whole_vectors():
+            self._initialize(self._stage, optimizer, config, total_updates)
         self._at_step: AtStep = ignore_step
         deepspeed_patches.call_before_tied_reduction(self._engine, lambda: self._at_step())
 

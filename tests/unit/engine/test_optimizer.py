@@ -50,7 +50,7 @@ def test_if_it_cannot_be_built_torchs_is_used_and_the_reason_is_logged(model, mo
     ("cuda", None, True), ("cuda", "none", True), ("cuda", "cpu", False), ("cuda", "nvme", False), ("cpu", None, False),
 ])  # fmt: skip
 def test_an_optimizer_steps_on_the_gpu_unless_it_is_offloaded(monkeypatch, device, offloaded_to, on_gpu):
-    monkeypatch.setattr(offload.operators, "device", lambda: device)
+    monkeypatch.setattr(offload.deepspeed_ops, "device", lambda: device)
     section = {} if offloaded_to is None else {"offload_optimizer": {"device": offloaded_to}}
     assert offload.steps_on_gpu({"zero_optimization": section}) is on_gpu
 
