@@ -30,7 +30,6 @@ from megagpt.engine import grad_norm
 from megagpt.engine.state import loss_scale
 from megagpt.engine.state.rng_and_loss_scale import RngAndLossScaleSnapshot
 
-
 _VECTOR_ELEMENTS = 16  # fp32 elements of the widest vectors, those of AVX-512
 _ALIGNED_ELEMENTS = 2  # to which DeepSpeed aligns partitions (nccl_start_alignment_factor)
 _FLATTEN_METHODS = (

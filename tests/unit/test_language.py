@@ -23,6 +23,7 @@ COVERED = (
     "megagpt/config",
     "megagpt/corpus",
     "megagpt/data",
+    "megagpt/engine",
     "megagpt/errors.py",
     "megagpt/files.py",
     "megagpt/inference",

@@ -22,9 +22,11 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megagpt.checkpoint.tensor_files import WEIGHT
+from megagpt.config.recipe.optimizers import OPTIMIZERS
 from megagpt.engine.state.flat_buffers import flat_buffers
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MOMENTS = tuple(dict.fromkeys(state for facts in OPTIMIZERS.values() for state in facts.states))
+"""names of all optimizer states that checkpoints contain"""
 
 
 @dataclass(frozen=True)
