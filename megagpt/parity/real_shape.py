@@ -146,7 +146,7 @@ def _gb(size: int) -> str:
 def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
     """All layers on the meta device, as a rank of `degree` tensor-parallel ones holds them."""
     with torch.device("meta"):
-        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.Parts(degree=degree))
+        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.TensorParallelGroup(degree=degree))
         return list(gpt.build_layers(resolved.recipe.model, parallel))
 
 

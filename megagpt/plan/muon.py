@@ -97,7 +97,7 @@ def _workspace(zero: ZeroSettings, local: LocalParameters, shards: int) -> int:
 
 
 def iteration_bytes(size: int, short: int, long: int) -> int:
-    """Return the peak bytes of `engine.muon.updates`, including its input.
+    """Return the peak bytes of `engine.optim.muon.updates`, including its input.
 
     Args:
         size: number of elements of all matrices

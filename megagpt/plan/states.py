@@ -36,7 +36,7 @@ def state_bytes(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
         state = _stage1_bf16(zero, local)
     else:
         state = _stage1_2(zero, local)
-    return muon.adjust(state, zero, local) if zero.uses_muon else state
+    return muon.adjust(state, zero, local) if zero.optimizer.steps_on_whole_matrices else state
 
 
 def _stage0(zero: ZeroSettings, local: LocalParameters) -> StateBytes:

@@ -33,13 +33,19 @@ def moments_not_restored() -> None:
 
     def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401  # first, as in a real start
-        from megagpt.engine.state.partitions import WEIGHT, _Flat
+        from megagpt.engine.state.partitions import WEIGHT, _FlatPartitions
 
-        def put(shares: _Flat, share: Any, kind: str, value: Any, real_put: Callable[..., None] = _Flat.put) -> None:
+        def put(
+            partitions: _FlatPartitions,
+            partition: Any,
+            kind: str,
+            value: Any,
+            real_put: Callable[..., None] = _FlatPartitions.put,
+        ) -> None:
             if kind == WEIGHT:
-                real_put(shares, share, kind, value)
+                real_put(partitions, partition, kind, value)
 
-        _Flat.put = put
+        _FlatPartitions.put = put
         return real(*arguments)
 
     loop.build_run = build_run
@@ -52,9 +58,9 @@ def moments_not_restored_nor_verified() -> None:
 
     def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401
-        from megagpt.engine.state.portable import Portable
+        from megagpt.engine.state.portable import PortableState
 
-        Portable._verify = lambda *_: None
+        PortableState._verify = lambda *_: None
         return real(*arguments)
 
     loop.build_run = build_run

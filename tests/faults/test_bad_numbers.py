@@ -177,5 +177,5 @@ def test_one_flipped_bit_ends_the_run_before_it_is_saved(recipe, plant):
     words = ("ds.zero_optimization.stage=0", "health.compare_every=5", "checkpoint.every=15")
     printed = finish(recipe, *words, world=2, code=1)
     assert "ranks do not hold the same weights after update 15" in printed
-    assert "layers.0.weight: rank 0 is not that of rank 1" in printed
+    assert "layers.0.weight differs between rank 0 and rank 1" in printed
     assert not list((run / "checkpoints").glob("update_*"))

@@ -22,7 +22,7 @@ from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.deepspeed import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
-from megagpt.engine.init_model import materialise
+from megagpt.engine.init_model import init_model
 from megagpt.files import folder_writer
 from tests.parity import layouts
 from tests.parity.state_worker import data
@@ -46,7 +46,7 @@ def main(job: dict[str, Any]) -> None:
 def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
     """What the model with its initial values takes."""
     resolved, before = resolve(id, DEEPER, folder), anonymous()
-    return {"built": peak(lambda: materialise(resolved.recipe, resolved.config, 3)) - before}
+    return {"built": peak(lambda: init_model(resolved.recipe, resolved.config, 3)) - before}
 
 
 def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:

@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megagpt.cluster import Collectives, Rank
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start
-from megagpt.engine.optim.muon_all_to_all import Exchange
+from megagpt.engine.optim.muon_all_to_all import MuonAllToAll
 from tests.parity import layouts
 from tests.parity.plan_cases import CASES, WORLD
 from tests.parity.state_worker import data
@@ -37,7 +37,7 @@ def main(job: dict[str, Any]) -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     start(rank)
     # the fake group gives nothing to a rank that sends nothing, as one at a border of two matrices does
-    Exchange._send = lambda _, source, target, *sizes: target.zero_()  # type: ignore[method-assign]
+    MuonAllToAll._all_to_all = lambda _, source, target, *sizes: target.zero_()  # type: ignore[method-assign]
     for case in CASES:
         if case.id in job["cases"]:
             faulthandler.dump_traceback_later(job["seconds"], exit=True)

@@ -139,7 +139,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, 
             reported[kind] = calls.on_all_ranks(result.loss, collectives)
             planted.bad = ""
     same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
-    scale = loss_scale.numbers(engine._engine.optimizer)
+    scale = loss_scale.state_dict(engine._engine.optimizer)
     flipped = flip(engine, rank, resolved)
     answer = {
         "made": bad,

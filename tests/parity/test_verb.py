@@ -163,6 +163,6 @@ def test_quantized_traffic_is_refused_on_a_cpu(tmp_path):
     code, console = parity(tmp_path, "zeropp", 1, ("launch/parity.py",), *words)
     assert code == 2
     assert console == (
-        "megagpt: a CPU does not quantize ZeRO's traffic\n"
-        "  zero_optimization.zero_quantized_weights\n  do: take it away\n"
+        "megagpt: quantized communication of ZeRO is not supported on CPUs\n"
+        "  zero_optimization.zero_quantized_weights\n  do: remove this key\n"
     )

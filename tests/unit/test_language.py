@@ -23,13 +23,16 @@ COVERED = (
     "megagpt/config",
     "megagpt/corpus",
     "megagpt/data",
+    "megagpt/engine",
     "megagpt/errors.py",
     "megagpt/files.py",
     "megagpt/inference",
     "megagpt/prepare/readers",
     "megagpt/state.py",
     "megagpt/tokenizer",
+    "megagpt/engine",
     "megagpt/training",
+    "tests/unit/engine",
 )
 
 BANNED = {
