@@ -15,10 +15,16 @@ from megagpt.state import UpdateResult
 
 Accept = Callable[[float], bool]
 AtStep = Callable[[], None]
+ShouldStop = Callable[[], bool]
 
 
 def ignore_step() -> None:
     """Do nothing when the step begins."""
+
+
+def never_stop() -> bool:
+    """Let an evaluation run to its end."""
+    return False
 
 
 class Engine(Protocol):
@@ -46,11 +52,16 @@ class Engine(Protocol):
         """Describe each weight that differs between ranks that replicate it. Collective, the same on every rank."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """Return the loss in nats per valid token over all ranks' batches, without changing any state.
 
         Args:
             batches: This rank's batches; their number is the same on every rank.
+            should_stop: Called on every rank before each forward pass, so that it may be collective. All ranks must
+                get the same result.
+
+        Returns:
+            The loss, the same on every rank, or None if `should_stop` ended the evaluation early.
         """
         ...
 

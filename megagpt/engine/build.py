@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.engine.base import Engine
 from megagpt.engine.pipeline import PipelineEngine
 from megagpt.engine.zero import ZeroEngine
 
 
-def build(resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> Engine:
+def build(resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> Engine:
     """Build the model with the recipe's initial weights and its engine, and seed dropout.
 
     Args:
         resolved: The DeepSpeed config with the recipe and the layout.
         total_updates: Number of updates of the whole run, for the learning rate schedule.
         rank: This rank.
-        agreement: The collectives of the job.
+        collectives: The collectives of the job.
     """
     # torch seeds every process differently; tensor-parallel ranks need equal random numbers to stay equal
     torch.manual_seed(resolved.recipe.seed + rank.rank // resolved.layout.tensor_parallel)
     if resolved.layout.pipeline_stages > 1:
-        return PipelineEngine(resolved, total_updates, rank, agreement)
-    return ZeroEngine(resolved, total_updates, rank, agreement)
+        return PipelineEngine(resolved, total_updates, rank, collectives)
+    return ZeroEngine(resolved, total_updates, rank, collectives)

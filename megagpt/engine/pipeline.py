@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.data.loader import Batch
 from megagpt.engine import deepspeed_patches, offload
-from megagpt.engine.base import Accept, AtStep, ignore_step
+from megagpt.engine.base import Accept, AtStep, ShouldStop, ignore_step, never_stop
 from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import tensor
 from megagpt.engine.parallel.pipeline_stages import PipelineStage
@@ -31,8 +31,8 @@ from megagpt.state import IGNORE_INDEX
 class PipelineEngine(DeepSpeedWrapper):
     """An `Engine` on DeepSpeed's PipelineModule. All ranks of one pipeline are given the same batches."""
 
-    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
-        super().__init__(resolved, rank, agreement)
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> None:
+        super().__init__(resolved, rank, collectives)
         recipe = resolved.recipe
         self._stage = PipelineStage(recipe, self._layout, rank.rank, self._ulysses.shard)
         self._tensor_parallel = tensor.tensor_parallel_group(self._stage.mpu(), self._layout, rank.rank)
@@ -44,17 +44,19 @@ class PipelineEngine(DeepSpeedWrapper):
         self._at_step: AtStep = ignore_step
         deepspeed_patches.call_before_tied_reduction(self._engine, lambda: self._at_step())
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """See `Engine`. No batch may be larger than in training."""
         self._stage.loss_sum = torch.zeros((), dtype=torch.float64)
         tokens = 0.0
         sharded = map(self._ulysses.shard_batch, batches)
         while chunk := [self._pad(batch) for batch in islice(sharded, 4 * self._layout.pipeline_stages)]:
+            if should_stop():
+                return None
             tokens += self._total_tokens(sum(map(valid_tokens, chunk)))
             self._stage.register_batches(chunk)
             fed = self._stage.feed(chunk)
             self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
-        loss = self._agreement.total(float(self._stage.loss_sum)) / self._layout.tensor_parallel
+        loss = self._collectives.all_reduce_sum(float(self._stage.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

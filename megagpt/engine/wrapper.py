@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.data.loader import Batch
 from megagpt.engine import deepspeed_patches
@@ -41,13 +41,13 @@ class DeepSpeedWrapper:
     _engine: Any
     _tensor_parallel: TensorParallelGroup
 
-    def __init__(self, resolved: Resolved, rank: Rank, agreement: Agreement) -> None:
+    def __init__(self, resolved: Resolved, rank: Rank, collectives: Collectives) -> None:
         check_device(resolved.recipe, resolved.config)
         self._recipe = resolved.recipe
         self._section = resolved.recipe.model
         self._layout = resolved.layout
         self._rank = rank
-        self._agreement = agreement
+        self._collectives = collectives
         self._ulysses = Ulysses(resolved.layout, rank.rank)
 
     def _initialize(
@@ -108,7 +108,7 @@ class DeepSpeedWrapper:
     def replicas_differ(self) -> list[str]:
         """See `Engine`."""
         names = self._replicated_names()
-        return replica_check.differences(names, self._section, self._layout, self._rank, self._agreement)
+        return replica_check.differences(names, self._section, self._layout, self._rank, self._collectives)
 
     def release(self) -> None:
         """See `Engine`."""
@@ -149,7 +149,7 @@ class DeepSpeedWrapper:
             self._section,
             self._layout,
             self._rank,
-            self._agreement,
+            self._collectives,
             self._saved_elsewhere(),
         )
 
@@ -160,7 +160,7 @@ class DeepSpeedWrapper:
 
     def _total_tokens(self, local: int) -> float:
         """Sum a number of tokens over data-parallel and sequence-parallel ranks. Collective."""
-        return self._agreement.total(local) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
+        return self._collectives.all_reduce_sum(local) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
 
 def valid_tokens(batch: Batch) -> int:

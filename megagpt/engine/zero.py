@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.data.loader import Batch
 from megagpt.engine import deepspeed_patches, offload
-from megagpt.engine.base import Accept, AtStep
+from megagpt.engine.base import Accept, AtStep, ShouldStop, never_stop
 from megagpt.engine.init_model import init_model, recompute
 from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import tensor
@@ -25,8 +25,8 @@ from megagpt.model.sharding import shard_spec
 class ZeroEngine(DeepSpeedWrapper):
     """An `Engine` without a pipeline, for ZeRO stages 0 to 3."""
 
-    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
-        super().__init__(resolved, rank, agreement)
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> None:
+        super().__init__(resolved, rank, collectives)
         recipe, layout = resolved.recipe, resolved.layout
         self._grid: Any = tensor.create_grid(layout) if layout.tensor_parallel > 1 else None
         self._tensor_parallel = tensor.tensor_parallel_group(self._grid, layout, rank.rank)
@@ -51,15 +51,21 @@ class ZeroEngine(DeepSpeedWrapper):
         return model
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """See `Engine`."""
         self._engine.eval()
         loss = torch.zeros((), device=self._engine.device, dtype=torch.float64)
         tokens = 0
+        stopped = False
         for batch in map(self._ulysses.shard_batch, batches):
+            stopped = should_stop()
+            if stopped:
+                break
             loss += self._forward(batch, 1.0).double()
             tokens += valid_tokens(batch)
         self._engine.train()
+        if stopped:
+            return None
         return self._sum_over_ranks(loss) / max(self._total_tokens(tokens), 1.0)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megagpt.checkpoint import tensor_files
 from megagpt.checkpoint.tensor_files import FOLDER, WEIGHT, ShardIndex, TensorFiles, TensorSlice
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
 from megagpt.engine.optim import lr_schedule
@@ -47,7 +47,7 @@ class PortableState:
         section: The model.
         layout: The layout of the engine.
         rank: This rank.
-        agreement: The collectives of the job.
+        collectives: The collectives of the job.
         saved_elsewhere: Names of parameters that another pipeline stage saves.
     """
 
@@ -56,7 +56,7 @@ class PortableState:
     section: ModelSection
     layout: Layout
     rank: Rank
-    agreement: Agreement
+    collectives: Collectives
     saved_elsewhere: frozenset[str] = frozenset()
 
     def save(self, sink: WriteFile) -> None:
@@ -68,7 +68,7 @@ class PortableState:
         if index == 0:  # tensor-parallel ranks have the same RNG state
             sink(_rng_file(replica), to_bytes(rng_state()))
         checksums, _ = self._checksums(partitions, own)
-        steps = [int(step) for step in self.agreement.gather(str(_adam_step(partitions)))]
+        steps = self.collectives.all_gather_object(_adam_step(partitions))
         if self.rank.main:
             summary = {
                 "adam_step": max(steps),
@@ -167,7 +167,7 @@ class PortableState:
                 key = f"{kind}:{partition.name}"
                 checksums[key] += tensor_files.checksum(partitions.get(partition, kind), positions)
                 counts[key] += partition.numel
-        totals = self.agreement.totals([*checksums.values(), *counts.values()])
+        totals = self.collectives.all_reduce_sum_integers([*checksums.values(), *counts.values()])
         checksums = dict(zip(keys, totals[: len(keys)], strict=True))
         counts = dict(zip(keys, totals[len(keys) :], strict=True))
         return {key: checksums[key] for key in keys if counts[key]}, counts

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 
 from megagpt.checkpoint import tensor_files
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
-from megagpt.files import parse_json
 from megagpt.model.gpt import GPT
 from megagpt.model.sharding import shard_spec
 
@@ -22,7 +20,7 @@ _REPORTED = 10
 
 
 def differences(
-    names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, agreement: Agreement
+    names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, collectives: Collectives
 ) -> list[str]:
     """Describe each weight that differs between ranks that should hold the same. Collective.
 
@@ -34,7 +32,7 @@ def differences(
         section: The model.
         layout: The layout of the job.
         rank: This rank.
-        agreement: The collectives of the job.
+        collectives: The collectives of the job.
 
     Returns:
         One line per weight that differs, at most ten, the same on every rank.
@@ -46,11 +44,11 @@ def differences(
             for name, _ in GPT(section).named_parameters()
             for shard in _shard_labels(name, section, layout.tensor_parallel)
         ]
-    largest = agreement.largest([local.get(key, _ABSENT) for key in keys])
-    smallest = agreement.largest([-local.get(key, _PRIME) for key in keys])
+    largest = collectives.all_reduce_max([local.get(key, _ABSENT) for key in keys])
+    smallest = collectives.all_reduce_max([-local.get(key, _PRIME) for key in keys])
     wrong = [key for key, high, low in zip(keys, largest, smallest, strict=True) if high not in (_ABSENT, -low)]
     reported = {key: local.get(key) for key in wrong[:_REPORTED]}
-    by_rank = [parse_json(text) for text in agreement.gather(json.dumps(reported))]
+    by_rank = collectives.all_gather_object(reported)
     return [_describe(key, [checksums[key] for checksums in by_rank]) for key in reported]
 
 

@@ -16,7 +16,7 @@ def limits():
     return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
-def test_groups_that_deepspeed_creates_have_our_timeout(agreement):
+def test_groups_that_deepspeed_creates_have_our_timeout(collectives):
     before = len(distributed_c10d._world.pg_map)
     deepspeed.comm.new_group([0])
     torch.distributed.new_group([0])
