@@ -1,4 +1,4 @@
-"""The two things that a newcomer types: the quickstart, killed in the middle, and the README's commands."""
+"""The commands that a newcomer runs first: the quickstart, killed in the middle, and those of the README."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
     assert "$ megagpt prepare" not in second
     assert re.search(r"resumed  at update \d+", second)
     assert [update["update"] for update in training.curve(run)] == list(range(1, 61))
-    for word in ("bits per byte", "xz -9e alone", "xz -9e that has also", "a unigram model", "loss.svg", "Next: "):
+    for word in ("bits per byte", "xz -9e alone", "xz -9e, after reading", "unigram model", "loss.svg", "Next: "):
         assert word in second
     assert (run / "loss.svg").exists()
     foreign = [line for line in (first + second).splitlines() if re.search(r"WARNING|INFO|Warning|\[\d{4}-", line)]

@@ -106,6 +106,41 @@ def test_what_needs_no_torch_loads_none(code, absent):
     assert loaded.strip() == "[]"
 
 
+def _table_rows(heading):
+    """Cells of the rows of the first table under a heading of ARCHITECTURE.md, without the head."""
+    section = (ROOT / "ARCHITECTURE.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_table_of_packages_has_all_of_them_in_the_order_of_imports():
+    rows = [re.findall(r"`([\w/]+)`", row[0]) for row in _table_rows("Packages")]
+    names = [name.rstrip("/") for row in rows for name in row]
+    assert sorted(names) == sorted(LEVELS.keys() - {"megagpt", "__main__", "__init__"})
+    levels = [LEVELS[name] for name in names]
+    assert levels == sorted(levels)
+
+
+def test_every_question_of_a_newcomer_is_answered_by_files_that_exist():
+    rows = _table_rows("Where is …?")
+    assert len(rows) >= 20
+    for question, answer in rows:
+        files = re.findall(r"`([^`]+)`", answer)
+        assert files, question
+        assert [file for file in files if not (ROOT / file).is_file()] == [], question
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_documents_name_and_link_to_files_that_exist(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    named = re.findall(r"\b((?:tests|megagpt|launch|docs|ds_configs)/[\w./-]*\w\.(?:py|sh|md|yaml|json))", text)
+    rooms = "|".join(LEVELS.keys() - {"megagpt"})
+    inner = re.findall(rf"`((?:{rooms})/[\w./]*\.py)`", text)  # a path inside the package
+    wanted = [*links, *named, *(f"megagpt/{path}" for path in inner)]
+    assert [path for path in wanted if not (ROOT / path).exists()] == []
+
+
 def test_each_decision_names_a_test_that_exists():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     decisions = re.split(r"\n\d+\. ", text.split("## Decisions")[1])[1:]

@@ -14,7 +14,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
+    "docs/first-gpu-day.md",
+    "docs/metrics.md",
+    "docs/parity.md",
     "ds_configs",
+    "launch/install.sh",
+    "launch/parity.py",
+    "launch/pretrain.py",
+    "launch/quickstart.sh",
     "launch/recipes",
     "megagpt/__init__.py",
     "megagpt/__main__.py",
@@ -29,6 +41,7 @@ COVERED = (
     "megagpt/prepare/readers",
     "megagpt/state.py",
     "megagpt/tokenizer",
+    "setup.py",
 )
 
 BANNED = {
@@ -61,8 +74,10 @@ _PER = r"(token|update|rank|node|epoch|checkpoint|second|sample|parameter|step|G
 A_FOR_PER = re.compile(rf"\b{_UNITS} an? {_PER}\b")
 WORDS = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
-# the yardsticks option is a public name
+# the yardsticks option is a public name; the slogan is "A recipe says what is trained …"
 ALLOWED = {
+    "ARCHITECTURE.md": ("says",),
+    "README.md": ("says", "yardsticks"),
     "megagpt/cli/run.py": ("yardsticks",),
     "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
     "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
