@@ -8,7 +8,7 @@ from megagpt.doctor.examination import Host, Visit
 from megagpt.doctor.finding import Finding
 from megagpt.doctor.judging import NO_CONFIG, bad, good, number, odd, size, stopped, unasked
 from megagpt.doctor.probe import PINNING
-from megagpt.plan.machine import SAFE
+from megagpt.plan.machine import SAFE_FRACTION
 
 _SKEW, _SMALL_SKEW = 2.0, 0.5  # seconds
 _FEWEST_FILES = (64, 5)  # open in a rank, and more for each rank of the world: counted at ZeRO 1 and 3 over gloo
@@ -179,5 +179,5 @@ def _room(check: str, host: Host, wanted: float, there: float, who: str) -> Iter
     do = "see what would fit: `megagpt plan` with the same recipe and config"
     if wanted > there:
         yield bad(check, what, do, host)
-    elif wanted > SAFE * there:
+    elif wanted > SAFE_FRACTION * there:
         yield odd(check, what, do, host)

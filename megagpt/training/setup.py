@@ -100,7 +100,7 @@ def assemble(
     hosts, unlike = _compare(options, rank, facts, agreement)
     store = checkpoint.Store(
         path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
-        needed=12 * flops.parameters(recipe.model),  # a weight and two moments in fp32
+        needed=flops.checkpoint_bytes(recipe.model),
     )  # fmt: skip
     found, damaged = resume.find(store, options.resume)
     branched = found is None and recipe.init_from is not None

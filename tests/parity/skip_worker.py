@@ -22,7 +22,7 @@ from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.engine.state import loss_scale
 from megagpt.files import folder_writer
-from megagpt.model.layers import Attention
+from megagpt.model.attention import Attention
 from tests.parity import layouts, needs
 
 GOOD, SAVED = range(4), 2  # updates; so many of them are saved

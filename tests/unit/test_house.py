@@ -63,6 +63,20 @@ def test_imports_go_one_way():
     assert wrong == []
 
 
+@pytest.mark.parametrize("here", sorted({room(name(path)) for path in MODULES}))
+def test_modules_of_a_room_do_not_import_each_other_in_a_circle(here):
+    """Imports under TYPE_CHECKING and inside functions count, too."""
+    modules = {name(path).removesuffix(".__init__"): path for path in MODULES if room(name(path)) == here}
+    edges = {}
+    for module, path in modules.items():
+        froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = [(node.module, f"{node.module}.{alias.name}") for node in froms for alias in node.names]
+        edges[module] = {full if full in modules else parent for parent, full in names} & modules.keys()
+    while leaves := {module for module, targets in edges.items() if not targets & edges.keys()}:
+        edges = {module: targets for module, targets in edges.items() if module not in leaves}
+    assert edges == {}
+
+
 def test_only_the_engine_room_knows_deepspeed():
     users = {room(name(path)) for path in MODULES for _, target in imports(path) if target.split(".")[0] == "deepspeed"}
     assert users == {"engine"}

@@ -118,7 +118,7 @@ def test_needs_of_a_recipe_and_of_each_kind_of_config(recipe):
 def test_bytes_are_those_of_the_plan(recipe):
     found = [needs.of(recipe, CONFIGS / "zero3-offload.json", (), world) for world in (1, 2)]
     for asked, world in zip(found, (1, 2), strict=True):
-        planned = plan.plan(plan.Options(recipe, CONFIGS / "zero3-offload.json", world_size=world)).memory
+        planned = plan.plan(plan.PlanOptions(recipe, CONFIGS / "zero3-offload.json", world_size=world)).memory
         assert (asked.host, asked.device, asked.nvme_bytes) == (planned.host, planned.device, planned.nvme)
     assert 0 < found[1].host < found[0].host
     assert found[0].host_alone > 0
