@@ -1,5 +1,6 @@
 """The commands that a newcomer runs first: the quickstart, killed in the middle, and those of the README."""
 
+import ast
 import os
 import re
 import shutil
@@ -100,6 +101,11 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (clone / "runs/trial/DONE").exists()
+    (example,) = re.findall(r"## Use it from Python\n\n```python\n(.*?)```", text, re.DOTALL)
+    program = example.replace("runs/quickstart", "runs/trial")
+    result = subprocess.run([sys.executable, "-c", program], cwd=clone, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(ast.literal_eval(result.stdout.splitlines()[0])) == 5
 
 
 def test_every_file_that_the_readme_links_to_exists():
