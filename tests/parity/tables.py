@@ -21,7 +21,7 @@ def table(rows, full):
         "# Parity: every layout gives the same curve",
         "",
         f"{len(rows)} layouts, compared with plain PyTorch in one process over {'100' if full else '12'} updates "
-        f"on CPU ranks with {versions}. Written by "
+        f"(the rows named `stages-…`: 12), on CPU ranks with {versions}. Written by "
         f"`pytest tests/parity/test_same_curve.py{' --full' if full else ''} --parity-table docs/parity.md`.",
         "",
         "The columns are relative differences: the largest over all updates of the loss (`loss`) and of the gradient "
