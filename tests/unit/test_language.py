@@ -33,7 +33,7 @@ COVERED = (
     "launch/slurm",
     "megagpt/__init__.py",
     "megagpt/__main__.py",
-    "megagpt/checkpoint/listing.py",
+    "megagpt/checkpoint",
     "megagpt/cli",
     "megagpt/config",
     "megagpt/corpus",
@@ -44,6 +44,7 @@ COVERED = (
     "megagpt/prepare/readers",
     "megagpt/state.py",
     "megagpt/tokenizer",
+    "megagpt/training",
     "setup.py",
 )
 
@@ -82,6 +83,7 @@ ALLOWED = {
     "ARCHITECTURE.md": ("says",),
     "README.md": ("says", "yardsticks"),
     "megagpt/cli/run.py": ("yardsticks",),
+    "megagpt/training/console.py": ("say",),  # its method
     "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
     "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
 }
