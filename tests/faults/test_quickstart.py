@@ -1,5 +1,6 @@
-"""The two things that a newcomer types: the quickstart, killed in the middle, and the README's commands."""
+"""The commands that a newcomer runs first: the quickstart, killed in the middle, and those of the README."""
 
+import ast
 import os
 import re
 import shutil
@@ -71,7 +72,7 @@ def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
     assert "$ megagpt prepare" not in second
     assert re.search(r"resumed  at update \d+", second)
     assert [update["update"] for update in training.curve(run)] == list(range(1, 61))
-    for word in ("bits per byte", "xz -9e alone", "xz -9e that has also", "a unigram model", "loss.svg", "Next: "):
+    for word in ("bits per byte", "xz -9e alone", "xz -9e, after reading", "unigram model", "loss.svg", "Next: "):
         assert word in second
     assert (run / "loss.svg").exists()
     foreign = [line for line in (first + second).splitlines() if re.search(r"WARNING|INFO|Warning|\[\d{4}-", line)]
@@ -100,6 +101,11 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (clone / "runs/trial/DONE").exists()
+    (example,) = re.findall(r"## Use it from Python\n\n```python\n(.*?)```", text, re.DOTALL)
+    program = example.replace("runs/quickstart", "runs/trial")
+    result = subprocess.run([sys.executable, "-c", program], cwd=clone, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(ast.literal_eval(result.stdout.splitlines()[0])) == 5
 
 
 def test_every_file_that_the_readme_links_to_exists():

@@ -24,7 +24,7 @@ LEVELS = {  # a room imports rooms of lower levels only
     "doctor": 10,
     "parity": 11,
     "cli": 12,
-    "__main__": 13,
+    **dict.fromkeys(("__main__", "__init__"), 13),  # the package's public functions import when they are called
 }
 
 
@@ -104,6 +104,7 @@ def test_no_file_and_no_function_is_too_long():
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
+        ("import megagpt", ("torch", "deepspeed", "numpy", "pydantic")),
         ("import megagpt.cli", ("torch", "deepspeed", "numpy", "sentencepiece")),
         ("import megagpt.config.recipe", ("torch", "deepspeed")),
         ("import megagpt.config.deepspeed", ("torch", "deepspeed")),
@@ -117,6 +118,41 @@ def test_what_needs_no_torch_loads_none(code, absent):
     program = f"import sys; {code}; print([m for m in {absent!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def _table_rows(heading):
+    """Cells of the rows of the first table under a heading of ARCHITECTURE.md, without the head."""
+    section = (ROOT / "ARCHITECTURE.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_table_of_packages_has_all_of_them_in_the_order_of_imports():
+    rows = [re.findall(r"`([\w/]+)`", row[0]) for row in _table_rows("Packages")]
+    names = [name.rstrip("/") for row in rows for name in row]
+    assert sorted(names) == sorted(LEVELS.keys() - {"megagpt", "__main__", "__init__"})
+    levels = [LEVELS[name] for name in names]
+    assert levels == sorted(levels)
+
+
+def test_every_question_of_a_newcomer_is_answered_by_files_that_exist():
+    rows = _table_rows("Where is …?")
+    assert len(rows) >= 20
+    for question, answer in rows:
+        files = re.findall(r"`([^`]+)`", answer)
+        assert files, question
+        assert [file for file in files if not (ROOT / file).is_file()] == [], question
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_documents_name_and_link_to_files_that_exist(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    named = re.findall(r"\b((?:tests|megagpt|launch|docs|ds_configs)/[\w./-]*\w\.(?:py|sh|md|yaml|json))", text)
+    rooms = "|".join(LEVELS.keys() - {"megagpt"})
+    inner = re.findall(rf"`((?:{rooms})/[\w./]*\.py)`", text)  # a path inside the package
+    wanted = [*links, *named, *(f"megagpt/{path}" for path in inner)]
+    assert [path for path in wanted if not (ROOT / path).exists()] == []
 
 
 def test_each_decision_names_a_test_that_exists():

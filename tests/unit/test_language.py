@@ -14,8 +14,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
+    "docs/first-gpu-day.md",
+    "docs/metrics.md",
+    "docs/parity.md",
     "ds_configs",
+    "launch/hosts.example",
+    "launch/install.sh",
+    "launch/kubernetes.yaml",
+    "launch/parity.py",
+    "launch/pretrain.py",
+    "launch/quickstart.sh",
     "launch/recipes",
+    "launch/slurm",
     "megagpt/__init__.py",
     "megagpt/__main__.py",
     "megagpt/checkpoint",
@@ -33,6 +48,7 @@ COVERED = (
     "megagpt/engine",
     "megagpt/training",
     "tests/unit/engine",
+    "setup.py",
 )
 
 BANNED = {
@@ -65,8 +81,10 @@ _PER = r"(token|update|rank|node|epoch|checkpoint|second|sample|parameter|step|G
 A_FOR_PER = re.compile(rf"\b{_UNITS} an? {_PER}\b")
 WORDS = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
-# the yardsticks option is a public name
+# the yardsticks option is a public name; the slogan is "A recipe says what is trained …"
 ALLOWED = {
+    "ARCHITECTURE.md": ("says",),
+    "README.md": ("says", "yardsticks"),
     "megagpt/cli/run.py": ("yardsticks",),
     "megagpt/training/console.py": ("say",),  # its method
     "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
