@@ -38,7 +38,9 @@ def resolved(path, section, pipeline, tensor_parallel=1, sequence_parallel=1):
 
 
 def shrunk(real):
-    return replace(real, recipe=real.recipe.model_copy(update={"model": shrink.model(real.recipe.model, real.layout)}))
+    return replace(
+        real, recipe=real.recipe.model_copy(update={"model": shrink.shrunk_model(real.recipe.model, real.layout)})
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -56,8 +58,8 @@ def test_every_preset_keeps_its_stages_when_it_is_shrunk(preset, tied):
 def test_the_same_kinds_of_layer_mean_the_same_parameter_groups(preset, number, path):
     real = resolved(path, ModelSection(**PRESETS[preset]), number)
     small, built = shrunk(real), real_shape.build_stages(real)
-    assert real_shape.faults(built, real) == []
-    assert real_shape.alike(built, real_shape.build_stages(small))
+    assert real_shape.stage_problems(built, real) == []
+    assert real_shape.same_stages(built, real_shape.build_stages(small))
 
 
 def test_the_quickstart_on_four_stages_has_a_stage_for_the_head_alone_also_when_it_is_shrunk():
@@ -91,7 +93,7 @@ def test_any_model_keeps_what_decides_the_cut(shape):
         activation=shape["activation"], tie_embeddings=shape["tied"],
     )  # fmt: skip
     layout = Layout(shape["stages"] * shape["degree"], 1, 2, 4, 1, shape["stages"], shape["degree"])
-    small = shrink.model(section, layout)
+    small = shrink.shrunk_model(section, layout)
     assert flops.stage_kinds(small, shape["stages"]) == flops.stage_kinds(section, shape["stages"])
     assert small.n_head // small.n_kv_head == shape["group"]
     assert small.n_kv_head % shape["degree"] == small.d_ff % shape["degree"] == 0
@@ -102,7 +104,7 @@ GPT2 = ModelSection(**PRESETS["gpt2-124m"])
 
 
 def found(real):
-    return real_shape.faults(real_shape.build_stages(real), real)
+    return real_shape.stage_problems(real_shape.build_stages(real), real)
 
 
 def test_a_vocabulary_that_does_not_divide_is_no_fault():

@@ -10,7 +10,7 @@ import pytest
 
 from megagpt.cluster import Rank, free_port
 from megagpt.data.loader import Batch
-from megagpt.parity import Options, _resolve, curve, reference, shrink
+from megagpt.parity import ParityOptions, _resolve, curve, reference, shrink
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch/recipes/gpt2-124m-openwebtext.yaml"
@@ -92,7 +92,7 @@ def test_the_quickstart_on_four_stages_is_proven_as_it_will_run(tmp_path):
     groups = "real shape: built on the meta device: parameter groups 4, 3, 3, 1; even shards, [1, 128, 128] fp32"
     assert f"{groups} from each stage to the next" in lines
     (update,) = (line for line in lines if line.startswith("real shape: one update, 4 × 1 samples per rank: loss 8."))
-    assert "; off from one process: loss by " in update
+    assert "; relative difference to one process: loss " in update
     assert "not proven: an update of all 16 micro-batches per rank" in lines
     assert lines[-1] == "the same curve as one process, update by update"
 
@@ -101,7 +101,7 @@ def test_a_fault_of_the_real_shape_alone_is_found(tmp_path):
     code, console = parity(tmp_path, "zero1", 1, ("-c", HALVED_IF_LARGE), recipe=QUICKSTART)
     assert code == 1
     lines = console.splitlines()
-    assert lines[-3] == "ANOTHER UPDATE of the real shape than one process:"
+    assert lines[-3] == "NOT THE SAME UPDATE of the real shape as one process:"
     assert lines[-2].startswith("  loss of the update: 4.1")
 
 
@@ -126,13 +126,13 @@ def test_fp16_overflows_at_the_start_are_no_other_curve(fp16, tmp_path):
 
 
 def test_weights_in_bf16_may_differ_as_bf16_itself_does_and_no_more():
-    options = Options(RECIPE, ROOT / "ds_configs/zero2.json", ("precision=bf16",), updates=8)
+    options = ParityOptions(RECIPE, ROOT / "ds_configs/zero2.json", ("precision=bf16",), updates=8)
     whole = _resolve(options, Rank(), ())
-    recipe = _resolve(options, Rank(), shrink.overrides(whole, 8, None)).recipe
+    recipe = _resolve(options, Rank(), shrink.shrinking_overrides(whole, 8, None)).recipe
     size = recipe.batch.global_size
-    updates = [shrink.samples(recipe.model, size, first) for first in range(0, 8 * size, size)]
+    updates = [shrink.synthetic_samples(recipe.model, size, first) for first in range(0, 8 * size, size)]
     expected = reference.train(recipe, updates, updates[0])
-    tolerance = curve.allowed(recipe, expected, reference.train(recipe, updates, updates[0], exact=True))
+    tolerance = curve.calibrated_tolerance(recipe, expected, reference.train(recipe, updates, updates[0], exact=True))
     assert tolerance.loss == curve.TOLERANCES["bf16"].loss
     other_sums = [Batch(*(tensor.flip(0) for tensor in batch)) for batch in updates]
     rounded = reference.train(recipe, other_sums, updates[0])
@@ -146,7 +146,7 @@ def test_a_layout_that_trains_another_way_is_named_with_what_differs_first(tmp_p
     code, console = parity(tmp_path, "zero1", 1, ("-c", HALVED))
     assert code == 1
     lines = console.splitlines()
-    assert "ANOTHER CURVE than one process" in lines[-4]
+    assert "NOT THE SAME CURVE as one process" in lines[-4]
     assert lines[-3].startswith("  loss of update 1: 2.4")
 
 
