@@ -77,7 +77,7 @@ def length(resolved: Resolved) -> Length:
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update
-    return Length(updates, per_update, tokens, tokens * flops.flops_per_token(recipe.model))
+    return Length(updates, per_update, tokens, tokens * cost.flops_per_token(recipe.model))
 
 
 def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
