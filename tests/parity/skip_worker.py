@@ -1,4 +1,4 @@
-"""One rank that trains layouts, with bad updates among the good ones and without. Started by groups.py.
+"""One rank that trains layouts, with and without bad updates among the good ones. Started by groups.py.
 
 python -m tests.parity.skip_worker JOB.json
 JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
@@ -25,34 +25,34 @@ from megagpt.files import folder_writer
 from megagpt.model.attention import Attention
 from tests.parity import layouts, needs
 
-GOOD, SAVED = range(4), 2  # updates; so many of them are saved
+GOOD, SAVED = range(4), 2  # updates, and the number of them after which the state is saved
 BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}
 
 
 class Calls:
-    """What an engine calls during an update, in order."""
+    """Records the callbacks that an engine calls during an update, in order."""
 
     def __init__(self, refuse: bool) -> None:
         self._refuse, self._losses, self._order = refuse, [], []
 
     def accept(self, loss: float) -> bool:
-        """Refuse the loss, or refuse only what is not finite."""
+        """Reject every loss if `refuse` is set, otherwise only losses that are not finite."""
         self._losses.append(loss)
         self._order.append("accept")
         return not self._refuse and math.isfinite(loss)
 
     def at_step(self) -> None:
-        """The step begins."""
+        """Record that the optimizer step begins."""
         self._order.append("step")
 
     def on_all_ranks(self, loss: float, agreement: Agreement) -> list[dict[str, Any]]:
-        """Per rank the calls, and the loss in the result; collective."""
+        """Return the calls of each rank, and the loss in its result. Collective."""
         mine = {"order": self._order, "losses": list(map(repr, self._losses)), "loss": repr(loss)}
         return [json.loads(line) for line in agreement.gather(json.dumps(mine))]
 
 
 class Planted:
-    """Spoils what attention gives on the last rank: its value, or its gradient alone."""
+    """Corrupts the output of attention on the last rank: its value, or only its gradient."""
 
     def __init__(self, last: bool) -> None:
         self.bad, real = "", Attention.forward
@@ -85,7 +85,7 @@ def main(job: dict[str, Any]) -> None:
 
 
 def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, planted: Planted) -> dict[str, Any]:
-    """What held for one layout."""
+    """Test one layout, and return the results."""
     needs.provide(case)
     dropout = replace(case, recipe=(*case.recipe, "model.dropout=0.1"))
     resolved = layouts.resolve(dropout, folder)
@@ -94,9 +94,9 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
         saved.mkdir()
     agreement.barrier()
 
-    def update(engine: Any, number: int, **words: Any) -> Any:
+    def update(engine: Any, number: int, **callbacks: Any) -> Any:
         samples = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, number * layouts.GLOBAL_BATCH)
-        return engine.train_update(layouts.share(samples, resolved.layout, rank), **words)
+        return engine.train_update(layouts.share(samples, resolved.layout, rank), **callbacks)
 
     engine: Any = build(resolved, 100, rank, agreement)
     straight = []
@@ -147,7 +147,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
 def overflowing(
     case: layouts.Case, folder: Path, straight: list[Any], update: Any, rank: Rank, agreement: Agreement
 ) -> dict[str, Any]:
-    """The same from a loss scale at which the first gradients overflow; each update is made again until it is made."""
+    """Train with an initial loss scale at which gradients overflow, and repeat each update until it is made."""
     config = {**case.config, "fp16": {"initial_scale_power": 30}}
     engine: Any = build(layouts.resolve(replace(case, config=config), folder), 100, rank, agreement)
     attempts = []
@@ -166,7 +166,7 @@ def overflowing(
 
 
 def spoil(engine: Any) -> None:
-    """Make every weight NaN, as a run finds them that has gone wrong: masters by way of the optimizer, and copies."""
+    """Make every weight NaN, both master weights and low-precision copies, by an optimizer step."""
     groups = engine._engine.optimizer.param_groups
     rates = [group["lr"] for group in groups]
     for group in groups:
@@ -177,13 +177,13 @@ def spoil(engine: Any) -> None:
 
 
 def flip(engine: Any, rank: Rank, resolved: Any) -> str:
-    """Flip one bit of a weight on the last rank, of which another rank has a copy; its name, on every rank."""
+    """Flip one bit of a replicated weight on the last rank. Returns the weight's name on every rank."""
     cut = ("qkv", "output", "up", "gate", "down") if resolved.layout.tensor_parallel > 1 else ()
     names = engine._stages.names if hasattr(engine, "_stages") else engine._names()
     if resolved.layout.pipeline_stages > 1:
         name = "layers.0.weight"
     else:
-        name = [name for name in names.values() if not any(word in name for word in cut)][-2]
+        name = [name for name in names.values() if not any(part in name for part in cut)][-2]
     if resolved.layout.zero_stage == 3:
         return ""
     for parameter, other in names.items():

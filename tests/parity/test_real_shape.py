@@ -1,4 +1,4 @@
-"""The shrunk recipe is cut like the real one, and stages of the real shape that do not fit together are found."""
+"""The shrunk model is split like the real one, and real stages that do not fit together are found."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_the_same_kinds_of_layer_mean_the_same_parameter_groups(preset, number, 
     assert real_shape.same_stages(built, real_shape.build_stages(small))
 
 
-def test_the_quickstart_on_four_stages_has_a_stage_for_the_head_alone_also_when_it_is_shrunk():
-    """Two blocks per stage and a small vocabulary, as the recipe was once shrunk, put blocks on every stage."""
+def test_the_shrunk_quickstart_also_has_the_head_alone_on_the_last_stage():
+    """With two blocks per stage and a small vocabulary, as in an earlier version, every stage would have a block."""
     real = resolved(MUON, ModelSection(**PRESETS["quickstart"]), 4)
     blocks = ("embedding", "block"), ("block",), ("block", "norm"), ("head",)
     assert tuple(flops.stage_kinds(real.recipe.model, 4)) == blocks
@@ -84,7 +84,7 @@ SHAPES = st.fixed_dictionaries({
 
 
 @given(SHAPES)
-def test_any_model_keeps_what_decides_the_cut(shape):
+def test_shrinking_keeps_everything_that_determines_the_split(shape):
     width = shape["degree"] * shape["kv"] * shape["group"] * shape["head_dim"]
     section = ModelSection(
         n_layer=shape["stages"] + shape["more"], n_head=width // shape["head_dim"],
@@ -107,7 +107,7 @@ def found(real):
     return real_shape.stage_problems(real_shape.build_stages(real), real)
 
 
-def test_a_vocabulary_that_does_not_divide_is_no_fault():
+def test_a_vocabulary_that_does_not_divide_is_valid():
     assert found(resolved(ADAMW, GPT2, 2, 2)) == []
 
 
