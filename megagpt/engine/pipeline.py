@@ -34,6 +34,7 @@ from megagpt.engine.parallel.ulysses import Ulysses
 from megagpt.engine.state import loss_scale, replica_check
 from megagpt.engine.state.portable import Portable
 from megagpt.engine.state.rng_and_loss_scale import SideState
+from megagpt.engine.vectors import whole_vectors
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
 from megagpt.model.sharding import shard_spec
@@ -53,13 +54,14 @@ class PipelineEngine:
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = deepspeed_patches.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
-        self._engine: Any = deepspeed.initialize(
-            model=self._stages,
-            optimizer=optimizer,
-            lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
-            config=config,
-            dist_init_required=False,
-        )[0]
+        with whole_vectors():
+            self._engine: Any = deepspeed.initialize(
+                model=self._stages,
+                optimizer=optimizer,
+                lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
+                config=config,
+                dist_init_required=False,
+            )[0]
         parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
         optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)

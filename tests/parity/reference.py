@@ -31,6 +31,7 @@ def train(
     between: Between = lambda *_: None,
     *,
     micro: Sequence[int] = (),
+    exact: bool = False,
 ) -> Curve:
     """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
@@ -44,13 +45,16 @@ def train(
         between: Called before each update with its number, counted from 1, and a function that measures the loss.
         micro: The number of samples per micro-batch, for each update. Gradients of micro-batches are summed in fp32.
             By default the global batch is not divided.
+        exact: Compute in fp32 with the weights of low precision, to measure the error of rounding.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # otherwise small gradients would underflow
+    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # otherwise small gradients would underflow
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
     masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+    if exact:
+        model.float()
     initial = {name: p.clone() for name, p in masters.items()}
     section = recipe.optimizer
     optimizer, peaks = _optimizer(recipe, masters)
