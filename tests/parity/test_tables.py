@@ -17,7 +17,7 @@ def test_the_head_of_the_table_is_up_to_date():
     now = table({case.id: empty for case in CASES}, full=True)
 
     def head(text):
-        fewer_updates = r"; the rows named `stages-…` \d+"  # rows that were measured over fewer updates say so
+        fewer_updates = r"; the rows named `stages-…` \d+"  # the note on rows that were measured over fewer updates
         return re.sub(rf"deepspeed [^,]+, torch [^ ]+\.|{fewer_updates}", "", text.split("\n| layout")[0])
 
     assert head(written) == head(now)
