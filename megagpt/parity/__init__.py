@@ -142,10 +142,13 @@ def _real_shape_update(
         result = _train_update(engine, _rank_batches(batch, one, rank))
     engine.release()
     made = RealUpdate(number, result.loss, result.grad_norm, result.made)
-    if real_shape.is_affordable_in_one_process(one):
-        alone = reference.train(one.recipe, [batch], batch) if rank.main else None
-        loss, norm = (agreement.total(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2))
-        made = replace(made, differences=curve.compare_update(one.recipe, (made.loss, made.norm), (loss, norm)))
+    if real_shape.can_repeat_in_one_process(one):
+        loss = norm = 0.0
+        if rank.main:
+            alone = reference.train(one.recipe, [batch], batch)
+            loss, norm = alone.losses[0], alone.norms[0]
+        expected = agreement.total(loss), agreement.total(norm)
+        made = replace(made, differences=curve.compare_update(one.recipe, (made.loss, made.norm), expected))
     return replace(certificate, update=made)
 
 

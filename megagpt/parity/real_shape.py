@@ -137,7 +137,7 @@ def update_flops(one: Resolved) -> float:
     return flops.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
 
 
-def is_affordable_in_one_process(one: Resolved) -> bool:
+def can_repeat_in_one_process(one: Resolved) -> bool:
     """Return True if one process on a CPU can compute the same update of the real model in reasonable time."""
     return one.recipe.model.dropout == 0 and update_flops(one) <= _affordable_flops(one)
 
