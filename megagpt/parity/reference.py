@@ -48,9 +48,9 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
     losses, norms, rates, tokens = [], [], [], []
     evaluations = [_loss(model, held_out, _valid(held_out)).item()]
     for number, batch in enumerate(updates, start=1):
-        share = factor(recipe.schedule, number, total, recipe.schedule.min_lr / recipe.optimizer.lr)
+        fraction = factor(recipe.schedule, number, total, recipe.schedule.min_lr / recipe.optimizer.lr)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * fraction
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
         # in fp64: the rounding error of a long vector's norm in fp32 is larger than the tolerance
         gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
@@ -61,7 +61,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         with torch.no_grad():
             for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):
                 parameter.copy_(master.to(dtype))
-        rates.append(peaks[0] * share)
+        rates.append(peaks[0] * fraction)
         tokens.append(_valid(batch))
     evaluations.append(_loss(model, held_out, _valid(held_out)).item())
     final = {name: value.detach() for name, value in masters.named_parameters()}
