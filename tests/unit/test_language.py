@@ -38,6 +38,7 @@ COVERED = (
     "tests/faults",
     "tests/forks.py",
     "tests/parity",
+    "tests/training.py",
     "tests/unit/config",
     "tests/unit/corpus",
     "tests/unit/data",
