@@ -1,6 +1,6 @@
-"""Bugs to plant: each would train something else, and the comparison must say so.
+"""Planted bugs, each of which changes what is trained, so that the comparison with the reference must fail.
 
-A mutant is planted on all ranks of a layout while its engine is built and trained. The reference never sees it.
+A bug is planted on all ranks of a layout while its engine is built and trained, but not in the reference.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megagpt.model.layers import Head, PositionEmbedding
 from tests.parity import layouts, mutants_parallel
 from tests.parity.layouts import Case
 
-Wrapper = Callable[..., Any]  # (the original, *its arguments) → what it returns now
+Wrapper = Callable[..., Any]  # called with the original function and its arguments
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug: `owner.name` is replaced by a function that is given the original first."""
+    """A planted bug: calls of `owner.name` call `wrapper`, with the original function as the first argument."""
 
     case: Case
     owner: Any
@@ -38,7 +38,7 @@ class Mutant:
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """With the bug in place."""
+        """Plant the bug for the duration of the `with` block."""
         original = getattr(self.owner, self.name)
         with patch.object(self.owner, self.name, lambda *args, **more: self.wrapper(original, *args, **more)):
             yield
@@ -49,7 +49,7 @@ def _case(id: str, stage: int) -> Case:
 
 
 def _after_update(change: Callable[[Any, list[torch.Tensor]], None]) -> Wrapper:
-    """A wrapper of train_update that changes something afterwards; `change` gets the weights from before."""
+    """Return a wrapper of train_update that calls `change` after each update, with the weights before and after it."""
 
     def wrapper(original: Wrapper, engine: ZeroEngine, batches: list[Batch]) -> Any:
         parameters = list(engine._engine.module.parameters())

@@ -1,4 +1,4 @@
-"""Bugs to plant where the model is cut: in pipeline stages, tensor parts, sequence parts."""
+"""Planted bugs in pipeline, tensor and sequence parallelism."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "shard_batch", _first_part),
 }
 MUON_BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
-    "muon-sees-its-own-stretch-of-a-matrix": (layouts.zero(2, 3), MuonAllToAll, "replace_by_updates", _each_its_own),
+    "muon-uses-only-its-own-range-of-a-matrix": (layouts.zero(2, 3), MuonAllToAll, "replace_by_updates", _each_its_own),
     "muon-takes-tensor-parts-for-matrices": (TENSOR, MuonAllToAll, "_local_updates", _parts_apart),
     "muon-takes-q-k-and-v-for-one-matrix": (layouts.zero(3, 3), muon, "updates", _as_one),
 }

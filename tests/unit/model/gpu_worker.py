@@ -68,7 +68,7 @@ def step(dtype=torch.float32, end=None, again=None, **switches):
 
 
 class Context:
-    """Stands in for autograd's context. Backward is called directly, because the autograd engine needs real streams."""
+    """Replaces autograd's context. Backward is called directly, because the autograd engine needs real streams."""
 
     needs_input_grad = (True,) * 5
 
