@@ -51,7 +51,7 @@ if [ "${#with[@]}" -eq 0 ] && [[ ${CUDA_VISIBLE_DEVICES-} =~ ^[0-9] ]]; then # D
   which=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
 fi
 code=0
-step ${with[@]+"${with[@]}"} deepspeed "${which[@]}" --master_port "$(python -m megagpt.distributed)" \
+step ${with[@]+"${with[@]}"} deepspeed "${which[@]}" --master_port "$(megagpt free-port)" \
   --no_local_rank --log_level critical launch/pretrain.py --recipe launch/recipes/quickstart.yaml \
   --deepspeed_config ds_configs/zero0.json ${changes[@]+"${changes[@]}"} || code=$?
 if [ ! -e "$run/DONE" ]; then

@@ -1,4 +1,4 @@
-"""`python -m megagpt` is `megagpt`."""
+"""Entry point of `python -m megagpt`, the same as `megagpt`."""
 
 import sys
 

@@ -85,10 +85,10 @@ def assemble(
     if recipe.data.document_mask:
         resolved = _with_document_end(resolved, loader)
         recipe = resolved.recipe
-    total = recipes.updates(recipe, loader.sampler.samples_per_epoch)
+    total = recipes.total_updates(recipe, loader.sampler.samples_per_epoch)
     samples = total * recipe.batch.global_size
     taken = blend.source_usage(loader.sampler, recipe.data.train, samples)
-    blend.check_max_epochs(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.place)
+    blend.check_max_epochs(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
     facts = _facts(resolved, loader)
     device = start.start(rank)
     agreement = Agreement(rank.world_size)
@@ -100,7 +100,7 @@ def assemble(
     found, damaged = resume.find(store, options.resume)
     branched = found is None and recipe.init_from is not None
     if branched and recipe.init_from:
-        place = f"{recipe.place('init_from')}  init_from: {recipe.init_from}"
+        place = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
         found = resume.branch(recipe.init_from, place, store, total)
     if found is not None:
         resume.check(found, facts, options.allow_change, branched)
@@ -227,13 +227,7 @@ def _open(
     if len(taken) > 1:
         for head, line in zip(("blend", *[""] * len(taken)), blend.format_table(taken), strict=True):
             say(f"{head:<8} {line}")
-    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
-            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
-    cut = "".join(f"{count} {way}, " for count, way in ways if count > 1)
-    say(
-        f"layout   {layout.world_size} × {device}, {cut}ZeRO stage {layout.zero_stage}, "
-        f"{layout.data_parallel} × {layout.micro_batch} × {layout.accumulation} samples an update"
-    )
+    say(f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update")
     share = run.total * recipe.batch.global_size / order.samples_per_epoch
     say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
     if recipe.health.compare_every and layout.zero_stage == 3:

@@ -1,4 +1,4 @@
-"""`megagpt checkpoints` and `megagpt stop`: what a run has saved, and a request to save once more and end."""
+"""`megagpt checkpoints` and `megagpt stop`: list the checkpoints of a run, and request that it saves and stops."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt import files
+from megagpt.ds_config import Layout
 from megagpt.errors import UserError
 from megagpt.run import checkpoint, status
 from megagpt.run.stopping import REQUEST
 
 
 @dataclass(frozen=True)
-class Line:
-    """One checkpoint; `wrong` says why it cannot be used ("": it can)."""
+class CheckpointLine:
+    """One checkpoint. Fields are None or "" if its manifest cannot be read."""
 
     name: str
     update: int | None
@@ -21,65 +22,73 @@ class Line:
     bytes: int | None
     layout: str
     pinned: bool
+    """whether the checkpoint is never deleted"""
     wrong: str
+    """why the checkpoint cannot be used; "" if it can"""
 
 
 @dataclass(frozen=True)
-class Listing:
-    """All checkpoints of a run, the oldest first; `verified`: every byte was read."""
+class CheckpointList:
+    """All checkpoints of a run, oldest first."""
 
     run: str
     verified: bool
-    checkpoints: tuple[Line, ...]
+    """whether every byte was read"""
+    checkpoints: tuple[CheckpointLine, ...]
 
     def __str__(self) -> str:
-        rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<24}  state"]
-        whole = "whole" if self.verified else "complete"
+        width = max(len(line.layout) for line in self.checkpoints)
+        width = max(width, len("layout"))
+        rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<{width}}  state"]
         for line in self.checkpoints:
-            said = line.wrong or whole + (", pinned" if line.pinned else "")
+            state = line.wrong or ("verified" if self.verified else "complete")
+            if line.pinned and not line.wrong:
+                state += ", pinned"
             if line.update is None or line.tokens is None or line.bytes is None:
-                rows.append(f"{line.name}: {said}")
+                rows.append(f"{line.name}: {state}")
             else:
                 size = f"{line.bytes / 1e6:,.1f} MB"
-                rows.append(f"{line.update:>10,}  {line.tokens:>15,}  {size:>9}  {line.layout:<24}  {said}")
+                rows.append(f"{line.update:>10,}  {line.tokens:>15,}  {size:>9}  {line.layout:<{width}}  {state}")
         return "\n".join(rows)
 
 
-def checkpoints(run: Path, verify: bool) -> Listing:
-    """Look at every checkpoint of a run: names and sizes, or with `verify` every byte. Raises UserError for none."""
+def checkpoints(run: Path, verify: bool) -> CheckpointList:
+    """List the checkpoints of a run.
+
+    Args:
+        run: the run directory.
+        verify: read every byte and compare checksums. Otherwise only names and sizes of files are checked.
+
+    Raises:
+        UserError: if there are none.
+    """
     folders = checkpoint.Store(run).folders()
     if not folders:
-        raise UserError("there is no checkpoint here", str(run / "checkpoints"), "name a run directory that has saved")
-    return Listing(str(run), verify, tuple(_line(folder, verify) for folder in folders))
+        where = str(run / "checkpoints")
+        raise UserError("there is no checkpoint here", where, "give a run directory that has checkpoints")
+    return CheckpointList(str(run), verify, tuple(_line(folder, verify) for folder in folders))
 
 
 def stop(run: Path) -> status.Standing:
-    """Leave a request that the training ranks find before their next update, or, if they still start, after it.
+    """Create the stop file of a running run. Its ranks find it before their next update, or once they have started.
 
-    How the run stands: where it is not running, nothing is left there. Raises UserError where there is no such folder.
+    If the run is not running, no stop file is left behind. Returns the status of the run. Raises UserError if there is
+    no such run directory.
     """
     standing = status.read(run)
     if standing.state == "running":
         files.replace_text(run / REQUEST, "")
-        standing = status.read(run)  # it may have ended meanwhile, and have seen it or not
+        standing = status.read(run)  # it may have ended in the meantime, whether or not it found the file
     if standing.state != "running":
         (run / REQUEST).unlink(missing_ok=True)
     return standing
 
 
-def _line(folder: Path, verify: bool) -> Line:
+def _line(folder: Path, verify: bool) -> CheckpointLine:
     found, wrong = checkpoint.read(folder)
     pinned = (folder / checkpoint.PINNED).exists()
     if found is None:
-        return Line(folder.name, None, None, None, "", pinned, wrong)
+        return CheckpointLine(folder.name, None, None, None, "", pinned, wrong)
     wrong = checkpoint.check(folder)[1] if verify else checkpoint.incomplete(found)
-    return Line(folder.name, found.state.update, found.state.tokens, found.bytes, _layout(found), pinned, wrong)
-
-
-def _layout(found: checkpoint.Checkpoint) -> str:
-    """The layout in a few words."""
-    layout = found.facts["layout"]
-    parts = [f"{layout['world_size']} ranks", f"ZeRO {layout['zero_stage']}"]
-    for key in ("pipeline_stages", "tensor_parallel", "sequence_parallel"):
-        parts += [f"{key.split('_')[0]} {layout[key]}"] if layout.get(key, 1) > 1 else []
-    return ", ".join(parts)
+    layout = str(Layout.from_record(found.facts["layout"]))
+    return CheckpointLine(folder.name, found.state.update, found.state.tokens, found.bytes, layout, pinned, wrong)

@@ -1,4 +1,4 @@
-"""Errors for people: what was wrong, where, and what to do about it."""
+"""Errors for users: what is wrong, where, and what to do about it. Also the exit codes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
-EXIT_RUNNING = 3  # of `megagpt status` alone: neither well nor ill yet
-EXIT_REQUEUE = 75  # stopped and saved: sysexits.h's EX_TEMPFAIL, which schedulers requeue on
+EXIT_RUNNING = 3  # only from `megagpt status`: training has not ended
+EXIT_REQUEUE = 75  # stopped after saving: EX_TEMPFAIL of sysexits.h, on which schedulers requeue
 
 
-# C0 and C1 control characters but tab and line feed, what turns the direction of text, and lone surrogates
+# C0 and C1 control characters except tab and line feed, characters that change text direction, and lone surrogates
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def without_controls(text: str, colours: bool = False) -> str:
-    """Return text with U+FFFD in place of what a terminal obeys rather than shows.
+    """Return text with U+FFFD in place of characters that a terminal interprets instead of showing.
 
     Args:
-        text: Text of which parts may come from anybody: a corpus, a file's name, another program's message.
-        colours: Keep sequences that only change colours.
+        text: text with parts from untrusted sources: a corpus, a file name, another program's message.
+        colours: keep escape sequences that only change colors.
     """
     parts = _COLOUR.split(text) if colours else [text]
     return "".join(part if number % 2 else _CONTROLS.sub("\ufffd", part) for number, part in enumerate(parts))
@@ -33,7 +33,7 @@ def without_controls(text: str, colours: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong, where it stands (`file:line key`), and what to do."""
+    """One mistake: what is wrong, where (`FILE:LINE  key`), and what to do."""
 
     what: str
     where: str = ""
@@ -48,9 +48,15 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed without a traceback, exit code 2.
+    """A mistake of the user's, printed without a traceback. The exit code is 2.
 
-    Carries one problem or several, so that all mistakes of a file are reported at once.
+    Holds one or more problems, so that all mistakes in a file can be reported at once.
+
+    Args:
+        what: what is wrong.
+        where: where it is wrong, such as `FILE:LINE  key`.
+        do: what to do about it.
+        others: further problems.
     """
 
     exit_code = EXIT_USER
@@ -60,8 +66,8 @@ class UserError(Exception):
         super().__init__(what, where, do)
 
     @classmethod
-    def of(cls, problems: Sequence[Problem]) -> UserError:
-        """Build one error from one or more problems."""
+    def from_problems(cls, problems: Sequence[Problem]) -> UserError:
+        """Return one error with one or more problems."""
         first = problems[0]
         return cls(first.what, first.where, first.do, others=problems[1:])
 
@@ -70,20 +76,20 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """A failure of the machine's, such as a full disk: told like a user's mistake, but exit code 1."""
+    """A failure of the machine, such as a full disk. It is printed like a user's mistake, but the exit code is 1."""
 
     exit_code = EXIT_FAILURE
 
 
-def need_linux(what: str) -> None:
-    """Raise UserError on another system: what follows would fail in the middle, at a call that only Linux has."""
+def require_linux(what: str) -> None:
+    """Raise UserError unless this is Linux. Otherwise `what` would fail later, in a Linux-only system call."""
     if sys.platform != "linux":
         raise UserError(
-            f"{what} needs Linux, and this is {sys.platform}", "", "use WSL 2 on Windows, a virtual machine on macOS"
+            f"{what} needs Linux, but this is {sys.platform}", "", "use WSL 2 on Windows, or a virtual machine on macOS"
         )
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like `name`, or None if none is near."""
+def closest_match(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

@@ -1,4 +1,7 @@
-"""Every write of a run directory, through a few calls that can fail, be killed, or be counted one by one."""
+"""Durable file operations for run directories.
+
+Every write goes through these few functions, so that tests can make each one fail, kill the process there, or count it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from typing import Any
 
 from megagpt.errors import UserError
 
-Write = Callable[[str, bytes], None]
-"""Writes the bytes of one file of a checkpoint, named relative to it."""
+WriteFile = Callable[[str, bytes], None]
+"""writes one file of a checkpoint, given its path relative to the checkpoint and its content"""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text that may come from anybody.
+    """Parse JSON from an untrusted source.
 
     Raises:
-        ValueError: The text is not JSON, or nests deeper than Python's parser goes. `json.loads` alone raises
-            RecursionError for the latter, which callers that expect a damaged file do not catch.
+        ValueError: if the text is not JSON, or nested too deeply for Python's parser. `json.loads` alone raises
+            RecursionError for the latter, which callers that handle damaged files do not catch.
     """
     try:
         return json.loads(text)
@@ -32,15 +35,15 @@ def parse_json(text: str | bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a file holds: its size and CRC-32."""
+class WrittenFile:
+    """Size and CRC-32 of a file that was written."""
 
     bytes: int
     crc32: int
 
 
-def write(path: Path, data: bytes) -> Written:
-    """Write a new file and flush it to the disk. Raises OSError."""
+def write(path: Path, data: bytes) -> WrittenFile:
+    """Write a new file and flush it to disk. Raises OSError, also if the path is a symbolic link."""
     descriptor = _opened(path, os.O_TRUNC)
     try:
         view = memoryview(data)
@@ -49,16 +52,16 @@ def write(path: Path, data: bytes) -> Written:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Written(len(data), zlib.crc32(data))
+    return WrittenFile(len(data), zlib.crc32(data))
 
 
 def open_to_append(path: Path) -> int:
-    """Return a file descriptor that appends to a file, made if it is not there. Raises OSError for a symbolic link."""
+    """Return a file descriptor that appends to a file, created if missing. Raises OSError for a symbolic link."""
     return _opened(path, os.O_APPEND)
 
 
 def _opened(path: Path, flag: int) -> int:
-    """Open a file to write, unless it is a symbolic link: in a run directory of others it could lead anywhere."""
+    """Open a file for writing, unless it is a symbolic link: in another user's run directory it may lead anywhere."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | flag | os.O_NOFOLLOW, 0o644)
     except OSError as error:
@@ -68,7 +71,7 @@ def _opened(path: Path, flag: int) -> int:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path, with all symbolic links followed, is outside of a folder."""
+    """Return whether a path, with all symbolic links resolved, is outside of a folder."""
     return not path.resolve().is_relative_to(folder.resolve())
 
 
@@ -81,8 +84,8 @@ def refuse_links_out(run: Path) -> None:
             raise UserError(what, f"{path} -> {path.readlink()}", "remove it, or put the file itself in its place")
 
 
-def into(folder: Path) -> Write:
-    """Writes files into a folder, those above them made."""
+def folder_writer(folder: Path) -> WriteFile:
+    """Return a function that writes files into a folder and creates missing folders."""
 
     def sink(name: str, data: bytes) -> None:
         make_folder((folder / name).parent)
@@ -92,7 +95,7 @@ def into(folder: Path) -> Write:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file by `text` in one step: a reader sees the old one or the new one."""
+    """Replace a file atomically, so that a reader sees either the old content or the new."""
     temporary = path.with_name(path.name + ".new")
     write(temporary, text.encode("utf-8"))
     os.replace(temporary, path)
@@ -100,23 +103,26 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Replace the file by a JSON value, in one step."""
+    """Replace a file atomically by a JSON value."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder; it is on the disk when the folder above has been synced."""
+    """Rename a folder. The new name is durable only after `sync` of the parent folder."""
     os.rename(old, new)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it."""
+    """Create a folder and its parents, unless they exist."""
     path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it: from then on its old name is free, whatever stops the rest."""
-    if path.is_symlink():  # only the link: what it leads to may not be ours
+    """Remove a folder and everything in it.
+
+    It is renamed first, so that its name is free even if the removal is interrupted.
+    """
+    if path.is_symlink():  # remove only the link: its target may belong to somebody else
         path.unlink()
     elif path.exists():
         doomed = path.with_name(f".removed_{path.name.lstrip('.')}")
@@ -126,7 +132,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all in it, if it is there; of a symbolic link the link alone."""
+    """Remove a folder and everything in it, if it exists. If it is a symbolic link, remove only the link."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -134,7 +140,7 @@ def remove_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's or folder's entry from the cache to the disk."""
+    """Flush a file or folder from the page cache to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +149,7 @@ def sync(path: Path) -> None:
 
 
 def crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's content."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -152,7 +158,7 @@ def crc32(path: Path) -> int:
 
 
 class ChecksummedFile:
-    """A new file that keeps the CRC-32 of all that was written to it."""
+    """A new file that computes the CRC-32 of everything written to it."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -165,15 +171,15 @@ class ChecksummedFile:
         self.close()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append some bytes."""
+        """Append bytes."""
         self._file.write(content)
         self.crc32 = zlib.crc32(content, self.crc32)
 
     def sync(self) -> None:
-        """Flush it to the disk."""
+        """Flush the file to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close it; what is buffered is written, unless the disk is full."""
+        """Write what is buffered, and close the file. Raises OSError if the disk is full."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""Plain numbers that the training loop passes around: frozen, no torch."""
+"""Immutable values that the training loop passes between its steps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after `update` updates.
-
-    `position` is the data position: samples consumed or left out. `tokens` counts the valid target tokens trained on.
-    """
+    """Progress of a run."""
 
     update: int = 0
+    """updates made"""
     position: int = 0
+    """data position: samples consumed or skipped"""
     tokens: int = 0
+    """valid target tokens trained on"""
 
     def advanced(self, samples: int, tokens: int) -> TrainState:
-        """The state after one more update that used up `samples` data positions, with `tokens` valid target tokens."""
+        """Return the state after one more update.
+
+        Args:
+            samples: data positions that the update consumed.
+            tokens: valid target tokens of the update.
+        """
         return TrainState(self.update + 1, self.position + samples, self.tokens + tokens)
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """fp16's dynamic loss scale, and the smallest that it may become."""
+    """Dynamic loss scale of fp16 training, and its lower limit."""
 
     value: float
     minimum: float
@@ -34,25 +39,27 @@ class LossScale:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did, the same numbers on every rank.
-
-    `loss` in nats per token over the global batch before the update, `grad_norm` of the whole model before
-    clipping, `lr` the rate that this update used, `tokens` the valid target tokens of the global batch.
-    `made` is False where the loss was not accepted or the gradient was not finite: nothing has changed then.
-    `scale` is the loss scale that the gradient was made at; None where there is no dynamic one.
-    """
+    """Result of one update, with the same values on every rank."""
 
     loss: float
+    """loss over the global batch before the update, in nats per token"""
     grad_norm: float
+    """gradient norm of the whole model before clipping"""
     lr: float
+    """learning rate of this update"""
     tokens: int
+    """valid target tokens of the global batch"""
     made: bool = True
+    """False if the loss was rejected or the gradient was not finite, so that weights and optimizer are unchanged"""
     scale: LossScale | None = None
+    """loss scale with which the gradient was computed; None without dynamic loss scaling"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks agree on after an update: why to stop (None: go on), and whether any still writes files."""
+    """Decision that all ranks make together after an update."""
 
     stop: str | None = None
+    """reason to stop; None to continue"""
     writing: bool = False
+    """whether any rank is still writing a checkpoint"""

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from megagpt.distributed import Agreement, Rank
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.run import checkpoint
 from megagpt.run.saving import Attempt, Saver
 from megagpt.state import TrainState
@@ -34,7 +34,7 @@ def state_of(update: int) -> TrainState:
 def attempt(
     run: Path,
     update: int,
-    write: Callable[[Write], None] | None = None,
+    write: Callable[[WriteFile], None] | None = None,
     asynchronous: bool = False,
     rank: Rank = Rank(),  # noqa: B008  # frozen
     agreement: Agreement | None = None,
@@ -42,7 +42,7 @@ def attempt(
 ) -> Attempt:
     """One whole save of two small files a rank."""
 
-    def files(sink: Write) -> None:
+    def files(sink: WriteFile) -> None:
         sink(f"shard-{rank.rank}", b"weights of %d" % update)
         sink(f"deep/moments-{rank.rank}", bytes(1000))
 
@@ -166,7 +166,7 @@ def a_failing_call_harms_nothing(place: Place, number: int, on_rank: int = 0) ->
 def what_one_rank_cannot_write_is_published_by_none(place: Place, run: Path, on_rank: int) -> None:
     """An error in one rank's part is a failed save on all, and the newest checkpoint is that of update 2 still."""
 
-    def write(sink: Write) -> None:
+    def write(sink: WriteFile) -> None:
         sink(f"shard-{place.rank.rank}", b"x")
         if place.rank.rank == on_rank:
             sink(f"shard-{on_rank}/below", b"a file is no folder")

@@ -3,7 +3,7 @@
 # begin RECIPE CONFIG [option or key=value …]: `run` is the run directory, `work` a folder in it that is this job's alone,
 # `train` the command line of a rank
 begin() {
-  run=$(python -m megagpt.recipe "$1" "${@:3}") || exit
+  run=$(megagpt run-directory "$1" "${@:3}") || exit
   work=$run/jobs/$SLURM_JOB_ID
   train=(launch/pretrain.py --recipe "$1" --deepspeed_config "$2" "${@:3}")
   mkdir -p "$work" && rm -f "$run/STOP" || exit # of the job before this one
@@ -12,7 +12,7 @@ begin() {
 }
 
 # starting PID: from here on the run counts as running, so that a signal is heard while the ranks still start
-starting() { python -m megagpt.run.status "$run" "$1" || exit; }
+starting() { megagpt mark-starting "$run" "$1" || exit; }
 
 # ranks COMMAND…: starts the ranks, and ends the job as the run stands, whatever exit code the launcher has or loses. With
 # 75 (saved) the job is put into the queue again, unless it was submitted with --no-requeue

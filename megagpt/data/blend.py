@@ -90,4 +90,4 @@ def check_max_epochs(
             )
         )
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)

@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, int]:
         else:
             slots[found[1]], first[found[1]] = int(found[2]), number
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
     if not slots:
         raise UserError("the hostfile names no host", str(path), _FORM)
     return slots

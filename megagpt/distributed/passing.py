@@ -44,5 +44,5 @@ def deepspeed_env(env: Mapping[str, str]) -> str:
         for name, value in chosen.items() if re.search(r"[\n\"$`\\]", value)
     ]  # fmt: skip
     if bad:
-        raise UserError.of(bad)
+        raise UserError.from_problems(bad)
     return "".join(f"{name}={value}\n" for name, value in chosen.items() if value)

@@ -71,7 +71,7 @@ def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expect
         what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
         problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), HAND_ON))
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
     return list(unlike.values())
 
 

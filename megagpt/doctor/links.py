@@ -85,7 +85,7 @@ class Link:
 
 def local() -> Link:
     """This host, by a process of its own."""
-    return _process([sys.executable, "-m", "megagpt.doctor"], socket.gethostname(), _ended_here)
+    return _process([sys.executable, "-m", "megagpt", "host-agent"], socket.gethostname(), _ended_here)
 
 
 def over_ssh(host: str, env: Mapping[str, str]) -> Link:
@@ -95,7 +95,7 @@ def over_ssh(host: str, env: Mapping[str, str]) -> Link:
     there = (
         f"cd {shlex.quote(folder)} 2>/dev/null || exit {_NO_FOLDER}; "
         f"[ -x {shlex.quote(python)} ] || exit {_NO_PYTHON}; "
-        f"exec env {exported} {shlex.quote(python)} -m megagpt.doctor"
+        f"exec env {exported} {shlex.quote(python)} -m megagpt host-agent"
     )
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}", *ssh_words(env)]
     return _process(["ssh", *options, host, there], host, _ended_there)
@@ -181,7 +181,7 @@ def _process(words: Sequence[str], host: str, ended: Callable[[str, int, str], F
 
 
 def _ended_here(host: str, code: int, error: str) -> Finding:
-    do = "run `python -m megagpt.doctor` there by hand, and mend what it says"
+    do = "run `python -m megagpt host-agent` there by hand, and fix what it reports"
     return Finding("reach", BAD, f"the doctor's part of this host ended with exit code {code}: {error}", do, (host,))
 
 

@@ -84,10 +84,10 @@ def _of_recipe(recipe: Recipe) -> dict[str, Any]:
 def _sizes(config: Path, recipe: Recipe, words: Sequence[str], world: int) -> dict[str, int]:
     """What the fullest rank takes, as `megagpt plan` has it."""
     from megagpt import ds_config
-    from megagpt.ds_config.known import written_keys
+    from megagpt.ds_config.known import recorded_keys
     from megagpt.plan.memory import memory
 
-    resolved = ds_config.load(config, recipe, world, written_keys(), words)
+    resolved = ds_config.load(config, recipe, world, recorded_keys(), words)
     beside, alone = memory(resolved), memory(resolved, on_cpu=True)
     return {
         "host": beside.host, "host_alone": alone.device + alone.host, "device": beside.device,
@@ -97,9 +97,9 @@ def _sizes(config: Path, recipe: Recipe, words: Sequence[str], world: int) -> di
 
 def _of_config(path: Path, words: Sequence[str], muon: bool) -> dict[str, Any]:
     """Operators and folders, which do not depend on the recipe but for its optimizer."""
-    from megagpt.ds_config.reading import read_json
+    from megagpt.ds_config.reading import read_hjson
 
-    tree = read_json(path)
+    tree = read_hjson(path)
     for word in words:
         if word.startswith("ds."):
             tree.override(word, prefix="ds.")

@@ -1,4 +1,4 @@
-"""The DeepSpeed config: a JSON that says how a recipe is spread over machines. Imports neither torch nor DeepSpeed."""
+"""The DeepSpeed config: one JSON file that defines how training is distributed. Imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key and value of a DeepSpeed config against what DeepSpeed knows."""
+"""Check every key and value of a DeepSpeed config against the keys that DeepSpeed knows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.errors import Problem, nearest
-from megagpt.recipe.reading import Tree
-from megagpt.recipe.wording import listed, phrase, show
+from megagpt.errors import Problem, closest_match
+from megagpt.recipe.reading import ConfigTree
+from megagpt.recipe.wording import describe_schema, format_value, join_words
 
 Node = Mapping[str, Any]
-"""`{"properties": {name: Node}}` for a section, a JSON schema for a value; see engine/keys.py."""
+"""`{"properties": {name: Node}}` for a section, or the JSON schema of a value; see engine/keys.py"""
 
 _BOUNDS = {
     "minimum": operator.ge,
@@ -23,18 +23,18 @@ _BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Checker:
-    """Checks single keys; what holds between keys is in refusals.py."""
+class KeyChecker:
+    """Checks single keys. Unsupported settings and combinations are in refusals.py."""
 
-    tree: Tree
+    tree: ConfigTree
     known: Node
     auto_allowed: frozenset[str]
-    """keys that may be "auto", because something here fills them"""
+    """keys that may be "auto", because megagpt fills them in"""
 
     def check(self) -> tuple[list[Problem], frozenset[str]]:
-        """The problems, and the keys that are thereby unusable."""
-        found = list(self._walk(self.tree.values, self.known, ""))
-        return [problem for _, problem in found], frozenset(key for key, _ in found)
+        """Return all problems, and the keys that cannot be used because of them."""
+        problems = list(self._walk(self.tree.values, self.known, ""))
+        return [problem for _, problem in problems], frozenset(key for key, _ in problems)
 
     def _walk(self, values: Mapping[str, Any], node: Node, section: str) -> Iterator[tuple[str, Problem]]:
         for name, value in values.items():
@@ -43,43 +43,48 @@ class Checker:
             if inner is None:
                 yield key, self._unknown(key, node)
             elif inner.get("removed"):
-                yield key, self._problem(f"DeepSpeed has removed {key}", key, "take it away")
+                yield key, self._problem(f"DeepSpeed has removed {key}", key, "remove it")
             elif "deprecated" in inner:
                 yield key, self._problem(f"{key} is deprecated", key, f"write {inner['deprecated']}")
             elif value == "auto":
                 if key not in self.auto_allowed:
-                    do = "write a value, or take the key away for DeepSpeed's default"
-                    yield key, self._problem(f'{key} is "auto", and nothing here fills it', key, do)
+                    do = "write a value, or remove the key for DeepSpeed's default"
+                    yield key, self._problem(f'{key} is "auto", but megagpt does not fill it in', key, do)
             elif "properties" in inner and isinstance(value, dict):
                 yield from self._walk(value, inner, key)
-            elif not fits(value, inner):
-                wanted = "keys and values in braces" if "properties" in inner else phrase(inner, {})
-                yield key, self._problem(f"{key} cannot be {show(value)}", key, f"give {wanted}")
+            elif not matches_schema(value, inner):
+                wanted = "keys and values in braces" if "properties" in inner else describe_schema(inner, {})
+                yield key, self._problem(f"{key} cannot be {format_value(value)}", key, f"give {wanted}")
 
     def _problem(self, what: str, key: str, do: str) -> Problem:
         return Problem(what, self.tree.where(key), do)
 
     def _unknown(self, key: str, node: Node) -> Problem:
-        """An unknown key, with the nearest name, or the section that it belongs to."""
+        """Return the problem of an unknown key, with the most similar name or the section it belongs to."""
         section, _, name = key.rpartition(".")
-        homes = [home for home in _keys(self.known) if home.rpartition(".")[2] == name]
-        if 0 < len(homes) < 4:  # a name like `enabled` has too many homes to tell
-            where_to = listed(home.rpartition(".")[0] or "the top level" for home in homes)
-            do = f"move it to {listed(homes)}"
-            return self._problem(f"misplaced key {key}: {name} belongs to {where_to}", key, do)
-        near = nearest(name, node["properties"])
+        same_name = [other for other in _keys(self.known) if other.rpartition(".")[2] == name]
+        if 0 < len(same_name) < 4:  # a name like `enabled` is in too many sections to suggest one
+            sections = join_words(other.rpartition(".")[0] or "the top level" for other in same_name)
+            do = f"move it to {join_words(same_name)}"
+            return self._problem(f"misplaced key {key}: {name} belongs to {sections}", key, do)
+        near = closest_match(name, node["properties"])
         if near:
             return self._problem(f"unknown key {key}", key, f"write {f'{section}.{near}' if section else near}")
-        do = f"take it away: DeepSpeed has no such key in {section or 'its config'}"
+        do = f"remove it: DeepSpeed has no such key in {section or 'its config'}"
         return self._problem(f"unknown key {key}", key, do)
 
 
-def fits(value: Any, node: Node) -> bool:
-    """Whether a value is of the type and in the range that a JSON schema asks for."""
+def matches_schema(value: Any, node: Node) -> bool:
+    """Return whether a value has the type and range that a JSON schema requires.
+
+    Args:
+        value: the value.
+        node: the schema, or a section of keys.
+    """
     if "properties" in node:
         return isinstance(value, dict) or (value is None and bool(node.get("nullable")))
     if "anyOf" in node:
-        return any(fits(value, option) for option in node["anyOf"])
+        return any(matches_schema(value, option) for option in node["anyOf"])
     if "type" in node and not _is(value, node["type"]):
         return False
     if "enum" in node:
@@ -103,7 +108,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _keys(node: Node, section: str = "") -> Iterator[str]:
-    """Every dotted key that may be written."""
+    """Yield every dotted key that may be used, without removed and deprecated ones."""
     for name, inner in node["properties"].items():
         if inner.get("removed") or "deprecated" in inner:
             continue

@@ -1,4 +1,4 @@
-"""DeepSpeed's keys as they were written down, for commands that must not wait for it to be imported."""
+"""The keys that DeepSpeed knows, recorded in a file for commands that must not import DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ _FILE = Path(__file__).with_name("known_keys.json")
 
 
 @lru_cache(maxsize=1)
-def written_keys() -> Mapping[str, Any]:
-    """What engine.keys.known_keys() gave, of the DeepSpeed version that `written_for` names."""
+def recorded_keys() -> Mapping[str, Any]:
+    """Return the recorded result of `engine.keys.known_keys()`. `megagpt deepspeed-keys` prints an updated file."""
     keys: Mapping[str, Any] = parse_json(_FILE.read_text(encoding="utf-8"))["keys"]
     return keys
 
 
-def other_version() -> str | None:
-    """A note where another DeepSpeed is installed than the keys were written down for."""
-    written = parse_json(_FILE.read_text(encoding="utf-8"))["deepspeed"]
+def version_note() -> str | None:
+    """Return a note if the installed DeepSpeed is not the version that the keys were recorded for."""
+    recorded = parse_json(_FILE.read_text(encoding="utf-8"))["deepspeed"]
     try:
         installed = version("deepspeed")
     except PackageNotFoundError:
         return None
-    if installed == written:
+    if installed == recorded:
         return None
-    return f"keys and memory are those of DeepSpeed {written}; {installed} is installed, and training asks it"
+    return (
+        f"keys and memory are those of DeepSpeed {recorded}, but {installed} is installed; "
+        "training uses the keys of the installed version"
+    )

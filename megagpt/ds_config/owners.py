@@ -1,4 +1,4 @@
-"""Values that belong to the recipe: filled where the JSON says "auto", refused where it says otherwise."""
+"""Keys of the DeepSpeed config whose values the recipe owns: "auto" is filled in, any other value is a conflict."""
 
 from __future__ import annotations
 
@@ -6,92 +6,116 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.ds_config.view import View
-from megagpt.errors import Problem, nearest
+from megagpt.ds_config.view import ConfigView
+from megagpt.errors import Problem, closest_match
 from megagpt.recipe import Recipe
-from megagpt.recipe.wording import Row, table
+from megagpt.recipe.wording import TableRow, format_table
 
 
 @dataclass(frozen=True)
-class Owned:
-    """One key of the JSON whose value is the recipe's."""
+class OwnedKey:
+    """One key of the DeepSpeed config whose value follows from the recipe."""
 
     key: str
+    """dotted key of the DeepSpeed config"""
     owner: str
+    """dotted key of the recipe"""
     name: str
+    """what the value is, for error messages"""
     value: Any
-    """what the recipe makes of it; None where DeepSpeed has no equal, so that only "auto" will do"""
+    """the value that follows from the recipe; None if DeepSpeed has no equivalent, so that only "auto" is allowed"""
 
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 _SCHEDULERS = {"warmup_decay": "WarmupDecayLR", "warmup_cosine": "WarmupCosineLR", "wsd": None}
 
 
-def owned(recipe: Recipe) -> tuple[Owned, ...]:
-    """All owned keys but those of precision, which has rules of its own."""
+def owned_keys(recipe: Recipe) -> tuple[OwnedKey, ...]:
+    """Return all owned keys except those of precision, which has its own rules (precision.py)."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     length = next(name for name, value in recipe.length if value is not None)
-    params, timing = "optimizer.params", "scheduler.params"
+    params = "optimizer.params"
+    timing = "scheduler.params"
     common = (
-        Owned("train_batch_size", "batch.global_size", "the global batch", recipe.batch.global_size),
-        Owned("gradient_clipping", "optimizer.clip", "the clipping norm", optimizer.clip or 0.0),
-        Owned("optimizer.type", "optimizer.type", "the optimizer", _OPTIMIZERS[optimizer.type]),
-        Owned(f"{params}.lr", "optimizer.lr", "the learning rate", optimizer.lr),
-        Owned(f"{params}.betas", "optimizer.betas", "the betas", list(optimizer.betas)),
-        Owned(f"{params}.eps", "optimizer.eps", "eps", optimizer.eps),
-        Owned(f"{params}.weight_decay", "optimizer.weight_decay", "the weight decay", optimizer.weight_decay),
-        Owned("scheduler.type", "schedule.type", "the schedule", _SCHEDULERS[schedule.type]),
-        Owned(f"{timing}.warmup_max_lr", "optimizer.lr", "the learning rate", optimizer.lr),
-        Owned(f"{timing}.warmup_min_lr", "schedule.warmup_updates", "the start of the warm-up", 0),
-        Owned(f"{timing}.warmup_min_ratio", "schedule.warmup_updates", "the start of the warm-up", 0),
-        Owned(f"{timing}.warmup_type", "schedule.warmup_updates", "the form of the warm-up", "linear"),
-        Owned(f"{timing}.warmup_num_steps", "schedule.warmup_updates", "the warm-up", schedule.warmup_updates),
-        Owned(f"{timing}.total_num_steps", f"length.{length}", "the length of training", recipe.length.updates),
-        Owned(f"{timing}.cos_min_ratio", "schedule.min_lr", "the floor", schedule.min_lr / optimizer.lr),
+        OwnedKey("train_batch_size", "batch.global_size", "the global batch", recipe.batch.global_size),
+        OwnedKey("gradient_clipping", "optimizer.clip", "the clipping norm", optimizer.clip or 0.0),
+        OwnedKey("optimizer.type", "optimizer.type", "the optimizer", _OPTIMIZERS[optimizer.type]),
+        OwnedKey(f"{params}.lr", "optimizer.lr", "the learning rate", optimizer.lr),
+        OwnedKey(f"{params}.betas", "optimizer.betas", "the betas", list(optimizer.betas)),
+        OwnedKey(f"{params}.eps", "optimizer.eps", "eps", optimizer.eps),
+        OwnedKey(f"{params}.weight_decay", "optimizer.weight_decay", "the weight decay", optimizer.weight_decay),
+        OwnedKey("scheduler.type", "schedule.type", "the schedule", _SCHEDULERS[schedule.type]),
+        OwnedKey(f"{timing}.warmup_max_lr", "optimizer.lr", "the learning rate", optimizer.lr),
+        OwnedKey(f"{timing}.warmup_min_lr", "schedule.warmup_updates", "the start of the warm-up", 0),
+        OwnedKey(f"{timing}.warmup_min_ratio", "schedule.warmup_updates", "the start of the warm-up", 0),
+        OwnedKey(f"{timing}.warmup_type", "schedule.warmup_updates", "the form of the warm-up", "linear"),
+        OwnedKey(f"{timing}.warmup_num_steps", "schedule.warmup_updates", "the warm-up", schedule.warmup_updates),
+        OwnedKey(f"{timing}.total_num_steps", f"length.{length}", "the length of training", recipe.length.updates),
+        OwnedKey(
+            f"{timing}.cos_min_ratio", "schedule.min_lr", "the final learning rate", schedule.min_lr / optimizer.lr
+        ),
     )
     if optimizer.type != "muon":
         return common
     return (
         *common,
-        Owned(f"{params}.adam_lr", "optimizer.lr", "AdamW's learning rate", optimizer.lr),
-        Owned(f"{params}.muon_lr", "optimizer.muon_lr", "Muon's learning rate", optimizer.muon_lr),
-        Owned(f"{params}.momentum", "optimizer.muon_momentum", "Muon's momentum", optimizer.muon_momentum),
+        OwnedKey(f"{params}.adam_lr", "optimizer.lr", "AdamW's learning rate", optimizer.lr),
+        OwnedKey(f"{params}.muon_lr", "optimizer.muon_lr", "Muon's learning rate", optimizer.muon_lr),
+        OwnedKey(f"{params}.momentum", "optimizer.muon_momentum", "Muon's momentum", optimizer.muon_momentum),
     )
 
 
-def second_owners(view: View, recipe: Recipe, values: Sequence[Owned]) -> Iterator[Problem]:
-    """A problem for every owned key that the JSON gives another value."""
+def ownership_conflicts(view: ConfigView, recipe: Recipe, values: Sequence[OwnedKey]) -> Iterator[Problem]:
+    """Yield a problem for each owned key that the DeepSpeed config sets to another value.
+
+    Args:
+        view: the DeepSpeed config.
+        recipe: the recipe.
+        values: the owned keys with the recipe's values.
+    """
     for value in values:
         stated = view.get(value.key, "auto")
         if stated != "auto" and not _same(stated, value.value):
-            yield two_places(value, view, recipe)
+            yield ownership_conflict(value, view, recipe)
 
 
-def two_places(value: Owned, view: View, recipe: Recipe) -> Problem:
-    """The problem of one value with two owners, in one table."""
-    stands = view.tree.places[value.key].at
-    rows: list[Row] = [
-        (value.owner, _in_recipe(recipe, value.owner), recipe.place(value.owner) or "default"),
+def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Problem:
+    """Return the problem of one value that is set in two places, with both in one table.
+
+    Args:
+        value: the owned key.
+        view: the DeepSpeed config.
+        recipe: the recipe.
+    """
+    location = view.tree.locations[value.key].at
+    rows: list[TableRow] = [
+        (value.owner, _in_recipe(recipe, value.owner), recipe.location(value.owner) or "default"),
         view.row(value.key),
     ]
-    file = stands.rpartition(":")[0]
-    do = f'write "auto" in {file} (the recipe owns it)' if file else f"say {value.owner}=VALUE (the recipe owns it)"
-    return Problem(f"two places set {value.name}", table(rows), do)
+    file = location.rpartition(":")[0]  # "" for the command line
+    do = f'write "auto" in {file} (the recipe owns it)' if file else f"use {value.owner}=VALUE (the recipe owns it)"
+    return Problem(f"two places set {value.name}", format_table(rows), do)
 
 
-def foreign_parameters(view: View, values: Sequence[Owned]) -> Iterator[Problem]:
-    """A problem for every parameter of the optimizer or scheduler block that would be ignored."""
+def ignored_parameters(view: ConfigView, values: Sequence[OwnedKey]) -> Iterator[Problem]:
+    """Yield a problem for each parameter of the optimizer or scheduler section that would have no effect.
+
+    Args:
+        view: the DeepSpeed config.
+        values: the owned keys.
+    """
     for section in ("optimizer", "scheduler"):
-        start = f"{section}.params."
-        known = {value.key.removeprefix(start) for value in values if value.key.startswith(start)}
+        prefix = f"{section}.params."
+        known = {value.key.removeprefix(prefix) for value in values if value.key.startswith(prefix)}
         params = view.get(f"{section}.params", {})
-        for name in [name for name in (params if isinstance(params, dict) else {}) if name not in known]:
-            near = nearest(name, known)
-            what = f"{start}{name} would be ignored: megagpt builds the {section} itself"
-            yield view.problem(what, [start + name], f"write {near}" if near else "take it away")
-    if view.given("optimizer.legacy_fusion"):
+        for name in params if isinstance(params, dict) else ():
+            if name not in known:
+                near = closest_match(name, known)
+                what = f"{prefix}{name} would be ignored: megagpt builds the {section} itself"
+                yield view.problem(what, [prefix + name], f"write {near}" if near else "remove it")
+    if view.is_given("optimizer.legacy_fusion"):
         what = "optimizer.legacy_fusion would be ignored: megagpt builds the optimizer itself"
-        yield view.problem(what, ["optimizer.legacy_fusion"], "take it away")
+        yield view.problem(what, ["optimizer.legacy_fusion"], "remove it")
 
 
 def _same(stated: Any, value: Any) -> bool:

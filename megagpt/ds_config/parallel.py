@@ -1,21 +1,23 @@
-"""How a model may be cut over ranks: pipeline stages, tensor parts, sequence parts."""
+"""Parallelism degrees: how a model is split into pipeline stages, tensor-parallel and sequence-parallel parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagpt.ds_config.view import View
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import Problem
 from megagpt.recipe import Recipe
-from megagpt.recipe.wording import Row, listed
+from megagpt.recipe.wording import TableRow, join_words
 
-STAGES, TENSOR, SEQUENCE = "pipeline.stages", "tensor_parallel.autotp_size", "sequence_parallel_size"
+PIPELINE_STAGES_KEY = "pipeline.stages"
+TENSOR_PARALLEL_KEY = "tensor_parallel.autotp_size"
+SEQUENCE_PARALLEL_KEY = "sequence_parallel_size"
 
 
 @dataclass(frozen=True)
-class Degrees:
-    """Into how many parts each copy of the model is cut, three ways; 1 for not at all."""
+class ParallelDegrees:
+    """Into how many parts each replica of the model is split, in three ways; 1 means not split."""
 
     stages: int
     tensor: int
@@ -23,58 +25,69 @@ class Degrees:
 
     @property
     def ranks(self) -> int:
-        """The ranks of one copy of the model."""
+        """Ranks that hold one replica of the model."""
         return self.stages * self.tensor * self.sequence
 
 
-WHOLE = Degrees(1, 1, 1)
+NOT_PARALLEL = ParallelDegrees(1, 1, 1)
 
 
-def degrees(view: View) -> Degrees:
-    """The degrees that a config states."""
-    tensor = max(view.number(TENSOR, 1), 1)  # DeepSpeed's 0 is "off"
-    return Degrees(view.number(STAGES, 1), tensor, view.number(SEQUENCE, 1))
+def parallel_degrees(view: ConfigView) -> ParallelDegrees:
+    """Return the degrees that a config states."""
+    tensor = max(view.explicit(TENSOR_PARALLEL_KEY, 1), 1)  # DeepSpeed's 0 means off
+    return ParallelDegrees(view.explicit(PIPELINE_STAGES_KEY, 1), tensor, view.explicit(SEQUENCE_PARALLEL_KEY, 1))
 
 
-def impossible(view: View, recipe: Recipe, cut: Degrees) -> Iterator[Problem]:
-    """Every way in which the model cannot be cut so."""
+def parallel_problems(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees) -> Iterator[Problem]:
+    """Yield every reason why the model cannot be split this way.
+
+    Args:
+        view: the DeepSpeed config.
+        recipe: the recipe with the shape of the model.
+        degrees: the degrees that the config states.
+    """
     model = recipe.model
-    if cut.stages > model.n_layer:
+    if degrees.stages > model.n_layer:
         what = "the pipeline has more stages than the model has blocks"
-        do = f"set {STAGES} to at most {model.n_layer}"
-        yield view.problem(what, [STAGES], do, defaults=[_row(recipe, "n_layer")])
-    stage = view.number("zero_optimization.stage", 0)
-    if cut.stages > 1 and stage > 1:
-        what = f"a pipeline cannot run at ZeRO stage {stage}: its gradients must stay whole between micro-batches"
-        do = f"set zero_optimization.stage to 1, or take pipeline away and keep ZeRO stage {stage}"
-        yield view.problem(what, ["zero_optimization.stage", STAGES], do)
-    if model.n_kv_head % (cut.tensor * cut.sequence):
-        keys = [key for key, degree in ((TENSOR, cut.tensor), (SEQUENCE, cut.sequence)) if degree > 1]
-        what = "the key and value heads cannot be shared evenly by the ranks that cut attention"
+        do = f"set {PIPELINE_STAGES_KEY} to at most {model.n_layer}"
+        yield view.problem(what, [PIPELINE_STAGES_KEY], do, defaults=[_row(recipe, "n_layer")])
+    zero_stage = view.explicit("zero_optimization.stage", 0)
+    if degrees.stages > 1 and zero_stage > 1:
+        what = f"a pipeline cannot run at ZeRO stage {zero_stage}, which partitions gradients between micro-batches"
+        do = f"set zero_optimization.stage to 1, or remove pipeline and keep ZeRO stage {zero_stage}"
+        yield view.problem(what, ["zero_optimization.stage", PIPELINE_STAGES_KEY], do)
+    if model.n_kv_head % (degrees.tensor * degrees.sequence):
+        splits = ((TENSOR_PARALLEL_KEY, degrees.tensor), (SEQUENCE_PARALLEL_KEY, degrees.sequence))
+        keys = [key for key, degree in splits if degree > 1]
+        what = "the key and value heads cannot be divided evenly among the ranks that split attention"
         do = f"set {' times '.join(keys)} to {_divisors(model.n_kv_head)}"
         yield view.problem(what, keys, do, defaults=[_row(recipe, "n_kv_head")])
-    for key, degree, name in ((TENSOR, cut.tensor, "d_ff"), (SEQUENCE, cut.sequence, "seq_len")):
-        size = getattr(model, name)
+    dimensions = (
+        (TENSOR_PARALLEL_KEY, degrees.tensor, "d_ff", model.d_ff),
+        (SEQUENCE_PARALLEL_KEY, degrees.sequence, "seq_len", model.seq_len),
+    )
+    for key, degree, name, size in dimensions:
         if size % degree:
-            what = f"model.{name} does not divide by {key}"
+            what = f"model.{name} is not divisible by {key}"
             do = f"set model.{name} to a multiple of {degree}"
             yield view.problem(what, [key], do, defaults=[_row(recipe, name)])
-    yield from _ignored(view)
+    yield from _ignored_autotp_keys(view)
 
 
-def _ignored(view: View) -> Iterator[Problem]:
-    """Keys of DeepSpeed's AutoTP, in whose place megagpt cuts its own layers."""
+def _ignored_autotp_keys(view: ConfigView) -> Iterator[Problem]:
+    """Yield a problem per key of DeepSpeed's AutoTP that has no effect, because megagpt splits its own layers."""
     section = view.get("tensor_parallel", {})
     for name in section if isinstance(section, dict) else ():
-        if name != "autotp_size" and view.sound(f"tensor_parallel.{name}"):
-            what = f"tensor_parallel.{name} would be ignored: megagpt knows how its layers are cut"
-            yield view.problem(what, [f"tensor_parallel.{name}"], "take it away; autotp_size is all that is needed")
+        if name != "autotp_size" and view.is_valid(f"tensor_parallel.{name}"):
+            what = f"tensor_parallel.{name} would be ignored: megagpt splits its layers itself"
+            yield view.problem(what, [f"tensor_parallel.{name}"], "remove it; only autotp_size is needed")
 
 
-def _row(recipe: Recipe, name: str) -> Row:
+def _row(recipe: Recipe, name: str) -> TableRow:
     key = f"model.{name}"
-    return key, getattr(recipe.model, name), recipe.place(key) or recipe.place("model.preset") or "default"
+    location = recipe.location(key) or recipe.location("model.preset") or "default"
+    return key, getattr(recipe.model, name), location
 
 
 def _divisors(number: int) -> str:
-    return listed(str(count) for count in range(1, number + 1) if number % count == 0)
+    return join_words(str(count) for count in range(1, number + 1) if number % count == 0)

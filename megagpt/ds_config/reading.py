@@ -1,6 +1,6 @@
-"""The DeepSpeed JSON with the place of every key, in exactly the grammar that DeepSpeed reads: Hjson.
+"""Parse a DeepSpeed config with the source location of every key.
 
-So comments (//, # and /* */) are allowed wherever DeepSpeed allows them.
+The grammar is Hjson, as in DeepSpeed itself, so comments (//, # and /* */) are allowed wherever DeepSpeed allows them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, make_scanner
 
 from megagpt.errors import Problem, UserError
-from megagpt.recipe.places import Place
-from megagpt.recipe.reading import Tree, read_text
+from megagpt.recipe.places import SourceLocation
+from megagpt.recipe.reading import ConfigTree, read_text
 
 
 class _Pairs(list[tuple[str, Any, int]]):
-    """The (key, value, offset of the value) triples of one object."""
+    """(key, value, offset of the value in the text) of each member of one object."""
 
 
 class _Decoder(HjsonDecoder):  # type: ignore[misc, unused-ignore]
-    """Hjson's decoder, noting where in the text each value begins."""
+    """Hjson decoder that records the offset in the text at which each value begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,24 +50,25 @@ class _Decoder(HjsonDecoder):  # type: ignore[misc, unused-ignore]
         return JSONObject(state, encoding, strict, scan_value, None, located, memo, bare)
 
 
-def read_json(path: str | Path) -> Tree:
-    """Read a DeepSpeed config. Raises UserError if it is not one object of keys and values."""
-    name, text = str(path), read_text(path)
+def read_hjson(path: str | Path) -> ConfigTree:
+    """Read a DeepSpeed config. Raises UserError if it is not one object."""
+    name = str(path)
+    text = read_text(path)
     try:
         pairs = _Decoder().decode(text)
     except HjsonDecodeError as error:
         where = f"{name}:{error.lineno}"
-        raise UserError(f"{name} is not valid JSON: {error.msg}", where, "mend that line") from error
-    except IndexError as error:  # hjson's answer to a comment that is never closed
+        raise UserError(f"{name} is not valid JSON: {error.msg}", where, "fix that line") from error
+    except IndexError as error:  # raised by hjson for a comment that is never closed
         raise UserError(f"{name} ends inside a comment", name, "close it with */") from error
     if not isinstance(pairs, _Pairs):
         raise UserError(f"{name} has no keys and values", name, "see ds_configs for examples")
-    tree = Tree(name)
+    tree = ConfigTree(name)
     tree.values = _values(pairs, text, tree, "")
     return tree
 
 
-def _values(pairs: _Pairs, text: str, tree: Tree, section: str) -> dict[str, Any]:
+def _values(pairs: _Pairs, text: str, tree: ConfigTree, section: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value, start in pairs:
         key = f"{section}.{name}" if section else name
@@ -75,12 +76,12 @@ def _values(pairs: _Pairs, text: str, tree: Tree, section: str) -> dict[str, Any
         if not name or "." in name:
             tree.problems.append(Problem(f'"{name}" is not a key', at, "write keys inside their section"))
             continue
-        tree.add(key, Place(at, key))
+        tree.add_location(key, SourceLocation(at, key))
         values[name] = _plain(value, text, tree, key)
     return values
 
 
-def _plain(value: Any, text: str, tree: Tree, key: str) -> Any:
+def _plain(value: Any, text: str, tree: ConfigTree, key: str) -> Any:
     if isinstance(value, _Pairs):
         return _values(value, text, tree, key)
     if isinstance(value, list):

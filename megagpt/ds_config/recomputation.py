@@ -1,38 +1,62 @@
-"""Activations that are computed again instead of kept, under DeepSpeed's own keys."""
+"""Activation checkpointing: recompute activations in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megagpt.ds_config.view import View
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import Problem
 
-BLOCKS = "activation_checkpointing.number_checkpoints"  # how many blocks; DeepSpeed leaves that to the model
-ON_HOST = "activation_checkpointing.cpu_checkpointing"
+RECOMPUTED_BLOCKS_KEY = (
+    "activation_checkpointing.number_checkpoints"  # number of blocks; DeepSpeed leaves it to the model
+)
+CHECKPOINTS_ON_HOST_KEY = "activation_checkpointing.cpu_checkpointing"
 
 
-def recomputed(view: View, blocks: int) -> tuple[int, bool]:
-    """How many of the model's blocks are recomputed, and whether what they start from waits in host memory."""
-    count = blocks if view.get(BLOCKS) == "auto" else view.number(BLOCKS, 0)
-    return count, bool(view.number(ON_HOST, False))
+def recomputation(view: ConfigView, blocks: int) -> tuple[int, bool]:
+    """Read the settings.
+
+    Args:
+        view: the DeepSpeed config.
+        blocks: transformer blocks of the model.
+
+    Returns:
+        The number of blocks that are recomputed, and whether their inputs are kept in host memory.
+    """
+    count = blocks if view.get(RECOMPUTED_BLOCKS_KEY) == "auto" else view.explicit(RECOMPUTED_BLOCKS_KEY, 0)
+    return count, bool(view.explicit(CHECKPOINTS_ON_HOST_KEY, False))
 
 
-def against_recomputation(view: View, blocks: int) -> Iterator[Problem]:
-    """More blocks than there are, or activations offloaded that are not kept."""
-    count, on_host = recomputed(view, blocks)
+def recomputation_problems(view: ConfigView, blocks: int) -> Iterator[Problem]:
+    """Yield a problem if more blocks are recomputed than exist, or if there are no inputs to offload.
+
+    Args:
+        view: the DeepSpeed config.
+        blocks: transformer blocks of the model.
+    """
+    count, on_host = recomputation(view, blocks)
     if count > blocks:
         do = f'set it to {blocks} or less, or to "auto" for all'
-        yield view.problem(f"more blocks are to be recomputed than the model has ({blocks})", [BLOCKS], do)
+        yield view.problem(
+            f"the number of recomputed blocks is larger than the number of blocks of the model ({blocks})",
+            [RECOMPUTED_BLOCKS_KEY],
+            do,
+        )
     if on_host and not count:
-        what = "only what a recomputed block starts from can wait in host memory, and no block is recomputed"
-        do = f'set {BLOCKS} to a number of blocks, or to "auto" for all'
-        yield view.problem(what, [ON_HOST], do)
+        what = "only the inputs of recomputed blocks can be kept in host memory, but no block is recomputed"
+        do = f'set {RECOMPUTED_BLOCKS_KEY} to a number of blocks, or to "auto" for all'
+        yield view.problem(what, [CHECKPOINTS_ON_HOST_KEY], do)
 
 
 def fill_recomputation(config: dict[str, Any], count: int) -> None:
-    """State the number in a resolved config that has the section."""
+    """Write the number of recomputed blocks into a resolved config that has the section.
+
+    Args:
+        config: the config, which is changed.
+        count: number of recomputed blocks.
+    """
     section: Mapping[str, Any] | None = config.get("activation_checkpointing")
     if section:
-        name = BLOCKS.rpartition(".")[2]
+        name = RECOMPUTED_BLOCKS_KEY.rpartition(".")[2]
         config["activation_checkpointing"] = {**section, name: count or None}

@@ -1,4 +1,4 @@
-"""Values of a DeepSpeed config by dotted key, as the rules ask for them."""
+"""Access to the valid values of a DeepSpeed config by dotted key."""
 
 from __future__ import annotations
 
@@ -7,48 +7,55 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagpt.errors import Problem
-from megagpt.recipe.reading import Tree
-from megagpt.recipe.wording import Row, table
+from megagpt.recipe.reading import ConfigTree
+from megagpt.recipe.wording import TableRow, format_table
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
-class View:
-    """A tree whose malformed values are left out, so that no mistake is reported twice."""
+class ConfigView:
+    """A config tree without its malformed values, so that no mistake is reported twice."""
 
-    tree: Tree
+    tree: ConfigTree
     broken: frozenset[str]
+    """keys that are unknown or have malformed values"""
 
-    def given(self, key: str) -> bool:
-        """Whether the key stands in the file and is well formed."""
+    def is_given(self, key: str) -> bool:
+        """Return whether the config has the key, with a well-formed value."""
         return self.get(key, _ABSENT) is not _ABSENT
 
-    def sound(self, key: str) -> bool:
-        """Whether neither the key nor a section around it is malformed."""
-        return not any(key == b or key.startswith(f"{b}.") for b in self.broken)
+    def is_valid(self, key: str) -> bool:
+        """Return whether neither the key nor a section around it is malformed."""
+        return not any(key == broken or key.startswith(f"{broken}.") for broken in self.broken)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a dotted key, or the default where it is absent or malformed."""
-        if not self.sound(key):
+        """Return the value of a dotted key, or `default` if it is absent or malformed."""
+        if not self.is_valid(key):
             return default
         try:
             return self.tree.value(key)
         except KeyError:
             return default
 
-    def number(self, key: str, default: Any) -> Any:
-        """As get, with "auto" and null counted as absent."""
+    def explicit(self, key: str, default: Any) -> Any:
+        """Return the value of a dotted key, or `default` if it is absent, malformed, "auto" or null."""
         value = self.get(key)
         return default if value in (None, "auto") else value
 
-    def row(self, key: str, value: Any = None) -> Row:
-        """A line of an error's table."""
-        place = self.tree.places.get(key)
-        return key, self.get(key) if value is None else value, place.at if place else "default"
+    def row(self, key: str) -> TableRow:
+        """Return the row of a key in the table of an error message."""
+        location = self.tree.locations.get(key)
+        return key, self.get(key), location.at if location else "default"
 
-    def problem(self, what: str, keys: Sequence[str], do: str, *, defaults: Sequence[Row] = ()) -> Problem:
-        """A problem that stands at one key, or between several."""
-        rows = [self.row(key) for key in keys] + list(defaults)
-        return Problem(what, table(rows) if len(rows) > 1 else self.tree.where(keys[0]), do)
+    def problem(self, what: str, keys: Sequence[str], do: str, *, defaults: Sequence[TableRow] = ()) -> Problem:
+        """Return the problem of one key, or of the combination of several.
 
-
-_ABSENT = object()
+        Args:
+            what: what is wrong.
+            keys: the keys of the config that are involved.
+            do: what to do about it.
+            defaults: table rows of values from elsewhere, such as the recipe.
+        """
+        rows = [*(self.row(key) for key in keys), *defaults]
+        return Problem(what, format_table(rows) if len(rows) > 1 else self.tree.where(keys[0]), do)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from megagpt.data.loader import Batch
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.state import UpdateResult
 
 Accept = Callable[[float], bool]
@@ -50,7 +50,7 @@ class Engine(Protocol):
         """The loss in nats per valid token over all ranks' batches, equally many on each; changes nothing."""
         ...
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """Write all that `load_state` needs, file by file, through `sink`; the weights by name are among it."""
         ...
 

@@ -183,5 +183,6 @@ def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: _inlined(item, definitions) for key, item in node.items() if key != "$defs"}
 
 
-if __name__ == "__main__":  # writes ds_config/known_keys.json, for what must not import DeepSpeed
-    print(json.dumps({"deepspeed": deepspeed.__version__, "keys": known_keys()}, sort_keys=True))
+def snapshot() -> str:
+    """Return the content of ds_config/known_keys.json, for commands that must not import DeepSpeed."""
+    return json.dumps({"deepspeed": deepspeed.__version__, "keys": known_keys()}, sort_keys=True)

@@ -25,7 +25,7 @@ def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
     if not devices.computes(precision):
         raise UserError(
             f"this device ({devices.name()}) has no units for {precision}",
-            f"{recipe.place('precision')}  precision".strip(),
+            f"{recipe.location('precision')}  precision".strip(),
             f"set precision to {'fp16' if precision == 'bf16' else 'bf16'} or fp32",
         )
     quantized = [key for key, on in config.get("zero_optimization", {}).items() if on and "zero_quantized_" in key]

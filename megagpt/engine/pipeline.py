@@ -32,7 +32,7 @@ from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.stages import Stages
 from megagpt.engine.start import stop
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
 from megagpt.model.shards import cut_of
 from megagpt.state import IGNORE_INDEX, UpdateResult
@@ -99,7 +99,7 @@ class PipelineEngine:
         loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 

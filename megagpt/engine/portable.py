@@ -25,7 +25,7 @@ from megagpt.engine import loss_scale, schedule
 from megagpt.engine.shares import MOMENTS, Share, Shares, shares_of
 from megagpt.engine.side_state import random_state, set_random_state
 from megagpt.errors import UserError
-from megagpt.files import Write, parse_json
+from megagpt.files import WriteFile, parse_json
 from megagpt.model import pieces
 from megagpt.model.gpt import GPT
 from megagpt.model.pieces import FOLDER, WEIGHT, Part, Piece, Pieces
@@ -51,7 +51,7 @@ class Portable:
     agreement: Agreement
     copies: frozenset[str] = frozenset()
 
-    def save(self, sink: Write) -> None:
+    def save(self, sink: WriteFile) -> None:
         """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)

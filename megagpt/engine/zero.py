@@ -24,7 +24,7 @@ from megagpt.engine.portable import Portable
 from megagpt.engine.sequence import Ulysses
 from megagpt.engine.side_state import SideState
 from megagpt.engine.start import stop
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
 from megagpt.model.shards import cut_of
 from megagpt.recipe import Recipe
@@ -113,7 +113,7 @@ class ZeroEngine:
         self._engine.train()
         return self._sum(loss) / max(self._total(tokens), 1.0)
 
-    def save_state(self, sink: Write) -> None:
+    def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
         self._portable().save(sink)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megagpt.errors import UserError
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.shards import cut_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Stretch(NamedTuple):
     key: str
 
 
-def write(pieces: Iterable[Piece], rank: int, sink: Write) -> None:
+def write(pieces: Iterable[Piece], rank: int, sink: WriteFile) -> None:
     """Write this rank's pieces, some 64 MiB at a time."""
     number, size = 0, 0
     bucket: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
 from megagpt.model.pieces import WEIGHT, Piece, Pieces
 from megagpt.model.pieces import write as write_pieces
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megagpt.recipe import ModelSection
 
 
-def save(weights: Iterable[tuple[str, torch.Tensor]], sink: Write) -> None:
+def save(weights: Iterable[tuple[str, torch.Tensor]], sink: WriteFile) -> None:
     """Write named weights alone, as one rank would."""
     write_pieces((Piece(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
 

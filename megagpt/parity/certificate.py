@@ -73,11 +73,7 @@ class Certificate:
     def _head(self) -> Iterator[str]:
         layout, model = self.small.layout, self.small.recipe.model
         versions = ", ".join(f"{name} {version(name)}" for name in ("megagpt", "deepspeed", "torch"))
-        yield (
-            f"parity   {layout.world_size} ranks: data {layout.data_parallel}, pipeline {layout.pipeline_stages}, "
-            f"tensor {layout.tensor_parallel}, sequence {layout.sequence_parallel}; ZeRO {layout.zero_stage}, "
-            f"{layout.accumulation} micro-batches, {self.small.recipe.precision}"
-        )
+        yield f"parity   {layout}, {layout.batch_product} samples per update, {self.small.recipe.precision}"
         yield (
             f"model    the recipe's, shrunk to {model.n_layer} blocks of width {model.d_model} and a vocabulary of "
             f"{model.vocab_size:,}; {self.updates} updates"

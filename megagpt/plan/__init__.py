@@ -8,7 +8,7 @@ from pathlib import Path
 from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.ds_config import Resolved
-from megagpt.ds_config.known import other_version, written_keys
+from megagpt.ds_config.known import recorded_keys, version_note
 from megagpt.errors import UserError
 from megagpt.model import cost
 from megagpt.plan import changes, effort, machine, table
@@ -43,7 +43,7 @@ class Plan:
     zero_stage: int
     data_parallel: int
     parts: str
-    """pipeline stages, tensor parts and sequence parts, where there are several"""
+    """how the model is split (`Layout.parallelism`); "" if it is not"""
     micro_batch: int
     accumulation: int
     global_batch: int
@@ -74,7 +74,7 @@ def plan(options: Options) -> Plan:
 
     def resolve(more: tuple[str, ...] = ()) -> Resolved:
         words = (*options.overrides, *more)
-        return ds_config.load(options.deepspeed_config, recipe, world, written_keys(), words)
+        return ds_config.load(options.deepspeed_config, recipe, world, recorded_keys(), words)
 
     def fits(resolved: Resolved) -> Fit:
         return fit(memory(resolved), device, -(-world // nodes), host)
@@ -83,7 +83,7 @@ def plan(options: Options) -> Plan:
     found, layout = fits(resolved), resolved.layout
     wanted = changes.nearest(resolved, resolve, lambda one: fits(one).good) if found.bad else ()
     length = effort.length(resolved)
-    notes = [*resolved.notes, *([note] if (note := other_version()) else [])]
+    notes = [*resolved.notes, *([note] if (note := version_note()) else [])]
     if device is not None and Zero(resolved).offloads:
         notes.append("no time is told: what is offloaded waits for the host, and no published run tells how long")
     if resolved.recipe.model.dropout:
@@ -91,9 +91,9 @@ def plan(options: Options) -> Plan:
     return Plan(
         parameters=cost.parameters(resolved.recipe.model),
         world_size=world, nodes=nodes, zero_stage=layout.zero_stage, data_parallel=layout.data_parallel,
-        parts=table.parts(layout), micro_batch=layout.micro_batch, accumulation=layout.accumulation,
+        parts=layout.parallelism, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
         global_batch=resolved.recipe.batch.global_size,
-        recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=effort.waits(layout),
+        recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=layout.pipeline_bubble,
         offloads=Zero(resolved).offloads,
         memory=memory(resolved), fit=found, length=length,
         time=None if device is None else effort.time(resolved, length.flops, device.name),

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from megagpt.ds_config.batch import MICRO, divisors
-from megagpt.ds_config.parallel import TENSOR
-from megagpt.ds_config.recomputation import BLOCKS
-from megagpt.ds_config.refusals import STAGE
+from megagpt.ds_config.batch import MICRO_BATCH_KEY, divisors
+from megagpt.ds_config.parallel import TENSOR_PARALLEL_KEY
+from megagpt.ds_config.recomputation import RECOMPUTED_BLOCKS_KEY
+from megagpt.ds_config.refusals import ZERO_STAGE_KEY
 from megagpt.errors import UserError
 from megagpt.plan.states import Zero
 
@@ -44,13 +44,13 @@ def _candidates(resolved: Resolved) -> Iterator[_Words]:
     layout, zero = resolved.layout, Zero(resolved)
     share = layout.micro_batch * layout.accumulation
     smaller = [size for size in reversed(divisors(share)) if size < layout.micro_batch]
-    micro = [(1 + number, f"ds.{MICRO}={size}") for number, size in enumerate(smaller)]
+    micro = [(1 + number, f"ds.{MICRO_BATCH_KEY}={size}") for number, size in enumerate(smaller)]
     one_way = layout.pipeline_stages == 1 and zero.shards > 1
-    stages = [(3 * number, f"ds.{STAGE}={number}") for number in range(layout.zero_stage + 1, 4) if one_way]
+    stages = [(3 * number, f"ds.{ZERO_STAGE_KEY}={number}") for number in range(layout.zero_stage + 1, 4) if one_way]
     whole = layout.recomputed_blocks < resolved.recipe.model.n_layer
-    again = [(6, f"ds.{BLOCKS}=auto")] if whole else []
+    again = [(6, f"ds.{RECOMPUTED_BLOCKS_KEY}=auto")] if whole else []
     cuts = range(2 * layout.tensor_parallel, _MOST_TENSOR + 1)
-    tensor = [(4 + parts, f"ds.{TENSOR}={parts}") for parts in cuts if layout.world_size % parts == 0]
+    tensor = [(4 + parts, f"ds.{TENSOR_PARALLEL_KEY}={parts}") for parts in cuts if layout.world_size % parts == 0]
     away = [
         (20 * number, f"ds.zero_optimization.offload_{what}.device=cpu")
         for number, what in enumerate(("optimizer", "param"), start=1)

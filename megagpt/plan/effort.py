@@ -14,7 +14,7 @@ from megagpt.plan import machine, muon
 from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
+    from megagpt.ds_config import Resolved
 
 _FP32 = 4
 
@@ -68,12 +68,12 @@ def length(resolved: Resolved) -> Length:
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
     if recipe.length.epochs is None:
-        updates = recipes.updates(recipe, 0)
+        updates = recipes.total_updates(recipe, 0)
     else:
         sizes = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
         known = [size.tokens for size in sizes if size is not None]
         if len(known) == len(sizes):
-            updates = recipes.updates(recipe, sum(known) // recipe.model.seq_len)
+            updates = recipes.total_updates(recipe, sum(known) // recipe.model.seq_len)
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update
@@ -90,11 +90,6 @@ def time(resolved: Resolved, flops: float | None, name: str) -> Time | None:
     fastest, slowest = (flops / (layout.world_size * peak * share) for share in (reached.high, reached.low))
     hours = tuple(seconds * layout.world_size / 3600 for seconds in (fastest, slowest))
     return Time(fastest, slowest, (hours[0], hours[1]), (reached.low, reached.high), reached.source)
-
-
-def waits(layout: Layout) -> float:
-    """The share of the time in which a pipeline's stages wait (1F1B, arXiv 2104.04473, section 2.2)."""
-    return (layout.pipeline_stages - 1) / (layout.accumulation + layout.pipeline_stages - 1)
 
 
 def traffic(resolved: Resolved) -> Traffic:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.errors import UserError, nearest
+from megagpt.errors import UserError, closest_match
 from megagpt.model import cost
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def device(text: str) -> Device:
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(GiB|GB)?", text)
     if size:
         return Device(text, int(float(size[1]) * (10**9 if size[2] == "GB" else _GIB)))
-    near = nearest(text, _MEMORY)
+    near = closest_match(text, _MEMORY)
     do = f"write {near}" if near else f"name one of {', '.join(_MEMORY)}, or a size such as 24GiB"
     raise UserError(f"there is no device {text} here", f"--device {text}", do)
 

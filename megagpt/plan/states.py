@@ -96,7 +96,7 @@ class Zero:
         self.layout, self.precision = resolved.layout, resolved.recipe.precision or "fp32"
         self.muon, self.section = resolved.recipe.optimizer.type == "muon", resolved.recipe.model
         self.element = _ELEMENT[self.precision]
-        self.shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
+        self.shards = resolved.layout.zero_partitions
         self.accumulates = resolved.layout.accumulation > 1
         # fp16 accumulates in fp16, bf16 in fp32 (ds_config/precision.py)
         self.accumulator = 2 if self.precision == "fp16" else _FP32

@@ -8,7 +8,6 @@ from megagpt.plan.effort import days
 from megagpt.plan.machine import SAFE
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
     from megagpt.plan import Plan
 
 _GIB = 1 << 30
@@ -32,13 +31,6 @@ def _layout(plan: Plan) -> list[str]:
         return [*lines, "length   in epochs of a corpus that is not there: give length.tokens to plan its time"]
     per_update = f"{length.updates:,} updates of {length.tokens_per_update:,} tokens"
     return [*lines, f"length   {per_update}: {length.tokens:,} tokens, {length.flops:.2e} FLOPs"]
-
-
-def parts(layout: Layout) -> str:
-    """How a layout cuts the model, in words; "" where it does not."""
-    ways = ((layout.pipeline_stages, "pipeline stages"), (layout.tensor_parallel, "tensor parts"),
-            (layout.sequence_parallel, "sequence parts"))  # fmt: skip
-    return ", ".join(f"{count} {way}" for count, way in ways if count > 1)
 
 
 def _count(number: int, what: str) -> str:

@@ -111,7 +111,7 @@ def _value(plain: Any) -> Any:
         return make(parts)
     if name in _ERRORS:
         problems = [Problem(*map(str, one)) for one in parts]
-        return _ERRORS[name].of(problems)
+        return _ERRORS[name].from_problems(problems)
     if name in _ENUMS:
         return _ENUMS[name](*parts)
     if name in _RECORDS or name in _TUPLES:

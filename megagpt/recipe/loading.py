@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` words to a Recipe, and back."""
+"""Load a recipe from a YAML file and `key=value` overrides, and write it back."""
 
 from __future__ import annotations
 
@@ -10,55 +10,73 @@ from pathlib import Path
 import yaml
 
 from megagpt.errors import UserError
-from megagpt.recipe.checking import check
-from megagpt.recipe.places import Places
+from megagpt.recipe.checking import check_values
+from megagpt.recipe.places import SourceLocations
 from megagpt.recipe.reading import CoreDumper, read_yaml
-from megagpt.recipe.rules import fits
+from megagpt.recipe.rules import check_schedule_fits
 from megagpt.recipe.sections import Recipe
-from megagpt.recipe.wording import Row, table
+from megagpt.recipe.wording import TableRow, format_table
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with `key=value` overrides; words that begin with `ds.` are not for the recipe.
+    """Load a recipe.
 
-    Raises UserError with every mistake of the file and the words at once.
+    Args:
+        path: the YAML file.
+        overrides: `key=value` arguments that replace values of the file. Arguments that begin with `ds.` override the
+            DeepSpeed config instead and are ignored here.
+
+    Raises:
+        UserError: with every mistake in the file and the overrides at once.
     """
     tree = read_yaml(path)
-    for word in overrides:
-        if not word.startswith("ds."):
-            tree.override(word)
-    recipe, found = check(tree)
-    problems = [*tree.problems, *found]
+    for argument in overrides:
+        if not argument.startswith("ds."):
+            tree.override(argument)
+    recipe, problems = check_values(tree)
+    problems = [*tree.problems, *problems]
     if recipe is None or problems:
-        raise UserError.of(problems)
-    recipe._places = Places(tree.places)
+        raise UserError.from_problems(problems)
+    recipe._locations = SourceLocations(tree.locations)
     return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key, in order. Loads back equal."""
+    """Return the resolved recipe as YAML, with every key, in order. `load` reads it back as an equal recipe."""
     values = recipe.model_dump(mode="json")
     return str(yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True))
 
 
-def updates(recipe: Recipe, samples_per_epoch: int) -> int:
-    """Updates of the recipe's length: tokens and epochs are rounded up, so that none is left out.
+def total_updates(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Return the length of training in updates.
 
-    A sample counts as seq_len tokens. Raises UserError if warm-up and decay do not fit in.
+    A length in tokens or epochs is rounded up to whole updates. A sample counts as `model.seq_len` tokens.
+
+    Args:
+        recipe: the recipe.
+        samples_per_epoch: samples in the training data; used only if the length is given in epochs.
+
+    Raises:
+        UserError: if warm-up and decay are longer than training.
     """
-    length, per_update = recipe.length, recipe.batch.global_size
+    length, batch_size = recipe.length, recipe.batch.global_size
     if length.updates is not None:
         return length.updates
     if length.tokens is not None:
-        key, total = "length.tokens", Fraction(length.tokens, per_update * recipe.model.seq_len)
+        key = "length.tokens"
+        exact = Fraction(length.tokens, batch_size * recipe.model.seq_len)
     else:
-        key, total = "length.epochs", Fraction(str(length.epochs)) * samples_per_epoch / per_update
-    schedule, whole = recipe.schedule, math.ceil(total)
-    finding = fits(schedule.warmup_updates, schedule.decay_updates, whole)
-    if finding:
-        rows: list[Row] = [(key, length.tokens or length.epochs, recipe.place(key))]
-        rows.append(("schedule.warmup_updates", schedule.warmup_updates, recipe.place("schedule.warmup_updates")))
-        if schedule.decay_updates is not None:
-            rows.append(("schedule.decay_updates", schedule.decay_updates, recipe.place("schedule.decay_updates")))
-        raise UserError(finding[0], table(rows), finding[1])
-    return whole
+        key = "length.epochs"
+        exact = Fraction(str(length.epochs)) * samples_per_epoch / batch_size  # via str: 1.1 is exactly 11/10
+    updates = math.ceil(exact)
+    schedule = recipe.schedule
+    violation = check_schedule_fits(schedule.warmup_updates, schedule.decay_updates, updates)
+    if violation:
+        what, do = violation
+        rows: list[TableRow] = [(key, length.tokens or length.epochs, recipe.location(key))]
+        for name in ("warmup_updates", "decay_updates"):
+            value = getattr(schedule, name)
+            if value is not None:
+                rows.append((f"schedule.{name}", value, recipe.location(f"schedule.{name}")))
+        raise UserError(what, format_table(rows), do)
+    return updates

@@ -1,4 +1,4 @@
-"""Where a recipe's values were given."""
+"""Source locations: where each value of a recipe was given."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a value was given: `at` is FILE:LINE or "command line", `word` what stands there."""
+class SourceLocation:
+    """Where one value was given."""
 
     at: str
-    word: str
+    """FILE:LINE, or "command line" """
+    text: str
+    """what is written there: the key, or the whole `key=value` argument"""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Dotted key → where it was given. All are equal: recipes compare by their values."""
+class SourceLocations:
+    """Maps dotted keys to the locations of their values.
 
-    given: Mapping[str, Place] = field(default_factory=dict, compare=False)
+    All instances compare equal, so that recipes are compared by their values alone.
+    """
+
+    by_key: Mapping[str, SourceLocation] = field(default_factory=dict, compare=False)

@@ -1,6 +1,7 @@
-"""Published model shapes, by name. Keys given beside a preset override it.
+"""Model shapes of published models, by name. A recipe's own keys override those of its preset.
 
-Dropout is 0 everywhere, whatever was published: equal curves on all layouts are promised at 0.
+Dropout is 0 in all of them, even where the published model used dropout: loss curves are equal on all layouts only
+without it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 _Shape = Mapping[str, Any]
 
-# A small model with the choices that learn fastest per update: for the first ten minutes, on a CPU.
+# A small model with the settings that learn fastest per update, for a first run of ten minutes on a CPU.
 _QUICKSTART: _Shape = {
     "n_layer": 4, "n_head": 2, "d_model": 128, "vocab_size": 4096, "seq_len": 128,
     "position": "rope", "norm": "rmsnorm", "activation": "relu2",
@@ -19,7 +20,7 @@ _QUICKSTART: _Shape = {
 
 
 def _gpt2(n_layer: int, n_head: int, d_model: int) -> _Shape:
-    """GPT-2: learned positions, layernorm, gelu (tanh), tied head, vocabulary 50,257, 1,024 tokens."""
+    """GPT-2: learned positions, layernorm, gelu (tanh form), tied head, 50,257 tokens, context of 1,024."""
     return {
         "n_layer": n_layer, "n_head": n_head, "d_model": d_model, "vocab_size": 50257, "seq_len": 1024,
         "position": "learned", "norm": "layernorm", "activation": "gelu", "tie_embeddings": True,
@@ -27,12 +28,12 @@ def _gpt2(n_layer: int, n_head: int, d_model: int) -> _Shape:
 
 
 def _gpt3(n_layer: int, n_head: int, d_model: int) -> _Shape:
-    """GPT-3: GPT-2's architecture and vocabulary with 2,048 tokens (Brown et al. 2020, section 2.1)."""
+    """GPT-3: GPT-2's architecture and vocabulary, context of 2,048 tokens (Brown et al. 2020, section 2.1)."""
     return {**_gpt2(n_layer, n_head, d_model), "seq_len": 2048}
 
 
 def _llama(n_layer: int, n_head: int, n_kv_head: int, d_model: int, d_ff: int, seq_len: int) -> _Shape:
-    """Llama: rotary positions, rmsnorm, swiglu, untied head, no biases, vocabulary 32,000."""
+    """Llama: rotary positions, rmsnorm, swiglu, untied head, no biases, 32,000 tokens."""
     return {
         "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head, "d_model": d_model, "d_ff": d_ff,
         "vocab_size": 32000, "seq_len": seq_len, "position": "rope", "rope_theta": 10_000.0,
@@ -43,15 +44,15 @@ def _llama(n_layer: int, n_head: int, n_kv_head: int, d_model: int, d_ff: int, s
 PRESETS: Mapping[str, _Shape] = {
     "quickstart": _QUICKSTART,
     # Hugging Face openai-community/gpt2, -medium, -large, -xl: config.json
-    # (Radford et al. 2019, table 2, counts them as 117M to 1542M).
+    # (Radford et al. 2019, table 2, lists them as 117M to 1542M parameters).
     "gpt2-124m": _gpt2(12, 12, 768),
     "gpt2-355m": _gpt2(24, 16, 1024),
     "gpt2-774m": _gpt2(36, 20, 1280),
     "gpt2-1.5b": _gpt2(48, 25, 1600),
-    # Brown et al. 2020, table 2.1. Dense attention in every block, where GPT-3 has it in every other.
+    # Brown et al. 2020, table 2.1. Attention is dense in every block; in GPT-3 every other block was sparse.
     "gpt3-2.7b": _gpt3(32, 32, 2560),
     "gpt3-6.7b": _gpt3(32, 32, 4096),
-    "gpt3-13b": _gpt3(40, 40, 5120),  # the table prints 5140, which 40 heads of 128 do not give
+    "gpt3-13b": _gpt3(40, 40, 5120),  # the table has 5140, which contradicts its own 40 heads of 128
     "gpt3-175b": _gpt3(96, 96, 12288),
     # Hugging Face TinyLlama/TinyLlama_v1.1: config.json
     "llama-1b": _llama(22, 32, 4, 2048, 5632, seq_len=2048),

@@ -1,7 +1,7 @@
-"""YAML text and `key=value` words as nested plain values, with the place of every key.
+"""Parse YAML files and `key=value` overrides into nested plain values, with the source location of every key.
 
-Scalars follow YAML 1.2's core schema, where PyYAML by itself follows 1.1: there 6e-4 is text, `no` is
-false and 12:30 is 750. Digits may be grouped as in 1_000_000.
+Scalars follow the core schema of YAML 1.2. PyYAML alone follows YAML 1.1, where 6e-4 is a string, `no` is false and
+12:30 is 750. Digits may be grouped as in 1_000_000.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megagpt.errors import Problem, UserError
-from megagpt.recipe.places import Place
+from megagpt.recipe.places import SourceLocation
 
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
@@ -40,7 +40,7 @@ _CONVERT: Mapping[str, Callable[[str], Any]] = {
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own convention)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -50,13 +50,13 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
 
 
 class CoreDumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
-    """Writes what this module reads back equal."""
+    """YAML dumper whose output this module parses back to equal values."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
 
 def _write_text(dumper: CoreDumper, text: str) -> yaml.Node:
-    """Text with line breaks or control characters goes into double quotes: PyYAML's other styles lose some."""
+    """Double-quote text with line breaks or control characters, some of which PyYAML's other styles lose."""
     node: yaml.Node = dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
     return node
 
@@ -68,24 +68,26 @@ for _name, _pattern, _first in _RESOLVERS:
 
 
 @dataclass
-class Tree:
-    """Nested values of one file, the place of each dotted key, and what was wrong with the text itself."""
+class ConfigTree:
+    """Nested values of one config file, with the source location of each dotted key."""
 
     name: str
+    """path of the file, as the user gave it"""
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    locations: dict[str, SourceLocation] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    """mistakes in the text itself, such as a key that is given twice"""
 
     def where(self, key: str) -> str:
-        """`FILE:LINE  key`: of the enclosing key that has a place, where `key` itself has none."""
+        """Return `FILE:LINE  key`. If `key` has no location, use that of the nearest enclosing section that has one."""
         owner = key
-        while owner and owner not in self.places:
+        while owner and owner not in self.locations:
             owner = owner.rpartition(".")[0]
-        place = self.places.get(owner, Place(self.name, key))
-        return f"{place.at}  {place.word if owner == key else key}"
+        location = self.locations.get(owner, SourceLocation(self.name, key))
+        return f"{location.at}  {location.text if owner == key else key}"
 
     def value(self, key: str) -> Any:
-        """The value of a dotted key. Raises KeyError if it was not given."""
+        """Return the value of a dotted key. Raises KeyError if it was not given."""
         inner: Any = self.values
         for part in key.split("."):
             if not isinstance(inner, dict):
@@ -93,30 +95,35 @@ class Tree:
             inner = inner[part]
         return inner
 
-    def add(self, key: str, place: Place) -> None:
-        """Note where a key stands; a second time is a problem."""
-        if key in self.places:
-            where = f"{self.where(key)}\n{place.at}  {place.word}"
+    def add_location(self, key: str, location: SourceLocation) -> None:
+        """Record where a key is given. A key that already has a location is a problem."""
+        if key in self.locations:
+            where = f"{self.where(key)}\n{location.at}  {location.text}"
             self.problems.append(Problem(f"{key} is given twice", where, "keep one of the two"))
-        self.places[key] = place
+        self.locations[key] = location
 
-    def override(self, word: str, prefix: str = "") -> None:
-        """Put one `key=value` of the command line, less `prefix`, over the file's value."""
-        key, equals, text = word.removeprefix(prefix).partition("=")
-        place = Place("command line", word)
+    def override(self, argument: str, prefix: str = "") -> None:
+        """Replace a value of the file by a `key=value` argument of the command line.
+
+        Args:
+            argument: the argument; its value is YAML.
+            prefix: prefix of the argument that does not belong to the key, such as "ds.".
+        """
+        key, equals, text = argument.removeprefix(prefix).partition("=")
+        location = SourceLocation("command line", argument)
         if not (equals and key):
             do = f"write {prefix}KEY=VALUE"
-            self.problems.append(Problem(f'"{word}" is not key=value', "command line", do))
+            self.problems.append(Problem(f'"{argument}" is not key=value', "command line", do))
             return
-        inside = Tree(self.name)
+        inside = ConfigTree(self.name)
         try:
-            value = _parse(text, inside, key, lambda inner, node: place)
+            value = _parse(text, inside, key, lambda inner, node: location)
         except (yaml.YAMLError, RecursionError) as error:
             what = f"the value of {key} is not valid YAML: {_reason(error)}"
-            self.problems.append(Problem(what, f"command line  {word}", "put it in quotes"))
+            self.problems.append(Problem(what, f"command line  {argument}", "put it in quotes"))
             return
-        kept = {k: at for k, at in self.places.items() if k != key and not k.startswith(f"{key}.")}
-        self.places = {**kept, **inside.places, key: place}
+        kept = {k: at for k, at in self.locations.items() if k != key and not k.startswith(f"{key}.")}
+        self.locations = {**kept, **inside.locations, key: location}
         self.problems += inside.problems
         *outer, last = key.split(".")
         inner = self.values
@@ -128,7 +135,7 @@ class Tree:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file. Raises UserError if it cannot be read."""
+    """Return the text of a file. Raises UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -137,32 +144,33 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} is not UTF-8 text", f"byte {error.start}", "save it as UTF-8") from error
 
 
-def read_yaml(path: str | Path) -> Tree:
-    """Read a YAML file whose top level is keys and values. Raises UserError if it has another form."""
-    name, tree = str(path), Tree(str(path))
+def read_yaml(path: str | Path) -> ConfigTree:
+    """Read a YAML file whose top level is a mapping. Raises UserError if it is anything else."""
+    name = str(path)
+    tree = ConfigTree(name)
     text = read_text(path)
     try:
-        values = _parse(text, tree, "", lambda key, node: Place(f"{name}:{node.start_mark.line + 1}", key))
+        values = _parse(text, tree, "", lambda key, node: SourceLocation(f"{name}:{node.start_mark.line + 1}", key))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise UserError(f"{name} is not valid YAML: {_reason(error)}", where, "mend that line") from error
+        raise UserError(f"{name} is not valid YAML: {_reason(error)}", where, "fix that line") from error
     if not isinstance(values, dict):
         raise UserError(f"{name} has no keys and values", name, "see launch/recipes for examples")
     tree.values = values
     return tree
 
 
-_PlaceOf = Callable[[str, yaml.Node], Place]
+_LocationOf = Callable[[str, yaml.Node], SourceLocation]
 
 
-def _parse(text: str, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
+def _parse(text: str, tree: ConfigTree, key: str, location_of: _LocationOf) -> Any:
     node = yaml.compose(text, Loader=_Loader)
-    return None if node is None else _value(node, tree, key, place_of)
+    return None if node is None else _value(node, tree, key, location_of)
 
 
-def _value(node: yaml.Node, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
-    """The plain value of a node; notes the places of the keys inside it."""
+def _value(node: yaml.Node, tree: ConfigTree, key: str, location_of: _LocationOf) -> Any:
+    """Return the plain value of a node, and record the locations of the keys inside it."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag not in _CONVERT:
             raise yaml.MarkedYAMLError(problem=f"unknown tag {node.tag}", problem_mark=node.start_mark)
@@ -175,11 +183,11 @@ def _value(node: yaml.Node, tree: Tree, key: str, place_of: _PlaceOf) -> Any:
     values = {}
     for name, at, item in items:
         if not name or "." in name:
-            where = place_of(key, at).at
+            where = location_of(key, at).at
             tree.problems.append(Problem(f'"{name}" is not a key', where, "write keys inside their section"))
             continue
-        tree.add(dot + name, place_of(dot + name, at))
-        values[name] = _value(item, tree, dot + name, place_of)
+        tree.add_location(dot + name, location_of(dot + name, at))
+        values[name] = _value(item, tree, dot + name, location_of)
     return list(values.values()) if isinstance(node, yaml.SequenceNode) else values
 
 

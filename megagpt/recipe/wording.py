@@ -1,4 +1,4 @@
-"""Words for values, types and keys, as error messages show them."""
+"""Format values, types and lists of keys for error messages and help texts."""
 
 from __future__ import annotations
 
@@ -7,60 +7,76 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-Row = tuple[str, Any, str]
+TableRow = tuple[str, Any, str]
+"""key, value, location"""
+
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "object": "keys and values",
+}
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "exclusiveMaximum": "below {}",
+    "maximum": "at most {}",
+    "minLength": "not empty",
+}
 
 
-def show(value: Any) -> str:
-    """A value as one would write it in a file: 6.0e-4, true, null, "text"."""
+def format_value(value: Any) -> str:
+    """Format a value the way it would be written in a YAML file: 6.0e-4, true, null, "text"."""
     if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6 and abs(value) < float("inf"):
         mantissa, exponent = f"{Decimal(repr(value)).normalize():E}".split("E")
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent)}"
+        if "." not in mantissa:
+            mantissa += ".0"
+        return f"{mantissa}e{int(exponent)}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(show, value))}]"
+        return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_value(item)}" for key, item in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Aligned lines of key, value, place."""
-    shown = [(key, show(value), place) for key, value, place in rows]
-    widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
-    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}   {place}" for key, value, place in shown)
+def format_table(rows: Sequence[TableRow]) -> str:
+    """Format rows of key, value and location as aligned lines."""
+    formatted = [(key, format_value(value), location) for key, value, location in rows]
+    key_width = max(len(key) for key, _, _ in formatted)
+    value_width = max(len(value) for _, value, _ in formatted)
+    return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}   {location}" for key, value, location in formatted)
 
 
-def listed(names: Iterable[str], last: str = "or") -> str:
-    """`a, b or c`."""
-    *first, end = names
-    return f"{', '.join(first)} {last} {end}" if first else end
+def join_words(items: Iterable[str], conjunction: str = "or") -> str:
+    """Join items as in "a, b or c"."""
+    *first, last = items
+    return f"{', '.join(first)} {conjunction} {last}" if first else last
 
 
-def phrase(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """What a value must be, from its JSON schema: "a whole number, at least 1"."""
+def describe_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """Describe the values that a JSON schema allows, as in "a whole number, at least 1".
+
+    Args:
+        schema: the JSON schema of one value.
+        definitions: the schemas that `$ref` refers to, by name.
+    """
     if "$ref" in schema:
-        inner = definitions[schema["$ref"].rpartition("/")[2]]
-        return f"a section with {listed(inner.get('required', inner['properties']), 'and')}"
+        section = definitions[schema["$ref"].rpartition("/")[2]]
+        return f"a section with {join_words(section.get('required', section['properties']), 'and')}"
     if "anyOf" in schema:
-        return ", or ".join(phrase(option, definitions) for option in schema["anyOf"])
+        return ", or ".join(describe_schema(option, definitions) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return listed(dict.fromkeys(map(str, schema.get("enum", [schema.get("const")]))))
+        return join_words(dict.fromkeys(map(str, schema.get("enum", [schema.get("const")]))))
     if schema.get("type") == "array":
         count = schema.get("maxItems")
         return f"a list of {count} numbers" if count else "a list"
-    names = {
-        "integer": "a whole number",
-        "number": "a number",
-        "boolean": "true or false",
-        "string": "text",
-        "object": "keys and values",
-    }
-    bounds = {
-        "minimum": "at least {}", "exclusiveMinimum": "above {}", "exclusiveMaximum": "below {}",
-        "maximum": "at most {}", "minLength": "not empty",
-    }  # fmt: skip
-    words = [text.format(_number(schema[key])) for key, text in bounds.items() if key in schema]
-    return ", ".join([names.get(schema.get("type", ""), "null"), " and ".join(words)]).removesuffix(", ")
+    type_name = _TYPES.get(schema.get("type", ""), "null")
+    bounds = [text.format(_format_bound(schema[key])) for key, text in _BOUNDS.items() if key in schema]
+    return f"{type_name}, {' and '.join(bounds)}" if bounds else type_name
 
 
-def _number(bound: float) -> str:
-    return f"{bound:g}" if abs(bound) < 1e6 else "2^63" if bound == 2**63 else str(bound)
+def _format_bound(bound: float) -> str:
+    if abs(bound) < 1e6:
+        return f"{bound:g}"
+    return "2^63" if bound == 2**63 else str(bound)

@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt import files
 from megagpt.distributed import Agreement, Rank
-from megagpt.files import Write, parse_json
+from megagpt.files import WriteFile, parse_json
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ class Store:
         """Where the checkpoint of an update is published."""
         return self.root / f"update_{update:08d}"
 
-    def publishing(self, state: TrainState, save_state: Callable[[Write], None], facts: dict[str, Any]) -> Steps:
+    def publishing(self, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]) -> Steps:
         """Save through `save_state`; `facts` go into the manifest.
 
         Each step that is yielded is file work of this rank alone, on whatever thread, and its report is sent back.
@@ -162,7 +162,7 @@ def read(folder: Path) -> tuple[Checkpoint | None, str]:
             return None, f"{MANIFEST} is damaged: its checksum differs"
         manifest = parse_json(b"{" + rest)
         for name, written in manifest["files"].items():
-            files.Written(**written)
+            files.WrittenFile(**written)
             if not isinstance(name, str) or {type(written["bytes"]), type(written["crc32"])} != {int}:
                 raise ValueError(f"of {name}")
         return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""
@@ -236,7 +236,7 @@ class _Recorder:
         self.written[name] = asdict(files.write(self._folder / name, data))
 
 
-def _write(partial: Path, save_state: Callable[[Write], None]) -> Report:
+def _write(partial: Path, save_state: Callable[[WriteFile], None]) -> Report:
     """Every rank's part: its files, flushed."""
     recorder = _Recorder(partial)
     save_state(recorder)

@@ -107,7 +107,7 @@ def check(
         do = "give the run its old data, or choose another run_dir to start anew"
         problems.append(Problem(what, "\n".join(changed), do))
     if problems:
-        raise UserError.of(problems)
+        raise UserError.from_problems(problems)
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:

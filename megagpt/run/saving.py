@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.files import Write
+from megagpt.files import WriteFile
 from megagpt.run.checkpoint import Report, SaveFailed, Steps, Store, Work
 from megagpt.state import TrainState
 
@@ -40,7 +40,7 @@ class Saver:
     """Publishes checkpoints of one engine, one at a time. All ranks call the same methods in the same order."""
 
     def __init__(
-        self, store: Store, save_state: Callable[[Write], None], facts: dict[str, Any], asynchronous: bool
+        self, store: Store, save_state: Callable[[WriteFile], None], facts: dict[str, Any], asynchronous: bool
     ) -> None:
         self._store, self._save_state, self._facts, self._asynchronous = store, save_state, facts, asynchronous
         self._executor: Executor = ThreadPoolExecutor(1, "saving") if asynchronous else _AtOnce()
@@ -128,12 +128,12 @@ class _AtOnce(Executor):
         return done
 
 
-def _copied(save_state: Callable[[Write], None]) -> Callable[[Write], None]:
+def _copied(save_state: Callable[[WriteFile], None]) -> Callable[[WriteFile], None]:
     """The state as it is now, in host memory: written later, each file is let go as soon as it is."""
     held: list[tuple[str, bytes]] = []
     save_state(lambda name, data: held.append((name, data)))
 
-    def write(sink: Write) -> None:
+    def write(sink: WriteFile) -> None:
         while held:
             sink(*held.pop(0))
 

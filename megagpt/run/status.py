@@ -1,7 +1,7 @@
 """How a run stands, from what it leaves on disk: launchers lose exit codes, and some lose the ranks themselves.
 
 Rank 0 writes `status.json` when it starts and when it ends; in between its heartbeat (run/watch.py) says it lives.
-A job script may write it before: `python -m megagpt.run.status RUN PID` says that the ranks of process PID will come.
+A job script may write it before, with `megagpt mark-starting RUN PID`: process PID is about to start the ranks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +57,11 @@ class Note:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 _write(self._path, os.getpid(), **said)
+
+
+def mark_starting(run: Path, pid: int) -> None:
+    """Record that process `pid` is about to start the ranks of the run: from now on it counts as running."""
+    _write(run / FILE, pid, state="starting")
 
 
 def read(run: Path) -> Standing:
@@ -122,7 +126,3 @@ def _json(path: Path) -> dict[str, str]:
         return dict(files.parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-if __name__ == "__main__":
-    _write(Path(sys.argv[1], FILE), int(sys.argv[2]), state="starting")

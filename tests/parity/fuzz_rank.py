@@ -24,7 +24,7 @@ from megagpt.engine.build import build
 from megagpt.engine.side_state import SideState
 from megagpt.engine.start import start, stop
 from megagpt.errors import UserError
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.recipe import Recipe
 from tests.parity import layouts, mutants, needs
 from tests.parity.layouts import Case
@@ -132,7 +132,7 @@ def _train(part: Part, resolved: Any, rank: Rank) -> dict[str, Any]:
         batches = layouts.share(samples(resolved.recipe, part.labels, number), resolved.layout, rank)
         record.append((kind, number, *_step(engine, kind, batches, planted)))
     if part.save is not None:
-        engine.save_state(into(part.save))
+        engine.save_state(folder_writer(part.save))
         agreement.barrier()
     weights = dict(engine.weights())
     differing = engine.replicas_differ()

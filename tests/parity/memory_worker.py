@@ -23,7 +23,7 @@ from megagpt.ds_config import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.materialise import materialise
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 from tests.parity import layouts
 from tests.parity.state_worker import data
 
@@ -56,7 +56,7 @@ def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     engine.train_update(data(resolved, rank, 0))  # makes the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:
-        engine.save_state(into(folder / "saved"))
+        engine.save_state(folder_writer(folder / "saved"))
     else:
         answer["loaded"] = peak(lambda: engine.load_state(folder / "saved"))
     engine.release()

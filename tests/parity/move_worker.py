@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 from tests.parity import layouts, needs
 from tests.parity.state_worker import data
 
@@ -67,7 +67,7 @@ def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -
     engine: Any = build(resolved, TOTAL, rank, agreement)
     for update in range(BEFORE):
         engine.train_update(data(resolved, rank, update))
-    engine.save_state(into(folder))
+    engine.save_state(folder_writer(folder))
     engine.release()
     del engine
     gc.collect()

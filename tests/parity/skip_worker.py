@@ -21,7 +21,7 @@ from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine import loss_scale
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.model.layers import Attention
 from tests.parity import layouts, needs
 
@@ -102,7 +102,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     straight = []
     for number in GOOD:
         if number == SAVED:
-            engine.save_state(into(saved))
+            engine.save_state(folder_writer(saved))
         straight.append(update(engine, number))
     weights = {name: value.clone() for name, value in engine.weights()}
     false_alarms = engine.replicas_differ()

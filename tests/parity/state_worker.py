@@ -20,7 +20,7 @@ from megagpt.data.loader import Batch
 from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.start import start, stop
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT
 from tests.parity import layouts
 
@@ -53,7 +53,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> d
     engine: Any = build(resolved, 100, rank, agreement)
     for update in BEFORE:
         engine.train_update(data(resolved, rank, update))
-    engine.save_state(into(saved))
+    engine.save_state(folder_writer(saved))
     straight = [engine.train_update(data(resolved, rank, update)) for update in AFTER]
     weights = {name: value.clone() for name, value in engine.weights()}
     tied, tensor = tied_matrices(engine), resolved.layout.tensor_parallel  # each tensor part has rows of its own

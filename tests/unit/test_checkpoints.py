@@ -1,4 +1,4 @@
-"""`megagpt checkpoints`: what a run has saved, how much of it is looked at, and what is wrong with it."""
+"""`megagpt checkpoints`: lists the checkpoints of a run and what is wrong with damaged ones."""
 
 import json
 
@@ -14,7 +14,7 @@ FACTS = {"layout": {"world_size": 4, "zero_stage": 1, "pipeline_stages": 2, "ten
 
 @pytest.fixture
 def run(tmp_path):
-    """Updates 10 to 40 saved: 10 pinned, a bit of 20 flipped, 30 cut short, the manifest of 40 gone."""
+    """A run with checkpoints 10 (pinned), 20 (one bit flipped), 30 (a file truncated) and 40 (manifest missing)."""
     for update in (10, 20, 30, 40):
         saver = Saver(Store(tmp_path), lambda sink: sink("state/weights", bytes(1_000_000)), FACTS, asynchronous=False)
         assert saver.save(TrainState(update, 8 * update, 1000 * update)).published
@@ -32,25 +32,25 @@ def rows(printed):
     return [" ".join(line.split()) for line in printed.splitlines()]
 
 
-def test_names_and_sizes_are_looked_at_and_every_byte_if_asked(run, capsys):
+def test_sizes_are_checked_and_with_verify_every_byte(run, capsys):
     assert cli.main(["checkpoints", str(run)]) == 0
     head, *quick = rows(capsys.readouterr().out)
     assert head == "update tokens size layout state"
-    first = "10 10,000 1.0 MB 4 ranks, ZeRO 1, pipeline 2"
-    cut = "30 30,000 1.0 MB 4 ranks, ZeRO 1, pipeline 2 state/weights has 999999 bytes, not 1000000"
+    first = "10 10,000 1.0 MB 4 ranks, 2 pipeline stages, ZeRO stage 1"
+    truncated = "30 30,000 1.0 MB 4 ranks, 2 pipeline stages, ZeRO stage 1 state/weights has 999999 bytes, not 1000000"
     assert quick[0] == f"{first} complete, pinned"
-    assert quick[1] == "20 20,000 1.0 MB 4 ranks, ZeRO 1, pipeline 2 complete"
-    assert quick[2] == cut
+    assert quick[1] == "20 20,000 1.0 MB 4 ranks, 2 pipeline stages, ZeRO stage 1 complete"
+    assert quick[2] == truncated
     assert quick[3].startswith("update_00000040: manifest.json cannot be read")
 
     assert cli.main(["checkpoints", str(run), "--verify"]) == 0
     _, *verified = rows(capsys.readouterr().out)
-    assert verified[0] == f"{first} whole, pinned"
+    assert verified[0] == f"{first} verified, pinned"
     assert verified[1].endswith("state/weights is damaged: its checksum differs")
     assert verified[2:] == quick[2:]
 
 
-def test_the_same_as_json(run, capsys):
+def test_list_as_json(run, capsys):
     assert cli.main(["checkpoints", str(run), "--verify", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["verified"]
@@ -58,8 +58,9 @@ def test_the_same_as_json(run, capsys):
     assert [bool(line["wrong"]) for line in answer["checkpoints"]] == [False, True, True, True]
 
 
-def test_a_folder_without_checkpoints_is_a_mistake(tmp_path, capsys):
+def test_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     assert cli.main(["checkpoints", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"megagpt: there is no checkpoint here\n  {tmp_path}/checkpoints\n  do: name a run directory that has saved\n"
+        f"megagpt: there is no checkpoint here\n  {tmp_path}/checkpoints\n"
+        "  do: give a run directory that has checkpoints\n"
     )

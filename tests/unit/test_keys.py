@@ -1,4 +1,4 @@
-"""`megagpt keys`: what it lists is what a recipe may hold, each with a help text."""
+"""`megagpt keys` lists every key that a recipe may have, each with a help text."""
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ def dotted(values, dot=""):
         yield from dotted(value, f"{dot}{name}.") if isinstance(value, dict) else [dot + name]
 
 
-def test_all_keys_of_a_written_recipe_are_listed_and_explained(recipe):
+def test_all_keys_of_a_resolved_recipe_are_listed_with_help(recipe):
     listed = {key.name: key for key in keys().keys}
     written = yaml.safe_load(recipes.to_yaml(recipes.load(recipe, ())))
     assert set(dotted(written)) == {name for name in listed if "[]" not in name}
@@ -21,7 +21,7 @@ def test_all_keys_of_a_written_recipe_are_listed_and_explained(recipe):
     assert all(key.help for key in listed.values())
 
 
-def test_types_and_defaults_are_told_as_they_are_written_in_yaml():
+def test_types_and_defaults_are_formatted_as_in_yaml():
     listed = {key.name: (key.type, key.default) for key in keys().keys}
     assert listed["precision"] == ("fp32, bf16 or fp16, or null", "null")
     assert listed["optimizer.betas"] == ("a list of 2 numbers", "[0.9, 0.95]")
@@ -29,7 +29,7 @@ def test_types_and_defaults_are_told_as_they_are_written_in_yaml():
     assert listed["optimizer.lr"] == ("a number, above 0", "")
 
 
-def test_a_section_or_a_part_of_a_name_chooses():
+def test_names_select_sections_or_parts_of_keys():
     assert [key.name for key in keys(("log",)).keys] == ["log.every", "log.hang_after"]
     assert [key.name for key in keys(("weight", "lr")).keys] == ["data.train[].weight", "optimizer.lr"]
     with pytest.raises(UserError) as caught:

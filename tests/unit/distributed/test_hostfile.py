@@ -58,7 +58,7 @@ def test_the_command_checks_and_writes_what_deepspeed_will_read(tmp_path, monkey
     assert main(["hosts", str(tmp_path / "h"), "--write-environment", str(tmp_path / "e")]) == 0
     assert capsys.readouterr().out == (
         f"a      2 ranks\nnode2  1 ranks\n2 hosts, 3 ranks\n"
-        f"wrote {tmp_path}/e; before `deepspeed --hostfile`, type:\n"
+        f"wrote {tmp_path}/e; before `deepspeed --hostfile`, run:\n"
         f'export DS_ENV_FILE={tmp_path}/e PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"\n'
     )
     lines = (tmp_path / "e").read_text().splitlines()

@@ -39,7 +39,7 @@ UP = "see whether n is up, runs sshd, and is let through by firewalls: `ssh n tr
          f"install megagpt there, or copy it to {os.getcwd()}"),
         (134, "Fatal Python error", "reach",
          "the doctor's part of this host ended with exit code 134: Fatal Python error",
-         "run `python -m megagpt.doctor` there by hand, and mend what it says"),
+         "run `python -m megagpt host-agent` there by hand, and fix what it reports"),
     ],
 )  # fmt: skip
 def test_how_a_host_is_lost(code, error, check, what, do):
@@ -127,7 +127,9 @@ def test_bytes_are_those_of_the_plan(recipe):
 def test_files_that_do_not_fit_together_are_a_users_mistake(recipe):
     with pytest.raises(UserError) as caught:
         needs.of(recipe, CONFIGS / "pipeline2.json", (), 3)
-    assert str(caught.value).startswith("megagpt: a world of 3 does not divide by 2, the ranks of one copy")
+    assert str(caught.value).startswith(
+        "megagpt: the world size 3 is not a multiple of 2, the ranks of one model replica"
+    )
 
 
 def test_words_without_a_recipe_are_a_mistake():

@@ -35,20 +35,20 @@ def known() -> dict[str, Any]:
 
 @pytest.fixture
 def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]) -> Resolver:
-    """Resolves d.json, one line per entry between its braces, with r.yaml on some ranks."""
+    """Return a function that resolves a config of the given lines with RECIPE on a number of ranks."""
     monkeypatch.chdir(tmp_path)
 
-    def resolve_lines(*lines: str, ranks: int = 2, words: tuple[str, ...] = ()) -> Resolved:
+    def resolve_lines(*lines: str, ranks: int = 2, overrides: tuple[str, ...] = ()) -> Resolved:
         Path("r.yaml").write_text(RECIPE, encoding="utf-8")
         Path("d.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        return load("d.json", load_recipe("r.yaml", words), ranks, known, words)
+        return load("d.json", load_recipe("r.yaml", overrides), ranks, known, overrides)
 
     return resolve_lines
 
 
 @pytest.fixture
-def told(resolve: Resolver) -> Callable[..., None]:
-    """Asserts that resolving some lines fails with exactly this message."""
+def expect_error(resolve: Resolver) -> Callable[..., None]:
+    """Return a function that asserts that resolving some lines fails with exactly this message."""
 
     def compare(lines: list[str], message: str, **how: Any) -> None:
         with pytest.raises(UserError) as caught:

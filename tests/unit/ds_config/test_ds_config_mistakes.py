@@ -1,4 +1,4 @@
-"""One row per mistake in a DeepSpeed config: its lines, and the whole message."""
+"""Mistakes in a DeepSpeed config: each row has its lines and the complete error message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = {
     ),
     "unknown key, near none": (
         ['"aio": {"zzz": 1}'],
-        "megagpt: unknown key aio.zzz\n  d.json:2  aio.zzz\n  do: take it away: DeepSpeed has no such key in aio",
+        "megagpt: unknown key aio.zzz\n  d.json:2  aio.zzz\n  do: remove it: DeepSpeed has no such key in aio",
     ),
     "unknown key that only looks like a model's": (
         ['"activation_checkpointing_": true'],
@@ -41,9 +41,9 @@ KEYS = {
     ),
     "removed from DeepSpeed": (
         ['"elasticity": {"enabled": true}', '"zero_optimization": {"mics_shard_size": 2}'],
-        "megagpt: DeepSpeed has removed elasticity\n  d.json:2  elasticity\n  do: take it away\n"
+        "megagpt: DeepSpeed has removed elasticity\n  d.json:2  elasticity\n  do: remove it\n"
         "megagpt: DeepSpeed has removed zero_optimization.mics_shard_size\n"
-        "  d.json:3  zero_optimization.mics_shard_size\n  do: take it away",
+        "  d.json:3  zero_optimization.mics_shard_size\n  do: remove it",
     ),
     "deprecated": (
         ['"zero_optimization": {"stage": 2, "cpu_offload": true}'],
@@ -77,9 +77,9 @@ KEYS = {
     ),
     "a stray auto": (
         ['"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}'],
-        'megagpt: zero_optimization.reduce_bucket_size is "auto", and nothing here fills it\n'
+        'megagpt: zero_optimization.reduce_bucket_size is "auto", but megagpt does not fill it in\n'
         "  d.json:2  zero_optimization.reduce_bucket_size\n"
-        "  do: write a value, or take the key away for DeepSpeed's default",
+        "  do: write a value, or remove the key for DeepSpeed's default",
     ),
     "a key twice": (
         ['"zero_optimization": {"stage": 1}', '"zero_optimization": {}'],
@@ -149,26 +149,26 @@ OWNERS = {
     "a parameter that would be ignored": (
         ['"optimizer": {"legacy_fusion": true, "params": {"torch_adam": true, "betaz": 1}}'],
         "megagpt: optimizer.params.torch_adam would be ignored: megagpt builds the optimizer itself\n"
-        "  d.json:2  optimizer.params.torch_adam\n  do: take it away\n"
+        "  d.json:2  optimizer.params.torch_adam\n  do: remove it\n"
         "megagpt: optimizer.params.betaz would be ignored: megagpt builds the optimizer itself\n"
         "  d.json:2  optimizer.params.betaz\n  do: write betas\n"
         "megagpt: optimizer.legacy_fusion would be ignored: megagpt builds the optimizer itself\n"
-        "  d.json:2  optimizer.legacy_fusion\n  do: take it away",
+        "  d.json:2  optimizer.legacy_fusion\n  do: remove it",
     ),
 }
 
 
 @pytest.mark.parametrize(("lines", "message"), KEYS.values(), ids=KEYS)
-def test_a_key_is_checked_against_deepspeed_itself(told, lines, message):
-    told(lines, message)
+def test_keys_are_checked_against_those_of_deepspeed(expect_error, lines, message):
+    expect_error(lines, message)
 
 
 @pytest.mark.parametrize(("lines", "message"), OWNERS.values(), ids=OWNERS)
-def test_a_second_owner_is_refused_with_both_places_and_values(told, lines, message):
-    told(lines, message)
+def test_value_set_in_two_places_is_an_error_that_shows_both(expect_error, lines, message):
+    expect_error(lines, message)
 
 
-WORDS = {
+OVERRIDES = {
     "unknown key": (
         ("ds.zero_optimization.stag=3",),
         "megagpt: unknown key zero_optimization.stag\n  command line  ds.zero_optimization.stag=3\n"
@@ -178,50 +178,50 @@ WORDS = {
     "a second owner": (
         ("ds.optimizer.params.lr=1e-4",),
         "megagpt: two places set the learning rate\n  optimizer.lr         6.0e-4   r.yaml:6\n"
-        "  optimizer.params.lr  1.0e-4   command line\n  do: say optimizer.lr=VALUE (the recipe owns it)",
+        "  optimizer.params.lr  1.0e-4   command line\n  do: use optimizer.lr=VALUE (the recipe owns it)",
     ),
     "a scheduler for wsd, which DeepSpeed has not": (
         ("schedule.type=wsd", "schedule.decay_updates=5", "ds.scheduler.type=WarmupDecayLR"),
         'megagpt: two places set the schedule\n  schedule.type   "wsd"             command line\n'
-        '  scheduler.type  "WarmupDecayLR"   command line\n  do: say schedule.type=VALUE (the recipe owns it)',
+        '  scheduler.type  "WarmupDecayLR"   command line\n  do: use schedule.type=VALUE (the recipe owns it)',
     ),
     "updates for a length in tokens": (
         ("length={tokens: 1e9}", "ds.scheduler.params.total_num_steps=100"),
         "megagpt: two places set the length of training\n"
         "  length.tokens                     1000000000   command line\n"
         "  scheduler.params.total_num_steps  100          command line\n"
-        "  do: say length.tokens=VALUE (the recipe owns it)",
+        "  do: use length.tokens=VALUE (the recipe owns it)",
     ),
     "another accumulation dtype": (
         ("precision=bf16", "ds.data_types.grad_accum_dtype=bf16"),
-        "megagpt: data_types.grad_accum_dtype is refused: gradients accumulate in fp32\n"
+        "megagpt: data_types.grad_accum_dtype is not supported: gradients accumulate in fp32\n"
         '  command line  ds.data_types.grad_accum_dtype=bf16\n  do: write "auto"',
     ),
 }
 
 
-@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS)
-def test_a_mistake_on_the_command_line_is_told_too(told, words, message):
-    told([], message, words=words)
+@pytest.mark.parametrize(("overrides", "message"), OVERRIDES.values(), ids=OVERRIDES)
+def test_mistake_on_the_command_line_is_reported(expect_error, overrides, message):
+    expect_error([], message, overrides=overrides)
 
 
-def test_all_mistakes_are_told_at_once(resolve):
+def test_all_mistakes_are_reported_at_once(resolve):
     with pytest.raises(UserError) as caught:
         resolve('"gradient_clipping": 2', '"nope_nope": 1', '"bf16": {"enabled": true}', ranks=3)
     assert [problem.what for problem in caught.value.problems] == [
         "unknown key nope_nope",
         "two places set the precision",
         "two places set the clipping norm",
-        "the global batch does not divide by the ranks",
+        "the global batch is not divisible by the number of data-parallel ranks",
     ]
 
 
-def test_files_that_are_no_json_aretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolve, known):
+def test_invalid_json_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolve, known):
     resolve()
     recipe = load_recipe("r.yaml")
     texts = {
         "[1]": "megagpt: d.json has no keys and values\n  d.json\n  do: see ds_configs for examples",
-        '{"a":\n': "megagpt: d.json is not valid JSON: Expecting value\n  d.json:2\n  do: mend that line",
+        '{"a":\n': "megagpt: d.json is not valid JSON: Expecting value\n  d.json:2\n  do: fix that line",
         '{"a": 1 /* x': "megagpt: d.json ends inside a comment\n  d.json\n  do: close it with */",
     }
     for text, message in texts.items():

@@ -1,4 +1,4 @@
-"""What a sound DeepSpeed config resolves to, and whether DeepSpeed takes it."""
+"""Valid DeepSpeed configs: what they resolve to, and whether DeepSpeed accepts it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.ds_config import Layout, load
-from megagpt.ds_config.batch import Batch, divide
-from megagpt.ds_config.reading import read_json
-from megagpt.ds_config.view import View
+from megagpt.ds_config.batch import BatchSplit, split_batch
+from megagpt.ds_config.reading import read_hjson
+from megagpt.ds_config.view import ConfigView
 from megagpt.errors import UserError
 from megagpt.recipe import load as load_recipe
-from megagpt.recipe.reading import Tree
+from megagpt.recipe.reading import ConfigTree
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -31,7 +31,7 @@ AUTO = (
     '"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}',
     '"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}',
 )
-# of the configs that cut the model: the ranks of one copy, and the ranks that share its heads
+# configs that split the model: the ranks of one replica, and the ranks that its heads are divided among
 DEGREES = {
     "pipeline2": {"ranks": 2},
     "pipeline4-zero1": {"ranks": 4},
@@ -42,7 +42,7 @@ DEGREES = {
 
 
 def deepspeed_accepts(config: dict, ranks: int, monkeypatch: pytest.MonkeyPatch):
-    """DeepSpeed's own check of a config, as on one of several ranks."""
+    """Parse a config with DeepSpeed itself, as on one of several ranks."""
     from deepspeed.runtime import config as ds
 
     monkeypatch.setattr(ds.dist, "get_rank", lambda: 0)
@@ -56,7 +56,7 @@ def autos(value: object) -> bool:
     return value == "auto"
 
 
-def test_auto_and_absent_mean_the_same(resolve):
+def test_auto_and_absent_are_equivalent(resolve):
     auto, absent = resolve(*AUTO).config, resolve().config
     assert auto == absent
     assert not autos(auto)
@@ -75,7 +75,7 @@ def test_auto_and_absent_mean_the_same(resolve):
     }
 
 
-def test_equal_values_in_both_places_are_no_second_owner(resolve):
+def test_equal_values_in_both_files_are_allowed(resolve):
     stated = (
         '"train_batch_size": 64, "gradient_clipping": 1, "bf16": {"enabled": false}',
         '"optimizer": {"type": "adamw", "params": {"lr": 0.0006, "betas": [0.9, 0.95], "eps": 1e-8}}',
@@ -86,7 +86,7 @@ def test_equal_values_in_both_places_are_no_second_owner(resolve):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_resolved_config_resolves_to_itself(path, known, tmp_path):
+def test_resolved_config_resolves_to_itself(path, known, tmp_path):
     recipe = load_recipe(SMALL)
     first = load(path, recipe, 8, known)
     (tmp_path / "deepspeed.json").write_text(json.dumps(first.config, indent=2))
@@ -94,16 +94,16 @@ def test_a_resolved_config_resolves_to_itself(path, known, tmp_path):
     assert (again.config, again.layout) == (first.config, first.layout)
 
 
-def test_muon_is_owned_with_both_rates(resolve):
-    words = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
+def test_recipe_owns_both_learning_rates_of_muon(resolve):
+    overrides = ("optimizer.type=muon", "optimizer.muon_lr=0.02")
     stated = '"optimizer": {"type": "Muon", "params": {"adam_lr": 6e-4, "muon_lr": 0.02, "momentum": 0.95}}'
-    assert resolve(stated, words=words).layout.zero_stage == 0
+    assert resolve(stated, overrides=overrides).layout.zero_stage == 0
     with pytest.raises(UserError, match="two places set Muon's learning rate"):
-        resolve(stated.replace("0.02", "0.03"), words=words)
+        resolve(stated.replace("0.02", "0.03"), overrides=overrides)
 
 
-def test_no_clipping_is_written_out_because_deepspeed_clips_at_1_by_default(resolve):
-    assert resolve(words=("optimizer.clip=null",)).config["gradient_clipping"] == 0.0
+def test_no_clipping_is_explicit_because_deepspeed_clips_at_1_by_default(resolve):
+    assert resolve(overrides=("optimizer.clip=null",)).config["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_no_clipping_is_written_out_because_deepspeed_clips_at_1_by_default(reso
         ("fp16", '{"enabled": false}', "fp16"),
     ],
 )
-def test_precision_is_the_recipes_or_what_the_json_states(resolve, recipe, stated, precision):
-    resolved = resolve(f'"bf16": {stated}', words=(f"precision={recipe}",))
+def test_precision_is_that_of_the_recipe_else_of_the_deepspeed_config(resolve, recipe, stated, precision):
+    resolved = resolve(f'"bf16": {stated}', overrides=(f"precision={recipe}",))
     assert resolved.recipe.precision == precision
     assert resolved.config["bf16"]["enabled"] == (precision == "bf16")
     assert resolved.config["fp16"]["enabled"] == (precision == "fp16")
@@ -128,25 +128,25 @@ def test_precision_is_the_recipes_or_what_the_json_states(resolve, recipe, state
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_at_stage_0_runs_at_stage_1_and_says_so(resolve, precision):
-    resolved = resolve(words=(f"precision={precision}",))
+def test_low_precision_at_stage_0_runs_at_stage_1_with_a_note(resolve, precision):
+    resolved = resolve(overrides=(f"precision={precision}",))
     assert (resolved.layout.zero_stage, resolved.config["zero_optimization"]["stage"]) == (1, 1)
-    why = "DeepSpeed's stage 0 begins with an Adam step on zero gradients"
+    why = "DeepSpeed's stage 0 starts with an Adam step on zero gradients"
     assert resolved.notes == (f"{precision} runs at ZeRO stage 1 instead of 0: {why}",)
-    assert resolve('"zero_optimization": {"stage": 2}', words=(f"precision={precision}",)).notes == ()
+    assert resolve('"zero_optimization": {"stage": 2}', overrides=(f"precision={precision}",)).notes == ()
 
 
-def test_what_moves_the_numbers_is_noted(resolve):
+def test_settings_that_change_the_numbers_are_noted(resolve):
     resolved = resolve(
         '"zero_optimization": {"stage": 3, "zero_quantized_gradients": true}', '"communication_data_type": "bf16"'
     )
     assert resolved.notes == (
-        "zero_quantized_gradients quantizes: the curve is not that of other layouts",
-        "communication_data_type rounds gradients on the wire: the curve is not that of other layouts",
+        "zero_quantized_gradients quantizes: the loss curve differs from that of other layouts",
+        "communication_data_type rounds gradients: the loss curve differs from that of other layouts",
     )
 
 
-def test_the_layout_follows(resolve):
+def test_layout_is_derived_from_the_config(resolve):
     resolved = resolve('"zero_optimization": {"stage": 3}', '"train_micro_batch_size_per_gpu": 4', ranks=8)
     assert resolved.layout == Layout(
         world_size=8, data_parallel=8, micro_batch=4, accumulation=2, zero_stage=3,
@@ -154,12 +154,12 @@ def test_the_layout_follows(resolve):
     )  # fmt: skip
 
 
-def test_given_accumulation_yields_the_micro_batch(resolve):
+def test_micro_batch_follows_from_a_given_accumulation(resolve):
     layout = resolve('"gradient_accumulation_steps": 4').layout
     assert (layout.micro_batch, layout.accumulation) == (8, 4)
 
 
-def test_ranks_of_one_copy_read_the_same_data():
+def test_ranks_of_one_replica_read_the_same_data():
     layout = Layout(
         world_size=24, data_parallel=3, micro_batch=1, accumulation=1, zero_stage=1,
         pipeline_stages=2, tensor_parallel=2, sequence_parallel=2,
@@ -167,12 +167,30 @@ def test_ranks_of_one_copy_read_the_same_data():
     assert [layout.data_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_layout_derives_its_numbers_and_describes_itself():
+    layout = Layout(
+        world_size=24, data_parallel=3, micro_batch=4, accumulation=5, zero_stage=1,
+        pipeline_stages=2, tensor_parallel=2, sequence_parallel=2,
+    )  # fmt: skip
+    assert layout.zero_partitions == 6
+    assert layout.pipeline_bubble == pytest.approx(1 / 6)  # 2 stages, 5 micro-batches: idle for 1 of 6 steps
+    assert str(layout) == "24 ranks, 2 pipeline stages, tensor parallel 2, sequence parallel 2, ZeRO stage 1"
+    assert layout.batch_product == "3 × 4 × 5"
+    alone = Layout(world_size=1, data_parallel=1, micro_batch=1, accumulation=1, zero_stage=0)
+    assert (str(alone), alone.parallelism, alone.pipeline_bubble) == ("1 rank, ZeRO stage 0", "", 0)
+
+
+def test_layout_is_restored_from_the_manifest_of_an_old_checkpoint():
+    record = {"world_size": 4, "zero_stage": 1, "pipeline_stages": 2, "tensor_parallel": 1, "since_removed": 7}
+    assert str(Layout.from_record(record)) == "4 ranks, 2 pipeline stages, ZeRO stage 1"
+
+
 @pytest.mark.parametrize(
     ("stages", "global_size", "micro"), [(2, 64, 8), (4, 64, 4), (2, 12, 1), (8, 8, 1), (2, 24, 3)]
 )
-def test_a_pipeline_gets_four_micro_batches_per_stage_where_it_can(resolve, stages, global_size, micro):
-    words = (f"batch.global_size={global_size}", "model.seq_len=128")
-    layout = resolve(f'"pipeline": {{"stages": {stages}}}', ranks=stages, words=words).layout
+def test_pipeline_gets_four_micro_batches_per_stage_if_possible(resolve, stages, global_size, micro):
+    overrides = (f"batch.global_size={global_size}", "model.seq_len=128")
+    layout = resolve(f'"pipeline": {{"stages": {stages}}}', ranks=stages, overrides=overrides).layout
     assert (layout.micro_batch, layout.accumulation) == (micro, global_size // micro)
 
 
@@ -181,15 +199,15 @@ def test_a_pipeline_gets_four_micro_batches_per_stage_where_it_can(resolve, stag
     [
         (
             '"pipeline": {"stages": 2}',
-            "the pipeline runs at ZeRO stage 1 instead of 0: there each stage clips by its own norm",
+            "the pipeline runs at ZeRO stage 1 instead of 0: at 0 each pipeline stage clips by its own norm",
         ),
         (
             '"tensor_parallel": {"autotp_size": 2}',
-            "tensor parallelism runs at ZeRO stage 1 instead of 0: there each part clips by its own norm",
+            "tensor parallelism runs at ZeRO stage 1 instead of 0: at 0 each rank clips by its own norm",
         ),
     ],
 )
-def test_a_cut_model_runs_at_stage_1_instead_of_0_and_says_so(resolve, lines, note):
+def test_parallel_model_runs_at_stage_1_instead_of_0_with_a_note(resolve, lines, note):
     resolved = resolve(lines)
     assert (resolved.layout.zero_stage, resolved.config["zero_optimization"]["stage"]) == (1, 1)
     assert resolved.notes == (note,)
@@ -202,14 +220,14 @@ def test_a_cut_model_runs_at_stage_1_instead_of_0_and_says_so(resolve, lines, no
     seq_len=st.integers(1, 40_000),
     extra=st.integers(0, 63),
 )
-def test_the_micro_batch_is_the_largest_that_divides_and_fits(ranks, share, seq_len, extra):
+def test_micro_batch_is_the_largest_that_divides_and_fits(ranks, share, seq_len, extra):
     recipe = load_recipe(SMALL, [f"batch.global_size={ranks * share + extra}", f"model.seq_len={seq_len}"])
-    batch = divide(View(Tree("d.json"), frozenset()), recipe, ranks)
+    batch = split_batch(ConfigView(ConfigTree("d.json"), frozenset()), recipe, ranks)
     if (ranks * share + extra) % ranks:
-        assert not isinstance(batch, Batch)
+        assert not isinstance(batch, BatchSplit)
         return
     share += extra // ranks
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, BatchSplit)
     assert batch.micro * batch.accumulation == share
     assert batch.micro == 1 or batch.micro * seq_len <= 16_384
     assert not [m for m in range(batch.micro + 1, share + 1) if share % m == 0 and m * seq_len <= 16_384]
@@ -218,7 +236,7 @@ def test_the_micro_batch_is_the_largest_that_divides_and_fits(ranks, share, seq_
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe_path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_on_every_config_or_is_refused_with_a_reason(recipe_path, path, ranks, known, monkeypatch):
+def test_every_recipe_resolves_with_every_config_or_fails_with_a_reason(recipe_path, path, ranks, known, monkeypatch):
     recipe = load_recipe(recipe_path)
     try:
         resolved = load(path, recipe, ranks, known)
@@ -241,7 +259,7 @@ def test_every_recipe_runs_on_every_config_or_is_refused_with_a_reason(recipe_pa
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_of_ours_is_short_and_says_what_it_is_for_and_what_it_costs(path):
+def test_shipped_config_is_short_and_names_purpose_and_cost(path):
     text = path.read_text(encoding="utf-8")
     head = text.partition("{")[0]
     assert len(text.splitlines()) <= 30
@@ -253,16 +271,16 @@ def test_a_config_of_ours_is_short_and_says_what_it_is_for_and_what_it_costs(pat
     assert f"zero{stage}" in path.stem or named_otherwise[path.stem] == stage
 
 
-def test_the_file_is_read_as_deepspeed_reads_it(tmp_path):
+def test_file_is_parsed_as_deepspeed_parses_it(tmp_path):
     text = '// one\n# two\n{\n"a": 1, /* three\n*/ "b": {"c": [1, {"d": 5e8}], e: x y\n},\n  "f": 1e-4, "g": null\n}'
     (tmp_path / "d.json").write_text(text)
-    tree = read_json(tmp_path / "d.json")
+    tree = read_hjson(tmp_path / "d.json")
     assert tree.values == hjson.loads(text)  # the library that DeepSpeed calls
-    lines = {key: int(place.at.rpartition(":")[2]) for key, place in tree.places.items()}
+    lines = {key: int(place.at.rpartition(":")[2]) for key, place in tree.locations.items()}
     assert lines == {"a": 4, "b": 5, "b.c": 5, "b.c.1.d": 5, "b.e": 5, "f": 7, "g": 7}
 
 
-def test_known_keys_are_deepspeeds(known):
+def test_known_keys_are_those_of_deepspeed(known):
     keys = known["properties"]
     zero = keys["zero_optimization"]["properties"]
     # all from https://www.deepspeed.ai/docs/config-json/
@@ -276,13 +294,13 @@ def test_known_keys_are_deepspeeds(known):
     assert "train_batch_sise" not in keys
 
 
-def test_resolving_loads_neither_torch_nor_deepspeed(known, tmp_path):
+def test_resolving_imports_neither_torch_nor_deepspeed(known, tmp_path):
     code = (
         "import json, sys, megagpt.ds_config as d, megagpt.recipe as r\n"
         "d.load(sys.argv[1], r.load(sys.argv[2]), 1, json.load(open(sys.argv[3])))\n"
         "print({'torch', 'deepspeed'} & set(sys.modules))"
     )
     (tmp_path / "known.json").write_text(json.dumps(known))
-    words = [sys.executable, "-c", code, ROOT / "ds_configs/zero1.json", SMALL, tmp_path / "known.json"]
-    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [sys.executable, "-c", code, ROOT / "ds_configs/zero1.json", SMALL, tmp_path / "known.json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "set()\n"

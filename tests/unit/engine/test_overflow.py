@@ -9,7 +9,7 @@ from megagpt import ds_config, recipe
 from megagpt.data.loader import Batch
 from megagpt.distributed import Rank
 from megagpt.engine import build, keys
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT, initialize
 
 RECIPE = """\
@@ -110,7 +110,7 @@ def test_the_scale_goes_on_from_where_it_was_saved(make, stage, tmp_path):
     engine, _ = make(stage)
     train(engine, range(8))
     (tmp_path / "saved").mkdir()
-    engine.save_state(into(tmp_path / "saved"))
+    engine.save_state(folder_writer(tmp_path / "saved"))
     straight = train(engine, range(8, UPDATES))
     engine.release()
     other, _ = make(stage)

@@ -10,7 +10,7 @@ from megagpt import ds_config, recipe
 from megagpt.data.loader import Batch
 from megagpt.distributed import Rank
 from megagpt.engine import build, keys
-from megagpt.files import into
+from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT, initialize
 
 RECIPE = """\
@@ -118,7 +118,7 @@ def test_a_restored_engine_goes_on_bit_for_bit(make, stage, tmp_path):
     for update in range(2):
         engine.train_update(cut(global_batch(update), 2))
     (tmp_path / "saved").mkdir()
-    engine.save_state(into(tmp_path / "saved"))
+    engine.save_state(folder_writer(tmp_path / "saved"))
     straight = [engine.train_update(cut(global_batch(update), 2)) for update in (2, 3)]
     kept = {name: copy.deepcopy(tensor) for name, tensor in engine.weights()}
     other, _ = make(stage)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megagpt import ds_config
 from megagpt import recipe as recipes
-from megagpt.ds_config.known import written_keys
+from megagpt.ds_config.known import recorded_keys
 from megagpt.model import cost
 from megagpt.plan import effort, states
 from megagpt.plan.memory import memory
@@ -38,7 +38,7 @@ def resolve(tmp_path_factory):
         config = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage, **BUCKET}, **more}
         (folder / "config.json").write_text(json.dumps(config))
         recipe = recipes.load(folder / "recipe.yaml", words)
-        return ds_config.load(folder / "config.json", recipe, ranks, written_keys())
+        return ds_config.load(folder / "config.json", recipe, ranks, recorded_keys())
 
     return resolved
 

@@ -23,7 +23,7 @@ Loader = Callable[..., Recipe]
 
 @pytest.fixture
 def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
-    """Loads r.yaml: the good recipe with some lines replaced (by number) and some added."""
+    """Return a function that loads the recipe GOOD with some lines replaced (by number) and some added."""
     monkeypatch.chdir(tmp_path)
 
     def load_edited(lines: dict[int, str] | None = None, *overrides: str, add: str = "") -> Recipe:

@@ -1,4 +1,4 @@
-"""Presets against published parameter counts, with the arithmetic of the papers written out anew."""
+"""Presets against published parameter counts, with the arithmetic of the papers repeated independently."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gpt2_has_the_published_number_of_parameters(name, count):
 
 
 @pytest.mark.parametrize(("name", "printed"), GPT3.items())
-def test_gpt3_has_about_the_printed_number_of_parameters(name, printed):
+def test_gpt3_has_about_the_published_number_of_parameters(name, printed):
     count, unit = printed
     assert abs(gpt_parameters(ModelSection(preset=name)) - count) < unit
     assert ModelSection(preset=name).d_model % ModelSection(preset=name).n_head == 0
@@ -64,16 +64,16 @@ def test_llama_has_the_published_number_of_parameters(name, count):
     )  # fmt: skip
 
 
-def test_every_preset_is_counted():
+def test_every_preset_is_covered():
     assert set(PRESETS) == {"quickstart", *GPT2, *GPT3, *LLAMA}
     assert all(ModelSection(preset=name).dropout == 0 for name in PRESETS)
 
 
-def test_the_cost_of_a_model_counts_as_the_papers_do():
+def test_parameter_count_agrees_with_published_models():
     for name, count in {**GPT2, **LLAMA}.items():
         assert cost.parameters(ModelSection(preset=name)) == count
 
 
-def test_keys_beside_a_preset_override_it():
+def test_given_keys_override_the_preset():
     model = ModelSection(preset="gpt2-124m", n_layer=2, vocab_size=50304)
     assert (model.n_layer, model.vocab_size, model.d_model) == (2, 50304, 768)

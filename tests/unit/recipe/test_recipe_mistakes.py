@@ -1,4 +1,4 @@
-"""One row per mistake in a recipe: the edit that makes it, and the whole message."""
+"""Mistakes in a recipe: each row has the edit that makes one and the complete error message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MISTAKES = {
     ),
     "unknown key, near none": (
         {5: "batch: {global_size: 64, zzz: 1}"},
-        "megagpt: unknown key batch.zzz\n  r.yaml:5  batch.zzz\n  do: take it away; batch has global_size",
+        "megagpt: unknown key batch.zzz\n  r.yaml:5  batch.zzz\n  do: remove it; batch has global_size",
     ),
     "unknown section": (
         {6: "optimiser: {lr: 1e-3}"},
@@ -39,7 +39,7 @@ MISTAKES = {
     "wrong type": (
         {3: "model: {preset: gpt2-124m, n_layer: four}"},
         'megagpt: model.n_layer cannot be "four"\n  r.yaml:3  model.n_layer\n'
-        "  do: give a whole number, at least 1: transformer blocks",
+        "  do: give a whole number, at least 1: number of transformer blocks",
     ),
     "a truth value where a number is wanted": (
         {5: "batch: {global_size: true}"},
@@ -49,32 +49,32 @@ MISTAKES = {
     "a fraction where a whole number is wanted": (
         {8: "length: {tokens: 1.5}"},
         "megagpt: length.tokens cannot be 1.5\n  r.yaml:8  length.tokens\n"
-        "  do: give a whole number, at least 1, or null: tokens, rounded up to whole updates",
+        "  do: give a whole number, at least 1, or null: number of tokens, rounded up to whole updates",
     ),
     "yes is text, not true": (
         {3: "model: {preset: gpt2-124m, tie_embeddings: yes}"},
         'megagpt: model.tie_embeddings cannot be "yes"\n  r.yaml:3  model.tie_embeddings\n'
-        "  do: give true or false: the output head is the embedding matrix",
+        "  do: give true or false: use the embedding matrix as the output head",
     ),
     "out of range": (
         {6: "optimizer: {lr: -1.0e-8}"},
         "megagpt: optimizer.lr cannot be -1.0e-8\n  r.yaml:6  optimizer.lr\n  do: give a number, above 0: "
-        "AdamW's peak learning rate; under muon that of embeddings, head and norms",
+        "peak learning rate of AdamW; with muon, that of embeddings, head and norms",
     ),
     "infinite": (
         {6: "optimizer: {lr: .inf}"},
         "megagpt: optimizer.lr cannot be Infinity\n  r.yaml:6  optimizer.lr\n  do: give a number, above 0: "
-        "AdamW's peak learning rate; under muon that of embeddings, head and norms",
+        "peak learning rate of AdamW; with muon, that of embeddings, head and norms",
     ),
-    "a word that is not offered": (
+    "not one of the allowed values": (
         {2: "precision: fp8"},
         'megagpt: precision cannot be "fp8"\n  r.yaml:2  precision\n  do: give fp32, bf16 or fp16, or null: '
-        "of weights and activations in training; null where the DeepSpeed config states it (else fp32)",
+        "precision of weights and activations in training; null: as the DeepSpeed config states, else fp32",
     ),
     "too short a list": (
         {6: "optimizer: {lr: 1e-3, betas: [0.9]}"},
         "megagpt: optimizer.betas cannot be [0.9]\n  r.yaml:6  optimizer.betas\n"
-        "  do: give a list of 2 numbers: AdamW's two averaging factors",
+        "  do: give a list of 2 numbers: decay rates of AdamW's two moments",
     ),
     "out of range in a list": (
         {6: "optimizer: {lr: 1e-3, betas: [0.9, 1.0]}"},
@@ -84,7 +84,7 @@ MISTAKES = {
     "missing key": (
         {6: "optimizer: {eps: 1e-8}"},
         "megagpt: optimizer.lr is missing\n  r.yaml:6  optimizer.lr\n  do: give a number, above 0: "
-        "AdamW's peak learning rate; under muon that of embeddings, head and norms",
+        "peak learning rate of AdamW; with muon, that of embeddings, head and norms",
     ),
     "missing section": (
         {5: ""},
@@ -99,7 +99,7 @@ MISTAKES = {
         "megagpt: unknown key data.train.0.wieght\n  r.yaml:4  data.train.0.wieght\n"
         "  do: write data.train.0.weight\n"
         "megagpt: data.train.1.path is missing\n  r.yaml:4  data.train.1.path\n"
-        "  do: give text, not empty: prefix of a .bin and .idx file",
+        "  do: give text, not empty: prefix of a corpus: its path without .bin or .idx",
     ),
     "empty blend": (
         {4: "data: {train: []}"},
@@ -111,17 +111,17 @@ MISTAKES = {
     ),
     "trained on what it is validated with": (
         {4: "data: {train: a, validation: a}"},
-        'megagpt: data.validation is also trained on\n  data.train       "a"   r.yaml:4\n'
+        'megagpt: data.validation is also in data.train\n  data.train       "a"   r.yaml:4\n'
         '  data.validation  "a"   r.yaml:4\n  do: give it a prefix of its own',
     ),
     "one of several validated on what it is trained with": (
         {4: "data: {train: [a, b], validation: [c, b]}"},
-        'megagpt: data.validation is also trained on\n  data.train       ["a", "b"]   r.yaml:4\n'
+        'megagpt: data.validation is also in data.train\n  data.train       ["a", "b"]   r.yaml:4\n'
         '  data.validation  ["c", "b"]   r.yaml:4\n  do: give it a prefix of its own',
     ),
     "skip backwards": (
         {4: "data: {train: a, skip: [[3, 9], [8, 7]]}"},
-        "megagpt: data.skip has a stretch that ends before it begins: [8, 7]\n  r.yaml:4  data.skip\n"
+        "megagpt: data.skip has a range that ends before it begins: [8, 7]\n  r.yaml:4  data.skip\n"
         "  do: write [first, last]",
     ),
     "unknown preset, near a known one": (
@@ -137,7 +137,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("lines", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_with_its_place_and_remedy(loader, lines, message):
+def test_mistake_is_reported_with_location_and_fix(loader, lines, message):
     with pytest.raises(UserError) as caught:
         loader(lines)
     assert str(caught.value) == message
@@ -160,33 +160,33 @@ ADDED = {
     ),
     "an alias": (
         "seed: *other\n",
-        "megagpt: r.yaml is not valid YAML: aliases (*name) are not used here\n  r.yaml:9\n  do: mend that line",
+        "megagpt: r.yaml is not valid YAML: aliases (*name) are not used here\n  r.yaml:9\n  do: fix that line",
     ),
     "a foreign tag": (
         "seed: !!python/name:os.system\n",
         "megagpt: r.yaml is not valid YAML: unknown tag tag:yaml.org,2002:python/name:os.system\n"
-        "  r.yaml:9\n  do: mend that line",
+        "  r.yaml:9\n  do: fix that line",
     ),
-    "a key that is no word": (
+    "a key that is not a scalar": (
         "? [a]\n: 1\n",
-        "megagpt: r.yaml is not valid YAML: a key must be one word\n  r.yaml:9\n  do: mend that line",
+        "megagpt: r.yaml is not valid YAML: a key must be one word\n  r.yaml:9\n  do: fix that line",
     ),
     "broken YAML": (
         "log: {every: 5\n",
         "megagpt: r.yaml is not valid YAML: expected ',' or '}', but got '<stream end>'\n"
-        "  r.yaml:10\n  do: mend that line",
+        "  r.yaml:10\n  do: fix that line",
     ),
 }
 
 
 @pytest.mark.parametrize(("add", "message"), ADDED.values(), ids=ADDED)
-def test_a_mistake_in_an_added_line_is_told(loader, add, message):
+def test_mistake_in_an_added_line_is_reported(loader, add, message):
     with pytest.raises(UserError) as caught:
         loader({4: "data: {train: data/x.train}"}, add=add)
     assert str(caught.value) == message
 
 
-WORDS = {
+OVERRIDES = {
     "unknown key": (
         "model.dmodel=4",
         "megagpt: unknown key model.dmodel\n  command line  model.dmodel=4\n  do: write model.d_model",
@@ -194,7 +194,7 @@ WORDS = {
     "wrong type": (
         "optimizer.lr=fast",
         'megagpt: optimizer.lr cannot be "fast"\n  command line  optimizer.lr=fast\n  do: give a number, above 0: '
-        "AdamW's peak learning rate; under muon that of embeddings, head and norms",
+        "peak learning rate of AdamW; with muon, that of embeddings, head and norms",
     ),
     "no value": (
         "optimizer.lr",
@@ -214,10 +214,10 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(("word", "message"), WORDS.values(), ids=WORDS)
-def test_a_mistake_on_the_command_line_is_told(loader, word, message):
+@pytest.mark.parametrize(("override", "message"), OVERRIDES.values(), ids=OVERRIDES)
+def test_mistake_on_the_command_line_is_reported(loader, override, message):
     with pytest.raises(UserError) as caught:
-        loader(None, word)
+        loader(None, override)
     assert str(caught.value) == message
 
 
@@ -230,7 +230,7 @@ def test_a_prompt_needs_a_tokenizer(loader):
     )
 
 
-def test_all_mistakes_are_told_at_once(loader):
+def test_all_mistakes_are_reported_at_once(loader):
     with pytest.raises(UserError) as caught:
         loader(
             {
@@ -249,11 +249,11 @@ def test_all_mistakes_are_told_at_once(loader):
         "batch.global_size is missing",
         'optimizer.lr cannot be "fast"',
         "model.n_head is not a multiple of model.n_kv_head",
-        "schedule.warmup_updates is not below the length of 5 updates",
+        "schedule.warmup_updates is not less than the length of 5 updates",
     ]
 
 
-def test_files_that_cannot_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("- 1\n")
     Path("empty.yaml").write_text("")
@@ -265,7 +265,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path, monkeypatch: pytest.
         "empty.yaml": "megagpt: empty.yaml has no keys and values\n  empty.yaml\n  do: see launch/recipes for examples",
         "binary.yaml": "megagpt: binary.yaml is not UTF-8 text\n  byte 3\n  do: save it as UTF-8",
         "control.yaml": "megagpt: control.yaml is not valid YAML: special characters are not allowed\n"
-        "  control.yaml\n  do: mend that line",
+        "  control.yaml\n  do: fix that line",
     }
     for name, message in messages.items():
         with pytest.raises(UserError) as caught:

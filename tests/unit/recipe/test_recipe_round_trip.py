@@ -1,4 +1,4 @@
-"""A resolved recipe, written and read again, is the same recipe: for any sound values."""
+"""A resolved recipe, written and loaded again, is the same recipe, for any valid values."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(recipes())
-def test_a_recipe_written_and_read_is_the_same(values: dict[str, Any]):
+def test_written_recipe_loads_back_equal(values: dict[str, Any]):
     recipe = Recipe.model_validate(values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "r.yaml"

@@ -98,7 +98,7 @@ def test_the_command_exits_with_the_matching_code(tmp_path, capsys):
 
 
 def test_a_job_script_says_that_ranks_will_come(tmp_path):
-    subprocess.run([sys.executable, "-m", "megagpt.run.status", tmp_path, str(os.getpid())], check=True)
+    subprocess.run([sys.executable, "-m", "megagpt", "mark-starting", tmp_path, str(os.getpid())], check=True)
     assert str(status.read(tmp_path)).startswith(f"running: starting on {HERE}, seen ")
     gone = nobody()
     started(tmp_path, pid=gone, state="starting")
@@ -110,7 +110,7 @@ def test_a_request_to_stop_goes_to_a_run_that_is_running_or_that_a_job_script_st
         started(tmp_path, state=state)
         assert main(["stop", str(tmp_path)]) == 0
         assert capsys.readouterr().out == (
-            f"asked {tmp_path} to save and stop; it exits with 75 and goes on when it is started again\n"
+            f"stop requested: {tmp_path} will save and exit with 75. Start it again to resume.\n"
         )
         status.Note(tmp_path, Rank())
         assert (tmp_path / "STOP").exists() == (state == "starting")  # else it was made to the start before this one

@@ -1,0 +1,61 @@
+"""Arguments and options that several subcommands share, each with its help text, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from megagpt.errors import without_controls
+
+_ORDER = (
+    "tokenizer", "prepare", "data", "keys", "plan", "hosts", "doctor", "parity",
+    "train", "stop", "status", "checkpoints", "report", "evaluate", "generate", "export",
+)  # fmt: skip
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="files, folders or glob patterns (txt, md, jsonl, parquet; also gz, zst, xz, bz2), `-` for standard "
+        "input, @MANIFEST, URLs, or `default` for the default corpus",
+    ),
+]
+DeepSpeedConfig = Annotated[
+    Path,
+    typer.Option("--deepspeed_config", "--deepspeed-config", help="how training is distributed: a DeepSpeed JSON file"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE...", help="model.n_layer=4 overrides the recipe, ds.KEY=VALUE the DeepSpeed config"
+    ),
+]
+Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="a corpus: its path without .bin or .idx")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
+TextKey = Annotated[str, typer.Option(help="key of the text in a JSON Lines record; `a.b` is b inside a")]
+Workers = Annotated[int | None, typer.Option(help="worker processes; default: one per core", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher passes it
+
+
+class CommandsInOrderOfUse(typer.core.TyperGroup):
+    """Command group whose help lists the subcommands in the order in which they are used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the subcommands; hidden ones come last."""
+        return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    """Print the result of a subcommand.
+
+    Args:
+        result: a dataclass whose `str` is the text for a terminal.
+        as_json: print its fields as one JSON object instead.
+    """
+    print(json.dumps(asdict(result)) if as_json else without_controls(str(result), colours=True))

@@ -1,0 +1,120 @@
+"""Subcommands on a run directory: evaluate, generate, export, checkpoints, stop, status, report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megagpt.cli.options import Json, RunDirectory, print_result
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    run: RunDirectory,
+    data: Annotated[
+        str | None, typer.Option(help="a corpus prefix or a text file; default: the recipe's validation data")
+    ] = None,
+    yardsticks: Annotated[
+        bool, typer.Option(help="also report a unigram model and xz on the same text, as baselines")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run on a text. Reports loss, perplexity and bits per byte of its newest checkpoint."""
+    from megagpt import evaluate as implementation
+
+    print_result(implementation.evaluate(run, data, yardsticks=yardsticks), as_json)
+
+
+@app.command()
+def generate(
+    run: RunDirectory,
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(help="number of tokens to generate", min=0)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token", min=0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="sample from the K most likely tokens", min=1)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="sample from the most likely tokens with this total probability", min=0, max=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="random seed for sampling")] = 1234,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the newest checkpoint of a run."""
+    from megagpt import generate as implementation
+
+    print_result(implementation.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
+
+
+@app.command()
+def export(
+    run: RunDirectory,
+    output: Annotated[Path, typer.Option(help="a folder that does not exist yet, or is empty")],
+    to: Annotated[str, typer.Option(help="hf: the format of Hugging Face transformers")] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="dtype of the weights: float32, bfloat16 or float16; default: as trained"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run's model and tokenizer for other libraries. The model is that of the newest checkpoint."""
+    from megagpt import export as implementation
+
+    print_result(implementation.export(run, output, to, dtype), as_json)
+
+
+@app.command()
+def checkpoints(
+    run: RunDirectory,
+    verify: Annotated[bool, typer.Option(help="read every byte and compare checksums")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a run's checkpoints. Shows update, tokens, size, layout, and what is wrong with damaged ones."""
+    from megagpt import checkpoints as implementation
+
+    print_result(implementation.checkpoints(run, verify), as_json)
+
+
+@app.command()
+def stop(run: RunDirectory) -> None:
+    """Make a run save its state and exit with code 75. If it is not running, this exits as `status` does."""
+    from megagpt import checkpoints as implementation
+
+    status = implementation.stop(run)
+    if status.state != "running":
+        print(f"{run} is not running. {status}")
+        raise typer.Exit(status.code)
+    print(f"stop requested: {run} will save and exit with 75. Start it again to resume.")
+
+
+@app.command()
+def status(run: RunDirectory, as_json: Json = False) -> None:
+    """Show whether a run is done, running, resumable or failed. Exit code 0, 3, 75, or 1 and 2, for job scripts."""
+    from megagpt.run import status as implementation
+
+    result = implementation.read(run)
+    print_result(result, as_json)
+    raise typer.Exit(result.code)
+
+
+@app.command()
+def report(run: RunDirectory) -> None:
+    """Plot a run's loss curve, and show where its time went. Writes RUN/loss.svg."""
+    from megagpt import report as implementation
+    from megagpt.run import metrics
+
+    print(implementation.draw_as_text(run, color=sys.stdout.isatty()))
+    print(f"picture: {implementation.draw_as_svg(run)}")
+    print(f"time: {metrics.spent(run)}")
+
+
+@app.command("mark-starting", hidden=True)
+def mark_starting(run: RunDirectory, pid: int) -> None:
+    """Record that process PID is about to start the ranks of a run, for job scripts."""
+    from megagpt.run import status as implementation
+
+    implementation.mark_starting(run, pid)
