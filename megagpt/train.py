@@ -17,7 +17,7 @@ from megagpt.assembly import Options, Run, assemble
 from megagpt.data.evaluation import combine_losses
 from megagpt.data.loader import Batch
 from megagpt.distributed import Rank, from_environment, promise
-from megagpt.distributed.meeting import meeting
+from megagpt.distributed.meeting import rendezvous
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, MachineError, UserError
 from megagpt.run import metrics
 from megagpt.run.checkpoint import SaveFailed, read
@@ -236,7 +236,7 @@ def train(options: Options) -> int:
     try:
         promise.check_world_size(rank, options.expect_world_size, promise.ancestors())
         recipe = recipes.load(options.recipe, options.overrides)
-        with meeting(rank, str(Path(recipe.run_dir).absolute())) as met:
+        with rendezvous(rank, str(Path(recipe.run_dir).absolute())) as met:
             return _train(options, met, recipe)
     except UserError as error:
         if rank.local_rank == 0 or isinstance(error, MachineError):

@@ -20,7 +20,7 @@ from megagpt.engine import devices
 
 def start(rank: Rank) -> str:
     """Join the job's process group; the name of this rank's device. Call once, before anything is built."""
-    os.environ.update(rank.variables())
+    os.environ.update(rank.env_variables())
     for name in ("DeepSpeed", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

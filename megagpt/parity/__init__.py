@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megagpt import ds_config
 from megagpt import recipe as recipes
 from megagpt.distributed import Agreement, Rank, from_environment, promise
-from megagpt.distributed.meeting import meeting
+from megagpt.distributed.meeting import rendezvous
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
 from megagpt.run.console import Console
 from megagpt.run.watch import EVALUATE, PASSES, Watch
@@ -50,7 +50,7 @@ def parity(options: Options) -> int:
     directory's folder `parity`. Raises UserError where the recipe and the config do not fit together.
     """
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
-    with meeting(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
+    with rendezvous(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
         return _certify(options, rank, run_dir)
 
 
@@ -94,7 +94,7 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 @contextlib.contextmanager
 def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
     """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
-    hosts = promise.hosts_of(agreement.gather(promise.facts_here({}, {})))
+    hosts = promise.locations_of_ranks(agreement.gather(promise.describe_rank({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
     watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
     try:

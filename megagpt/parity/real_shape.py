@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megagpt.distributed import Agreement
-from megagpt.doctor import facts
+from megagpt.doctor import host_facts
 from megagpt.ds_config import Layout, Resolved
 from megagpt.engine import operators, stages, tensor
 from megagpt.engine import optimizer as optimizers
@@ -105,7 +105,7 @@ def obstacle(one: Resolved, agreement: Agreement) -> str:
     """
     ranks = agreement.gather(socket.gethostname()).count(socket.gethostname())
     on_cpu = operators.device() == "cpu"
-    needed, available = memory(one, on_cpu), facts.memory()["available"]
+    needed, available = memory(one, on_cpu), host_facts.memory()["available"]
     if on_cpu:
         found = fit(needed, Device("cpu", available // ranks), ranks, available)
     else:

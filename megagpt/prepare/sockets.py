@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.distributed import Rank, calls
-from megagpt.distributed.calls import Door
+from megagpt.distributed.calls import Endpoint
 from megagpt.distributed.handshake import Channel, ForgedMessage
 from megagpt.distributed.meeting import JOIN_LIMIT
 from megagpt.errors import MachineError
@@ -87,11 +87,11 @@ def connected(rank: Rank, folder: Path, given: bytes | None) -> Iterator[Sockets
     Raises:
         MachineError: Not all tasks have come in time, or rank 0 cannot be reached.
     """
-    door = Door(rank, rank.port, "prepare", folder, given)
+    door = Endpoint(rank, rank.port, "prepare", folder, given)
     channels: dict[int, Channel] = {}
     try:
         if rank.rank:
-            channels[0] = calls.call(door, JOIN_LIMIT.total_seconds())
+            channels[0] = calls.connect(door, JOIN_LIMIT.total_seconds())
         else:
             _wait_for_all(door, channels)
         yield Sockets(rank.rank, rank.world_size, channels)
@@ -100,9 +100,9 @@ def connected(rank: Rank, folder: Path, given: bytes | None) -> Iterator[Sockets
             channel.close()
 
 
-def _wait_for_all(door: Door, channels: dict[int, Channel]) -> None:
+def _wait_for_all(door: Endpoint, channels: dict[int, Channel]) -> None:
     limit, size = JOIN_LIMIT.total_seconds(), door.rank.world_size
-    with calls.callers(door, limit) as callers:
+    with calls.listen(door, limit) as callers:
         while len(channels) < size - 1:
             if (caller := next(callers, None)) is None:
                 missing = [str(task) for task in range(1, size) if task not in channels]

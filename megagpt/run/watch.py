@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megagpt.distributed import reach
-from megagpt.distributed.promise import Host
+from megagpt.distributed.promise import RankLocation
 from megagpt.errors import EXIT_FAILURE
 from megagpt.files import parse_json
 
@@ -55,7 +55,7 @@ class Watch:
         self,
         folder: Path,
         rank: int,
-        hosts: Sequence[Host],
+        hosts: Sequence[RankLocation],
         seconds: float,
         alarm: Callable[[str], None],
         warn: Callable[[str], None],
@@ -180,7 +180,7 @@ class Watch:
         names = {host.address: host.name for host in self._hosts if host.address != here}
         return [
             f"  host {names[address]} ({address}) does not answer: its network is cut, or it is down"
-            for address in reach.silent(list(names))
+            for address in reach.unreachable_addresses(list(names))
         ]
 
     def _beats(self, seconds: float) -> list[tuple[str, bool]]:

@@ -219,7 +219,7 @@ def test_a_host_that_lets_nobody_in_and_variables_that_stay_here(cluster, examin
         ("reach", "node2", f"ssh does not come through: {said}",
          "let ssh log in without a question: `ssh-copy-id node2`"),
     ]  # fmt: skip
-    kept = ", ".join(passing.passed_on({**cluster.env, "TORCH_EXTENSIONS_DIR": "HERE"}))
+    kept = ", ".join(passing.forwarded_variables({**cluster.env, "TORCH_EXTENSIONS_DIR": "HERE"}))
     assert rows["odd"] == [
         ("variables", f"DeepSpeed would not hand these on to the other hosts: {kept}",
          "megagpt hosts HOSTFILE --write-environment FILE, and type what it says"),

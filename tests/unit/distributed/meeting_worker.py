@@ -5,11 +5,11 @@ import sys
 from datetime import timedelta
 
 from megagpt.distributed import from_environment
-from megagpt.distributed.meeting import meeting
+from megagpt.distributed.meeting import rendezvous
 from megagpt.errors import UserError
 
 try:
-    with meeting(from_environment(os.environ), sys.argv[1], timedelta(seconds=float(sys.argv[2]))) as rank:
+    with rendezvous(from_environment(os.environ), sys.argv[1], timedelta(seconds=float(sys.argv[2]))) as rank:
         print(f"met as rank {rank.rank}", flush=True)
         sys.stdin.read()
 except UserError as error:

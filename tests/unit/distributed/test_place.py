@@ -146,7 +146,7 @@ def test_a_launcher_that_does_not_say_enough_is_an_error(mistake):
 
 
 def test_all_five_variables_are_set_so_that_nobody_looks_for_mpi():
-    variables = Rank().variables()
+    variables = Rank().env_variables()
     assert set(variables) == {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     assert int(variables["MASTER_PORT"]) > 0
 
@@ -164,13 +164,13 @@ def test_all_five_variables_are_set_so_that_nobody_looks_for_mpi():
     ],
 )
 def test_lists_of_hosts_mean_what_scontrol_says(short, hosts):
-    assert nodelist.hosts(short) == hosts
+    assert nodelist.expand_hosts(short) == hosts
 
 
 @given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 5)), max_size=5))
 def test_counts_of_tasks_are_read_back(runs):
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
-    assert nodelist.counts(text) == [count for count, times in runs for _ in range(times)]
+    assert nodelist.expand_counts(text) == [count for count, times in runs for _ in range(times)]
 
 
 @given(st.integers(0, 10**9))

@@ -107,9 +107,9 @@ def launched(hosts):
 
 def test_two_names_of_one_host_are_refused_with_both():
     env = {"MEGAGPT_HOSTS": "a/b"}
-    assert promise.hosts_given([["sh"], launched(["node1", "node2"])], env) == ["node1", "node2"]
-    assert promise.hosts_given([["sh"]], env) == ["a", "b"]
-    assert promise.hosts_given([["sh"]], {}) == []
+    assert promise.hosts_of_launcher([["sh"], launched(["node1", "node2"])], env) == ["node1", "node2"]
+    assert promise.hosts_of_launcher([["sh"]], env) == ["a", "b"]
+    assert promise.hosts_of_launcher([["sh"]], {}) == []
     told = facts("node1", "node1", promised=["node1", "node2"])
     for expected in (None, 2):
         assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, expected) == (
@@ -124,10 +124,10 @@ def test_two_names_of_one_host_are_refused_with_both():
 
 
 def test_what_this_rank_says_of_itself():
-    told = promise.facts_here(SAME, {"OMP_NUM_THREADS": "1"}, [launched(["a", "b"])])
-    (host,) = promise.hosts_of([told])
+    told = promise.describe_rank(SAME, {"OMP_NUM_THREADS": "1"}, [launched(["a", "b"])])
+    (host,) = promise.locations_of_ranks([told])
     assert host.name == socket.gethostname()
-    assert reach.silent([host.address]) == []
+    assert reach.unreachable_addresses([host.address]) == []
     assert promise.json.loads(told)["promised"] == ["a", "b"]
 
 
