@@ -139,7 +139,9 @@ def _compare(
     options: Options, rank: Rank, facts: dict[str, Any], agreement: Agreement
 ) -> tuple[list[promise.RankLocation], list[str]]:
     """Where each rank is, and what is worth a note of how they differ; collective."""
-    told = agreement.gather(promise.describe_rank(_same(facts), passing.forwarded_variables(os.environ), promise.ancestors()))
+    told = agreement.gather(
+        promise.describe_rank(_same(facts), passing.forwarded_variables(os.environ), promise.ancestors())
+    )
     return promise.locations_of_ranks(told), promise.check_hosts(rank, told, os.environ, options.expect_world_size)
 
 

@@ -81,7 +81,11 @@ def connect(endpoint: Endpoint, limit: float) -> Channel:
         check_address(endpoint.rank)
     end = time.monotonic() + limit
     while True:
-        where = JobKey(endpoint.env_secret, endpoint.rank.address, endpoint.port) if endpoint.env_secret else secret.read_key(endpoint.key_file)
+        where = (
+            JobKey(endpoint.env_secret, endpoint.rank.address, endpoint.port)
+            if endpoint.env_secret
+            else secret.read_key(endpoint.key_file)
+        )
         if isinstance(where, str):
             error = _no_key_file(endpoint, where, limit)
         else:
@@ -242,7 +246,9 @@ def _listen_on_address(rank: Rank, port: int) -> socket.socket:
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
-    family, address = _addresses_of(own_address())[0]  # the job's address is translated (NAT) before it reaches this host
+    family, address = _addresses_of(own_address())[
+        0
+    ]  # the job's address is translated (NAT) before it reaches this host
     return socket.create_server((address, port), family=family, backlog=backlog)
 
 

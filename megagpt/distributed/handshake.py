@@ -6,7 +6,8 @@
 
 Fresh nonces make a recorded handshake worthless, and the role in each HMAC keeps a proof from being reflected to its
 author. Every later message has a length limit and an HMAC with a sequence number, under a key per direction that
-is derived from both nonces, so that an attacker who takes over the TCP stream can neither insert, repeat nor drop a message.
+is derived from both nonces, so that an attacker who takes over the TCP stream can neither insert, repeat
+nor drop a message.
 Messages are authenticated and not encrypted. Nothing that arrives is unpickled or evaluated.
 """
 

@@ -143,7 +143,9 @@ def _describe_missing(missing: Sequence[int], hosts: Sequence[str], duration: st
 
 def _address_from_mpi(rank: Rank) -> Rank:
     """Let rank 0 choose address and port, and broadcast them with MPI, which started the ranks."""
-    do = "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): then MPI is not needed"
+    do = (
+        "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): then MPI is not needed"
+    )
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

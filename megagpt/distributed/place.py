@@ -40,7 +40,7 @@ class Rank:
         return self.rank == 0
 
     def env_variables(self) -> dict[str, str]:
-        """Return the five variables that torch and DeepSpeed read. If one were missing, DeepSpeed would look for MPI."""
+        """Return the five variables that torch and DeepSpeed read; without all of them DeepSpeed looks for MPI."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -118,14 +118,20 @@ def free_port() -> int:
     The port is not ephemeral, so that the system does not assign it to anybody in the seconds until rank 0 listens
     there. A process returns each port only once, and processes begin at different ports.
     """
-    first = int(len(_FREE_PORTS) * (os.getpid() * 0.618034 % 1))  # golden ratio: processes with near ids begin far apart
+    first = int(
+        len(_FREE_PORTS) * (os.getpid() * 0.618034 % 1)
+    )  # golden ratio: processes with near ids begin far apart
     for _ in _FREE_PORTS:
         port = _FREE_PORTS[(first + next(_CALLS)) % len(_FREE_PORTS)]
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("", port))
             other.bind(("", port + 1))
             return port
-    raise MachineError("no port is free on this host", f"{_FREE_PORTS.start} to {_FREE_PORTS.stop}", "see which programs listen: `ss -ltnp`")
+    raise MachineError(
+        "no port is free on this host",
+        f"{_FREE_PORTS.start} to {_FREE_PORTS.stop}",
+        "see which programs listen: `ss -ltnp`",
+    )
 
 
 _DO = "let the launcher set its variables, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"

@@ -1,7 +1,7 @@
 """Preflight checks at launch: compare the actual ranks and hosts with what the launcher was given.
 
-With a mistyped hostfile DeepSpeed starts on one host only, and with the wrong MPI every rank is a world of its own. Both
-would train without an error.
+With a mistyped hostfile DeepSpeed starts on one host only, and with the wrong MPI every rank is a world of its own.
+Both would train without an error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
             )
 
 
-HOW_TO_FORWARD = "forward it (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+HOW_TO_FORWARD = (
+    "forward it (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def check_hosts(rank: Rank, descriptions: Sequence[str], env: Mapping[str, str],
     different = {name: line for name in names if (line := _variable_difference(name, ranks))}
     if wrong := [line for name, line in different.items() if not passing.may_differ_per_host(name)]:
         what = f"{len(wrong)} environment variables differ" if len(wrong) > 1 else "an environment variable differs"
-        problems.append(Problem(f"{what} between ranks", "\n".join(wrong), HAND_ON))
+        problems.append(Problem(f"{what} between ranks", "\n".join(wrong), HOW_TO_FORWARD))
     if problems:
         raise UserError.from_problems(problems)
     return list(different.values())

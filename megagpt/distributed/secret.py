@@ -20,7 +20,9 @@ from megagpt.errors import MachineError, UserError
 from megagpt.files import parse_json
 
 VARIABLE = "MEGAGPT_JOB_SECRET"
-HOW_TO_SET = f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
+HOW_TO_SET = (
+    f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
+)
 _MIN_LENGTH = 32  # characters of the variable: an eavesdropper could guess shorter secrets by trying all of them
 _MAX_BYTES = 4096  # bytes of a key file
 
@@ -40,7 +42,9 @@ def from_environment(env: Mapping[str, str]) -> bytes | None:
     if not text:
         return None
     if len(text) < _MIN_LENGTH:
-        raise UserError(f"{VARIABLE} has {len(text)} characters, at least {_MIN_LENGTH} are needed", VARIABLE, HOW_TO_SET)
+        raise UserError(
+            f"{VARIABLE} has {len(text)} characters, at least {_MIN_LENGTH} are needed", VARIABLE, HOW_TO_SET
+        )
     return text.encode()
 
 

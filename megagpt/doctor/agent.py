@@ -89,7 +89,8 @@ class ProbeProcess:
     """A process that runs one of the probes (probes.py)."""
 
     def __init__(self, probe: str, arguments: dict[str, Any]) -> None:
-        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+", errors="replace")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-m", "megagpt.doctor.probes", probe, json.dumps(arguments)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._errors, start_new_session=True

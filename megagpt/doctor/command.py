@@ -59,13 +59,13 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
         return None
     slots = hostfile.read(options.hostfile) if options.hostfile else {socket.gethostname(): _ranks_of_this_host(env)}
     world_size = rank.world_size if options.as_rank else sum(slots.values())
-    requirements = read_requirements(
-        options.recipe, options.deepspeed_config, options.overrides, world_size
-    )
+    requirements = read_requirements(options.recipe, options.deepspeed_config, options.overrides, world_size)
     hosts = hosts_of_ranks(rank, options.limit, env) if rank.world_size > 1 else _start_agents(slots, env)
     launcher = _launcher_facts(list(slots), env) if len(slots) > 1 else None
     single_host = _is_this_host([host.name for host in hosts])
-    return run(Session(hosts, requirements, options.limit, single_host, launcher, tuple(host_facts.package_requirements())))
+    return run(
+        Session(hosts, requirements, options.limit, single_host, launcher, tuple(host_facts.package_requirements()))
+    )
 
 
 def run(session: Session) -> Report:
@@ -127,7 +127,9 @@ def _start_agents(slots: Mapping[str, int], env: Mapping[str, str]) -> list[Host
         raise UserError("ssh is not installed on this host", "", "install OpenSSH's client (Debian: openssh-client)")
     first_rank, hosts = 0, []
     for host, count in slots.items():
-        connection = transport.start_local_agent() if _is_this_host(slots) else transport.start_agent_over_ssh(host, env)
+        connection = (
+            transport.start_local_agent() if _is_this_host(slots) else transport.start_agent_over_ssh(host, env)
+        )
         ranks = [[first_rank + local_rank, local_rank] for local_rank in range(count)]
         hosts.append(Host(host, [HostAgent(connection, ranks)]))
         first_rank += count

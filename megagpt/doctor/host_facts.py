@@ -140,6 +140,7 @@ def free_bytes(path: Path) -> int:
 
 def resource_limits() -> dict[str, Any]:
     """Return the limits of this process, which its ranks would inherit; None means unlimited."""
+
     def limits_of(kind: int) -> list[int | None]:
         return [None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(kind)]
 

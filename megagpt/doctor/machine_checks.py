@@ -18,7 +18,8 @@ _UNLIMITED = "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, Limit
 def check_data(session: Session, result: CheckResult) -> None:
     """Every host has every corpus, the same by size, first and last MiB, and the checksums in the sidecar."""
     if not session.requirements.recipe:
-        return result.skip(NO_RECIPE)
+        result.skip(NO_RECIPE)
+        return
     for prefix in session.requirements.corpora:
         complete = [host for host in session.reachable if not host.facts["data"][prefix]["missing"]]
         for host in session.reachable:
@@ -51,7 +52,8 @@ def check_run_directory(session: Session, result: CheckResult) -> None:
     """Every host can write into the run directory, and sees what the others have written."""
     path, hosts = session.requirements.run_dir, session.reachable
     if not path:
-        return result.skip(NO_RECIPE)
+        result.skip(NO_RECIPE)
+        return
     for host in hosts:
         if error := host.facts["run"]["error"]:
             fix = "free some space" if host.facts["run"]["full"] else "get write permission there"
@@ -79,7 +81,10 @@ def check_disk(session: Session, result: CheckResult) -> None:
                 report, need = result.error, f"one checkpoint needs {format_bytes(needed.checkpoint)}"
                 do = "free some space, or choose another run_dir"
             else:
-                report, need = result.warn, f"{checkpoints} checkpoints need {format_bytes(checkpoints * needed.checkpoint)}"
+                report, need = (
+                    result.warn,
+                    f"{checkpoints} checkpoints need {format_bytes(checkpoints * needed.checkpoint)}",
+                )
                 do = "free some space, or lower checkpoint.keep_last"
             report(f"{format_bytes(free[run_dir])} free for {run_dir}, but {need}", do, host.name)
         offloaded = needed.nvme_bytes * len(host.ranks)
@@ -131,7 +136,9 @@ def _check_devices_of(host: Host, result: CheckResult) -> None:
         result.warn(what, "unset DS_ACCELERATOR", host.name)
     elif driver["devices"] and not torch["devices"]:
         build = "built for CPUs" if torch["cuda"] is None else f"built for CUDA {torch['cuda']}"
-        what = f"torch {torch['version']}, {build}, sees none of {driver['devices']} × NVIDIA (driver {driver['driver']})"
+        what = (
+            f"torch {torch['version']}, {build}, sees none of {driver['devices']} × NVIDIA (driver {driver['driver']})"
+        )
         do = "install torch's build for CUDA, and a driver that is recent enough for it"
         result.error(f"{what}: {torch['error']}", do, host.name)
     elif torch["devices"] and len(torch["devices"]) < ranks:
@@ -151,8 +158,10 @@ def check_open_files(session: Session, result: CheckResult) -> None:
             continue
         do = f"`ulimit -n {maximum}` before the start"
         if session.launcher or (hard is not None and hard < maximum):
-            do = f"`* - nofile {maximum}` in /etc/security/limits.conf there, or LimitNOFILE={maximum} for sshd or slurmd"
-        report, need = (result.error, f"at least {minimum:,}") if soft < minimum else (result.warn, f"up to {maximum:,}")
+            do = f"`* - nofile {maximum}` in /etc/security/limits.conf there, LimitNOFILE={maximum} for sshd or slurmd"
+        report, need = (
+            (result.error, f"at least {minimum:,}") if soft < minimum else (result.warn, f"up to {maximum:,}")
+        )
         report(f"limited to {soft:,}, but each of {plural(session.world_size, 'rank')} needs {need}", do, host)
     least = min((soft for soft, _ in limits.values() if soft is not None), default=0)
     result.passed(f"limited to {least:,}, up to {maximum:,} are needed" if least else "unlimited")
@@ -177,7 +186,8 @@ def check_pinned_memory(session: Session, result: CheckResult) -> None:
     hosts = [host for host in session.reachable
              if "pinned" in host.probe or host.probe.get("at", "").startswith(PINNING)]  # fmt: skip
     if not hosts:
-        return result.skip("no GPU to transfer to")
+        result.skip("no GPU to transfer to")
+        return
     for host in hosts:
         error = host.probe["pinned"]["error"] if "pinned" in host.probe else failure_of(host.probe)
         if error:
@@ -191,7 +201,8 @@ def check_device_memory(session: Session, result: CheckResult) -> None:
     """The fullest rank fits into device memory."""
     hosts, needed = [host for host in session.reachable if _uses_gpu(host)], session.requirements.device
     if not hosts or not session.requirements.complete:
-        return result.skip(NO_CONFIG if hosts else "no GPU")
+        result.skip(NO_CONFIG if hosts else "no GPU")
+        return
     for host in hosts:
         _check_room(result, host, needed, min(host.probe["torch"]["memory"]), "a rank needs")
     least = min(min(host.probe["torch"]["memory"]) for host in hosts)
@@ -202,7 +213,8 @@ def check_host_memory(session: Session, result: CheckResult) -> None:
     """The ranks and the state offloaded to the host fit into its memory; on a host without GPU, everything."""
     needs = session.requirements
     if not needs.complete:
-        return result.skip(NO_CONFIG)
+        result.skip(NO_CONFIG)
+        return
     hosts = [host for host in session.reachable if "accelerator" in host.probe]
     needed = {host.name: len(host.ranks) * (needs.host if _uses_gpu(host) else needs.host_alone) for host in hosts}
     for host in hosts:

@@ -15,7 +15,8 @@ def check_connection(session: Session, result: CheckResult) -> None:
     """Every host answers. A host that is lost may have failed another check, whose name the finding has then."""
     result.findings += [host.lost for host in session.hosts if host.lost]
     if session.single_host and not result.findings:
-        return result.skip("no other hosts: no --hostfile")
+        result.skip("no other hosts: no --hostfile")
+        return
     how = " over ssh" if session.launcher else ""
     result.passed(f"{plural(len(session.hosts), 'host')} with {plural(session.world_size, 'rank')} answer{how}")
 
@@ -38,7 +39,7 @@ def check_launcher(session: Session, result: CheckResult) -> None:
 
 
 def check_interface(session: Session, result: CheckResult) -> None:
-    """Ranks offer each other an address that other hosts can reach: by default gloo uses that of the host's own name."""
+    """Ranks offer each other a reachable address: by default gloo uses that of the host's own name."""
     if session.single_host:
         return
     for host in session.reachable:
@@ -87,10 +88,12 @@ def can_all_reduce(session: Session) -> bool:
 def check_all_reduce(session: Session, result: CheckResult) -> None:
     """All ranks find each other and sum a tensor, over each backend that training uses."""
     if session.world_size < 2:
-        return result.skip("only one rank")
+        result.skip("only one rank")
+        return
     ranks = [(host, rank) for host in session.hosts for rank in host.all_reduce]
     if not ranks:
-        return result.skip("not run: it would wait because of an error above")
+        result.skip("not run: it would wait because of an error above")
+        return
     for host, rank in ranks:
         if failure := failure_of(rank):
             do = "let the hosts reach each other on all ports (firewalls), and set the interface that connects them: " \

@@ -103,8 +103,9 @@ class Session:
 
     def close(self) -> None:
         """End whatever was started on the hosts."""
-        for agent in (agent for host in self.hosts for agent in host.agents if agent.connection):
-            agent.connection.close()
+        for connection in (agent.connection for host in self.hosts for agent in host.agents):
+            if connection:
+                connection.close()
 
 
 def _nested(facts: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -125,9 +126,7 @@ def collect_from_hosts(session: Session, progress: Callable[[str], None]) -> Non
     def collect_facts(host: Host, connection: AgentConnection) -> None:
         connection.request("hello", limit, limit=agent_lifetime(limit))
         number = next(number for number, one in enumerate(session.hosts) if one is host)
-        host.facts = connection.request(
-            "facts", limit, requirements=asdict(requirements), session=name, number=number
-        )
+        host.facts = connection.request("facts", limit, requirements=asdict(requirements), session=name, number=number)
         host.clock = min((_clock_offset(connection, limit) for _ in range(_CLOCK_READINGS)), key=lambda one: one[1])
 
     def look_for_markers(host: Host, connection: AgentConnection) -> None:

@@ -85,7 +85,8 @@ def check_recipe(session: Session, result: CheckResult) -> None:
     """The files of the command line are the same on every host. Whether they fit together was checked before."""
     first, requirements = session.first, session.requirements
     if not requirements.files:
-        return result.skip(NO_CONFIG)
+        result.skip(NO_CONFIG)
+        return
     for path in requirements.files:
         for host in session.reachable:
             if not host.facts["files"][path]:
@@ -127,7 +128,8 @@ def check_operators(session: Session, result: CheckResult) -> None:
     for host in session.reachable:
         _check_loading(host, session, result)
     if not requirements.config:
-        return result.skip("needs --deepspeed_config")
+        result.skip("needs --deepspeed_config")
+        return
     if dead_locks or any(finding.status == "error" for finding in result.findings):
         return
     loaded: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Connections to the agents: over ssh, to a process on this host, or over a socket to a rank that is already running."""
+"""Connections to the agents: over ssh, to a process on this host, or over a socket to a running rank."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def start_local_agent() -> AgentConnection:
 def start_agent_over_ssh(host: str, env: Mapping[str, str]) -> AgentConnection:
     """Start an agent on another host, with the Python, folder and variables that `deepspeed` would give its ranks."""
     folder, python = os.getcwd(), sys.executable
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables_forwarded_by_deepspeed(env).items())
+    variables = " ".join(
+        f"{name}={shlex.quote(value)}" for name, value in variables_forwarded_by_deepspeed(env).items()
+    )
     command = (
         f"cd {shlex.quote(folder)} 2>/dev/null || exit {_NO_FOLDER}; "
         f"[ -x {shlex.quote(python)} ] || exit {_NO_PYTHON}; "
@@ -143,7 +145,7 @@ def pdsh_ssh_options(env: Mapping[str, str]) -> list[str]:
 
 
 def _start(command: Sequence[str], host: str) -> AgentConnection:
-    errors = tempfile.TemporaryFile("w+", errors="replace")
+    errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", bufsize=1
     )
@@ -206,7 +208,7 @@ def explain_exit(host: str, code: int, error: str) -> Finding:
 
 
 def channel_lines(channel: Channel) -> tuple[Iterator[str], Callable[[str], None]]:
-    """Return the lines that arrive over an authenticated channel until the other end is gone, and a function to send."""
+    """Return the lines that arrive over a channel until the other end is gone, and a function that sends a line."""
 
     def receive() -> Iterator[str]:
         with contextlib.suppress(EOFError, OSError):

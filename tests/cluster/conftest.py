@@ -37,7 +37,9 @@ class Cluster:
         self.folder = folder / "c"
         self._prefix = f"m{owner}x"
         self.env = {
-            **{name: value for name, value in os.environ.items() if name not in Rank().env_variables()},  # of other tests
+            **{
+                name: value for name, value in os.environ.items() if name not in Rank().env_variables()
+            },  # of other tests
             "CLUSTER_DIR": str(self.folder),
             "CLUSTER_OWNER": str(owner),
             "SLURM_CONF": str(self.folder / "slurm/slurm.conf"),

@@ -10,11 +10,11 @@ import sys
 import threading
 
 import pytest
+from megagpt.doctor.finding import Finding, Report
 
 from megagpt import doctor
 from megagpt.distributed import Rank, free_port, secret
 from megagpt.doctor import agent, ranks
-from megagpt.doctor.finding import Finding, Report
 from megagpt.errors import MachineError, UserError
 from tests import training
 

@@ -7,11 +7,11 @@ import time
 from contextlib import closing
 
 import pytest
+from megagpt.doctor.links import Lost
 
 from megagpt import plan
 from megagpt.distributed.handshake import Channel
 from megagpt.doctor import links, needs
-from megagpt.doctor.links import Lost
 from megagpt.errors import UserError
 from tests import training
 

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from megagpt.doctor.children import Child
+from megagpt.doctor.token import Token
 
 from megagpt.data.indexed_writer import CorpusWriter
 from megagpt.doctor import facts, network
 from megagpt.doctor.agent import Agent
-from megagpt.doctor.children import Child
-from megagpt.doctor.token import Token
 
 NOTHING = {"files": [], "corpora": [], "run_dir": "", "nvme": ""}
 
