@@ -94,7 +94,7 @@ def read_key(path: Path) -> JobKey | str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return "it is not there"
+        return "it does not exist"
     except OSError as error:
         return str(error.strerror)
     with os.fdopen(descriptor, "rb") as file:

@@ -1,7 +1,6 @@
 """Hostile input of every kind that SECURITY.md lists: refused with a message, and nothing else happens."""
 
 import ast
-import io
 import json
 import lzma
 import os
@@ -433,4 +432,4 @@ def test_deep_json_in_a_config_a_recipe_and_on_the_command_line(tmp_path, recipe
 
 def test_deep_json_in_the_talk_of_the_doctor():
     with pytest.raises(ValueError, match="nested too deeply"):
-        agent.serve([f"{agent.MARK}{DEEP}\n"], io.StringIO())
+        agent.serve([f"{agent.PREFIX}{DEEP}\n"], print)

@@ -239,7 +239,7 @@ def test_the_key_file_is_of_this_user_alone_and_gone_when_all_have_come(door):
 
 def test_key_files_that_others_may_have_written_or_read_are_not_trusted(tmp_path, monkeypatch):
     path, key = tmp_path / "key", JobKey(b"k" * 32, "127.0.0.1", 20_000)
-    assert secret.read_key(path) == "it is not there"
+    assert secret.read_key(path) == "it does not exist"
     secret.publish_key(path, key)
     assert secret.read_key(path) == key
     for mode in (0o640, 0o604, 0o620, 0o666):

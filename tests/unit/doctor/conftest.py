@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+
 from megagpt.doctor.job_requirements import JobRequirements
 from megagpt.doctor.session import Host, HostAgent, LauncherFacts, Session
 

@@ -3,19 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from megagpt.doctor.finding import Finding, Report
-from megagpt.doctor.needs import Needs
 
-from megagpt import doctor
-
-SAME = "install the same environment on every host"
-NVME = {"operators": ("async_io",), "gpu_operators": (), "nvme": "nvme", "nvme_bytes": 9 * 10**9}
-PLAN = "see what would fit: `megagpt plan` with the same recipe and config"
-NO_LIMIT = (
-    "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity for slurmd, "
-    "`docker run --ulimit memlock=-1`"
-)
-LOCK = {"path": "/ext/async_io/lock", "operator": "async_io", "building": False}
+from megagpt.doctor import command
+from megagpt.doctor.job_requirements import JobRequirements
+from megagpt.doctor.report import Finding
+from megagpt.doctor.session import HostAgent
 
 
 def findings(session, *statuses):
@@ -223,8 +215,8 @@ ERRORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_what_stops_training_is_told_with_its_host_and_its_remedy(session, fault):
+@pytest.mark.parametrize("fault", ERRORS)
+def test_errors_name_the_host_and_a_remedy(session, fault):
     change, (check, what, do) = ERRORS[fault]
     change(session)
     found = findings(session, "error")
@@ -319,7 +311,7 @@ WARNINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", ODD)
+@pytest.mark.parametrize("fault", WARNINGS)
 def test_warnings_do_not_fail_the_report(session, fault):
     change, (check, what, do) = WARNINGS[fault]
     change(session)

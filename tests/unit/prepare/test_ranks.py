@@ -219,7 +219,7 @@ def test_an_error_names_tasks_that_do_not_connect(monkeypatch, tmp_path):
         said = [one.result().splitlines()[0] for one in coming]
     assert said == [
         "megagpt: task 0 has ended before its work was done",
-        f"megagpt: rank 1 on {socket.gethostname()} found no key of its job within 3 s: it is not there",
+        f"megagpt: rank 1 on {socket.gethostname()} found no key of its job within 3 s: it does not exist",
     ]
     assert str(error.value) == (
         "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
