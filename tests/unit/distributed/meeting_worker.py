@@ -10,7 +10,7 @@ from megagpt.errors import UserError
 
 try:
     with rendezvous(from_environment(os.environ), sys.argv[1], timedelta(seconds=float(sys.argv[2]))) as rank:
-        print(f"met as rank {rank.rank}", flush=True)
+        print(f"started as rank {rank.rank}", flush=True)
         sys.stdin.read()
 except UserError as error:
     print(error, flush=True)

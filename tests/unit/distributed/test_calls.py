@@ -1,4 +1,4 @@
-"""Whoever calls rank 0: the job's own processes are let in, and strangers can neither enter, replace nor delay them."""
+"""Connections to rank 0: the job's own processes are accepted, and strangers can neither replace nor delay them."""
 
 import os
 import socket
@@ -79,7 +79,7 @@ def met(door, callers):
 
 @pytest.mark.parametrize("given", [None, SECRET])
 def test_the_processes_of_a_job_meet(door, given):
-    door = replace(door, given=given)
+    door = replace(door, env_secret=given)
     with calls.listen(door, 60) as callers:
         assert met(door, callers) == [1, 2]
 
@@ -133,7 +133,7 @@ def test_a_stranger_who_trickles_bytes_is_dropped_at_the_limit(door, monkeypatch
 
 
 def test_a_recorded_proof_is_worthless(door):
-    door = replace(door, given=SECRET)
+    door = replace(door, env_secret=SECRET)
     with calls.listen(door, 60) as callers, strangers(door, 2) as (first, second):
         recorded = proof(door.key(SECRET), greeting(first), 1)
         first.sendall(recorded)
@@ -148,7 +148,7 @@ def test_a_recorded_proof_is_worthless(door):
 
 @pytest.mark.parametrize("number", [0, 3, 2**32 - 1])
 def test_numbers_that_are_none_of_the_callers_are_refused(door, number):
-    door = replace(door, given=SECRET)
+    door = replace(door, env_secret=SECRET)
     with calls.listen(door, 60) as callers, strangers(door) as (one,):
         one.sendall(proof(door.key(SECRET), greeting(one), number))
         assert closed(one)
@@ -157,10 +157,10 @@ def test_numbers_that_are_none_of_the_callers_are_refused(door, number):
 
 @pytest.mark.parametrize("other", [{"job": "8.0"}, {"world_size": 4}])
 def test_a_proof_for_another_job_is_refused_by_both_ends(door, other):
-    door = replace(door, given=SECRET)
+    door = replace(door, env_secret=SECRET)
     theirs = replace(door, rank=replace(door.rank, **other))
     with calls.listen(door, 60) as callers:
-        for wrong in (theirs, replace(door, given=SECRET[::-1]), replace(door, purpose="doctor")):
+        for wrong in (theirs, replace(door, env_secret=SECRET[::-1]), replace(door, purpose="doctor")):
             with pytest.raises(MachineError, match="it does not have the secret of this job"):
                 calls.connect(of(wrong, 1), 60)
         assert met(door, callers) == [1, 2]
@@ -168,7 +168,7 @@ def test_a_proof_for_another_job_is_refused_by_both_ends(door, other):
 
 def test_a_proof_is_not_reflected_to_its_author(door):
     """A listener without the secret returns to a caller what the caller itself has sent."""
-    door = replace(door, given=SECRET)
+    door = replace(door, env_secret=SECRET)
     with socket.create_server(("127.0.0.1", door.port)) as server, ThreadPoolExecutor() as pool:
 
         def reflect():
@@ -189,7 +189,7 @@ def test_a_proof_is_not_reflected_to_its_author(door):
 @pytest.mark.parametrize("says", [b"", b"\xff" * 100], ids=["nothing", "noise"])
 def test_another_program_at_the_port_is_named(door, monkeypatch, says):
     monkeypatch.setattr(calls, "_ANSWER", 1.0)
-    door = replace(door, given=SECRET)
+    door = replace(door, env_secret=SECRET)
     with socket.create_server(("127.0.0.1", door.port)) as server:
         with ThreadPoolExecutor() as pool:
 

@@ -9,6 +9,16 @@ from megagpt.doctor.job_requirements import JobRequirements
 from megagpt.doctor.report import Finding
 from megagpt.doctor.session import HostAgent
 
+SAME = "install the same environment on every host"
+NVME = {"operators": ("async_io",), "gpu_operators": (), "nvme": "nvme", "nvme_bytes": 9 * 10**9}
+PLAN = "see what would fit: `megagpt plan` with the same recipe and config"
+NO_LIMIT = (
+    "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity for slurmd, "
+    "`docker run --ulimit memlock=-1`"
+)
+CLOCK = "synchronize it with chrony or systemd-timesyncd: `timedatectl set-ntp true`"
+LOCK = {"path": "/ext/async_io/lock", "operator": "async_io", "building": False}
+
 
 def findings(session, *statuses):
     """(check, hosts, what, do) of the findings with one of these statuses."""
@@ -149,7 +159,7 @@ ERRORS = {
     ),
     "a clock behind": (
         second(lambda host: setattr(host, "clock", (-3.0, 0.5))),
-        ("clock", "its clock is 3.0 s behind", "synchronize it with chrony or systemd-timesyncd: `timedatectl set-ntp true`"),
+        ("clock", "its clock is 3.0 s behind", CLOCK),
     ),
     "torch for CPUs beside a GPU": (
         probe(torch={"version": "2.13.0+cpu", "cuda": None, "devices": [], "error": "no CUDA"}),
@@ -297,7 +307,7 @@ WARNINGS = {
     ),
     "a clock a little ahead": (
         second(lambda host: setattr(host, "clock", (0.9, 0.1))),
-        ("clock", "its clock is 0.9 s ahead", "synchronize it with chrony or systemd-timesyncd: `timedatectl set-ntp true`"),
+        ("clock", "its clock is 0.9 s ahead", CLOCK),
     ),
     "hardly enough open files": (
         facts("limits", open_files=[200, 65536]),
