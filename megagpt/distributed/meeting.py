@@ -155,7 +155,7 @@ def _address_from_mpi(rank: Rank) -> Rank:
     world = MPI.COMM_WORLD
     if world.Get_size() != rank.world_size:
         raise UserError(
-            f"{rank.launcher} started {rank.world_size} ranks, but the world size of mpi4py is {world.Get_size()}",
+            f"{rank.launcher} started {rank.world_size} ranks, but mpi4py sees a world size of {world.Get_size()}",
             f"mpi4py has loaded {MPI.Get_library_version().splitlines()[0]}",
             do,
         )

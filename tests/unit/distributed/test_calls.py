@@ -21,19 +21,19 @@ SECRET = b"0123456789abcdef" * 4
 
 
 @pytest.fixture
-def door(tmp_path):
+def endpoint(tmp_path):
     return Endpoint(Rank(0, 0, 3, 3, "127.0.0.1", free_port(), "slurm", "7.0"), free_port(), "prepare", tmp_path, None)
 
 
-def of(door, number, **other):
-    return replace(door, rank=replace(door.rank, rank=number), **other)
+def of(endpoint, number, **other):
+    return replace(endpoint, rank=replace(endpoint.rank, rank=number), **other)
 
 
 @contextmanager
-def strangers(door, count=1):
+def strangers(endpoint, count=1):
     """Connections to rank 0 that have been greeted."""
     with ExitStack() as stack:
-        made = [stack.enter_context(socket.create_connection(("127.0.0.1", door.port))) for _ in range(count)]
+        made = [stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.port))) for _ in range(count)]
         yield made
 
 
@@ -61,10 +61,10 @@ def closed(connection):
     return received in (b"", bytes(32))
 
 
-def met(door, callers):
+def met(endpoint, callers):
     """The numbers of the two other processes, once both have come; each has exchanged a message."""
     with ThreadPoolExecutor() as pool:
-        others = {number: pool.submit(calls.connect, of(door, number), 60) for number in (1, 2)}
+        others = {number: pool.submit(calls.connect, of(endpoint, number), 60) for number in (1, 2)}
         came = dict([next(callers), next(callers)])
         for number, channel in came.items():
             theirs = others[number].result()
@@ -78,35 +78,35 @@ def met(door, callers):
 
 
 @pytest.mark.parametrize("given", [None, SECRET])
-def test_the_processes_of_a_job_meet(door, given):
-    door = replace(door, env_secret=given)
-    with calls.listen(door, 60) as callers:
-        assert met(door, callers) == [1, 2]
+def test_the_processes_of_a_job_meet(endpoint, given):
+    endpoint = replace(endpoint, env_secret=given)
+    with calls.listen(endpoint, 60) as callers:
+        assert met(endpoint, callers) == [1, 2]
 
 
-def test_only_the_jobs_address_is_listened_on(door):
-    with calls.listen(door, 60) as callers:
-        assert secret.read_key(door.file).address == "127.0.0.1"
+def test_only_the_jobs_address_is_listened_on(endpoint):
+    with calls.listen(endpoint, 60) as callers:
+        assert secret.read_key(endpoint.key_file).address == "127.0.0.1"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.2", door.port))
-        assert met(door, callers) == [1, 2]
+            socket.create_connection(("127.0.0.2", endpoint.port))
+        assert met(endpoint, callers) == [1, 2]
 
 
-def test_a_stranger_who_calls_first_with_whatever_bytes_is_sent_away(door):
+def test_a_stranger_who_calls_first_with_whatever_bytes_is_sent_away(endpoint):
     texts = [b"1", b"\x80\x04\x95" * 200, b"\xff" * 10_000, struct.pack(">Q", 1 << 63) + b"x" * 100, b'{"a":' * 10_000]
-    with calls.listen(door, 60) as callers, strangers(door, len(texts)) as made:
+    with calls.listen(endpoint, 60) as callers, strangers(endpoint, len(texts)) as made:
         for connection, text in zip(made, texts, strict=True):
             assert greeting(connection).startswith(b"megagpt 1\n")
             connection.sendall(text)
-        assert met(door, callers) == [1, 2]
+        assert met(endpoint, callers) == [1, 2]
         made[0].shutdown(socket.SHUT_WR)
         assert all(map(closed, made))
 
 
-def test_slow_strangers_delay_nobody_and_are_sent_away(door, monkeypatch):
+def test_slow_strangers_delay_nobody_and_are_sent_away(endpoint, monkeypatch):
     monkeypatch.setattr(calls, "_PROOF", 3.0)
-    with calls.listen(door, 60) as callers, strangers(door, 200) as made:  # more than are heard at a time
-        assert met(door, callers) == [1, 2]
+    with calls.listen(endpoint, 60) as callers, strangers(endpoint, 200) as made:  # more than are heard at a time
+        assert met(endpoint, callers) == [1, 2]
         with suppress(ConnectionResetError, EOFError):
             handshake._exactly(made[0], 1000)  # dropped for the callers after it
         for connection in made[-3:]:  # dropped for their silence
@@ -114,9 +114,9 @@ def test_slow_strangers_delay_nobody_and_are_sent_away(door, monkeypatch):
             assert closed(connection)
 
 
-def test_a_stranger_who_trickles_bytes_is_dropped_at_the_limit(door, monkeypatch):
+def test_a_stranger_who_trickles_bytes_is_dropped_at_the_limit(endpoint, monkeypatch):
     monkeypatch.setattr(calls, "_PROOF", 1.0)
-    with calls.listen(door, 60) as callers, strangers(door) as (slow,):
+    with calls.listen(endpoint, 60) as callers, strangers(endpoint) as (slow,):
         greeting(slow)
 
         def trickle():
@@ -128,14 +128,14 @@ def test_a_stranger_who_trickles_bytes_is_dropped_at_the_limit(door, monkeypatch
 
         with ThreadPoolExecutor() as pool:
             trickling = pool.submit(trickle)
-            assert met(door, callers) == [1, 2]
+            assert met(endpoint, callers) == [1, 2]
             trickling.result()
 
 
-def test_a_recorded_proof_is_worthless(door):
-    door = replace(door, env_secret=SECRET)
-    with calls.listen(door, 60) as callers, strangers(door, 2) as (first, second):
-        recorded = proof(door.key(SECRET), greeting(first), 1)
+def test_a_recorded_proof_is_worthless(endpoint):
+    endpoint = replace(endpoint, env_secret=SECRET)
+    with calls.listen(endpoint, 60) as callers, strangers(endpoint, 2) as (first, second):
+        recorded = proof(endpoint.key(SECRET), greeting(first), 1)
         first.sendall(recorded)
         number, channel = next(callers)
         channel.close()
@@ -143,33 +143,33 @@ def test_a_recorded_proof_is_worthless(door):
         greeting(second)
         second.sendall(recorded)
         assert closed(second)
-        assert met(door, callers) == [1, 2]
+        assert met(endpoint, callers) == [1, 2]
 
 
 @pytest.mark.parametrize("number", [0, 3, 2**32 - 1])
-def test_numbers_that_are_none_of_the_callers_are_refused(door, number):
-    door = replace(door, env_secret=SECRET)
-    with calls.listen(door, 60) as callers, strangers(door) as (one,):
-        one.sendall(proof(door.key(SECRET), greeting(one), number))
+def test_numbers_that_are_none_of_the_callers_are_refused(endpoint, number):
+    endpoint = replace(endpoint, env_secret=SECRET)
+    with calls.listen(endpoint, 60) as callers, strangers(endpoint) as (one,):
+        one.sendall(proof(endpoint.key(SECRET), greeting(one), number))
         assert closed(one)
-        assert met(door, callers) == [1, 2]
+        assert met(endpoint, callers) == [1, 2]
 
 
 @pytest.mark.parametrize("other", [{"job": "8.0"}, {"world_size": 4}])
-def test_a_proof_for_another_job_is_refused_by_both_ends(door, other):
-    door = replace(door, env_secret=SECRET)
-    theirs = replace(door, rank=replace(door.rank, **other))
-    with calls.listen(door, 60) as callers:
-        for wrong in (theirs, replace(door, env_secret=SECRET[::-1]), replace(door, purpose="doctor")):
+def test_a_proof_for_another_job_is_refused_by_both_ends(endpoint, other):
+    endpoint = replace(endpoint, env_secret=SECRET)
+    theirs = replace(endpoint, rank=replace(endpoint.rank, **other))
+    with calls.listen(endpoint, 60) as callers:
+        for wrong in (theirs, replace(endpoint, env_secret=SECRET[::-1]), replace(endpoint, purpose="doctor")):
             with pytest.raises(MachineError, match="it does not have the secret of this job"):
                 calls.connect(of(wrong, 1), 60)
-        assert met(door, callers) == [1, 2]
+        assert met(endpoint, callers) == [1, 2]
 
 
-def test_a_proof_is_not_reflected_to_its_author(door):
+def test_a_proof_is_not_reflected_to_its_author(endpoint):
     """A listener without the secret returns to a caller what the caller itself has sent."""
-    door = replace(door, env_secret=SECRET)
-    with socket.create_server(("127.0.0.1", door.port)) as server, ThreadPoolExecutor() as pool:
+    endpoint = replace(endpoint, env_secret=SECRET)
+    with socket.create_server(("127.0.0.1", endpoint.port)) as server, ThreadPoolExecutor() as pool:
 
         def reflect():
             with server.accept()[0] as caller:
@@ -181,16 +181,16 @@ def test_a_proof_is_not_reflected_to_its_author(door):
                 return closed(caller)
 
         reflecting = pool.submit(reflect)
-        with pytest.raises(MachineError, match=f"another program listens at 127.0.0.1:{door.port}"):
-            calls.connect(of(door, 1), 60)
+        with pytest.raises(MachineError, match=f"another program listens at 127.0.0.1:{endpoint.port}"):
+            calls.connect(of(endpoint, 1), 60)
         assert reflecting.result()
 
 
 @pytest.mark.parametrize("says", [b"", b"\xff" * 100], ids=["nothing", "noise"])
-def test_another_program_at_the_port_is_named(door, monkeypatch, says):
+def test_another_program_at_the_port_is_named(endpoint, monkeypatch, says):
     monkeypatch.setattr(calls, "_ANSWER", 1.0)
-    door = replace(door, env_secret=SECRET)
-    with socket.create_server(("127.0.0.1", door.port)) as server:
+    endpoint = replace(endpoint, env_secret=SECRET)
+    with socket.create_server(("127.0.0.1", endpoint.port)) as server:
         with ThreadPoolExecutor() as pool:
 
             def speak():
@@ -200,41 +200,44 @@ def test_another_program_at_the_port_is_named(door, monkeypatch, says):
 
             spoken = pool.submit(speak)
             with pytest.raises(MachineError, match=r"it does not have the secret of this job \(7.0\)"):
-                calls.connect(of(door, 1), 60)
+                calls.connect(of(endpoint, 1), 60)
             spoken.result()
-        with pytest.raises(MachineError, match=f"port {door.port} is in use on this host"), calls.listen(door, 60):
+        with (
+            pytest.raises(MachineError, match=f"port {endpoint.port} is in use on this host"),
+            calls.listen(endpoint, 60),
+        ):
             pass
 
 
-def test_a_taken_port_does_not_stop_a_job_with_a_key_file(door):
-    with socket.create_server(("127.0.0.1", door.port)), calls.listen(door, 60) as callers:
-        assert secret.read_key(door.file).port != door.port
-        assert met(door, callers) == [1, 2]
+def test_a_taken_port_does_not_stop_a_job_with_a_key_file(endpoint):
+    with socket.create_server(("127.0.0.1", endpoint.port)), calls.listen(endpoint, 60) as callers:
+        assert secret.read_key(endpoint.key_file).port != endpoint.port
+        assert met(endpoint, callers) == [1, 2]
 
 
-def test_what_a_dead_job_of_this_name_has_left_is_replaced(door):
-    secret.publish_key(door.file, JobKey(b"k" * 32, "127.0.0.1", free_port()))
+def test_what_a_dead_job_of_this_name_has_left_is_replaced(endpoint):
+    secret.publish_key(endpoint.key_file, JobKey(b"k" * 32, "127.0.0.1", free_port()))
     with ThreadPoolExecutor() as pool:
-        early = pool.submit(calls.connect, of(door, 1), 60)
+        early = pool.submit(calls.connect, of(endpoint, 1), 60)
         time.sleep(0.5)
-        with calls.listen(door, 60) as callers:
+        with calls.listen(endpoint, 60) as callers:
             number, channel = next(callers)
             channel.close()
             early.result().close()
             assert number == 1
-            assert met(door, callers) == [1, 2]
+            assert met(endpoint, callers) == [1, 2]
 
 
-def test_the_key_file_is_of_this_user_alone_and_gone_when_all_have_come(door):
+def test_the_key_file_is_of_this_user_alone_and_gone_when_all_have_come(endpoint):
     old = os.umask(0)
     try:
-        with calls.listen(door, 60):
-            status = door.file.stat()
+        with calls.listen(endpoint, 60):
+            status = endpoint.key_file.stat()
             assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, os.geteuid())
-            assert len(secret.read_key(door.file).secret) == 32
+            assert len(secret.read_key(endpoint.key_file).secret) == 32
     finally:
         os.umask(old)
-    assert list(door.folder.iterdir()) == []
+    assert list(endpoint.folder.iterdir()) == []
 
 
 def test_key_files_that_others_may_have_written_or_read_are_not_trusted(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_two_jobs_on_one_port_never_join_and_the_first_continues():
             f"megagpt: port {port} is in use on this host, by another job or by processes left from"
         )
         first.append(stack.enter_context(process(1, "runs/a", port)))
-        assert [one.stdout.readline() for one in first] == ["started as rank 0\n", "met as rank 1\n"]
+        assert [one.stdout.readline() for one in first] == ["started as rank 0\n", "started as rank 1\n"]
         # the same job started twice: the names are equal, but its ranks have already started
         double = stack.enter_context(process(1, "runs/a", port))
         printed, _ = double.communicate(timeout=180)

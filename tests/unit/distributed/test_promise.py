@@ -80,7 +80,8 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_NOD
 @pytest.mark.parametrize(
     ("env", "hosts", "message"),
     [
-        (STEP, ["a"], "SLURM allocated 2 hosts, node1, node2, but the job's only rank runs on 1: a\n  the nodes of the step"),
+        (STEP, ["a"],
+         "SLURM allocated 2 hosts, node1, node2, but the job's only rank runs on 1: a\n  the nodes of the step"),
         ({"SLURM_JOB_NODELIST": "node[1-3]"}, ["a", "a"],
          "SLURM allocated 3 hosts, node1, node2, node3, but the job's 2 ranks run on 1: a\n  the nodes of the job"),
     ],
@@ -158,7 +159,8 @@ def test_environment_variables_that_differ_are_refused_by_name():
     )
     told = facts("a", "b", environment={"OMP_NUM_THREADS": "2"})
     assert refusal(promise.check_hosts, Rank(world_size=2), told, {}, None) == (
-        f"megagpt: an environment variable differs between ranks\n  OMP_NUM_THREADS: 1 on rank 0 (a), 2 on rank 1 (b)\n{help_}"
+        "megagpt: an environment variable differs between ranks\n"
+        f"  OMP_NUM_THREADS: 1 on rank 0 (a), 2 on rank 1 (b)\n{help_}"
     )
 
 

@@ -336,8 +336,8 @@ def test_ssh_that_waits_too_long(session):
     session = replace(session, launcher=launcher)
     do = 'export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3"'
     assert findings(session, "warning") == [
-        ("launcher", "node1", "if the host becomes silent, the ssh of `deepspeed` waits forever (no ServerAliveInterval)",
-         do),
+        ("launcher", "node1",
+         "if the host becomes silent, the ssh of `deepspeed` waits forever (no ServerAliveInterval)", do),
         ("launcher", "node2", "if the host becomes silent, the ssh of `deepspeed` waits 900 s", do),
         ("variables", "DeepSpeed would not forward these to the other hosts: OMP_NUM_THREADS",
          "megagpt hosts HOSTFILE --write-environment FILE, and run the `export` line that it prints"),

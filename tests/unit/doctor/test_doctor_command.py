@@ -48,8 +48,8 @@ def test_the_table_fits_the_terminal_and_has_every_finding(report, monkeypatch, 
     assert colour or not any(line.endswith(" ") for line in lines)
     words = [word for line in lines for word in line.split()]
     for row in report.findings:
-        assert any(line[0] == {"ok": "✓", "warning": "!", "error": "✗", "skipped": "–"}[row.status] and row.check in line
-                   for line in lines if line)  # fmt: skip
+        symbol = {"ok": "✓", "warning": "!", "error": "✗", "skipped": "–"}[row.status]
+        assert any(line[0] == symbol and row.check in line for line in lines if line)
         assert set(f"{row.what} {row.do}".split()) <= set(words)
     assert lines[-1] == "2 failed, 19 passed, 1 skipped"
 
@@ -151,7 +151,8 @@ def test_a_rank_that_cannot_reach_rank_0_fails(given, tmp_path):
         (
             r"megagpt: rank 1 on \S+ could not reach rank 0 at 127\.0\.0\.1:\d+\n"
             r"  \[Errno 111\] Connection refused, for 1 s\n"
-            r"  do: check whether rank 0 has ended, whether its host's name resolves to the same address here, and for a firewall\n"
+            r"  do: check whether rank 0 has ended, whether its host's name resolves to the same "
+            r"address here, and for a firewall\n"
         )
         if given
         else r"megagpt: rank 1 on \S+ found no key file of its job within 1 s: it does not exist\n" + where

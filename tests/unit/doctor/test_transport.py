@@ -78,7 +78,7 @@ def test_a_result_that_does_not_arrive_names_the_step():
             connection.request("facts", 2)
     assert caught.value.finding.what == "no answer within 2 s, at step: data"
     with pytest.raises(HostLost) as caught:
-        request_until_lost(link)
+        request_until_lost(connection)
     assert caught.value.finding.what == "the rank has ended"
     connection.close()
 
