@@ -115,12 +115,12 @@ ERRORS = {
     "torch does not load": (
         probe_ends(died="ImportError: libcudnn.so.9: no such file", at="import torch"),
         ("imports", "import torch: ImportError: libcudnn.so.9: no such file",
-         "run `/env/bin/python -c 'import torch'` there, and fix or reinstall what it complains about"),
+         "run `/env/bin/python -c 'import torch'` there by hand, and fix or reinstall what it complains about"),
     ),
     "importing DeepSpeed hangs": (
         probe_ends("torch", "pinned", hung=60.0, at="import deepspeed"),
         ("imports", "import deepspeed: not finished after 60 s",
-         "run `/env/bin/python -c 'import deepspeed'` there, and fix or reinstall what it complains about"),
+         "run `/env/bin/python -c 'import deepspeed'` there by hand, and fix or reinstall what it complains about"),
     ),
     "other data": (
         second(lambda host: host.facts["data"]["web"].update(sizes={".bin": 1_234_567, ".idx": 20})),
@@ -167,7 +167,7 @@ ERRORS = {
          "install torch's build for CUDA, and a driver that is recent enough for it"),
     ),
     "fewer devices than ranks": (
-        second(lambda host: setattr(host, "workers", [HostAgent(None, [[1, 0], [2, 1]])])),
+        second(lambda host: setattr(host, "agents", [HostAgent(None, [[1, 0], [2, 1]])])),
         ("devices", "1 device for 2 ranks", "give the host as many slots as it has devices (CUDA_VISIBLE_DEVICES?)"),
     ),
     "a name that is the loopback": (
