@@ -20,7 +20,7 @@ from megagpt.data.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import MachineError
 from megagpt.prepare.encoding import write_error
-from megagpt.prepare.ranks import Ranks
+from megagpt.prepare.ranks import ProcessGroup
 
 # Documents that are processed together. A shuffle permutes the documents of each block, and the blocks.
 BLOCK_DOCUMENTS = 1 << 16
@@ -100,7 +100,7 @@ class DocumentSelection:
 
 @contextmanager
 def merge_shards(
-    prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: Ranks
+    prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: ProcessGroup
 ) -> Iterator[tuple[Mapping[bool, CorpusWriter], int]]:
     """Write the selected documents to the parts of a corpus. Collective.
 
@@ -125,7 +125,7 @@ def merge_shards(
 
         ranks.first(open_writers)
         blocks = selection.blocks()
-        own = ranks.share(blocks)
+        own = ranks.local_part(blocks)
         starts = {part: ranks.sum_before(partial(selection.total_id_bytes, own, part)) for part in prefixes}
 
         def copy_own() -> tuple[dict[bool, ChecksummedRanges], int]:
