@@ -28,7 +28,7 @@ class ProcessGroup:
         return work()
 
     def each(self, work: Callable[[], _T]) -> list[_T]:
-        """Run `work` on every rank and return all results on every rank; the first UserError is raised on every rank."""
+        """Run `work` on every rank and return all results on every rank. The first UserError is raised on all."""
         return [work()]
 
     def local_part(self, items: Sequence[_T]) -> Sequence[_T]:
