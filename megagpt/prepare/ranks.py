@@ -48,7 +48,7 @@ class ProcessGroup:
         """Copy the files in `folder` that each rank names to the first rank, unless it has them."""
 
 
-class CommunicatingGroup(ProcessGroup):
+class _CommunicatingGroup(ProcessGroup):
     """Several ranks that communicate through mpi4py's communicator, or through one with the same methods."""
 
     def __init__(self, communicator: Any) -> None:
@@ -131,12 +131,12 @@ def process_group(folder: Path) -> Iterator[ProcessGroup]:
 
         env_secret = secret.from_environment(os.environ)
         with _errors_on_first_rank_only(rank.rank), connected(rank, folder, env_secret) as tasks:
-            yield CommunicatingGroup(tasks)
+            yield _CommunicatingGroup(tasks)
     else:
         with _errors_on_first_rank_only(rank.rank):
             world = _mpi(rank.world_size)
             try:
-                yield CommunicatingGroup(world)
+                yield _CommunicatingGroup(world)
             except UserError:
                 raise
             except BaseException:

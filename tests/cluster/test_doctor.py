@@ -115,8 +115,8 @@ def test_two_hosts_without_problems(examine, place):
     rows = examine(code=0)
     assert rows["error"] == rows["warning"] == []
     assert [row[0] for row in rows["ok"]] == [
-        "connection", "launcher", "python", "packages", "imports", "code", "recipe", "variables", "data", "run directory",
-        "disk", "clock", "devices", "operators", "interface", "all-reduce", "open files", "locked memory",
+        "connection", "launcher", "python", "packages", "imports", "code", "recipe", "variables", "data",
+        "run directory", "disk", "clock", "devices", "operators", "interface", "all-reduce", "open files", "locked memory",
         "host memory",
     ]  # fmt: skip
     passed = {check: what for check, what, _ in rows["ok"]}
@@ -180,7 +180,8 @@ def test_every_problem_of_a_host_is_reported_with_its_remedy(cluster, examine, p
          "check out or copy the same files to every host"),
         ("recipe", "node2", "HERE/recipe.yaml (SUM) differs from node1's (SUM)",
          "copy node1's to every host"),
-        ("data", "node2", "HERE/text.train differs from node1's: same size, but other bytes in the first or last MiB", "copy HERE/text.train.bin, .idx and .json from node1 again"),
+        ("data", "node2", "HERE/text.train differs from node1's: same size, but other bytes in the first or last MiB",
+         "copy HERE/text.train.bin, .idx and .json from node1 again"),
         ("data", "node2", "HERE/held/text.validation.bin: No such file or directory",
          "put the corpus on a shared disk, or copy it to the same path; `megagpt prepare` creates one"),
         ("data", "node2", "HERE/held/text.validation.idx: No such file or directory",

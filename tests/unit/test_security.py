@@ -30,7 +30,7 @@ from megagpt.doctor import agent
 from megagpt.errors import Problem, UserError, without_controls
 from megagpt.model.pieces import Pieces
 from megagpt.prepare import PrepareOptions, plain, prepare_command
-from megagpt.prepare.ranks import CommunicatingGroup
+from megagpt.prepare.ranks import _CommunicatingGroup
 from megagpt.prepare.tokenizing import TokenizedText
 from megagpt.run import checkpoint, metrics, status
 from megagpt.run.console import Console
@@ -213,7 +213,7 @@ def test_another_rank_that_names_files_outside_the_folder_of_shards(tmp_path):
             return [value, ["../../.bashrc"]]
 
     with pytest.raises(UserError, match="a rank names files outside of the folder of shards"):
-        CommunicatingGroup(World()).gather_files(tmp_path, [])
+        _CommunicatingGroup(World()).gather_files(tmp_path, [])
 
 
 # ---- symbolic links out of a run directory

@@ -171,7 +171,7 @@ def test_an_mpirun_of_another_mpi_is_an_error(command, lines, model, tmp_path, m
         ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun, which is not a launcher for prepare
     ],
 )
-def test_the_rank_and_world_size_come_from_the_launcher(environment, place):
+def test_the_rank_and_world_size_come_from_the_launcher(environment, expected):
     found = from_mpi_or_slurm(environment)
     assert (found.launcher, found.rank, found.world_size) == expected
 
