@@ -116,8 +116,8 @@ def test_two_hosts_without_problems(examine, place):
     assert rows["error"] == rows["warning"] == []
     assert [row[0] for row in rows["ok"]] == [
         "connection", "launcher", "python", "packages", "imports", "code", "recipe", "variables", "data",
-        "run directory", "disk", "clock", "devices", "operators", "interface", "all-reduce", "open files", "locked memory",
-        "host memory",
+        "run directory", "disk", "clock", "devices", "operators", "interface", "all-reduce", "open files",
+        "locked memory", "host memory",
     ]  # fmt: skip
     passed = {check: what for check, what, _ in rows["ok"]}
     assert passed["connection"] == "2 hosts with 2 ranks answer over ssh"
