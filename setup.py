@@ -26,7 +26,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
-    package_data={"megagpt": ["py.typed", "ds_config/known_keys.json"]},
+    package_data={"megagpt": ["py.typed", "config/deepspeed/known_keys.json"]},
     entry_points={"console_scripts": ["megagpt=megagpt.cli:main"]},
     install_requires=[
         "torch>=2.13,<2.14",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megagpt import files
 from megagpt.errors import UserError, without_controls
-from megagpt.run import metrics
+from megagpt.training import metrics
 
 PICTURE = "loss.svg"
 

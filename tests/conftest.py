@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
 from tests import training
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from megagpt.distributed import Agreement, Rank
+from megagpt.checkpoint import store as checkpoint
+from megagpt.checkpoint.async_saver import Attempt, Saver
+from megagpt.cluster import Agreement, Rank
 from megagpt.files import WriteFile
-from megagpt.run import checkpoint
-from megagpt.run.saving import Attempt, Saver
 from megagpt.state import TrainState
 from tests import training
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt import recipe as recipes
-from megagpt.distributed import free_port
-from megagpt.model import weights
+from megagpt.checkpoint import weights
+from megagpt.cluster import free_port
+from megagpt.config import recipe as recipes
 
 ROOT = Path(__file__).parent.parent
 WORDS = [*"abcdefgh", "the", "of", "and", "to", "in", "that", "is", "was", "for", "on", "with", "as", "his", "they"]

@@ -23,7 +23,7 @@ def hosts(
     as_json: Json = False,
 ) -> None:
     """Check a hostfile. Lists its hosts and ranks, or every mistake with its line."""
-    from megagpt import hosts as implementation
+    from megagpt.cluster import hosts_command as implementation
 
     print_result(implementation.hosts(file, write_environment, dict(os.environ)), as_json)
 
@@ -60,9 +60,9 @@ def doctor(
 @app.command("free-port", hidden=True)
 def free_port() -> None:
     """Print a free TCP port, for scripts that must pass one to a launcher."""
-    from megagpt import distributed
+    from megagpt import cluster
 
-    print(distributed.free_port())
+    print(cluster.free_port())
 
 
 @app.command("host-agent", hidden=True)

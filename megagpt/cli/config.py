@@ -21,7 +21,7 @@ def keys(
     as_json: Json = False,
 ) -> None:
     """List the keys of a recipe. Shows the type, default, meaning and unit of each, and the model presets."""
-    from megagpt import keys as implementation
+    from megagpt.config.recipe import reference as implementation
 
     print_result(implementation.keys(tuple(names or ())), as_json)
 
@@ -69,7 +69,7 @@ def run_directory(
     ] = None,
 ) -> None:
     """Print the run directory of a recipe, for job scripts."""
-    from megagpt.recipe import load
+    from megagpt.config.recipe import load
 
     overrides = [argument for argument in arguments or () if "=" in argument and not argument.startswith("-")]
     print(load(recipe, overrides).run_dir)
@@ -77,7 +77,7 @@ def run_directory(
 
 @app.command("deepspeed-keys", hidden=True)
 def deepspeed_keys() -> None:
-    """Print ds_config/known_keys.json for the installed DeepSpeed."""
-    from megagpt.engine.keys import snapshot
+    """Print config/deepspeed/known_keys.json for the installed DeepSpeed."""
+    from megagpt.engine.deepspeed_keys import snapshot
 
     print(snapshot())

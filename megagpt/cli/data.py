@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from megagpt.cli.options import Inputs, Json, Prefix, TextKey, Workers, print_result
-from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
 from megagpt.errors import EXIT_FAILURE
+from megagpt.prepare.readers.documents import DEFAULT_VALIDATION_FRACTION
 
 app = typer.Typer()
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or inspect one.", rich_markup_mode=None)
@@ -41,7 +41,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped corpus (.bin, .idx, .json). Run the same command again to resume it."""
-    from megagpt import prepare as implementation
+    from megagpt.prepare import command as implementation
 
     options = implementation.PrepareOptions(
         validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack
@@ -61,7 +61,7 @@ def train_tokenizer(
     as_json: Json = False,
 ) -> None:
     """Train a lossless sentencepiece tokenizer on text."""
-    from megagpt import prepare as implementation
+    from megagpt.prepare import command as implementation
 
     result = implementation.train_tokenizer_command(inputs, vocab_size, output, text_key=text_key, workers=workers)
     print_result(result, as_json)
@@ -74,7 +74,7 @@ def inspect_tokenizer(
     as_json: Json = False,
 ) -> None:
     """Show how a text is split into tokens."""
-    from megagpt import prepare as implementation
+    from megagpt.prepare import command as implementation
 
     tokens = implementation.inspect_tokenizer(tokenizer, sys.stdin.read() if text == "-" else text)
     if sys.stdout.isatty() and not as_json:
@@ -94,7 +94,7 @@ def inspect_data(
     as_json: Json = False,
 ) -> None:
     """Show the statistics of a corpus, how it was made, and some of its documents."""
-    from megagpt import corpora as implementation
+    from megagpt.corpus import inspect as implementation
 
     print_result(implementation.inspect(prefix, document or (), sample, tokenizer), as_json)
 
@@ -106,7 +106,7 @@ def verify_data(
     as_json: Json = False,
 ) -> None:
     """Read and check a whole corpus: index, ids, checksums. Exit code 1 if anything is wrong."""
-    from megagpt import corpora as implementation
+    from megagpt.corpus import verify as implementation
 
     verification = implementation.verify(prefix, workers)
     print_result(verification, as_json)
@@ -121,6 +121,6 @@ def merge_data(
     as_json: Json = False,
 ) -> None:
     """Merge several corpora of the same tokenizer into one."""
-    from megagpt import corpora as implementation
+    from megagpt.corpus import merge as implementation
 
     print_result(implementation.merge(prefixes, output), as_json)

@@ -25,7 +25,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run on a text. Reports loss, perplexity and bits per byte of its newest checkpoint."""
-    from megagpt import evaluate as implementation
+    from megagpt.inference import evaluate as implementation
 
     print_result(implementation.evaluate(run, data, yardsticks=yardsticks), as_json)
 
@@ -45,7 +45,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run."""
-    from megagpt import generate as implementation
+    from megagpt.inference import generate as implementation
 
     print_result(implementation.generate(run, prompt, tokens, temperature, top_k, top_p, seed), as_json)
 
@@ -62,7 +62,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's model and tokenizer for other libraries. The model is that of the newest checkpoint."""
-    from megagpt import export as implementation
+    from megagpt.inference import export as implementation
 
     print_result(implementation.export(run, output, to, dtype), as_json)
 
@@ -74,7 +74,7 @@ def checkpoints(
     as_json: Json = False,
 ) -> None:
     """List a run's checkpoints. Shows update, tokens, size, layout, and what is wrong with damaged ones."""
-    from megagpt import checkpoints as implementation
+    from megagpt.checkpoint import listing as implementation
 
     print_result(implementation.checkpoints(run, verify), as_json)
 
@@ -82,7 +82,7 @@ def checkpoints(
 @app.command()
 def stop(run: RunDirectory) -> None:
     """Make a run save its state and exit with code 75. If it is not running, this exits as `status` does."""
-    from megagpt import checkpoints as implementation
+    from megagpt.checkpoint import listing as implementation
 
     status = implementation.stop(run)
     if status.state != "running":
@@ -94,7 +94,7 @@ def stop(run: RunDirectory) -> None:
 @app.command()
 def status(run: RunDirectory, as_json: Json = False) -> None:
     """Show whether a run is done, running, resumable or failed. Exit code 0, 3, 75, or 1 and 2, for job scripts."""
-    from megagpt.run import status as implementation
+    from megagpt.training import status as implementation
 
     result = implementation.read(run)
     print_result(result, as_json)
@@ -105,7 +105,7 @@ def status(run: RunDirectory, as_json: Json = False) -> None:
 def report(run: RunDirectory) -> None:
     """Plot a run's loss curve, and show where its time went. Writes RUN/loss.svg."""
     from megagpt import report as implementation
-    from megagpt.run import metrics
+    from megagpt.training import metrics
 
     print(implementation.draw_as_text(run, color=sys.stdout.isatty()))
     print(f"picture: {implementation.draw_as_svg(run)}")
@@ -115,6 +115,6 @@ def report(run: RunDirectory) -> None:
 @app.command("mark-starting", hidden=True)
 def mark_starting(run: RunDirectory, pid: int) -> None:
     """Record that process PID is about to start the ranks of a run, for job scripts."""
-    from megagpt.run import status as implementation
+    from megagpt.training import status as implementation
 
     implementation.mark_starting(run, pid)

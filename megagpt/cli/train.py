@@ -30,8 +30,8 @@ def train(
 ) -> None:
     """Train, or resume an interrupted run. Start it with `deepspeed`, torchrun, srun, or directly."""
     require_linux("training")
-    from megagpt import train as implementation
-    from megagpt.assembly import Options
+    from megagpt.training import loop as implementation
+    from megagpt.training.setup import Options
 
     options = Options(
         recipe,

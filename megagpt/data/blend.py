@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megagpt.data.order import Sampler
+from megagpt.config.recipe import Source
+from megagpt.data.sampler import Sampler
 from megagpt.errors import Problem, UserError
-from megagpt.recipe import Source
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megagpt.data.indexed import CorpusReader, corpus_file
-from megagpt.data.order import Sampler, rank_positions
-from megagpt.data.sidecar import check_same_tokenizer
+from megagpt.corpus.metadata import check_same_tokenizer
+from megagpt.corpus.reader import CorpusReader, corpus_file
+from megagpt.data.sampler import Sampler, rank_positions
 from megagpt.data.skips import SkippedRanges
 from megagpt.errors import UserError
 from megagpt.state import IGNORE_INDEX

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.distributed import Rank, from_environment, hostfile, passing
+from megagpt.cluster import Rank, env_forwarding, from_environment, hostfile
 from megagpt.doctor import host_facts, machine_checks, network_checks, software_checks, transport
 from megagpt.doctor.job_requirements import read_requirements
 from megagpt.doctor.report import CheckResult, Report
@@ -157,6 +157,6 @@ def _launcher_facts(hosts: list[str], env: Mapping[str, str]) -> LauncherFacts:
         settings = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
         keep_alive[host] = int(settings.get("serveraliveinterval", 0)) * int(settings.get("serveralivecountmax", 0))
     forwarded = transport.variables_forwarded_by_deepspeed(env)
-    wanted = passing.forwarded_variables(env)
+    wanted = env_forwarding.forwarded_variables(env)
     not_forwarded = tuple(name for name, value in wanted.items() if forwarded.get(name) != value)
     return LauncherFacts(shutil.which("pdsh") is not None, keep_alive, not_forwarded)

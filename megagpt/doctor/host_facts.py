@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import free_port, passing
+from megagpt.cluster import env_forwarding, free_port
 from megagpt.files import parse_json
 
 _ENDS_BYTES = 1 << 20  # read from the start and the end of a corpus file
@@ -55,7 +55,7 @@ def collect(requirements: dict[str, Any], progress: Callable[[str], None]) -> di
         "nvidia": nvidia_driver,
         "infiniband": lambda: _file_names(Path("/sys/class/infiniband")),
         "network": lambda: {"interfaces": interfaces(), "resolved": own_name_addresses()},
-        "environment": lambda: passing.forwarded_variables(os.environ),
+        "environment": lambda: env_forwarding.forwarded_variables(os.environ),
         "locks": build_locks,
         "port": free_port,
     }  # fmt: skip

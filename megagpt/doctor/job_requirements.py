@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
-    from megagpt.recipe import Recipe
+    from megagpt.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_requirements(
     files = [str(path) for path in (recipe, config) if path]
     muon = False
     if recipe is not None:
-        from megagpt import recipe as recipes
+        from megagpt.config import recipe as recipes
 
         loaded = recipes.load(recipe, tuple(overrides))
         muon = loaded.optimizer.type == "muon"
@@ -85,20 +85,20 @@ def read_requirements(
 
 
 def _from_recipe(recipe: Recipe) -> dict[str, Any]:
-    from megagpt.model import cost
+    from megagpt.model import flops
     from megagpt.plan.states import MASTER_AND_MOMENTS
 
     sources = (*(source.path for source in recipe.data.train), *recipe.data.validation)
     return {
         "corpora": tuple(dict.fromkeys(sources)), "run_dir": recipe.run_dir, "keep_last": recipe.checkpoint.keep_last,
-        "checkpoint": int(1.2 * MASTER_AND_MOMENTS * cost.parameters(recipe.model)),  # run/checkpoint.py
+        "checkpoint": int(1.2 * MASTER_AND_MOMENTS * flops.parameters(recipe.model)),  # checkpoint/store.py
     }  # fmt: skip
 
 
 def _memory(config: Path, recipe: Recipe, overrides: Sequence[str], world_size: int) -> dict[str, int]:
     """Return the bytes that the fullest rank needs, as `megagpt plan` estimates them."""
-    from megagpt import ds_config
-    from megagpt.ds_config.known import recorded_keys
+    from megagpt.config import deepspeed as ds_config
+    from megagpt.config.deepspeed.known_keys import recorded_keys
     from megagpt.plan.memory import memory
 
     resolved = ds_config.load(config, recipe, world_size, recorded_keys(), tuple(overrides))
@@ -109,7 +109,7 @@ def _memory(config: Path, recipe: Recipe, overrides: Sequence[str], world_size: 
 
 def _from_config(path: Path, overrides: Sequence[str], muon: bool) -> dict[str, Any]:
     """Return operators and folders; of the recipe they depend on nothing but the optimizer."""
-    from megagpt.ds_config.reading import read_hjson
+    from megagpt.config.syntax.hjson_reader import read_hjson
 
     tree = read_hjson(path)
     for override in overrides:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megagpt.distributed import passing
+from megagpt.cluster import env_forwarding
 from megagpt.doctor import host_facts
 from megagpt.doctor.report import CheckResult, plural
 from megagpt.doctor.session import Host, Session
@@ -33,7 +33,7 @@ def check_launcher(session: Session, result: CheckResult) -> None:
     for host, seconds in timeouts.items():
         if not 0 < seconds <= _MAX_SSH_TIMEOUT:
             wait = f"{seconds:,} s" if seconds else "forever (no ServerAliveInterval)"
-            do = f'export PDSH_SSH_ARGS_APPEND="{passing.SSH_ALIVE}"'
+            do = f'export PDSH_SSH_ARGS_APPEND="{env_forwarding.SSH_ALIVE}"'
             result.warn(f"if the host becomes silent, the ssh of `deepspeed` waits {wait}", do, host)
     result.passed(f"pdsh; ssh gives up a silent host after {max(timeouts.values())} s")
 

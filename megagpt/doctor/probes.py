@@ -47,14 +47,14 @@ def probe_torch(arguments: dict[str, Any], output: Output) -> None:
         output({"pinned": {"bytes": _PINNED_BYTES, "error": _error_of(_pin_memory)}})
     output({"at": "import deepspeed"})
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from megagpt.engine import operators
+    from megagpt.engine import deepspeed_ops
 
-    output({"accelerator": operators.device()})
+    output({"accelerator": deepspeed_ops.device()})
     results: dict[str, Any] = {}
     for name in [*arguments["operators"], *(arguments["gpu_operators"] if has_cuda else [])]:
         output({"at": f"{BUILDING}{name}"})
         started = time.monotonic()
-        error = _error_of(lambda name=name: operators.load(name))  # type: ignore[misc]
+        error = _error_of(lambda name=name: deepspeed_ops.load(name))  # type: ignore[misc]
         results[name] = {"seconds": time.monotonic() - started, "error": error}
         output({"operators": results})
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from megagpt.distributed import Rank
+from megagpt.cluster import Rank
 from megagpt.doctor import host_facts
 from megagpt.doctor.job_requirements import JobRequirements
 from megagpt.doctor.report import ERROR, Finding

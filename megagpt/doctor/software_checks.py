@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 
-from megagpt.distributed import passing, promise
+from megagpt.cluster import env_forwarding, preflight
 from megagpt.doctor.probes import BUILDING, PINNING
 from megagpt.doctor.report import CheckResult, plural
 from megagpt.doctor.session import Host, Session
@@ -106,8 +106,10 @@ def check_environment(session: Session, result: CheckResult) -> None:
         return
     for name in sorted({name for host in session.reachable for name in host.facts["environment"]}):
         for host, value, expected in session.differing("environment", name):
-            if not passing.may_differ_per_host(name):
-                result.error(f"{name}: {value}, on {session.first.name} {expected}", promise.HOW_TO_FORWARD, host.name)
+            if not env_forwarding.may_differ_per_host(name):
+                result.error(
+                    f"{name}: {value}, on {session.first.name} {expected}", preflight.HOW_TO_FORWARD, host.name
+                )
     if session.launcher and session.launcher.not_forwarded:
         what = f"DeepSpeed would not forward these to the other hosts: {', '.join(session.launcher.not_forwarded)}"
         result.warn(what, "megagpt hosts HOSTFILE --write-environment FILE, and run the `export` line that it prints")

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import Rank, calls, secret
-from megagpt.distributed.calls import Endpoint
-from megagpt.distributed.handshake import Channel
+from megagpt.cluster import Rank, secret, tcp
+from megagpt.cluster.handshake import Channel
+from megagpt.cluster.tcp import Endpoint
 from megagpt.doctor import agent
 from megagpt.doctor.agent import PREFIX
 from megagpt.doctor.report import ERROR, Finding
@@ -240,7 +240,7 @@ def _endpoint(rank: Rank, env: Mapping[str, str]) -> Endpoint:
 
 def serve_as_rank(rank: Rank, limit: float, env: Mapping[str, str]) -> None:
     """Connect to rank 0 and act as its agent. Raises MachineError if rank 0 does not answer within `limit` seconds."""
-    channel = calls.connect(_endpoint(rank, env), limit)
+    channel = tcp.connect(_endpoint(rank, env), limit)
     try:
         agent.serve(*channel_lines(channel), rank=rank.rank, local_rank=rank.local_rank)
     finally:
@@ -263,7 +263,7 @@ def accept_ranks(rank: Rank, limit: float, env: Mapping[str, str]) -> dict[int, 
     """
     ranks: dict[int, tuple[str, int, AgentConnection]] = {}
     ranks[0] = (socket.gethostname(), rank.local_rank, start_local_agent())
-    with calls.listen(_endpoint(rank, env), limit) as callers:
+    with tcp.listen(_endpoint(rank, env), limit) as callers:
         while len(ranks) < rank.world_size and (caller := next(callers, None)):
             number, channel = caller
             connection = connection_to_rank(channel, f"rank {number}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.distributed import Agreement, Rank
-from megagpt.ds_config import Resolved
+from megagpt.cluster import Agreement, Rank
+from megagpt.config.deepspeed import Resolved
 from megagpt.engine.base import Engine
 from megagpt.engine.pipeline import PipelineEngine
 from megagpt.engine.zero import ZeroEngine

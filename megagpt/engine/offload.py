@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megagpt.engine import operators
+from megagpt.config.recipe import Recipe
+from megagpt.engine import deepspeed_ops
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.recipe import Recipe
 
 _KINDS = ("optimizer", "float32params", "bfloat16params", "float16params")  # DeepSpeed's names
 _BUFFERS = 16  # of parameters read ahead: a layer's own, and those of the next block
@@ -30,7 +30,7 @@ def offloaded(config: Mapping[str, Any], what: str) -> str:
 
 def steps_on_gpu(config: Mapping[str, Any]) -> bool:
     """Whether the optimizer steps on a GPU, or whatever accelerator there is, and not on the host."""
-    return operators.device() != "cpu" and offloaded(config, "optimizer") == "none"
+    return deepspeed_ops.device() != "cpu" and offloaded(config, "optimizer") == "none"
 
 
 def ready(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def clear(folders: Sequence[Path]) -> None:
 def _check_operator() -> None:
     """Build or load DeepSpeed's asynchronous I/O now, and say what is missing if that fails."""
     try:
-        operators.load("async_io")
+        deepspeed_ops.load("async_io")
     except Exception as error:
         raise UserError(
             "offload to NVMe needs DeepSpeed's operator async_io, which cannot be built here",

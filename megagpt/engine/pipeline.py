@@ -19,22 +19,24 @@ import torch.nn.functional as F
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.utils import safe_get_full_fp32_param
 
+from megagpt.cluster import Agreement, Rank
+from megagpt.config.deepspeed import Resolved
 from megagpt.data.loader import Batch
-from megagpt.distributed import Agreement, Rank
-from megagpt.ds_config import Resolved
-from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
-from megagpt.engine import optimizer as optimizers
-from megagpt.engine import schedule as schedules
+from megagpt.engine import deepspeed_patches, grad_norm, offload
 from megagpt.engine.base import Accept, AtStep, ignore_step
-from megagpt.engine.materialise import check_device
-from megagpt.engine.portable import Portable
-from megagpt.engine.sequence import Ulysses
-from megagpt.engine.side_state import SideState
-from megagpt.engine.stages import Stages
-from megagpt.engine.start import stop
+from megagpt.engine.init_deepspeed import stop
+from megagpt.engine.init_model import check_device
+from megagpt.engine.optim import build as optimizers
+from megagpt.engine.optim import lr_schedule as schedules
+from megagpt.engine.parallel import tensor
+from megagpt.engine.parallel.pipeline_stages import Stages
+from megagpt.engine.parallel.ulysses import Ulysses
+from megagpt.engine.state import loss_scale, replica_check
+from megagpt.engine.state.portable import Portable
+from megagpt.engine.state.rng_and_loss_scale import SideState
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.shards import cut_of
+from megagpt.model.sharding import cut_of
 from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
@@ -50,7 +52,7 @@ class PipelineEngine:
         self._ulysses.connect(self._stages, self._stages.documents, recipe.model.seq_len)
         optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu=offload.steps_on_gpu(resolved.config))
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
-        config = native.config(resolved)
+        config = deepspeed_patches.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
         self._engine: Any = deepspeed.initialize(
             model=self._stages,
@@ -83,7 +85,7 @@ class PipelineEngine:
         loss, accepted = self._stages.loss_and_verdict()
         made = self._engine.was_step_applied()
         if not made:
-            native.take_back(self._engine, before, with_scale=not accepted)
+            deepspeed_patches.take_back(self._engine, before, with_scale=not accepted)
         norm = float(self._engine.get_global_grad_norm())
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
@@ -126,11 +128,11 @@ class PipelineEngine:
 
     def replicas_differ(self) -> list[str]:
         """See `Engine`. The copies of a tied matrix are on the first and the last stage."""
-        return replicas.differences(self._stages.names, self._section, self._layout, self._rank, self._agreement)
+        return replica_check.differences(self._stages.names, self._section, self._layout, self._rank, self._agreement)
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
-        native.release(self._engine)
+        deepspeed_patches.release(self._engine)
 
     def close(self) -> None:
         """See `Engine`."""

@@ -12,22 +12,24 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+from megagpt.cluster import Agreement, Rank
+from megagpt.config.deepspeed import Resolved
+from megagpt.config.recipe import Recipe
 from megagpt.data.loader import Batch
-from megagpt.distributed import Agreement, Rank
-from megagpt.ds_config import Resolved
-from megagpt.engine import grad_norm, loss_scale, native, offload, replicas, tensor
-from megagpt.engine import optimizer as optimizers
-from megagpt.engine import schedule as schedules
+from megagpt.engine import deepspeed_patches, grad_norm, offload
 from megagpt.engine.base import Accept, AtStep, ignore_step
-from megagpt.engine.materialise import check_device, materialise, recompute
-from megagpt.engine.portable import Portable
-from megagpt.engine.sequence import Ulysses
-from megagpt.engine.side_state import SideState
-from megagpt.engine.start import stop
+from megagpt.engine.init_deepspeed import stop
+from megagpt.engine.init_model import check_device, materialise, recompute
+from megagpt.engine.optim import build as optimizers
+from megagpt.engine.optim import lr_schedule as schedules
+from megagpt.engine.parallel import tensor
+from megagpt.engine.parallel.ulysses import Ulysses
+from megagpt.engine.state import loss_scale, replica_check
+from megagpt.engine.state.portable import Portable
+from megagpt.engine.state.rng_and_loss_scale import SideState
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.shards import cut_of
-from megagpt.recipe import Recipe
+from megagpt.model.sharding import cut_of
 from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
@@ -41,7 +43,7 @@ class ZeroEngine:
         self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
         self._ulysses = Ulysses(resolved.layout, rank.rank)
         shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
-        config = offload.ready(native.config(resolved), recipe, shards)
+        config = offload.ready(deepspeed_patches.config(resolved), recipe, shards)
         self._swap = offload.swap_folders(config, rank.rank)
         model = self._model(recipe, config)
         optimizer = optimizers.build(recipe.optimizer, model, on_gpu=offload.steps_on_gpu(config))
@@ -98,7 +100,7 @@ class ZeroEngine:
             self._engine.step()
         made = self._engine.was_step_applied()
         if not made:
-            native.take_back(self._engine, before, with_scale=not accepted)
+            deepspeed_patches.take_back(self._engine, before, with_scale=not accepted)
         norm = float(self._clip.norm if self._clip else self._engine.get_global_grad_norm())
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
@@ -134,11 +136,11 @@ class ZeroEngine:
     def replicas_differ(self) -> list[str]:
         """See `Engine`. At stage 3 no two ranks hold the same weights."""
         names = {} if self._layout.zero_stage == 3 else self._names()
-        return replicas.differences(names, self._section, self._layout, self._rank, self._agreement)
+        return replica_check.differences(names, self._section, self._layout, self._rank, self._agreement)
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
-        native.release(self._engine)
+        deepspeed_patches.release(self._engine)
         offload.clear(self._swap)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megagpt.model.documents import Documents
+from megagpt.model.document_mask import Documents
 from megagpt.model.layers import (
     MLP,
     Attention,
@@ -26,7 +26,7 @@ from megagpt.model.layers import (
 from megagpt.state import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from megagpt.recipe import ModelSection
+    from megagpt.config.recipe import ModelSection
 
 INITIAL_STD = 0.02  # GPT-2
 

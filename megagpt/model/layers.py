@@ -18,9 +18,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from megagpt.model import documents
-from megagpt.model.documents import Bounds, Documents
-from megagpt.model.functions import relu_squared, rms_norm, split_heads
+from megagpt.model import document_mask
+from megagpt.model.document_mask import Bounds, Documents
+from megagpt.model.fused_ops import relu_squared, rms_norm, split_heads
 from megagpt.model.loss import Share, cross_entropy_sum, project
 
 EPSILON = 1e-5  # of every norm
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if isinstance(mask, BlockMask):
-            return documents.attend(q, k, v, mask).transpose(1, 2)
+            return document_mask.attend(q, k, v, mask).transpose(1, 2)
         dropout, causal = self.dropout if self.training else 0.0, is_causal and mask is None
         grouped = self.group > 1
         if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):

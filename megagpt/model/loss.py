@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megagpt.model import cost
+from megagpt.model import flops
 from megagpt.state import IGNORE_INDEX
 
 
@@ -70,7 +70,7 @@ def cross_entropy_sum(
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
     """Cut the tokens into even chunks, as few as may be."""
     tokens = len(rows)
-    count = max(1, -(-tokens // cost.chunk_tokens(len(weight), rows.device.type == "cpu")))
+    count = max(1, -(-tokens // flops.chunk_tokens(len(weight), rows.device.type == "cpu")))
     edges = [tokens * i // count for i in range(count + 1)]
     return (slice(start, stop) for start, stop in pairwise(edges))
 

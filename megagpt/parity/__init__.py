@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt import ds_config
-from megagpt import recipe as recipes
-from megagpt.distributed import Agreement, Rank, from_environment, promise
-from megagpt.distributed.meeting import rendezvous
+from megagpt.cluster import Agreement, Rank, from_environment, preflight
+from megagpt.cluster.rendezvous import rendezvous
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe as recipes
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
-from megagpt.run.console import Console
-from megagpt.run.watch import EVALUATE, PASSES, Watch
+from megagpt.training.console import Console
+from megagpt.training.watchdog import EVALUATE, PASSES, Watch
 
 if TYPE_CHECKING:
+    from megagpt.config.deepspeed import Resolved
     from megagpt.data.loader import Batch
-    from megagpt.ds_config import Resolved
     from megagpt.engine.base import Engine
     from megagpt.parity.certificate import Certificate
     from megagpt.parity.curve import Curve
@@ -69,7 +69,8 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 
     The stages come first: a pipeline whose stages do not fit together would hang instead of answering.
     """
-    from megagpt.engine import build, start
+    from megagpt.engine import build
+    from megagpt.engine import init_deepspeed as start
     from megagpt.parity import curve, real_shape, reference, shrink
     from megagpt.parity.certificate import Certificate
 
@@ -94,7 +95,7 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 @contextlib.contextmanager
 def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
     """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
-    hosts = promise.locations_of_ranks(agreement.gather(promise.describe_rank({}, {})))
+    hosts = preflight.locations_of_ranks(agreement.gather(preflight.describe_rank({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
     watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
     try:
@@ -133,11 +134,11 @@ def _real_update(
 
 
 def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:
-    from megagpt.engine import keys
+    from megagpt.engine import deepspeed_keys
 
     words = (*options.overrides, *more)
     recipe = recipes.load(options.recipe, words)
-    return ds_config.load(options.deepspeed_config, recipe, rank.world_size, keys.known_keys(), words)
+    return ds_config.load(options.deepspeed_config, recipe, rank.world_size, deepspeed_keys.known_keys(), words)
 
 
 def _reference(

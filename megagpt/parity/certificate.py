@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from megagpt.ds_config import Resolved
+from megagpt.config.deepspeed import Resolved
 from megagpt.parity import real_shape
 from megagpt.parity.curve import KINDS, Difference, worst
 

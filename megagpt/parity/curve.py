@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megagpt.recipe import Recipe
+from megagpt.config.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from megagpt.distributed import Agreement
+from megagpt.cluster import Agreement
+from megagpt.config.deepspeed import Layout, Resolved
 from megagpt.doctor import host_facts
-from megagpt.ds_config import Layout, Resolved
-from megagpt.engine import operators, stages, tensor
-from megagpt.engine import optimizer as optimizers
-from megagpt.model import cost, gpt
-from megagpt.model.shards import cut_of
+from megagpt.engine import deepspeed_ops
+from megagpt.engine.optim import build as optimizers
+from megagpt.engine.parallel import pipeline_stages, tensor
+from megagpt.model import flops, gpt
+from megagpt.model.sharding import cut_of
 from megagpt.plan.machine import Device
 from megagpt.plan.memory import memory
 from megagpt.plan.verdict import fit
@@ -44,8 +45,8 @@ def build_stages(resolved: Resolved) -> list[Stage]:
     layout, section = resolved.layout, resolved.recipe.model
     whole, shards = _layers(resolved, 1), _layers(resolved, layout.tensor_parallel)
     built = []
-    for number, kinds in enumerate(cost.stage_kinds(section, layout.pipeline_stages)):
-        local = stages.local_layers(section, layout, number)
+    for number, kinds in enumerate(flops.stage_kinds(section, layout.pipeline_stages)):
+        local = pipeline_stages.local_layers(section, layout, number)
         held = nn.ModuleDict({str(index): shards[index] for index in local})
         last = number == layout.pipeline_stages - 1
         output = "the loss" if last else _output(resolved, [whole[index] for index in local], number)
@@ -104,7 +105,7 @@ def obstacle(one: Resolved, agreement: Agreement) -> str:
         agreement: The ranks.
     """
     ranks = agreement.gather(socket.gethostname()).count(socket.gethostname())
-    on_cpu = operators.device() == "cpu"
+    on_cpu = deepspeed_ops.device() == "cpu"
     needed, available = memory(one, on_cpu), host_facts.memory()["available"]
     if on_cpu:
         found = fit(needed, Device("cpu", available // ranks), ranks, available)
@@ -124,7 +125,7 @@ def obstacle(one: Resolved, agreement: Agreement) -> str:
 def arithmetic(one: Resolved) -> float:
     """Return the FLOPs of one update of all ranks."""
     section = one.recipe.model
-    return cost.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
+    return flops.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
 
 
 def comparable(one: Resolved) -> bool:
@@ -151,7 +152,7 @@ def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
 
 def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
     """The parameter groups of the recipe's optimizer over these layers."""
-    kinds = cost.layer_kinds(resolved.recipe.model)
+    kinds = flops.layer_kinds(resolved.recipe.model)
     names = {parameter: name.split(".", 1) for name, parameter in held.named_parameters()}
     groups = optimizers.build(resolved.recipe.optimizer, held, on_gpu=False).param_groups
     found = ((names[parameter] for parameter in group["params"]) for group in groups)
@@ -161,7 +162,7 @@ def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
 def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
     """A line for each parameter whose shard does not have the shape that its rank must hold."""
     section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
-    shapes = {name: list(shape) for layer in cost.shapes(section) for name, shape in layer.items()}
+    shapes = {name: list(shape) for layer in flops.shapes(section) for name, shape in layer.items()}
     lines = []
     for name, parameter in held.named_parameters(prefix="layers"):
         cut, expected = cut_of(name, section, degree), [*shapes[name]]

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from megagpt.config.recipe import Recipe
 from megagpt.data.loader import Batch
-from megagpt.engine import optimizer as optimizers
-from megagpt.engine.schedule import factor
+from megagpt.engine.optim import build as optimizers
+from megagpt.engine.optim.lr_schedule import factor
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
 from megagpt.parity.shrink import MICRO
-from megagpt.recipe import Recipe
 from megagpt.state import IGNORE_INDEX
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

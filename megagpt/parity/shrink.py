@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from megagpt.config.deepspeed import Layout, Resolved
+from megagpt.config.recipe import ModelSection
 from megagpt.data.loader import Batch
-from megagpt.ds_config import Layout, Resolved
-from megagpt.model import cost
-from megagpt.recipe import ModelSection
+from megagpt.model import flops
 from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _SEQ_LEN = 64, 32
@@ -76,8 +76,8 @@ def model(real: ModelSection, layout: Layout) -> ModelSection:
     one is returned; callers compare `cost.stage_kinds`.
     """
     smallest, *others = _candidates(real, layout)
-    kinds = cost.stage_kinds(real, layout.pipeline_stages)
-    alike = (one for one in (smallest, *others) if cost.stage_kinds(one, layout.pipeline_stages) == kinds)
+    kinds = flops.stage_kinds(real, layout.pipeline_stages)
+    alike = (one for one in (smallest, *others) if flops.stage_kinds(one, layout.pipeline_stages) == kinds)
     return next(alike, smallest)
 
 
@@ -98,7 +98,7 @@ def _candidates(real: ModelSection, layout: Layout) -> Iterator[ModelSection]:
     if stages > 1:
         blocks = range(stages, max(2 * stages, real.n_layer) + 1)
         every = [of(number, size) for number in blocks for size in _VOCAB_SIZES]
-        yield from sorted(every, key=cost.flops_per_token)
+        yield from sorted(every, key=flops.flops_per_token)
 
 
 def _narrow(real: ModelSection, layout: Layout) -> ModelSection:

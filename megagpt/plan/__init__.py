@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt import ds_config
-from megagpt import recipe as recipes
-from megagpt.ds_config import Resolved
-from megagpt.ds_config.known import recorded_keys, version_note
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe as recipes
+from megagpt.config.deepspeed import Resolved
+from megagpt.config.deepspeed.known_keys import recorded_keys, version_note
 from megagpt.errors import UserError
-from megagpt.model import cost
-from megagpt.plan import changes, effort, machine, table
+from megagpt.model import flops
+from megagpt.plan import changes, cost_estimate, machine, table
 from megagpt.plan import search as searching
 from megagpt.plan.memory import Memory, memory
 from megagpt.plan.search import Search
@@ -54,10 +54,10 @@ class Plan:
     offloads: bool
     memory: Memory
     fit: Fit
-    length: effort.Length
-    time: effort.Time | None
-    traffic: effort.Traffic
-    disk: effort.Disk
+    length: cost_estimate.Length
+    time: cost_estimate.Time | None
+    traffic: cost_estimate.Traffic
+    disk: cost_estimate.Disk
     changes: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -82,22 +82,22 @@ def plan(options: Options) -> Plan:
     resolved = resolve()
     found, layout = fits(resolved), resolved.layout
     wanted = changes.nearest(resolved, resolve, lambda one: fits(one).good) if found.bad else ()
-    length = effort.length(resolved)
+    length = cost_estimate.length(resolved)
     notes = [*resolved.notes, *([note] if (note := version_note()) else [])]
     if device is not None and Zero(resolved).offloads:
         notes.append("no time is told: what is offloaded waits for the host, and no published run tells how long")
     if resolved.recipe.model.dropout:
         notes.append("dropout's masks are not counted")
     return Plan(
-        parameters=cost.parameters(resolved.recipe.model),
+        parameters=flops.parameters(resolved.recipe.model),
         world_size=world, nodes=nodes, zero_stage=layout.zero_stage, data_parallel=layout.data_parallel,
         parts=layout.parallelism, micro_batch=layout.micro_batch, accumulation=layout.accumulation,
         global_batch=resolved.recipe.batch.global_size,
         recomputed=layout.recomputed_blocks / resolved.recipe.model.n_layer, waits=layout.pipeline_bubble,
         offloads=Zero(resolved).offloads,
         memory=memory(resolved), fit=found, length=length,
-        time=None if device is None else effort.time(resolved, length.flops, device.name),
-        traffic=effort.traffic(resolved), disk=effort.disk(resolved, length.tokens), changes=wanted,
+        time=None if device is None else cost_estimate.time(resolved, length.flops, device.name),
+        traffic=cost_estimate.traffic(resolved), disk=cost_estimate.disk(resolved, length.tokens), changes=wanted,
         notes=tuple(notes),
     )  # fmt: skip
 

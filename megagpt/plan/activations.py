@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megagpt.model import cost
+from megagpt.model import flops
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout
+    from megagpt.config.recipe import ModelSection
 
 _FP32 = 4
 
@@ -80,7 +80,7 @@ def head_passing(shape: Shape, on_cpu: bool) -> int:
     Forward: hidden, a chunk's logits, its probabilities in fp32 and their gradient, and its part of the matrix's.
     Backward: the matrix's gradient scaled, and again in the weights' dtype.
     """
-    chunks = -(-shape.tokens // cost.chunk_tokens(shape.vocabulary, on_cpu))
+    chunks = -(-shape.tokens // flops.chunk_tokens(shape.vocabulary, on_cpu))
     tokens = -(-shape.tokens // chunks)
     of_chunk = tokens * shape.vocabulary
     matrix = shape.vocabulary * shape.section.d_model

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from megagpt.ds_config.batch import MICRO_BATCH_KEY, divisors
-from megagpt.ds_config.parallel import TENSOR_PARALLEL_KEY
-from megagpt.ds_config.recomputation import RECOMPUTED_BLOCKS_KEY
-from megagpt.ds_config.refusals import ZERO_STAGE_KEY
+from megagpt.config.deepspeed.activation_checkpointing import RECOMPUTED_BLOCKS_KEY
+from megagpt.config.deepspeed.batch import MICRO_BATCH_KEY, divisors
+from megagpt.config.deepspeed.parallelism import TENSOR_PARALLEL_KEY
+from megagpt.config.deepspeed.unsupported import ZERO_STAGE_KEY
 from megagpt.errors import UserError
 from megagpt.plan.states import Zero
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Resolved
+    from megagpt.config.deepspeed import Resolved
 
 _MOST = 3
 _Words = tuple[str, ...]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UserError, closest_match
-from megagpt.model import cost
+from megagpt.model import flops
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout
+    from megagpt.config.deepspeed import Layout
 
 _GIB = 1 << 30
 _MEMORY = {"V100-16": 16, "V100-32": 32, "A100-40": 40, "A100-80": 80, "A800": 80, "H100": 80, "H800": 80, "H200": 141}
@@ -77,4 +77,4 @@ def utilisation(name: str, layout: Layout, blocks: int) -> Utilisation | None:
 
 def peak(name: str, precision: str) -> float | None:
     """Peak FLOP/s; None where it is not known."""
-    return cost.peak_flops(name, precision)
+    return flops.peak_flops(name, precision)

@@ -10,8 +10,8 @@ from megagpt.plan.activations import Shape
 from megagpt.plan.states import Held, States, Zero
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout, Resolved
+    from megagpt.config.recipe import ModelSection
 
 PROCESS = 4 << 30
 """Host memory of a rank beside what is counted: Python, torch, CUDA, pages of the corpus; 3 to 5 GB in BigScience's

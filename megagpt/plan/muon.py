@@ -1,6 +1,6 @@
 """What Muon takes otherwise than AdamW: a moment less for each matrix, and in the step room to make matrices whole.
 
-Follows engine/muon.py and engine/exchange.py tensor by tensor; tests/unit/plan/test_muon_memory.py holds it to torch.
+Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor; tests/unit/plan/test_muon_memory.py holds it to torch.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megagpt.model import cost
-from megagpt.model.shards import cut_of
+from megagpt.model import flops
+from megagpt.model.sharding import cut_of
 
 if TYPE_CHECKING:
+    from megagpt.config.recipe import ModelSection
     from megagpt.plan.states import Held, States, Zero
-    from megagpt.recipe import ModelSection
 
 _FP32 = 4  # in which Muon works, whatever the precision
 
 
-def matrices(shapes: cost.Shapes) -> cost.Shapes:
+def matrices(shapes: flops.Shapes) -> flops.Shapes:
     """Those parameters that Muon serves: the blocks' matrices."""
     return {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.count(".") > 2}
 
 
-def elements(shapes: cost.Shapes) -> int:
+def elements(shapes: flops.Shapes) -> int:
     """All of their elements."""
     return sum(map(math.prod, matrices(shapes).values()))
 
@@ -63,7 +63,7 @@ def _room(zero: Zero, mine: Held, shards: int) -> int:
     most = 0
     for (rows, columns, parts), count in _alike(zero.section, mine, degree).items():
         size = rows * columns
-        number = min(-(-count // shards), max(cost.MATRICES_AT_ONCE // size, 1))
+        number = min(-(-count // shards), max(flops.MATRICES_AT_ONCE // size, 1))
         short, long = sorted((rows // parts, columns))
         room = iteration(number * size, short, long)
         most = max(most, room + (_FP32 * number * size // degree if degree > 1 else 0))

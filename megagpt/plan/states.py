@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megagpt.model import cost
-from megagpt.model.shards import cut_of
+from megagpt.model import flops
+from megagpt.model.sharding import cut_of
 from megagpt.plan import muon
 
 if TYPE_CHECKING:
-    from megagpt.ds_config import Layout, Resolved
-    from megagpt.recipe import ModelSection
+    from megagpt.config.deepspeed import Layout, Resolved
+    from megagpt.config.recipe import ModelSection
 
 MASTER_AND_MOMENTS = 12  # bytes a parameter: an fp32 weight and two moments, as in a checkpoint
 _FP32 = 4
@@ -30,7 +30,7 @@ _ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 class Held:
     """The parameters on one rank: of its stage, cut for tensor parallelism, before ZeRO shares them out."""
 
-    shapes: cost.Shapes
+    shapes: flops.Shapes
     layers: tuple[int, ...]
     """parameters of each of its layers"""
 
@@ -47,8 +47,8 @@ class Held:
 
 def held(section: ModelSection, layout: Layout, stage: int = 0) -> Held:
     """What a rank of a pipeline stage holds; the last stage of a tied model has a copy of the matrix."""
-    layers = cost.shapes(section)
-    cuts = cost.boundaries(cost.layer_costs(section), layout.pipeline_stages)
+    layers = flops.shapes(section)
+    cuts = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
     mine = list(range(cuts[stage], cuts[stage + 1]))
     if section.tie_embeddings and len(layers) - 1 in mine and 0 not in mine:
         mine.append(0)
@@ -57,7 +57,7 @@ def held(section: ModelSection, layout: Layout, stage: int = 0) -> Held:
     return Held(whole, tuple(sum(map(math.prod, part.values())) for part in parts))
 
 
-def _cut(shapes: cost.Shapes, section: ModelSection, degree: int) -> cost.Shapes:
+def _cut(shapes: flops.Shapes, section: ModelSection, degree: int) -> flops.Shapes:
     mine = {}
     for name, shape in shapes.items():
         cut = cut_of(name, section, degree)
@@ -98,7 +98,7 @@ class Zero:
         self.element = _ELEMENT[self.precision]
         self.shards = resolved.layout.zero_partitions
         self.accumulates = resolved.layout.accumulation > 1
-        # fp16 accumulates in fp16, bf16 in fp32 (ds_config/precision.py)
+        # fp16 accumulates in fp16, bf16 in fp32 (config/deepspeed/precision.py)
         self.accumulator = 2 if self.precision == "fp16" else _FP32
         self.reduced = _FP32 if resolved.config.get("communication_data_type") == "fp32" else self.element
 

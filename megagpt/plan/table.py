@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megagpt.plan.effort import days
+from megagpt.plan.cost_estimate import days
 from megagpt.plan.machine import SAFE
 
 if TYPE_CHECKING:

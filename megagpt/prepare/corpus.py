@@ -12,28 +12,28 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from megagpt import __version__
-from megagpt.data.default_corpus import default_corpus
-from megagpt.data.documents import DEFAULT_VALIDATION_FRACTION
-from megagpt.data.indexed import CorpusReader, corpus_file, token_dtype
-from megagpt.data.indexed_writer import CorpusWriter
-from megagpt.data.oddities import LocatedError, WarningCount, locate_error, summarize_warnings
-from megagpt.data.pieces import Chunk, split_into_chunks
-from megagpt.data.reading import parse_text_key
-from megagpt.data.shards import SUFFIXES, ShardRecord, is_intact, remove_shard
-from megagpt.data.sniffing import FileFormat
-from megagpt.data.sources import InputFile
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.corpus.reader import CorpusReader, corpus_file, token_dtype
+from megagpt.corpus.writer import CorpusWriter
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare import plain, workplace
-from megagpt.prepare.duplicates import mark_first_copies
-from megagpt.prepare.encoding import ChunkError, EncodeJob
+from megagpt.prepare import plain_data, workdir
+from megagpt.prepare.chunks import Chunk, split_into_chunks
+from megagpt.prepare.deduplicate import mark_first_copies
+from megagpt.prepare.encode import ChunkError, EncodeJob
 from megagpt.prepare.engines import check_engine
-from megagpt.prepare.joining import DocumentSelection, merge_shards, report_write_errors
-from megagpt.prepare.packing import pack
-from megagpt.prepare.pool import encode_chunks
+from megagpt.prepare.input_warnings import LocatedError, WarningCount, locate_error, summarize_warnings
+from megagpt.prepare.merge_shards import DocumentSelection, merge_shards, report_write_errors
+from megagpt.prepare.pack import pack
+from megagpt.prepare.process_group import ProcessGroup
 from megagpt.prepare.progress import show_progress
-from megagpt.prepare.ranks import ProcessGroup
+from megagpt.prepare.readers.default_corpus import default_corpus
+from megagpt.prepare.readers.documents import DEFAULT_VALIDATION_FRACTION
+from megagpt.prepare.readers.file_type import FileFormat
+from megagpt.prepare.readers.inputs import InputFile
+from megagpt.prepare.readers.reader import parse_text_key
+from megagpt.prepare.shards import SUFFIXES, ShardRecord, is_intact, remove_shard
 from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary
+from megagpt.prepare.workers import encode_chunks
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _start(job: CorpusJob) -> list[Chunk]:
     check_validation_fraction(job.options.validation_fraction, f"{job.output}.validation")
     check_engine(job.options.engine, job.tokenizer)
     with report_write_errors(job.folder):
-        workplace.resume_or_reset(job.folder, _plan(job))
+        workdir.resume_or_reset(job.folder, _plan(job))
     return split_into_chunks(job.files)
 
 
@@ -143,8 +143,8 @@ def _completed(job: CorpusJob, chunks: Sequence[Chunk], create_folder: bool) -> 
     """Return the numbers of the chunks whose shards exist on this rank."""
     if create_folder:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        workplace.resume_or_reset(job.folder, _plan(job))
-    return list(workplace.completed_records(job.folder, len(chunks)))
+        workdir.resume_or_reset(job.folder, _plan(job))
+    return list(workdir.completed_records(job.folder, len(chunks)))
 
 
 def _encode(
@@ -167,7 +167,7 @@ def _user_error(job: CorpusJob, chunks: Sequence[Chunk], failures: Sequence[Chun
     failure = min(failures, key=lambda failure: failure.number)
     if not isinstance(failure.cause, LocatedError):
         return failure.cause
-    records = workplace.completed_records(job.folder, len(chunks))
+    records = workdir.completed_records(job.folder, len(chunks))
     earlier = [record.warnings for number, record in records.items() if number < failure.number]
     return locate_error(failure.cause, earlier, job.files)
 
@@ -214,7 +214,7 @@ def _print(message: str, ranks: ProcessGroup, out: TextIO | None) -> None:
 
 def _finish(job: CorpusJob, ranks: ProcessGroup, chunks: int, begin: float) -> PrepareSummary:
     """Merge the shards, publish the parts, and return the summary."""
-    records = list(ranks.first(lambda: workplace.completed_records(job.folder, chunks)).values())
+    records = list(ranks.first(lambda: workdir.completed_records(job.folder, chunks)).values())
     warnings = summarize_warnings([record.warnings for record in records], job.files)
     published = _merge(job, ranks, records, warnings)
     return PrepareSummary(
@@ -229,7 +229,7 @@ def _finish(job: CorpusJob, ranks: ProcessGroup, chunks: int, begin: float) -> P
     )
 
 
-@plain.register
+@plain_data.register
 class _Published(NamedTuple):
     """The published parts, training first; the number of copies that were omitted, and the number of unknown ids."""
 
@@ -270,7 +270,7 @@ def _publish(
     try:
         _check_parts(parts, options.validation_fraction, warnings)
     except UserError:
-        workplace.remove_folder(job.folder)
+        workdir.remove_folder(job.folder)
         raise
     copies = documents - sum(part.documents for part in parts)
     made = _provenance(options, warnings) | {"copies_left_out": copies, "unknown": unknown}

@@ -10,12 +10,12 @@ from itertools import takewhile
 
 import numpy as np
 
-from megagpt.data.encoder import CachedEncoder
-from megagpt.data.gigatoken_encoder import GigatokenEncoder, check_gigatoken
-from megagpt.data.indexed import token_dtype
-from megagpt.data.oddities import InputLocation, LocatedError
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.corpus.reader import token_dtype
 from megagpt.errors import UserError
+from megagpt.prepare.input_warnings import InputLocation, LocatedError
+from megagpt.tokenizer.cached_encoder import CachedEncoder
+from megagpt.tokenizer.gigatoken_encoder import GigatokenEncoder, check_gigatoken
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 ENGINES = ("sentencepiece", "gigatoken")
 _CHECKED_CHARACTERS = 1 << 12  # at the beginning of each shard; its first text is always checked

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import Rank, calls
-from megagpt.distributed.calls import Endpoint
-from megagpt.distributed.handshake import Channel, ForgedMessage
-from megagpt.distributed.meeting import JOIN_LIMIT
+from megagpt.cluster import Rank, tcp
+from megagpt.cluster.handshake import Channel, ForgedMessage
+from megagpt.cluster.rendezvous import JOIN_LIMIT
+from megagpt.cluster.tcp import Endpoint
 from megagpt.errors import MachineError
-from megagpt.prepare import plain
+from megagpt.prepare import plain_data
 
 _RESUME = "see its messages, then run the command again: it resumes where it stopped"
 
@@ -31,7 +31,7 @@ class SocketCommunicator:
         """Return the first task's value on every task."""
         if self.rank:
             return self.recv(0)
-        message = plain.dumps(value)
+        message = plain_data.dumps(value)
         for other in self._channels:
             self._send(message, other)
         return value
@@ -53,13 +53,13 @@ class SocketCommunicator:
 
     def send(self, value: Any, dest: int) -> None:
         """Send a value to the first task, or from it."""
-        self._send(plain.dumps(value), dest)
+        self._send(plain_data.dumps(value), dest)
 
     def recv(self, source: int) -> Any:
         """Receive a value from a task."""
         try:
-            return plain.loads(self._channels[source].receive())
-        except (ForgedMessage, plain.BadMessage) as error:
+            return plain_data.loads(self._channels[source].receive())
+        except (ForgedMessage, plain_data.BadMessage) as error:
             what = f"a message from task {source} was rejected: {error}"
             raise MachineError(what, "srun", "check that all hosts run the same megagpt") from None
         except (EOFError, OSError):
@@ -91,7 +91,7 @@ def connected(rank: Rank, folder: Path, env_secret: bytes | None) -> Iterator[So
     channels: dict[int, Channel] = {}
     try:
         if rank.rank:
-            channels[0] = calls.connect(endpoint, JOIN_LIMIT.total_seconds())
+            channels[0] = tcp.connect(endpoint, JOIN_LIMIT.total_seconds())
         else:
             _wait_for_all(endpoint, channels)
         yield SocketCommunicator(rank.rank, rank.world_size, channels)
@@ -102,7 +102,7 @@ def connected(rank: Rank, folder: Path, env_secret: bytes | None) -> Iterator[So
 
 def _wait_for_all(endpoint: Endpoint, channels: dict[int, Channel]) -> None:
     limit, size = JOIN_LIMIT.total_seconds(), endpoint.rank.world_size
-    with calls.listen(endpoint, limit) as callers:
+    with tcp.listen(endpoint, limit) as callers:
         while len(channels) < size - 1:
             if (caller := next(callers, None)) is None:
                 missing = [str(task) for task in range(1, size) if task not in channels]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megagpt.data.oddities import WarningCount
+from megagpt.prepare.input_warnings import WarningCount
 
 
 @dataclass(frozen=True)

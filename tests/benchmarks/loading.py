@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megagpt.data.indexed import HEADER, MAGIC
-from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.corpus.reader import HEADER, MAGIC
+from megagpt.corpus.writer import CorpusWriter
 from megagpt.data.loader import Loader
 
 warnings.simplefilter("ignore")  # Megatron warns about each GPU package that is missing

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpora import merging
-from megagpt.data.indexed import CorpusReader
-from megagpt.data.indexed_writer import CorpusWriter
-from megagpt.prepare.packing import _measure, best_fit, pack
+from megagpt.corpus import merge
+from megagpt.corpus.reader import CorpusReader
+from megagpt.corpus.writer import CorpusWriter
+from megagpt.prepare.pack import _measure, best_fit, pack
 
 EOD = 1
 
@@ -70,7 +70,7 @@ def timed(work):
 def copy(reader, prefix):
     """Copy a corpus, document by document."""
     with CorpusWriter(prefix, 50_000) as writer:
-        merging._copy(reader, writer)
+        merge._copy(reader, writer)
         writer.finish_without_sidecar()
 
 

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.default_corpus import default_corpus
-from megagpt.data.indexed_writer import CorpusWriter
-from megagpt.prepare import train_tokenizer_command
+from megagpt.corpus.writer import CorpusWriter
+from megagpt.prepare.command import train_tokenizer_command
 from megagpt.prepare.engines import ENGINES
+from megagpt.prepare.readers.default_corpus import default_corpus
 
 GOALS = {"sentencepiece": (4, 2), "gigatoken": (12, 6)}  # CPU time ratios: of the whole command, and without start-up
 HERE = Path(__file__).parent

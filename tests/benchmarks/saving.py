@@ -38,7 +38,7 @@ def main() -> None:
         measure(options.saves, options.config, options.overrides)
         return
     sys.path.insert(0, str(ROOT))
-    from megagpt.distributed import free_port
+    from megagpt.cluster import free_port
 
     folder = tempfile.mkdtemp()
     threads = str(max(1, (os.cpu_count() or 2) // 2))
@@ -57,18 +57,21 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
     """One rank's work."""
     import torch
 
-    from megagpt import ds_config, recipe
+    from megagpt.checkpoint.async_saver import Saver
+    from megagpt.checkpoint.store import Store
+    from megagpt.cluster import Agreement, from_environment
+    from megagpt.config import deepspeed as ds_config
+    from megagpt.config import recipe
     from megagpt.data.loader import Batch
-    from megagpt.distributed import Agreement, from_environment
-    from megagpt.engine import build, keys, start
-    from megagpt.run.checkpoint import Store
-    from megagpt.run.saving import Saver
+    from megagpt.engine import build, deepspeed_keys, init_deepspeed
     from megagpt.state import TrainState
 
     rank = from_environment(os.environ)
     loaded = recipe.load(ROOT / "launch/recipes/quickstart.yaml", overrides)
-    resolved = ds_config.load(ROOT / f"ds_configs/{config}.json", loaded, rank.world_size, keys.known_keys(), overrides)
-    start.start(rank)
+    resolved = ds_config.load(
+        ROOT / f"ds_configs/{config}.json", loaded, rank.world_size, deepspeed_keys.known_keys(), overrides
+    )
+    init_deepspeed.start(rank)
     agreement = Agreement(rank.world_size)
     engine = build.build(resolved, 1000, rank, agreement)
     generator = torch.Generator().manual_seed(rank.rank)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.distributed import Rank
-from megagpt.run import status
+from megagpt.cluster import Rank
+from megagpt.training import status
 from tests import training
 
 SCRIPT = Path(__file__).parent / "cluster.sh"

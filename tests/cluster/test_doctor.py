@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.distributed import passing
+from megagpt.cluster import env_forwarding
 from tests import training
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
@@ -31,7 +31,7 @@ def place(hosts, data, tmp_path_factory):
     (folder / "recipe.yaml").write_text(recipe.replace(f"{folder}/text.validation", f"{folder}/held/text.validation"))
     (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     extensions = {**hosts.env, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    (folder / "variables").write_text(passing.deepspeed_env(extensions))
+    (folder / "variables").write_text(env_forwarding.deepspeed_env(extensions))
     return folder
 
 
@@ -41,7 +41,7 @@ def examine(cluster, place):
 
     def run(*arguments, code=1, config="zero1", **env):
         env = {"DS_ENV_FILE": str(place / "variables"), "TORCH_EXTENSIONS_DIR": str(place / "extensions"),
-               "PDSH_SSH_ARGS_APPEND": passing.SSH_ALIVE, **env}  # fmt: skip
+               "PDSH_SSH_ARGS_APPEND": env_forwarding.SSH_ALIVE, **env}  # fmt: skip
         options = ("--recipe", place / "recipe.yaml", "--deepspeed_config", training.ROOT / f"ds_configs/{config}.json")
         printed = cluster.run(1, "megagpt", "doctor", "--hostfile", place / "hosts", *options, "--json", *arguments,
                               code=code, **env)  # fmt: skip
@@ -219,7 +219,7 @@ def test_a_host_that_denies_login_and_variables_that_are_not_forwarded(cluster, 
         ("connection", "node2", f"ssh failed: {printed}",
          "allow login without a password: `ssh-copy-id node2`"),
     ]  # fmt: skip
-    kept = ", ".join(passing.forwarded_variables({**cluster.env, "TORCH_EXTENSIONS_DIR": "HERE"}))
+    kept = ", ".join(env_forwarding.forwarded_variables({**cluster.env, "TORCH_EXTENSIONS_DIR": "HERE"}))
     assert rows["warning"] == [
         ("variables", f"DeepSpeed would not forward these to the other hosts: {kept}",
          "megagpt hosts HOSTFILE --write-environment FILE, and run the `export` line that it prints"),

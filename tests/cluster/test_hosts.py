@@ -4,8 +4,8 @@ import re
 import sys
 import time
 
-from megagpt.distributed import passing
-from megagpt.run import status
+from megagpt.cluster import env_forwarding
+from megagpt.training import status
 from tests import training
 from tests.cluster.conftest import LENGTH, OPENMPI, SECONDS, said
 from tests.training import command, events, wait_for_update
@@ -52,7 +52,7 @@ def test_slurm_that_puts_both_ranks_on_one_host_is_refused_with_both_names(slurm
 
 def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
     """mpirun hands on what it is told to, and no more."""
-    unset = [word for name in passing.forwarded_variables(cluster.env) for word in ("-u", name)]
+    unset = [word for name in env_forwarding.forwarded_variables(cluster.env) for word in ("-u", name)]
     environment = ("env", *unset, "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
     printed = cluster.run(
         1, *environment, *OPENMPI, "--tag-output", "-x", "PYTHONPATH", sys.executable, *ranks(recipe), code=2

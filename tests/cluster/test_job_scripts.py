@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.run import status
+from megagpt.training import status
 from tests import training
 from tests.cluster.conftest import LENGTH
 from tests.cluster.faults import SlowDisk, power_on, until, without_controller

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.prepare.readers.default_corpus import default_corpus
 
 
 def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):
@@ -29,7 +29,7 @@ def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):
 # a command, in the frames of multiprocessing.connection, and connections that stay open and say nothing.
 ATTACK = """\
 import os, pickle, socket, struct, sys, time
-from megagpt.distributed.place import job_port
+from megagpt.cluster.launch_env import job_port
 
 class Bomb:
     def __reduce__(self):

@@ -18,22 +18,22 @@ from tests.training import ROOT
 
 def position_off_by_one() -> None:
     """The first sample of the resumed run is the second one."""
-    from megagpt import train
+    from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = train.assemble) -> Any:
+    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
         run, state = real(*arguments)
         return run, replace(state, position=state.position + 1)
 
-    train.assemble = assemble
+    loop.assemble = assemble
 
 
 def moments_not_restored() -> None:
     """Weights come back, the optimizer's averages begin anew."""
-    from megagpt import train
+    from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = train.assemble) -> Any:
-        from megagpt.engine import start  # noqa: F401  # first, as in a real start
-        from megagpt.engine.shares import WEIGHT, _Flat
+    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
+        from megagpt.engine import init_deepspeed  # noqa: F401  # first, as in a real start
+        from megagpt.engine.state.partitions import WEIGHT, _Flat
 
         def put(shares: _Flat, share: Any, kind: str, value: Any, real_put: Callable[..., None] = _Flat.put) -> None:
             if kind == WEIGHT:
@@ -42,27 +42,27 @@ def moments_not_restored() -> None:
         _Flat.put = put
         return real(*arguments)
 
-    train.assemble = assemble
+    loop.assemble = assemble
 
 
 def moments_not_restored_nor_verified() -> None:
     """The same, with the check that follows a load switched off."""
     moments_not_restored()
-    from megagpt import train
+    from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = train.assemble) -> Any:
-        from megagpt.engine import start  # noqa: F401
-        from megagpt.engine.portable import Portable
+    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
+        from megagpt.engine import init_deepspeed  # noqa: F401
+        from megagpt.engine.state.portable import Portable
 
         Portable._verify = lambda *_: None
         return real(*arguments)
 
-    train.assemble = assemble
+    loop.assemble = assemble
 
 
 def metrics_not_truncated() -> None:
     """What was recorded after the resumed update stays."""
-    from megagpt.run import metrics
+    from megagpt.training import metrics
 
     metrics._truncate = lambda path, _: (list(metrics.read(path.parent)), 0.0)
 

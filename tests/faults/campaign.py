@@ -19,9 +19,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megagpt import checkpoints
-from megagpt.prepare import PrepareOptions, prepare_command, train_tokenizer_command
-from megagpt.run import checkpoint, times
+from megagpt.checkpoint import listing, store
+from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
+from megagpt.training import time_breakdown
 from tests import training
 from tests.faults import drawn
 from tests.faults.drawn import ENDS, INSIDE, SAVING, Plan, repeated_and_lost
@@ -166,7 +166,7 @@ class Campaign:
     def _hit(self, ranks: Launch, made: Plan) -> None:
         """Let the end of a launch happen, from outside."""
         if made.act == "stop":
-            checkpoints.stop(self._run)
+            listing.stop(self._run)
             return
         for rank in made.ranks:
             if ranks.codes()[rank] is None:
@@ -200,7 +200,7 @@ class Campaign:
 
     def _saved(self) -> int:
         """The update of the newest whole checkpoint."""
-        found, _ = checkpoint.newest_valid(self._run)
+        found, _ = store.newest_valid(self._run)
         return found.state.update if found else 0
 
     def _compare(self) -> None:
@@ -210,7 +210,7 @@ class Campaign:
         repeated, lost = repeated_and_lost([update["position"] for update in curve], GLOBAL_BATCH, left_out)
         out.tokens_repeated, out.tokens_lost, out.updates = SEQ_LEN * repeated, SEQ_LEN * lost, len(curve)
         out.faults[self._poison["name"]] = len(left_out)
-        out.effective = str(times.of(training.events(self._run)))
+        out.effective = str(time_breakdown.of(training.events(self._run)))
         if repeated or lost or left_out != set(self._poison["positions"]):
             out.wrong.append("the data positions are not the closed form's")
         if [update["update"] for update in curve] != list(range(1, self._total + 1)):

@@ -17,7 +17,7 @@ import time
 import torch
 
 from megagpt.data.loader import Batch, Loader
-from megagpt.run.watch import Watch
+from megagpt.training.watchdog import Watch
 
 
 class Injected(RuntimeError):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megagpt.distributed import free_port
+from megagpt.cluster import free_port
 from tests import forks, training
 
 SLOW_DATA = {"kind": "slow", "method": "megagpt.data.loader:Loader.batches", "seconds": 0.1}  # so that a run can be hit

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megagpt.run import checkpoint
+from megagpt.checkpoint import store
 from tests.protocol import same_run
 from tests.training import curve, events, finish, ranks, wait_for_update
 
@@ -68,7 +68,7 @@ def healthy(monkeypatch):
 
 def saved(run):
     """Updates of published checkpoints."""
-    return [int(folder.name[7:]) for folder in checkpoint.Store(run).folders()]
+    return [int(folder.name[7:]) for folder in store.Store(run).folders()]
 
 
 def state_files(folder):

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from megagpt.run import checkpoint
+from megagpt.checkpoint import store
 from tests.protocol import same_run
 from tests.training import curve, events, finish
 
@@ -35,8 +35,8 @@ def test_a_read_only_disk_harms_no_checkpoint_and_is_said(recipe, uninterrupted,
     assert all("rank 0: Read-only file system" in line for line in lines)
     assert [event["update"] for event in events(run) if event["event"] == "save_failed"] == [4, 8, 12, 16]
     assert curve(run)[-1]["update"] == 16
-    assert [folder.name for folder in checkpoint.Store(run).folders()] == ["update_00000001"]
-    assert checkpoint.newest_valid(run)[0].state.update == 1
+    assert [folder.name for folder in store.Store(run).folders()] == ["update_00000001"]
+    assert store.newest_valid(run)[0].state.update == 1
     remount(checkpoints, "rw")
     finish(recipe)
     same_run(run, uninterrupted)
@@ -50,5 +50,5 @@ def test_what_fails_after_a_checkpoint_is_published_is_said_and_stops_nothing(re
     for update in (10, 20, 30, 40, 50):  # more than the failures in a row that would end the run
         assert f"SAVED, BUT  update {update}: Is a directory ({blocked})\n" in printed
     assert "NOT SAVED" not in printed
-    assert checkpoint.newest_valid(run)[0].state.update == 50
+    assert store.newest_valid(run)[0].state.update == 50
     assert (run / "DONE").exists()

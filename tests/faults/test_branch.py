@@ -2,9 +2,9 @@
 
 import pytest
 
+from megagpt.checkpoint import resume
+from megagpt.checkpoint.store import Store
 from megagpt.errors import UserError
-from megagpt.run import resume
-from megagpt.run.checkpoint import Store
 from tests import protocol, training
 from tests.faults.launches import launch
 from tests.training import curve, events, final_weights

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from megagpt import recipe as recipes
-from megagpt.data.indexed import CorpusReader
-from megagpt.data.order import Sampler
-from megagpt.evaluate import evaluate
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.config import recipe as recipes
+from megagpt.corpus.reader import CorpusReader
+from megagpt.data.sampler import Sampler
+from megagpt.inference.evaluate import evaluate
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests import training
 from tests.faults.launches import SLOW_DATA, launch
 

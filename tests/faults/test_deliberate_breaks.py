@@ -17,15 +17,10 @@ import shutil
 import pytest
 
 from megagpt import files
-from megagpt.run import checkpoint
-from megagpt.run.checkpoint import Store
+from megagpt.checkpoint import store as checkpoint
+from megagpt.checkpoint.store import Store
 from tests.faults.breaks import planting
-from tests.protocol import (
-    Place,
-    a_kill_at_any_call_harms_nothing,
-    damage_is_passed_over,
-    same_run,
-)
+from tests.protocol import Place, a_kill_at_any_call_harms_nothing, damage_is_passed_over, same_run
 from tests.training import finish
 
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from megagpt.run import status
+from megagpt.training import status
 from tests.faults.launches import launch
 from tests.training import curve, final_weights, finish, ranks, wait_for_update
 

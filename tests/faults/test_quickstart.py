@@ -104,5 +104,5 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
 
 def test_every_file_that_the_readme_links_to_exists():
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert "megagpt/train.py" in links
+    assert "megagpt/training/loop.py" in links
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []

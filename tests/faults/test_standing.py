@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 
-from megagpt.run import status
+from megagpt.training import status
 from tests.faults.launches import launch
 from tests.training import finish, ranks, wait_for_update
 
@@ -33,7 +33,7 @@ def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
 
 
 def test_no_rank_ends_with_75_before_rank_0_has_said_so(recipe, tmp_path):
-    slow = {"kind": "slow", "rank": 0, "method": "megagpt.run.status:Note.end", "seconds": 1}
+    slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:Note.end", "seconds": 1}
     with launch(recipe, "length.updates=100000", folder=tmp_path, faults=[slow]) as both:
         wait_for_update(recipe.with_suffix(""), 2)
         os.kill(both.pids()[1], signal.SIGUSR1)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megagpt.run import metrics, times
+from megagpt.training import metrics, time_breakdown
 from tests.faults.launches import launch
 from tests.training import events
 
@@ -57,6 +57,6 @@ def test_each_event_counts_once():
         {"event": "skip", "seconds": 0.25},
         {"event": "time", "spent": {}},
     ]
-    spent = times.of(events)
-    assert spent == times.Times(data=0.5, compute=1.5, save=1.0, evaluate=5.0, restart=17.0, lost=9.75)
+    spent = time_breakdown.of(events)
+    assert spent == time_breakdown.Times(data=0.5, compute=1.5, save=1.0, evaluate=5.0, restart=17.0, lost=9.75)
     assert str(spent).startswith("35s: restart 48.9%, lost work 28.1%, evaluate 14.4%")

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from megagpt.distributed import free_port
+from megagpt.cluster import free_port
+from megagpt.config.recipe import Recipe
 from megagpt.errors import UserError
 from megagpt.parity.curve import KINDS, Curve, compare, tolerance_of, worst
-from megagpt.recipe import Recipe
 from tests import forks
 from tests.parity import draws, fuzz_rank, layouts, needs, reference
 from tests.parity.draws import SECOND, Switches

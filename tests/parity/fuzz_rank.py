@@ -19,13 +19,13 @@ from unittest.mock import patch
 
 import torch
 
-from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.config.recipe import Recipe
 from megagpt.engine.build import build
-from megagpt.engine.side_state import SideState
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
+from megagpt.engine.state.rng_and_loss_scale import SideState
 from megagpt.errors import UserError
 from megagpt.files import folder_writer
-from megagpt.recipe import Recipe
 from tests.parity import layouts, mutants, needs
 from tests.parity.layouts import Case
 from tests.parity.skip_worker import Planted

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megagpt.distributed import free_port
+from megagpt.cluster import free_port
 from tests.parity.layouts import Case
 
 SECONDS = 300  # for one case; a rank that waits longer writes its stack and exits

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from megagpt import ds_config
-from megagpt import recipe as recipes
+from megagpt.cluster import Rank
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe as recipes
+from megagpt.config.deepspeed import Layout, Resolved
+from megagpt.config.recipe import Recipe
 from megagpt.data.loader import Batch
-from megagpt.distributed import Rank
-from megagpt.ds_config import Layout, Resolved
-from megagpt.engine.keys import known_keys
-from megagpt.recipe import Recipe
+from megagpt.engine.deepspeed_keys import known_keys
 
 GLOBAL_BATCH = 12  # by 1, 2, 3 and 4 ranks
 HELD_OUT = 12

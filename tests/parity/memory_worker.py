@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from megagpt.distributed import Agreement, Rank, from_environment
-from megagpt.ds_config import Resolved
+from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.config.deepspeed import Resolved
 from megagpt.engine.build import build
-from megagpt.engine.materialise import materialise
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
+from megagpt.engine.init_model import materialise
 from megagpt.files import folder_writer
 from tests.parity import layouts
 from tests.parity.state_worker import data

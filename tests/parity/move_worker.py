@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.cluster import Agreement, Rank, from_environment
 from megagpt.engine.build import build
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
 from megagpt.files import folder_writer
 from tests.parity import layouts, needs
 from tests.parity.state_worker import data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.recipe.sections import OptimizerSection
+from megagpt.config.recipe.sections import OptimizerSection
 
 BLOCK_MATRICES = ("qkv.weight", "output.weight", "up.weight", "down.weight", "gate.weight")
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Keller Jordan et al. 2024

@@ -16,7 +16,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megagpt.data.loader import Batch
-from megagpt.engine import materialise, optimizer, schedule, zero
+from megagpt.engine import init_model, zero
+from megagpt.engine.optim import build, lr_schedule
 from megagpt.engine.zero import ZeroEngine
 from megagpt.model.layers import Attention, Head, PositionEmbedding
 from tests.parity import layouts, mutants_parallel
@@ -159,7 +160,7 @@ _BUGS: dict[str, tuple[int, Any, str, Wrapper]] = {
     "tied-gradient-halved": (1, zero, "materialise", _tied_times(0.5)),
     "tied-gradient-doubled": (0, zero, "materialise", _tied_times(2.0)),
     "head-without-gradient": (2, Head, "matrix", _head_without_gradient),
-    "rate-one-update-early": (1, schedule, "build", _one_step_ahead),
+    "rate-one-update-early": (1, lr_schedule, "build", _one_step_ahead),
     "clipped-by-the-local-norm": (1, DeepSpeedZeroOptimizer, "unscale_and_clip_grads", _local_clip),
     "not-clipped": (2, DeepSpeedZeroOptimizer, "unscale_and_clip_grads", _no_clip),
     "clipped-tensor-by-tensor": (0, zero._ClipBeforeStep, "__call__", _clip_each),
@@ -170,12 +171,12 @@ _BUGS: dict[str, tuple[int, Any, str, Wrapper]] = {
     "labels-shifted-twice": (1, layouts, "share", _shifted_labels),
     "weights-stale-after-gather": (1, ZeroEngine, "train_update", _after_update(_stale)),
     "weights-rounded-to-bf16": (0, ZeroEngine, "train_update", _after_update(_rounded)),
-    "norms-and-biases-decay": (1, optimizer, "_groups", _groups(_all_decay)),
-    "norms-and-biases-learn-slowly": (2, optimizer, "_groups", _groups(_slow_rest)),
-    "another-beta": (1, optimizer, "build", _other_beta),
+    "norms-and-biases-decay": (1, build, "_groups", _groups(_all_decay)),
+    "norms-and-biases-learn-slowly": (2, build, "_groups", _groups(_slow_rest)),
+    "another-beta": (1, build, "build", _other_beta),
     "attention-sees-the-future": (2, Attention, "attend", _sees_the_future),
     "all-tokens-at-one-position": (3, PositionEmbedding, "forward", _no_positions),
-    "initial-values-of-another-seed": (3, materialise, "initial_value", lambda f, n, s, m, seed: f(n, s, m, seed + 1)),
+    "initial-values-of-another-seed": (3, init_model, "initial_value", lambda f, n, s, m, seed: f(n, s, m, seed + 1)),
 }
 MUTANTS = {f"mutant-{id}": Mutant(_case(id, bug[0]), *bug[1:]) for id, bug in _BUGS.items()}
 MUTANTS |= {

@@ -21,10 +21,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megagpt.distributed import Agreement, Rank
+from megagpt.cluster import Agreement, Rank
 from megagpt.engine.build import build
-from megagpt.engine.exchange import Exchange
-from megagpt.engine.start import start
+from megagpt.engine.init_deepspeed import start
+from megagpt.engine.optim.muon_all_to_all import Exchange
 from tests.parity import layouts
 from tests.parity.plan_cases import CASES, WORLD
 from tests.parity.state_worker import data

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from megagpt.config.recipe import Recipe
+from megagpt.config.recipe.sections import ScheduleSection
 from megagpt.model.gpt import GPT, initialize
 from megagpt.parity.curve import Curve
-from megagpt.recipe import Recipe
-from megagpt.recipe.sections import ScheduleSection
 from tests.parity import alone
 from tests.parity.muon_by_values import BLOCK_MATRICES, MuonByValues
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from megagpt.distributed import Agreement, Rank, from_environment
-from megagpt.engine import loss_scale
+from megagpt.cluster import Agreement, Rank, from_environment
 from megagpt.engine.build import build
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
+from megagpt.engine.state import loss_scale
 from megagpt.files import folder_writer
 from megagpt.model.layers import Attention
 from tests.parity import layouts, needs

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megagpt.cluster import Agreement, Rank, from_environment
 from megagpt.data.loader import Batch
-from megagpt.distributed import Agreement, Rank, from_environment
 from megagpt.engine.build import build
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
 from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT
 from tests.parity import layouts

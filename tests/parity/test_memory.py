@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from megagpt.model import cost
-from megagpt.recipe.sections import ModelSection
+from megagpt.config.recipe.sections import ModelSection
+from megagpt.model import flops
 from tests.parity.groups import SECONDS, launch
 
 MODEL = ModelSection(n_layer=4, n_head=4, d_model=384, vocab_size=8192, seq_len=32)
-STATE = 12 * cost.parameters(MODEL)  # a weight and two moments in fp32
+STATE = 12 * flops.parameters(MODEL)  # a weight and two moments in fp32
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_a_move_takes_the_memory_of_training_and_a_few_tensors(tmp_path, source,
 
 def test_at_stage_3_a_model_is_built_share_by_share(tmp_path):
     section = ModelSection(n_layer=16, n_head=4, d_model=384, vocab_size=512, seq_len=32)
-    whole, largest = 4 * cost.parameters(section), 4 * section.d_model * section.d_ff
+    whole, largest = 4 * flops.parameters(section), 4 * section.d_model * section.d_ff
     log = launch("memory_worker", 2, {"folder": str(tmp_path), "build": "zero3-2ranks"}, tmp_path, SECONDS)
     for rank in range(2):
         path = tmp_path / f"memory-{rank}.json"

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt import recipe as recipes
-from megagpt.ds_config import Layout, Resolved
-from megagpt.engine import optimizer as optimizers
-from megagpt.engine import tensor
-from megagpt.model import cost
+from megagpt.config import recipe as recipes
+from megagpt.config.deepspeed import Layout, Resolved
+from megagpt.config.recipe import PRESETS, ModelSection
+from megagpt.engine.optim import build as optimizers
+from megagpt.engine.parallel import tensor
+from megagpt.model import flops
 from megagpt.model.layers import Block
 from megagpt.parity import real_shape, shrink
-from megagpt.recipe import PRESETS, ModelSection
 
 ROOT = Path(__file__).parents[2]
 STAGES = (2, 3, 4, 5, 6, 8, 12, 16)
@@ -46,8 +46,8 @@ def test_every_preset_keeps_its_stages_when_it_is_shrunk(preset, tied):
     section = ModelSection(**{**PRESETS[preset], "tie_embeddings": tied})
     for number in (number for number in STAGES if number <= section.n_layer):
         small = shrunk(resolved(MUON, section, number)).recipe.model
-        assert cost.stage_kinds(small, number) == cost.stage_kinds(section, number)
-        assert cost.parameters(small) < 8e6
+        assert flops.stage_kinds(small, number) == flops.stage_kinds(section, number)
+        assert flops.parameters(small) < 8e6
 
 
 @pytest.mark.parametrize("path", [ADAMW, MUON], ids=["adamw", "muon"])
@@ -63,10 +63,10 @@ def test_the_quickstart_on_four_stages_has_a_stage_for_the_head_alone_also_when_
     """Two blocks per stage and a small vocabulary, as the recipe was once shrunk, put blocks on every stage."""
     real = resolved(MUON, ModelSection(**PRESETS["quickstart"]), 4)
     blocks = ("embedding", "block"), ("block",), ("block", "norm"), ("head",)
-    assert tuple(cost.stage_kinds(real.recipe.model, 4)) == blocks
-    assert tuple(cost.stage_kinds(shrunk(real).recipe.model, 4)) == blocks
+    assert tuple(flops.stage_kinds(real.recipe.model, 4)) == blocks
+    assert tuple(flops.stage_kinds(shrunk(real).recipe.model, 4)) == blocks
     former = real.recipe.model.model_copy(update={"n_layer": 8, "d_model": 64, "d_ff": 256, "vocab_size": 128})
-    assert cost.stage_kinds(former, 4)[3] == ("block", "norm", "head")
+    assert flops.stage_kinds(former, 4)[3] == ("block", "norm", "head")
     built = real_shape.build_stages(real)
     assert [len(stage.groups) for stage in built] == [4, 3, 3, 1]
 
@@ -91,7 +91,7 @@ def test_any_model_keeps_what_decides_the_cut(shape):
     )  # fmt: skip
     layout = Layout(shape["stages"] * shape["degree"], 1, 2, 4, 1, shape["stages"], shape["degree"])
     small = shrink.model(section, layout)
-    assert cost.stage_kinds(small, shape["stages"]) == cost.stage_kinds(section, shape["stages"])
+    assert flops.stage_kinds(small, shape["stages"]) == flops.stage_kinds(section, shape["stages"])
     assert small.n_head // small.n_kv_head == shape["group"]
     assert small.n_kv_head % shape["degree"] == small.d_ff % shape["degree"] == 0
     assert (small.vocab_size % shape["degree"] == 0) == (section.vocab_size % shape["degree"] == 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.model import cost
+from megagpt.model import flops
 from megagpt.parity.curve import KINDS, compare, worst
 from tests.parity import curve as curves
 from tests.parity import layouts, reference
@@ -76,7 +76,7 @@ STAGES = [case for case in layouts.CASES if case.id.startswith("stages-")]
 def test_rows_are_named_by_the_layers_of_their_stages(case, tmp_path):
     model = layouts.recipe_of(case, tmp_path).model
     layers = ["E", *("P" if model.position == "learned" else ""), *("B" * model.n_layer), "N", "H"]
-    cuts = cost.boundaries(cost.layer_costs(model), case.config["pipeline"]["stages"])
+    cuts = flops.boundaries(flops.layer_costs(model), case.config["pipeline"]["stages"])
     stages = ["".join(layers[first:last]) for first, last in pairwise(cuts)]
     assert case.id.removeprefix("stages-").split("-")[: len(stages)] == stages
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.cluster import Rank, free_port
 from megagpt.data.loader import Batch
-from megagpt.distributed import Rank, free_port
 from megagpt.parity import Options, _resolve, curve, reference, shrink
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megagpt.distributed import Agreement, Rank, from_environment
+from megagpt.cluster import Agreement, Rank, from_environment
 from megagpt.engine.build import build
-from megagpt.engine.start import start, stop
+from megagpt.engine.init_deepspeed import start, stop
 from megagpt.parity.curve import Curve
 from tests.parity import curve as curves
 from tests.parity import layouts, mutants, needs

@@ -67,7 +67,7 @@ def test_only_the_engine_room_knows_deepspeed():
 
 
 def test_the_loop_fits_one_screen():
-    tree = ast.parse((ROOT / "megagpt/train.py").read_text())
+    tree = ast.parse((ROOT / "megagpt/training/loop.py").read_text())
     (loop,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "loop")
     assert loop.end_lineno - loop.lineno < 45
     assert not any(isinstance(node, ast.ClassDef) for node in tree.body)
@@ -89,12 +89,12 @@ def test_no_file_and_no_function_is_too_long():
     ("code", "absent"),
     [
         ("import megagpt.cli", ("torch", "deepspeed", "numpy", "sentencepiece")),
-        ("import megagpt.recipe", ("torch", "deepspeed")),
-        ("import megagpt.ds_config", ("torch", "deepspeed")),
+        ("import megagpt.config.recipe", ("torch", "deepspeed")),
+        ("import megagpt.config.deepspeed", ("torch", "deepspeed")),
         ("import megagpt.prepare", ("torch", "deepspeed")),
         ("import megagpt.report", ("torch", "deepspeed")),
         ("import megagpt.plan", ("torch", "deepspeed")),
-        ("import megagpt.train", ("deepspeed",)),
+        ("import megagpt.training.loop", ("deepspeed",)),
     ],
 )
 def test_what_needs_no_torch_loads_none(code, absent):

@@ -14,26 +14,28 @@ import zlib
 
 import pytest
 
-from megagpt import assembly, files, report
-from megagpt import recipe as megagpt_recipe
-from megagpt.corpora.inspecting import DocumentExcerpt
-from megagpt.data import opening
-from megagpt.data.indexed import CorpusReader
-from megagpt.data.manifest import ManifestReader
-from megagpt.data.oddities import InputWarnings
-from megagpt.data.pieces import split_into_chunks
-from megagpt.data.reading import read_fragments
-from megagpt.data.sidecar import read_sidecar
-from megagpt.data.sources import find_input_files
-from megagpt.data.tokenizer import Tokenizer
+from megagpt import files, report
+from megagpt.checkpoint import store
+from megagpt.checkpoint.tensor_files import Pieces
+from megagpt.config import recipe as megagpt_recipe
+from megagpt.corpus.inspect import DocumentExcerpt
+from megagpt.corpus.metadata import read_sidecar
+from megagpt.corpus.reader import CorpusReader
 from megagpt.doctor import agent
 from megagpt.errors import Problem, UserError, without_controls
-from megagpt.model.pieces import Pieces
-from megagpt.prepare import PrepareOptions, plain, prepare_command
-from megagpt.prepare.ranks import _CommunicatingGroup
-from megagpt.prepare.tokenizing import TokenizedText
-from megagpt.run import checkpoint, metrics, status
-from megagpt.run.console import Console
+from megagpt.prepare import plain_data
+from megagpt.prepare.chunks import split_into_chunks
+from megagpt.prepare.command import PrepareOptions, prepare_command
+from megagpt.prepare.input_warnings import InputWarnings
+from megagpt.prepare.process_group import _CommunicatingGroup
+from megagpt.prepare.readers import decompress
+from megagpt.prepare.readers.inputs import find_input_files
+from megagpt.prepare.readers.manifest import ManifestReader
+from megagpt.prepare.readers.reader import read_fragments
+from megagpt.prepare.train_tokenizer import TokenizedText
+from megagpt.tokenizer.tokenizer import Tokenizer
+from megagpt.training import metrics, setup, status
+from megagpt.training.console import Console
 from tests import training
 
 PACKAGE = training.ROOT / "megagpt"
@@ -100,7 +102,7 @@ def test_no_model_code_of_others_runs_and_nothing_is_downloaded_unasked():
 
 def test_json_of_others_is_parsed_where_its_depth_is_handled():
     parsers = {where.partition(":")[0] for where, name, _, _ in calls() if name in ("json.loads", "json.load")}
-    assert parsers == {"files.py", "data/reading.py", "data/long_line.py"}
+    assert parsers == {"files.py", "prepare/readers/reader.py", "prepare/readers/long_json_line.py"}
 
 
 def test_our_own_sockets_listen_at_an_address_of_the_job():
@@ -141,20 +143,20 @@ def test_a_pickle_in_place_of_a_corpus(bomb, tmp_path):
     ],
 )  # fmt: skip
 def test_a_message_that_is_no_plain_data_of_the_listed_types(message):
-    with pytest.raises(plain.BadMessage):
-        plain.loads(message)
+    with pytest.raises(plain_data.BadMessage):
+        plain_data.loads(message)
 
 
 def test_a_pickle_in_place_of_a_message(bomb):
-    with pytest.raises(plain.BadMessage):
-        plain.loads(bomb)
-    assert plain.loads(b"B" + bomb) == bomb  # bytes are bytes
+    with pytest.raises(plain_data.BadMessage):
+        plain_data.loads(bomb)
+    assert plain_data.loads(b"B" + bomb) == bomb  # bytes are bytes
 
 
 def test_only_listed_types_are_sent():
     for value in (object(), Bomb("x"), lambda: None, {1: Bomb("x")}):
         with pytest.raises(TypeError, match="cannot be sent"):
-            plain.dumps(value)
+            plain_data.dumps(value)
 
 
 # ---- paths
@@ -162,7 +164,7 @@ def test_only_listed_types_are_sent():
 
 def write_manifest(folder, content):
     body = json.dumps(content)[1:]
-    (folder / checkpoint.MANIFEST).write_text(f'{{"checksum": {zlib.crc32(body.encode())},{body}')
+    (folder / store.MANIFEST).write_text(f'{{"checksum": {zlib.crc32(body.encode())},{body}')
 
 
 @pytest.fixture
@@ -183,14 +185,14 @@ def test_a_checkpoints_manifest_that_names_files_outside(tmp_path, state, name):
     (folder / "link").symlink_to(outer)
     name = name.format(absolute=outer)
     write_manifest(folder, {"state": state, "files": {name: {"bytes": 5, "crc32": zlib.crc32(b"outer")}}})
-    assert checkpoint.check(folder) == (None, f"{name} leads out of the checkpoint")
+    assert store.check(folder) == (None, f"{name} leads out of the checkpoint")
     assert outer.read_bytes() == b"outer"
 
 
 @pytest.mark.parametrize("listed", [[], 5, {"x": 5}, {"x": {"bytes": "5", "crc32": 0}}, {"x": {"bytes": 5}}, None])
 def test_a_checkpoints_manifest_of_another_form(tmp_path, state, listed):
     write_manifest(tmp_path, {"state": state, "files": listed})
-    found, wrong = checkpoint.check(tmp_path)
+    found, wrong = store.check(tmp_path)
     assert found is None
     assert "cannot be read" in wrong
 
@@ -283,16 +285,16 @@ def test_xz_files_of_several_streams_and_padding_are_read_whole(tmp_path):
     path = tmp_path / "a.xz"
     for ending in (b"", b"\0" * 8, b"\0" * 100_000, b"not xz"):
         path.write_bytes(lzma.compress(b"one\n" * 100_000) + lzma.compress(b"two\n" * 100_000) + ending)
-        with opening.open_decompressed(str(path), opening.Compression.XZ) as file:
+        with decompress.open_decompressed(str(path), decompress.Compression.XZ) as file:
             assert file.read() == b"one\n" * 100_000 + b"two\n" * 100_000
 
 
 BOMB = """\
 import resource, sys
-from megagpt.data.oddities import InputWarnings
-from megagpt.data.pieces import split_into_chunks
-from megagpt.data.reading import read_fragments
-from megagpt.data.sources import find_input_files
+from megagpt.prepare.input_warnings import InputWarnings
+from megagpt.prepare.chunks import split_into_chunks
+from megagpt.prepare.readers.reader import read_fragments
+from megagpt.prepare.readers.inputs import find_input_files
 from pathlib import Path
 count = 0
 for chunk in split_into_chunks(find_input_files([sys.argv[1]], Path(sys.argv[1] + ".spool"))):
@@ -391,12 +393,12 @@ def test_deep_json_in_the_files_of_a_run(tmp_path, state):
         list(metrics.read(tmp_path))
     for text in (DEEP, "[1]", "5", '"x"', "[[1, 2, 3]]", '{"at": {}}'):
         (tmp_path / status.DONE).write_text(text)
-        assert assembly.done(tmp_path) == 0
+        assert setup.done(tmp_path) == 0
         (tmp_path / status.FILE).write_text(text)
         assert isinstance(status._json(tmp_path / status.FILE), dict)
     body = f'"state": {DEEP}}}'
-    (tmp_path / checkpoint.MANIFEST).write_text(f'{{"checksum": {zlib.crc32(body.encode())},{body}')
-    found, wrong = checkpoint.check(tmp_path)
+    (tmp_path / store.MANIFEST).write_text(f'{{"checksum": {zlib.crc32(body.encode())},{body}')
+    found, wrong = store.check(tmp_path)
     assert found is None
     assert "nested too deeply" in wrong
 

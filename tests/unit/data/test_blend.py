@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagpt.config.recipe import Source
 from megagpt.data import blend
-from megagpt.data.order import Sampler
+from megagpt.data.sampler import Sampler
 from megagpt.errors import UserError
-from megagpt.recipe import Source
 
 SOURCES = (
     Source(path="corpora/web", weight=0.7),

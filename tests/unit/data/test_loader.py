@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.evaluation import EvaluationBatches
-from megagpt.data.indexed import CorpusChanged, corpus_file
+from megagpt.corpus.reader import CorpusChanged, corpus_file
+from megagpt.data.evaluation_batches import EvaluationBatches
 from megagpt.data.loader import Loader, _are_cached
 from megagpt.errors import UserError
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from megagpt.distributed import Rank, free_port, secret
+from megagpt.cluster import Rank, free_port, secret
 from megagpt.doctor import agent, command
 from megagpt.doctor import session as sessions
 from megagpt.doctor.report import Finding, Report

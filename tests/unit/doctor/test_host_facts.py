@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.data.indexed_writer import CorpusWriter
+from megagpt.corpus.writer import CorpusWriter
 from megagpt.doctor import host_facts
 from megagpt.doctor.agent import Agent, ProbeProcess
 from megagpt.doctor.host_facts import RunDirectoryMarker

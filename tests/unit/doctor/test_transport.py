@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from megagpt import plan
-from megagpt.distributed.handshake import Channel
+from megagpt.cluster.handshake import Channel
 from megagpt.doctor import transport
 from megagpt.doctor.job_requirements import JobRequirements, read_requirements
 from megagpt.doctor.transport import HostLost

@@ -2,12 +2,12 @@
 
 import pytest
 
-from megagpt.distributed import Agreement, Rank
-from megagpt.engine import start
+from megagpt.cluster import Agreement, Rank
+from megagpt.engine import init_deepspeed
 
 
 @pytest.fixture(scope="session")
 def agreement():
-    start.start(Rank())
+    init_deepspeed.start(Rank())
     yield Agreement(1)
-    start.stop()
+    init_deepspeed.stop()

@@ -13,8 +13,8 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from megagpt.distributed import free_port
-from megagpt.engine import grad_norm, native
+from megagpt.cluster import free_port
+from megagpt.engine import deepspeed_patches, grad_norm
 
 pytestmark = pytest.mark.usefixtures("agreement")
 
@@ -51,7 +51,7 @@ def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():
     )[0]
     engine.train_batch(iter([(torch.ones(2, 4).bfloat16(), torch.zeros(2, 4).bfloat16())]))
     moved = {name: (parameter.float() - before[name]).abs().max().item() for name, parameter in pipe.named_parameters()}
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert moved["0.weight"] > 0.05
     assert moved["1.head.bias"] < 0.01  # its gradient is far from 0
 
@@ -81,7 +81,7 @@ def test_at_stage_0_there_is_no_gradient_norm():
     engine.backward(engine(torch.ones(2, 4)).mean())
     engine.step()
     norm = engine.get_global_grad_norm()
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert norm is None
 
 
@@ -96,7 +96,7 @@ def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to
         engine.module.register_forward_hook(lambda _, inputs, output: output.mean())
         engine.backward(engine(torch.ones(2, 4)), scale_wrt_gas=False)
         value = engine.module[0].weight.grad.clone()
-        native.release(engine)
+        deepspeed_patches.release(engine)
         return value
 
     assert torch.equal(gradient(4), gradient(1) / 4)
@@ -111,7 +111,7 @@ def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found():
     found = safe_get_full_optimizer_state(first, "exp_avg")
     with pytest.raises(ValueError, match="exp_avg not found"):
         safe_get_full_optimizer_state(second, "exp_avg")
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert found.abs().max() > 0
 
 
@@ -119,7 +119,7 @@ def test_in_bf16_stage_0_steps_before_training_begins():
     """Why bf16 never runs at stage 0: an update on zero gradients counts, and decays the weights."""
     engine = zero(0, bf16={"enabled": True})
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert steps == {1}
 
 
@@ -132,7 +132,7 @@ def test_in_bf16_with_offload_a_bad_gradient_stays_for_ever():
         engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean() * factor)
         engine.step()
         stepped.append(engine.was_step_applied())
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert stepped == [False, False]
 
 
@@ -150,7 +150,7 @@ def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(fp16, s
             engine.backward(engine(torch.ones(2, 4).half()).mean())
             engine.step()
         moments = [state["exp_avg"].clone() for state in engine.optimizer.optimizer.state.values()]
-        native.release(engine)
+        deepspeed_patches.release(engine)
         return torch.cat([moment.flatten() for moment in moments])
 
     doubled, constant = first_moment(window=1), first_moment(window=1000)
@@ -201,14 +201,14 @@ def test_deepspeeds_muon_is_clipped_by_the_norm_of_its_own_update():
     engine.backward(engine(x).square().mean())
     engine.step()
     norm = float(engine.get_global_grad_norm())
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert norm > 2 * gradient
 
 
 CLIPPED_BY_STAGE = """
 import json, os, sys
-from megagpt.distributed import from_environment
-from megagpt.engine import start
+from megagpt.cluster import from_environment
+from megagpt.engine import init_deepspeed as start
 
 start.start(from_environment(os.environ))
 import deepspeed
@@ -274,7 +274,7 @@ def test_each_parameter_group_is_reduced_over_the_stages_by_itself(offload, monk
     grad_norm.configure(engine.optimizer)
     assert float(engine.optimizer.scaled_global_norm()) == pytest.approx(theirs, rel=1e-6)
     assert len(reduced) == 1
-    native.release(engine)
+    deepspeed_patches.release(engine)
 
 
 def test_the_norm_of_no_gradients_fails():
@@ -289,5 +289,5 @@ def test_with_bf16_and_offload_gradients_are_not_in_grad():
     engine = zero(1, offload="cpu", gradient_accumulation_steps=2, **config)
     engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean())
     found = [(weight.grad, weight.grad_accum) for weight in engine.module.parameters()]
-    native.release(engine)
+    deepspeed_patches.release(engine)
     assert all(gradient is None and accumulated.abs().max() > 0 for gradient, accumulated in found)

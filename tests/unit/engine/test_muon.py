@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megagpt.engine.muon import Muon, orthogonalise
+from megagpt.engine.optim.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32), (32, 40)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megagpt import recipe as recipes
+from megagpt.config import recipe as recipes
 from megagpt.engine import offload
 from megagpt.errors import UserError
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from deepspeed.ops import adam
 
-from megagpt.engine import offload, optimizer
-from megagpt.model import cost, gpt
-from megagpt.recipe import PRESETS, ModelSection
-from megagpt.recipe.sections import OptimizerSection
+from megagpt.config.recipe import PRESETS, ModelSection
+from megagpt.config.recipe.sections import OptimizerSection
+from megagpt.engine import offload
+from megagpt.engine.optim import build
+from megagpt.model import flops, gpt
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ def test_on_a_gpu_deepspeeds_fused_adam_is_taken_with_our_groups(model, monkeypa
 
     loaded = []
     monkeypatch.setattr(adam, "FusedAdam", Fused)
-    monkeypatch.setattr(optimizer.operators, "load", loaded.append)
-    built = optimizer.build(OptimizerSection(lr=0.1, weight_decay=0.2), model, on_gpu=True)
+    monkeypatch.setattr(build.operators, "load", loaded.append)
+    built = build.build(OptimizerSection(lr=0.1, weight_decay=0.2), model, on_gpu=True)
     assert type(built) is Fused
     assert loaded == ["fused_adam"]
     assert [(group["lr"], group["weight_decay"]) for group in built.param_groups] == [(0.1, 0.2), (0.1, 0.0)]
-    assert type(optimizer.build(OptimizerSection(lr=0.1), model, on_gpu=False)) is torch.optim.AdamW
+    assert type(build.build(OptimizerSection(lr=0.1), model, on_gpu=False)) is torch.optim.AdamW
     assert loaded == ["fused_adam"]
 
 
@@ -38,8 +39,8 @@ def test_where_it_cannot_be_built_torchs_takes_its_place_and_the_log_says_why(mo
     def fail(name):
         raise OSError(f"no nvcc for {name}")
 
-    monkeypatch.setattr(optimizer.operators, "load", fail)
-    assert type(optimizer.build(OptimizerSection(lr=0.1), model, on_gpu=True)) is torch.optim.AdamW
+    monkeypatch.setattr(build.operators, "load", fail)
+    assert type(build.build(OptimizerSection(lr=0.1), model, on_gpu=True)) is torch.optim.AdamW
     assert caplog.messages == [
         "DeepSpeed's fused Adam cannot be built (no nvcc for fused_adam); torch's fused AdamW takes its place"
     ]
@@ -72,15 +73,15 @@ def test_groups_of_every_stage_are_those_of_the_whole_model_in_its_order(preset,
     settings = OptimizerSection(type=type, lr=0.1, muon_lr=0.2, muon_momentum=0.95)
     with torch.device("meta"):
         layers = gpt.layers(section)
-    whole = kinds(optimizer._groups(settings, torch.nn.ModuleList(layers)))
+    whole = kinds(build._groups(settings, torch.nn.ModuleList(layers)))
     assert len(whole) == (4 if type == "muon" else 2)
     for count in stage_counts(section.n_layer):
-        cuts = cost.boundaries(cost.layer_costs(section), count)
+        cuts = flops.boundaries(flops.layer_costs(section), count)
         for first, last in pairwise(cuts):
             local = layers[first:last]
             if section.tie_embeddings and last == len(layers):
                 local = [layers[0], *local]
-            groups = optimizer._groups(settings, torch.nn.ModuleList(local))
+            groups = build._groups(settings, torch.nn.ModuleList(local))
             positions = [whole.index(kind) for kind in kinds(groups)]
             assert positions == sorted(set(positions))
             assert all(group["params"] for group in groups)

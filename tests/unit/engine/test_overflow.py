@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from megagpt import ds_config, recipe
+from megagpt.cluster import Rank
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe
 from megagpt.data.loader import Batch
-from megagpt.distributed import Rank
-from megagpt.engine import build, keys
+from megagpt.engine import build, deepspeed_keys
 from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT, initialize
 
@@ -32,7 +33,7 @@ def make(tmp_path, agreement, fp16):
         (tmp_path / "r.yaml").write_text(RECIPE)
         scale = {"initial_scale_power": POWER, "hysteresis": HYSTERESIS, "loss_scale_window": WINDOW}
         (tmp_path / "d.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
-        resolved = ds_config.load(tmp_path / "d.json", recipe.load(tmp_path / "r.yaml"), 1, keys.known_keys())
+        resolved = ds_config.load(tmp_path / "d.json", recipe.load(tmp_path / "r.yaml"), 1, deepspeed_keys.known_keys())
         return build.build(resolved, 30, Rank(), agreement), resolved.recipe
 
     return engine

@@ -4,7 +4,7 @@ import deepspeed
 import torch
 from torch.distributed import distributed_c10d
 
-from megagpt.distributed import TIME_LIMIT
+from megagpt.cluster import TIME_LIMIT
 
 
 def limits():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megagpt import ds_config, recipe
+from megagpt.cluster import Rank
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe
 from megagpt.data.loader import Batch
-from megagpt.distributed import Rank
-from megagpt.engine import build, keys
+from megagpt.engine import build, deepspeed_keys
 from megagpt.files import folder_writer
 from megagpt.model.gpt import GPT, initialize
 
@@ -35,7 +36,7 @@ def make(tmp_path, agreement):
         (tmp_path / "d.json").write_text(
             f'{{"train_micro_batch_size_per_gpu": {micro}, "zero_optimization": {{"stage": {stage}}}}}'
         )
-        resolved = ds_config.load(tmp_path / "d.json", recipe.load(path), 1, keys.known_keys())
+        resolved = ds_config.load(tmp_path / "d.json", recipe.load(path), 1, deepspeed_keys.known_keys())
         return build.build(resolved, 8, Rank(), agreement), resolved.recipe
 
     return engine

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megagpt.config.recipe import ModelSection
 from megagpt.model.gpt import GPT
-from megagpt.recipe import ModelSection
 
 TINY = {
     "n_layer": 2,

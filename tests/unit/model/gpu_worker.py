@@ -15,13 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from megagpt.engine import muon, sequence, tensor
-from megagpt.engine.materialise import recompute
-from megagpt.model import functions, loss
-from megagpt.model.documents import Documents
+from megagpt.config.recipe import ModelSection
+from megagpt.engine.init_model import recompute
+from megagpt.engine.optim import muon
+from megagpt.engine.parallel import tensor
+from megagpt.engine.parallel import ulysses as sequence
+from megagpt.model import fused_ops, loss
+from megagpt.model.document_mask import Documents
 from megagpt.model.gpt import GPT
 from megagpt.model.layers import Rotary
-from megagpt.recipe import ModelSection
 
 TINY = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "d_ff": 48, "vocab_size": 60, "seq_len": 16}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
@@ -89,8 +91,8 @@ def backward(dtype):
     hidden, heads = (torch.empty(*shape, dtype=dtype, device=gpu()) for shape in ((3, 16, 32), (3, 16, 8, 8)))
     tables = Rotary(8, 16, 1e4).tables(0, 16, gpu())
     group = torch.distributed.group.WORLD
-    there_and_back(functions._ReluSquared, hidden)
-    there_and_back(functions._NormAndRotate, heads, 2, tables, 1e-5)
+    there_and_back(fused_ops._ReluSquared, hidden)
+    there_and_back(fused_ops._NormAndRotate, heads, 2, tables, 1e-5)
     there_and_back(tensor._Enter, hidden, group)
     there_and_back(tensor._Leave, hidden, group)
     rows, weight = hidden.flatten(0, 1), torch.empty(60, 32, dtype=dtype, device=gpu())

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.engine.materialise import recompute
-from megagpt.model import documents
-from megagpt.model.documents import Documents
+from megagpt.engine.init_model import recompute
+from megagpt.model import document_mask as documents
+from megagpt.model.document_mask import Documents
 from megagpt.model.gpt import GPT
 
 END = 60

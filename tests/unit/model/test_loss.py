@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megagpt.model import cost, loss
+from megagpt.model import flops, loss
 from megagpt.model.loss import cross_entropy_sum
 
 
@@ -12,7 +12,7 @@ from megagpt.model.loss import cross_entropy_sum
 def chunks(request, monkeypatch):
     """Run a test with all tokens in one chunk and with uneven chunks of 8 or 9."""
     if request.param == "many chunks":
-        monkeypatch.setattr(cost, "chunk_tokens", lambda rows, on_cpu: 9)
+        monkeypatch.setattr(flops, "chunk_tokens", lambda rows, on_cpu: 9)
 
 
 @pytest.fixture

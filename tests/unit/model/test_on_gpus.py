@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from gpu_worker import CASES
 from torch._dynamo.testing import CompileCounter
 
-from megagpt.model import documents, pieces
+from megagpt.checkpoint import tensor_files
+from megagpt.model import document_mask
 
 
 class Pretender(torch.Tensor):
@@ -57,10 +58,10 @@ def test_grouped_heads_attend_the_same_where_kernels_know_no_groups(tiny, random
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_checksum_made_on_a_gpu_is_the_one_made_on_the_host(monkeypatch, cut):
-    monkeypatch.setattr(pieces, "_CHUNK_ON_GPU", 7)
+    monkeypatch.setattr(tensor_files, "_CHUNK_ON_GPU", 7)
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(4))
     places = torch.randperm(100, generator=torch.Generator().manual_seed(5)) if cut else 12345678901
-    assert pieces.checksum(tensor.as_subclass(Pretender), places) == pieces.checksum(tensor, places)
+    assert tensor_files.checksum(tensor.as_subclass(Pretender), places) == tensor_files.checksum(tensor, places)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -68,14 +69,14 @@ def test_kernels_for_documents_are_compiled_once_for_a_shape(monkeypatch):
     """Each batch brings a mask of its own; were it compiled anew, that would take longer than training."""
     counted = CompileCounter()
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    for function in (documents.create_block_mask, documents.flex_attention):
-        monkeypatch.setattr(documents, function.__name__, torch.compile(function, backend=counted, dynamic=False))
+    for function in (document_mask.create_block_mask, document_mask.flex_attention):
+        monkeypatch.setattr(document_mask, function.__name__, torch.compile(function, backend=counted, dynamic=False))
     q = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(6))
     graphs = []
     for seed in range(3):
         number = torch.randint(2, (2, 16), generator=torch.Generator().manual_seed(seed)).cumsum(1)
-        got = documents.attend(q, q, q, documents._blocks(number))
-        expected = F.scaled_dot_product_attention(q, q, q, documents._pairs(number))
+        got = document_mask.attend(q, q, q, document_mask._blocks(number))
+        expected = F.scaled_dot_product_attention(q, q, q, document_mask._pairs(number))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         graphs.append(counted.frame_count)
     assert graphs[0] > 0

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megagpt.engine.materialise import recompute
+from megagpt.config.recipe import ModelSection
+from megagpt.engine.init_model import recompute
 from megagpt.model.gpt import GPT, initialize
 from megagpt.model.layers import Block
-from megagpt.recipe import ModelSection
 
 SECTION = ModelSection(n_layer=5, n_head=4, d_model=32, vocab_size=64, seq_len=16)
 

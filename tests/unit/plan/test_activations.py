@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from megagpt.engine import tensor
+from megagpt.config.recipe import ModelSection
+from megagpt.engine.parallel import tensor
 from megagpt.model import layers
 from megagpt.model.gpt import GPT, initialize
 from megagpt.plan import activations
-from megagpt.recipe import ModelSection
 
 BATCH, TOKENS = 3, 16
 DTYPES = {4: torch.float32, 2: torch.bfloat16}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megagpt.engine.muon import updates
+from megagpt.engine.optim.muon import updates
 from megagpt.plan.muon import iteration
 
 

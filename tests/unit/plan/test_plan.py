@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.ds_config.known import recorded_keys
-from megagpt.engine.keys import known_keys
+from megagpt.config.deepspeed.known_keys import recorded_keys
+from megagpt.engine.deepspeed_keys import known_keys
 from megagpt.errors import UserError
 from megagpt.plan import Options, plan, search
 
@@ -26,7 +26,7 @@ def config(name):
 
 
 def test_the_keys_written_down_are_deepspeeds():
-    """If not: megagpt deepspeed-keys > megagpt/ds_config/known_keys.json"""
+    """If not: megagpt deepspeed-keys > megagpt/config/deepspeed/known_keys.json"""
     assert recorded_keys() == json.loads(json.dumps(known_keys()))
 
 

@@ -8,11 +8,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt import ds_config
-from megagpt import recipe as recipes
-from megagpt.ds_config.known import recorded_keys
-from megagpt.model import cost
-from megagpt.plan import effort, states
+from megagpt.config import deepspeed as ds_config
+from megagpt.config import recipe as recipes
+from megagpt.config.deepspeed.known_keys import recorded_keys
+from megagpt.model import flops
+from megagpt.plan import cost_estimate, states
 from megagpt.plan.memory import memory
 
 RECIPE = """
@@ -44,33 +44,33 @@ def resolve(tmp_path_factory):
 
 
 def test_one_rank_sends_nothing(resolve):
-    assert effort.traffic(resolve(1)) == effort.Traffic(0, 0, 0, 0)
+    assert cost_estimate.traffic(resolve(1)) == cost_estimate.Traffic(0, 0, 0, 0)
 
 
 def test_data_parallel_traffic_is_that_of_the_rings(resolve):
-    weights = 2 * cost.parameters(resolve(1).recipe.model)
+    weights = 2 * flops.parameters(resolve(1).recipe.model)
     # 64 samples over 4 ranks by 2: 8 micro-batches
     expected = {1: 3 / 4 * 3 * weights, 2: 3 / 4 * (8 + 1) * weights, 3: 3 / 4 * 8 * 3 * weights}
     for stage, sent in expected.items():
-        assert effort.traffic(resolve(4, stage)).data_parallel == int(sent)
+        assert cost_estimate.traffic(resolve(4, stage)).data_parallel == int(sent)
 
 
 def test_tensor_parts_stages_and_sequence_parts_send_hidden_states(resolve):
     micro_batches = 32
-    parts = effort.traffic(resolve(2, tensor_parallel={"autotp_size": 2}))
+    parts = cost_estimate.traffic(resolve(2, tensor_parallel={"autotp_size": 2}))
     assert parts.tensor_parallel == micro_batches * 8 * 4 * 2 * HIDDEN  # four sums a block, each sends what it sums
-    stages = effort.traffic(resolve(4, pipeline={"stages": 4}))
+    stages = cost_estimate.traffic(resolve(4, pipeline={"stages": 4}))
     assert stages.pipeline == micro_batches * 2 * 2 * HIDDEN  # a middle stage: one way and the other
-    sequence = effort.traffic(resolve(2, sequence_parallel_size=2))
+    sequence = cost_estimate.traffic(resolve(2, sequence_parallel_size=2))
     # q, k, v and what comes of them, half a sequence each, half of it to the other rank; forward and backward
     assert sequence.sequence_parallel == micro_batches * 8 * 2 * 4 * (2 * HIDDEN // 2) // 2
 
 
 def test_a_checkpoint_is_12_bytes_a_parameter(resolve):
     resolved = resolve(1, words=("checkpoint.keep_last=2",))
-    found, one = effort.disk(resolved, 1000), 12 * cost.parameters(resolved.recipe.model)
+    found, one = cost_estimate.disk(resolved, 1000), 12 * flops.parameters(resolved.recipe.model)
     assert (found.checkpoint, found.checkpoints, found.corpus) == (one, 3 * one, 2000)
-    assert effort.disk(resolve(1, words=("checkpoint.keep_last=null",)), 1000).checkpoints is None
+    assert cost_estimate.disk(resolve(1, words=("checkpoint.keep_last=null",)), 1000).checkpoints is None
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

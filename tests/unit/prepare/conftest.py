@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from megagpt.data.default_corpus import default_corpus
-from megagpt.prepare import train_tokenizer_command
+from megagpt.prepare.command import train_tokenizer_command
+from megagpt.prepare.readers.default_corpus import default_corpus
 
 
 def jsonl(texts):
@@ -46,7 +46,8 @@ def model(source, tmp_path_factory):
 # which it writes to a .bin file, and the number of bytes, to this file. A tokenizer is trained on SAMPLE bytes.
 PROGRAM = """\
 import os, resource, sys, time
-from megagpt.data import id_file, pieces, shards
+from megagpt.corpus import bin_writer as id_file
+from megagpt.prepare import chunks as pieces, shards
 
 chunk, pause, limit, *arguments = sys.argv[1:]
 finish = shards.ShardWriter.finish
@@ -68,11 +69,11 @@ class Recorded(id_file.BinWriter):
 
 
 if "SAMPLE" in os.environ:
-    from megagpt.prepare import sampling
+    from megagpt.prepare import sample_lines as sampling
     sampling.SAMPLE_BYTES = int(os.environ["SAMPLE"])
 if "OFFSETS" in os.environ:
     id_file.BinWriter = Recorded
-from megagpt.prepare import packing  # imported after the changes above, which it would not see otherwise
+from megagpt.prepare import pack as packing  # imported after the changes above, which it would not see otherwise
 
 fill_samples = packing._fill_samples
 packing._fill_samples = lambda *given: time.sleep(float(pause)) or fill_samples(*given)

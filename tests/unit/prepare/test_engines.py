@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data import gigatoken_encoder, pieces
-from megagpt.data.oddities import InputLocation
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.prepare import chunks
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.engines import EngineMismatch
+from megagpt.prepare.input_warnings import InputLocation
+from megagpt.tokenizer import gigatoken_encoder
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 GIGATOKEN = PrepareOptions(0.1, workers=1, engine="gigatoken")
@@ -68,7 +69,7 @@ build_engine = gigatoken_encoder._build_engine
 
 def test_a_mismatch_is_an_error_that_names_the_document(model, tmp_path, monkeypatch):
     monkeypatch.setattr(gigatoken_encoder, "_build_engine", lambda tokenizer: Broken(tokenizer, b"Zebra"))
-    monkeypatch.setattr(pieces, "_MIN_BYTES", 60)  # at most five lines per shard
+    monkeypatch.setattr(chunks, "_MIN_BYTES", 60)  # at most five lines per shard
     source = tmp_path / "text.jsonl"
     source.write_text(jsonl([f"a {n}" for n in range(30)] + ["of the\nZebra"] + [f"b {n}" for n in range(9)]))
     with pytest.raises(UserError) as error:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from megagpt import corpora
-from megagpt.data import indexed_writer
-from megagpt.data.indexed import CorpusReader
+from megagpt.corpus import writer
+from megagpt.corpus.reader import CorpusReader
+from megagpt.corpus.verify import verify
 from megagpt.data.loader import Loader
-from megagpt.data.oddities import WARNING_KINDS
-from megagpt.data.tokenizer import Tokenizer
-from megagpt.prepare import PrepareOptions, encoding, prepare_command
+from megagpt.prepare import encode
+from megagpt.prepare.command import PrepareOptions, prepare_command
+from megagpt.prepare.input_warnings import WARNING_KINDS
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 WORD = " 1234567890123456789012345678901"  # one token per character: digits are not merged
 MORE = 100
@@ -22,8 +23,8 @@ MORE = 100
 def limit(request, monkeypatch):
     if request.config.getoption("--full"):
         return 2**31 - 1
-    monkeypatch.setattr(indexed_writer, "MAX_SEQUENCE", 5_000_000)
-    monkeypatch.setattr(encoding, "MAX_SEQUENCE", 5_000_000)
+    monkeypatch.setattr(writer, "MAX_SEQUENCE", 5_000_000)
+    monkeypatch.setattr(encode, "MAX_SEQUENCE", 5_000_000)
     return 5_000_000
 
 
@@ -54,7 +55,7 @@ def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path
         start = at % len(word)
         assert np.array_equal(ids, np.resize(word[start:] + word[:start], len(ids)))
     assert tokenizer.decode(reader.document(2)[:-1]) == "after"
-    assert corpora.verify(summary.train.prefix).wrong == ()
+    assert verify(summary.train.prefix).wrong == ()
 
     loader = Loader([(reader.prefix, 1.0)], seq_len=64, seed=1, vocab_size=tokenizer.vocab_size, micro_batch=1)
     start = len(before) + 1 + limit - 32  # around the end of the first sequence

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from megagpt import corpora
-from megagpt.data.indexed import CorpusReader
-from megagpt.prepare import PrepareOptions, prepare_command
+from megagpt.corpus.reader import CorpusReader
+from megagpt.corpus.verify import verify
+from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 SEQ_LEN = 100
@@ -52,7 +52,7 @@ def test_the_training_part_is_packed_and_the_validation_part_is_not(unpacked, pa
             assert ours.read() == theirs.read()
     assert CorpusReader(summary.validation.prefix).packed is None
     assert (summary.train.documents, summary.train.tokens) == (unpacked.train.documents, len(plain.tokens))
-    assert corpora.verify(summary.train.prefix).wrong == ()
+    assert verify(summary.train.prefix).wrong == ()
 
 
 def test_the_split_documents_are_those_counted_over_all_offsets(unpacked, packed):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.indexed import CorpusReader
-from megagpt.data.indexed_writer import CorpusWriter
-from megagpt.prepare import packing
-from megagpt.prepare.packing import _interleave, best_fit, pack
+from megagpt.corpus.reader import CorpusReader
+from megagpt.corpus.writer import CorpusWriter
+from megagpt.prepare import pack as packing
+from megagpt.prepare.pack import _interleave, best_fit, pack
 
 EOD = 1
 LENGTHS = st.integers(1, 24).flatmap(

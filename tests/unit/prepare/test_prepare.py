@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import yaml
 
-from megagpt.data.documents import is_validation, text_digest
-from megagpt.data.indexed import CorpusReader
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.config.recipe.sections import DataSection
+from megagpt.corpus.reader import CorpusReader
 from megagpt.errors import UserError
-from megagpt.prepare import PrepareOptions, PrepareSummary, prepare_command, prepare_corpora, train_tokenizer_command
-from megagpt.recipe.sections import DataSection
+from megagpt.prepare.command import (
+    PrepareOptions,
+    PrepareSummary,
+    prepare_command,
+    prepare_corpora,
+    train_tokenizer_command,
+)
+from megagpt.prepare.readers.documents import is_validation, text_digest
+from megagpt.tokenizer.tokenizer import Tokenizer
 from tests.unit.prepare.conftest import content, finish, jsonl
 
 

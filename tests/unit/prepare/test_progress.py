@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 
-from megagpt.data.pieces import split_into_chunks
-from megagpt.data.sources import find_input_files
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.prepare import progress
-from megagpt.prepare.encoding import ChunkEncoder, EncodeJob
+from megagpt.prepare.chunks import split_into_chunks
+from megagpt.prepare.encode import ChunkEncoder, EncodeJob
+from megagpt.prepare.readers.inputs import find_input_files
+from megagpt.tokenizer.tokenizer import Tokenizer
 from tests.unit.prepare.conftest import PROGRAM, finish, jsonl
 
 

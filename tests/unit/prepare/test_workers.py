@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from megagpt.data import pieces
-from megagpt.data.indexed import CorpusReader
+from megagpt.corpus.reader import CorpusReader
 from megagpt.errors import MachineError, UserError
-from megagpt.prepare import PrepareOptions, corpus, prepare_command
-from megagpt.prepare.workplace import WorkDirectory, create_memmap, work_directory
+from megagpt.prepare import chunks, corpus
+from megagpt.prepare.command import PrepareOptions, prepare_command
+from megagpt.prepare.workdir import WorkDirectory, create_memmap, work_directory
 from tests.unit.prepare.conftest import alive, content, finish, jsonl, wait_for
 
 
@@ -34,7 +34,7 @@ def expected(large, model, tmp_path_factory):
     """The bytes that one process writes from a single chunk."""
     prefix = tmp_path_factory.mktemp("expected") / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_MIN_BYTES", 1 << 30)
+        patch.setattr(chunks, "_MIN_BYTES", 1 << 30)
         prepare_command([str(large)], model, prefix, PrepareOptions(0.1, workers=1))
     return content(prefix)
 

@@ -1,0 +1,133 @@
+"""Keys of the DeepSpeed config whose values the recipe owns: "auto" is filled in, any other value is a conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megagpt.config.deepspeed.view import ConfigView
+from megagpt.config.recipe import Recipe
+from megagpt.config.syntax.formatting import TableRow, format_table
+from megagpt.errors import Problem, closest_match
+
+
+@dataclass(frozen=True)
+class OwnedKey:
+    """One key of the DeepSpeed config whose value follows from the recipe."""
+
+    key: str
+    """dotted key of the DeepSpeed config"""
+    owner: str
+    """dotted key of the recipe"""
+    name: str
+    """what the value is, for error messages"""
+    value: Any
+    """the value that follows from the recipe; None if DeepSpeed has no equivalent, so that only "auto" is allowed"""
+
+
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+_SCHEDULERS = {"warmup_decay": "WarmupDecayLR", "warmup_cosine": "WarmupCosineLR", "wsd": None}
+
+
+def owned_keys(recipe: Recipe) -> tuple[OwnedKey, ...]:
+    """Return all owned keys except those of precision, which has its own rules (precision.py)."""
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    length = next(name for name, value in recipe.length if value is not None)
+    params = "optimizer.params"
+    timing = "scheduler.params"
+    common = (
+        OwnedKey("train_batch_size", "batch.global_size", "the global batch", recipe.batch.global_size),
+        OwnedKey("gradient_clipping", "optimizer.clip", "the clipping norm", optimizer.clip or 0.0),
+        OwnedKey("optimizer.type", "optimizer.type", "the optimizer", _OPTIMIZERS[optimizer.type]),
+        OwnedKey(f"{params}.lr", "optimizer.lr", "the learning rate", optimizer.lr),
+        OwnedKey(f"{params}.betas", "optimizer.betas", "the betas", list(optimizer.betas)),
+        OwnedKey(f"{params}.eps", "optimizer.eps", "eps", optimizer.eps),
+        OwnedKey(f"{params}.weight_decay", "optimizer.weight_decay", "the weight decay", optimizer.weight_decay),
+        OwnedKey("scheduler.type", "schedule.type", "the schedule", _SCHEDULERS[schedule.type]),
+        OwnedKey(f"{timing}.warmup_max_lr", "optimizer.lr", "the learning rate", optimizer.lr),
+        OwnedKey(f"{timing}.warmup_min_lr", "schedule.warmup_updates", "the start of the warm-up", 0),
+        OwnedKey(f"{timing}.warmup_min_ratio", "schedule.warmup_updates", "the start of the warm-up", 0),
+        OwnedKey(f"{timing}.warmup_type", "schedule.warmup_updates", "the form of the warm-up", "linear"),
+        OwnedKey(f"{timing}.warmup_num_steps", "schedule.warmup_updates", "the warm-up", schedule.warmup_updates),
+        OwnedKey(f"{timing}.total_num_steps", f"length.{length}", "the length of training", recipe.length.updates),
+        OwnedKey(
+            f"{timing}.cos_min_ratio", "schedule.min_lr", "the final learning rate", schedule.min_lr / optimizer.lr
+        ),
+    )
+    if optimizer.type != "muon":
+        return common
+    return (
+        *common,
+        OwnedKey(f"{params}.adam_lr", "optimizer.lr", "AdamW's learning rate", optimizer.lr),
+        OwnedKey(f"{params}.muon_lr", "optimizer.muon_lr", "Muon's learning rate", optimizer.muon_lr),
+        OwnedKey(f"{params}.momentum", "optimizer.muon_momentum", "Muon's momentum", optimizer.muon_momentum),
+    )
+
+
+def ownership_conflicts(view: ConfigView, recipe: Recipe, values: Sequence[OwnedKey]) -> Iterator[Problem]:
+    """Yield a problem for each owned key that the DeepSpeed config sets to another value.
+
+    Args:
+        view: the DeepSpeed config.
+        recipe: the recipe.
+        values: the owned keys with the recipe's values.
+    """
+    for value in values:
+        stated = view.get(value.key, "auto")
+        if stated != "auto" and not _same(stated, value.value):
+            yield ownership_conflict(value, view, recipe)
+
+
+def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Problem:
+    """Return the problem of one value that is set in two places, with both in one table.
+
+    Args:
+        value: the owned key.
+        view: the DeepSpeed config.
+        recipe: the recipe.
+    """
+    location = view.tree.locations[value.key].at
+    rows: list[TableRow] = [
+        (value.owner, _in_recipe(recipe, value.owner), recipe.location(value.owner) or "default"),
+        view.row(value.key),
+    ]
+    file = location.rpartition(":")[0]  # "" for the command line
+    do = f'write "auto" in {file} (the recipe owns it)' if file else f"use {value.owner}=VALUE (the recipe owns it)"
+    return Problem(f"two places set {value.name}", format_table(rows), do)
+
+
+def ignored_parameters(view: ConfigView, values: Sequence[OwnedKey]) -> Iterator[Problem]:
+    """Yield a problem for each parameter of the optimizer or scheduler section that would have no effect.
+
+    Args:
+        view: the DeepSpeed config.
+        values: the owned keys.
+    """
+    for section in ("optimizer", "scheduler"):
+        prefix = f"{section}.params."
+        known = {value.key.removeprefix(prefix) for value in values if value.key.startswith(prefix)}
+        params = view.get(f"{section}.params", {})
+        for name in params if isinstance(params, dict) else ():
+            if name not in known:
+                near = closest_match(name, known)
+                what = f"{prefix}{name} would be ignored: megagpt builds the {section} itself"
+                yield view.problem(what, [prefix + name], f"write {near}" if near else "remove it")
+    if view.is_given("optimizer.legacy_fusion"):
+        what = "optimizer.legacy_fusion would be ignored: megagpt builds the optimizer itself"
+        yield view.problem(what, ["optimizer.legacy_fusion"], "remove it")
+
+
+def _same(stated: Any, value: Any) -> bool:
+    if isinstance(stated, str) and isinstance(value, str):
+        return stated.lower() == value.lower()
+    if isinstance(stated, bool) or isinstance(value, bool):
+        return stated is value
+    return bool(stated == value)
+
+
+def _in_recipe(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

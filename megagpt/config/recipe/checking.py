@@ -1,0 +1,190 @@
+"""Validate the values of a recipe and report every problem with its source location."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megagpt.config.recipe.presets import PRESETS
+from megagpt.config.recipe.rules import RULES, Rule
+from megagpt.config.recipe.sections import Recipe, Source
+from megagpt.config.syntax.formatting import TableRow, describe_schema, format_table, format_value, join_words
+from megagpt.config.syntax.yaml_reader import ConfigTree
+from megagpt.errors import Problem, closest_match
+
+
+def check_values(tree: ConfigTree) -> tuple[Recipe | None, list[Problem]]:
+    """Validate all values.
+
+    Returns:
+        The recipe, or None if the values do not make one, and every problem.
+    """
+    recipe = None
+    errors: Sequence[Mapping[str, Any]] = ()
+    try:
+        recipe = Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        errors = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+    problems = _problems_of_single_keys(errors, tree) if errors else []
+    broken = {_key(error) for error in errors}
+    for rule in RULES:
+        problem = apply_rule(rule, tree, broken)
+        if problem is not None:
+            problems.append(problem)
+    return recipe, problems
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a recipe, including the names of sections.
+
+    Args:
+        model: the section to list.
+        prefix: put before each name, such as "optimizer.".
+    """
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from known_keys(info.annotation, f"{prefix}{name}.")
+
+
+def _key(error: Mapping[str, Any]) -> str:
+    return ".".join(map(str, error["loc"]))
+
+
+def _problems_of_single_keys(errors: Sequence[Mapping[str, Any]], tree: ConfigTree) -> list[Problem]:
+    """Return the problems with single keys, unknown keys first.
+
+    A missing key is not reported if an unknown key is probably a misspelling of it.
+    """
+    problems = []
+    meant = set()
+    for error in errors:
+        if error["type"] == "extra_forbidden":
+            problem, suggestion = _unknown(_key(error), tree)
+            problems.append(problem)
+            meant.add(suggestion)
+    schema = Recipe.model_json_schema()
+    for error in errors:
+        key, kind = _key(error), error["type"]
+        if kind == "extra_forbidden" or (kind == "missing" and (key in meant or _preset_is_unknown(key, tree))):
+            continue
+        section_of_list = isinstance(error["loc"][-1], int) and kind == "missing"
+        owner = key.rpartition(".")[0] if section_of_list else key
+        wanted, help_text = _wanted(schema, owner.split("."))
+        missing = kind == "missing" and not section_of_list
+        what = f"{owner} is missing" if missing else f"{owner} cannot be {format_value(error['input'])}"
+        do = f"give {wanted}: {help_text}" if help_text else f"give {wanted}"
+        problems.append(Problem(what, tree.where(owner), do))
+    return problems
+
+
+def _preset_is_unknown(key: str, tree: ConfigTree) -> bool:
+    try:
+        return key.startswith("model.") and tree.value("model.preset") not in PRESETS
+    except KeyError:
+        return False
+
+
+def _unknown(key: str, tree: ConfigTree) -> tuple[Problem, str | None]:
+    """Return the problem of a key that does not exist, and the key that was probably meant."""
+    section, _, name = key.rpartition(".")
+    keys = list(known_keys()) + [f"{section}.{k}" for k in Source.model_fields if section.startswith("data.train.")]
+    same_name = [k for k in keys if k.rpartition(".")[2] == name]
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    everywhere = {k.rpartition(".")[2]: k for k in keys}
+    if same_name:
+        sections = join_words(other.rpartition(".")[0] or "the top level" for other in same_name)
+        what = f"misplaced key {key}: {name} belongs to {sections}"
+        return Problem(what, tree.where(key), f"move it to {join_words(same_name)}"), same_name[0]
+    for names in (siblings, everywhere):
+        near = closest_match(name, names)
+        if near:
+            return Problem(f"unknown key {key}", tree.where(key), f"write {names[near]}"), names[near]
+    do = f"remove it; {section or 'a recipe'} has {join_words(siblings, 'and')}"
+    return Problem(f"unknown key {key}", tree.where(key), do), None
+
+
+def _wanted(schema: Mapping[str, Any], path: Sequence[str]) -> tuple[str, str]:
+    """Return a description of the values that a key allows, and its help text."""
+    definitions: Mapping[str, Any] = schema["$defs"]
+    node: Mapping[str, Any] = schema
+    for part in path:
+        node = definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+        if "properties" in node:
+            node = node["properties"][part]
+        else:
+            node = node["prefixItems"][int(part)] if "prefixItems" in node else node["items"]
+    help_text = "" if "$ref" in node else node.get("description", "")
+    return describe_schema(node, definitions), help_text
+
+
+def apply_rule(rule: Rule, tree: ConfigTree, broken: set[str]) -> Problem | None:
+    """Apply one rule.
+
+    Args:
+        rule: the rule.
+        tree: the given values.
+        broken: keys whose values are malformed.
+
+    Returns:
+        The problem, or None if the rule holds or if a value it needs is missing or malformed.
+    """
+    function, keys = rule
+    try:
+        values = [_lookup(key, tree, broken) for key in keys]
+    except KeyError:
+        return None
+    violation = function(*values)
+    if violation is None:
+        return None
+    what, do = violation
+    rows = [
+        (key, value, _origin(key, tree))
+        for key, value in zip(keys, values, strict=True)
+        if value not in (None, ()) or key in tree.locations
+    ]
+    return Problem(what, _where(rows, keys[0], tree), do)
+
+
+def _where(rows: Sequence[TableRow], key: str, tree: ConfigTree) -> str:
+    if len(rows) > 1:
+        return format_table(rows)
+    return tree.where(rows[0][0] if rows else key.rpartition(".")[0])
+
+
+def _origin(key: str, tree: ConfigTree) -> str:
+    """Return where a value comes from: a source location, the preset, or "default"."""
+    if key in tree.locations:
+        return tree.locations[key].at
+    name = key.rpartition(".")[2]
+    if key.startswith("model.") and name in PRESETS.get(_preset(tree), {}):
+        return f"preset {_preset(tree)}"
+    return "default"
+
+
+def _preset(tree: ConfigTree) -> str:
+    try:
+        return str(tree.value("model.preset"))
+    except KeyError:
+        return ""
+
+
+def _lookup(key: str, tree: ConfigTree, broken: set[str]) -> Any:
+    """Return the value of a key as given, else from the preset, else the default.
+
+    Raises KeyError if there is none, or if the given one is malformed.
+    """
+    if any(key == b or key.startswith(f"{b}.") or b.startswith(f"{key}.") for b in broken):
+        raise KeyError(key)
+    try:
+        return tree.value(key)
+    except KeyError:
+        section, _, name = key.rpartition(".")
+        if key.startswith("model.") and name in PRESETS.get(_preset(tree), {}):
+            return PRESETS[_preset(tree)][name]
+        field = Recipe.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+        if field.is_required() or field.default_factory is not None:
+            raise
+        return field.default

@@ -1,0 +1,82 @@
+"""Load a recipe from a YAML file and `key=value` overrides, and write it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import yaml
+
+from megagpt.config.recipe.checking import check_values
+from megagpt.config.recipe.rules import check_schedule_fits
+from megagpt.config.recipe.sections import Recipe
+from megagpt.config.syntax.formatting import TableRow, format_table
+from megagpt.config.syntax.locations import SourceLocations
+from megagpt.config.syntax.yaml_reader import CoreDumper, read_yaml
+from megagpt.errors import UserError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` arguments that replace values of the file. Arguments that begin with `ds.` override the
+            DeepSpeed config instead and are ignored here.
+
+    Raises:
+        UserError: with every mistake in the file and the overrides at once.
+    """
+    tree = read_yaml(path)
+    for argument in overrides:
+        if not argument.startswith("ds."):
+            tree.override(argument)
+    recipe, problems = check_values(tree)
+    problems = [*tree.problems, *problems]
+    if recipe is None or problems:
+        raise UserError.from_problems(problems)
+    recipe._locations = SourceLocations(tree.locations)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, with every key, in order. `load` reads it back as an equal recipe."""
+    values = recipe.model_dump(mode="json")
+    return str(yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True))
+
+
+def total_updates(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Return the length of training in updates.
+
+    A length in tokens or epochs is rounded up to whole updates. A sample counts as `model.seq_len` tokens.
+
+    Args:
+        recipe: the recipe.
+        samples_per_epoch: samples in the training data; used only if the length is given in epochs.
+
+    Raises:
+        UserError: if warm-up and decay are longer than training.
+    """
+    length, batch_size = recipe.length, recipe.batch.global_size
+    if length.updates is not None:
+        return length.updates
+    if length.tokens is not None:
+        key = "length.tokens"
+        exact = Fraction(length.tokens, batch_size * recipe.model.seq_len)
+    else:
+        key = "length.epochs"
+        exact = Fraction(str(length.epochs)) * samples_per_epoch / batch_size  # via str: 1.1 is exactly 11/10
+    updates = math.ceil(exact)
+    schedule = recipe.schedule
+    violation = check_schedule_fits(schedule.warmup_updates, schedule.decay_updates, updates)
+    if violation:
+        what, do = violation
+        rows: list[TableRow] = [(key, length.tokens or length.epochs, recipe.location(key))]
+        for name in ("warmup_updates", "decay_updates"):
+            value = getattr(schedule, name)
+            if value is not None:
+                rows.append((f"schedule.{name}", value, recipe.location(f"schedule.{name}")))
+        raise UserError(what, format_table(rows), do)
+    return updates

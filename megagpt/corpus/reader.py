@@ -1,0 +1,241 @@
+"""Reads a tokenized corpus in Megatron's indexed format (.bin and .idx) through memory maps.
+
+`PREFIX.bin` holds all token ids back to back, little-endian, without a header. `PREFIX.idx` holds, little-endian and
+without padding: magic, version, dtype code, number of sequences N, number of document boundaries M = documents + 1,
+then N int32 sequence lengths (tokens), N int64 sequence offsets (bytes in .bin), and M int64 document boundaries
+(the index of each document's first sequence; the last entry is N).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.errors import UserError
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, M: 34 bytes
+DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
+    code: np.dtype(kind) for code, kind in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
+}
+_PROBES = 64  # ranges of a corpus that are probed
+_PROBE_TOKENS = 1024  # tokens per probed range
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the type of the ids in .bin: uint16 for vocabularies below 65,500, else int32, as in Megatron-LM."""
+    return np.dtype("<u2") if bytes_per_token(vocab_size) == 2 else np.dtype("<i4")
+
+
+def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
+    """Return the path of one file of a corpus.
+
+    Args:
+        prefix: path of the corpus without a suffix. A dot in its name does not start a suffix.
+        suffix: `.bin`, `.idx` or `.json`.
+    """
+    return Path(os.fspath(prefix) + suffix)
+
+
+class CorpusChanged(OSError):
+    """A corpus is no longer what was opened.
+
+    Not a user error: the file may be available again when the command is restarted.
+    """
+
+
+class CorpusReader:
+    """A memory-mapped corpus. Nothing is copied, and opening takes the same time at any size.
+
+    A file that is truncated while it is mapped kills the process that reads the missing pages (SIGBUS), so
+    long-running code reads with `read_range`. The arrays keep the map alive and stay valid after the reader is gone.
+
+    Attributes:
+        tokens: all ids of .bin, `[tokens]`.
+        lengths: tokens per sequence, `[sequences]`.
+        offsets: byte offset of each sequence in .bin, `[sequences]`.
+        documents: index of each document's first sequence, `[documents + 1]`.
+        dtype: type of the ids.
+        fd: file descriptor of .bin.
+        sidecar: metadata of the corpus; None if it has no sidecar file.
+        packed: seq_len of the samples of a packed corpus; None for other corpora.
+
+    Raises:
+        UserError: a file is missing, is not of this format, or does not match the others.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self._idx_path = corpus_file(prefix, ".idx")
+        self._bin_path = corpus_file(prefix, ".bin")
+        index = _map(self._idx_path)
+        self.dtype, sequences, boundaries = self._parse_header(index)
+        start = HEADER.size
+        self.lengths: IntArray = np.frombuffer(index, "<i4", sequences, start)
+        self.offsets: IntArray = np.frombuffer(index, "<i8", sequences, start + 4 * sequences)
+        self.documents: IntArray = np.frombuffer(index, "<i8", boundaries, start + 12 * sequences)
+        mapped = _map(self._bin_path)
+        self.fd = os.open(self._bin_path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.fd)
+        self._size_and_mtime = self._stat()
+        self._check_sizes(len(mapped))
+        self.tokens: IntArray = np.frombuffer(mapped, self.dtype)
+        self.sidecar = read_sidecar(corpus_file(prefix, ".json"))
+        self.packed = self.sidecar.packed if self.sidecar else None
+        self._check_sidecar()
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.lengths)
+
+    def sequence(self, index: int) -> IntArray:
+        """Return the ids of one sequence `[length]`, a view of the map."""
+        start = int(self.offsets[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]
+
+    def document(self, index: int) -> IntArray:
+        """Return the ids of one document `[length]`, all its sequences joined: a view of the map."""
+        first, end = int(self.documents[index]), int(self.documents[index + 1])
+        if first == end:
+            return self.tokens[:0]
+        start = int(self.offsets[first]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
+
+    def document_starts(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the token offsets at which documents start; the index after the last gives the end of the corpus."""
+        first_sequence = self.documents[indices]
+        has_tokens = first_sequence < len(self)
+        starts = np.full(len(first_sequence), len(self.tokens), np.int64)
+        starts[has_tokens] = self.offsets[first_sequence[has_tokens]] // self.dtype.itemsize
+        return starts
+
+    def read_range(self, start: int, count: int) -> bytes:
+        """Read the bytes of some tokens from the file, not through the map.
+
+        Args:
+            start: offset of the first token.
+            count: number of tokens.
+
+        Raises:
+            CorpusChanged: the file no longer holds them, or can no longer be read.
+        """
+        size, offset = count * self.dtype.itemsize, start * self.dtype.itemsize
+        try:
+            content = os.pread(self.fd, size, offset)
+        except OSError as error:
+            raise self._changed_error(f"can no longer be read: {error.strerror}") from None
+        if len(content) != size:
+            self.check_unchanged()
+            raise self._changed_error("was truncated")
+        return content
+
+    @cached_property
+    def probe(self) -> IntArray:
+        """Ids of 64 ranges spread evenly over the corpus, including its start and end; all ids of a small corpus."""
+        return self._read_probe()
+
+    def check_unchanged(self) -> None:
+        """Raise CorpusChanged if .bin is no longer as it was opened.
+
+        Compares the size; if the modification time has changed, also `probe`. A file that was replaced or removed
+        is still open here and passes.
+        """
+        stat = self._stat()
+        if stat == self._size_and_mtime:
+            return
+        if stat[0] != self._size_and_mtime[0]:
+            raise self._changed_error(f"had {self._size_and_mtime[0]:,} bytes, now has {stat[0]:,}")
+        if not np.array_equal(self._read_probe(), self.probe):
+            raise self._changed_error("was overwritten")
+        self._size_and_mtime = stat  # only the modification time has changed
+
+    def _read_probe(self) -> IntArray:
+        count = min(_PROBE_TOKENS, len(self.tokens))
+        ranges = min(_PROBES, -(-len(self.tokens) // _PROBE_TOKENS))
+        starts = np.linspace(0, len(self.tokens) - count, ranges).astype(np.int64).tolist()
+        return np.frombuffer(b"".join(self.read_range(start, count) for start in starts), self.dtype)
+
+    def _stat(self) -> tuple[int, int]:
+        """Return the size (bytes) and modification time (ns) of .bin."""
+        try:
+            stat = os.fstat(self.fd)
+        except OSError as error:
+            raise self._changed_error(f"can no longer be read: {error.strerror}") from None
+        return stat.st_size, stat.st_mtime_ns
+
+    def _changed_error(self, what: str) -> CorpusChanged:
+        return CorpusChanged(
+            f"{self._bin_path} has changed while it was in use: it {what}. Restore it and run the same command again; "
+            "training resumes from its last checkpoint"
+        )
+
+    def _parse_header(self, index: bytes | mmap.mmap) -> tuple[np.dtype[Any], int, int]:
+        """Return the type of the ids, the number of sequences and the number of document boundaries."""
+        if index[:8] == b"TNTIDX\0\0":
+            raise self._index_error("fairseq's older index format (TNTIDX) is not supported")
+        if len(index) < HEADER.size or index[:9] != MAGIC:
+            raise self._index_error("not an index in Megatron's format")
+        _, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size])
+        if version != 1:
+            raise self._index_error(f"index version {version} is not supported, only version 1")
+        if code not in DTYPE_BY_CODE:
+            kind = "floating-point numbers, not token ids" if code in (6, 7) else f"an unknown type (code {code})"
+            raise self._index_error(f"the corpus holds {kind}")
+        expected = HEADER.size + 12 * sequences + 8 * boundaries
+        if len(index) == expected + sequences and sequences:
+            raise self._index_error("this is a multimodal corpus (the index has a mode per sequence), not text")
+        if len(index) != expected:
+            raise self._index_error(f"the index has {len(index):,} bytes, but its header implies {expected:,}")
+        return DTYPE_BY_CODE[code], sequences, boundaries
+
+    def _check_sizes(self, bin_bytes: int) -> None:
+        """Compare the last entries of the index with its counts and with the size of .bin."""
+        if len(self.documents) == 0 or self.documents[-1] != len(self):
+            raise self._index_error("the last document of the index does not end with its last sequence")
+        expected = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if len(self) else 0
+        if expected != bin_bytes:
+            what = f"the index describes {expected:,} bytes of tokens, but the file has {bin_bytes:,}"
+            do = "copy or prepare the corpus again: the file was truncated or changed"
+            raise UserError(what, str(self._bin_path), do)
+
+    def _check_sidecar(self) -> None:
+        sidecar = self.sidecar
+        if sidecar is None:
+            return
+        path = str(corpus_file(self.prefix, ".json"))
+        documents = len(self.documents) - 1
+        if (sidecar.tokens, sidecar.documents) != (len(self.tokens), documents):
+            what = (
+                f"the sidecar describes {sidecar.tokens:,} tokens in {sidecar.documents:,} documents, "
+                f"but the corpus has {len(self.tokens):,} in {documents:,}"
+            )
+            do = "prepare the corpus again, or remove the sidecar to use the corpus unverified"
+            raise UserError(what, path, do)
+        if self.packed and len(self.tokens) != len(self) * (self.packed + 1):
+            what = f"the sidecar describes samples of {self.packed + 1:,} tokens, but those of the corpus differ"
+            raise UserError(what, path, "prepare the corpus again")
+
+    def _index_error(self, what: str) -> UserError:
+        return UserError(what, str(self._idx_path), "create the corpus with `megagpt prepare`, or copy it again")
+
+
+def _map(path: Path) -> bytes | mmap.mmap:
+    """Map a file read-only. An empty file, which cannot be mapped, gives b""."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        do = "give the prefix of a prepared corpus (its path without .bin or .idx); create one with `megagpt prepare`"
+        raise UserError(f"cannot open the corpus: {error.strerror}", str(path), do) from None

@@ -1,0 +1,1 @@
+"""Tensor, sequence and pipeline parallelism on DeepSpeed's process groups."""

@@ -1,0 +1,193 @@
+"""Tensor parallelism: the matrices of attention, of MLP and of the vocabulary cut over ranks (arXiv 1909.08053).
+
+Own layers, and DeepSpeed's grid as the `mpu` that tells its optimizers who shares what. DeepSpeed's AutoTP would
+build process groups of its own over all ranks of the world, which leaves no place for pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megagpt.config.deepspeed import Layout
+from megagpt.config.recipe import ModelSection, Recipe
+from megagpt.model import gpt
+from megagpt.model.layers import MLP, Attention, Head, TokenEmbedding
+from megagpt.model.sharding import Cut, cut_of
+
+
+class _Enter(torch.autograd.Function):
+    """A tensor that all ranks have goes into parts: as it is; its gradient is the sum over the parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Leave(torch.autograd.Function):
+    """Parts are summed to a tensor that all ranks have; its gradient goes into each part as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _First(nn.Linear):
+    """This rank's share of the outputs of a linear layer."""
+
+    group: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
+        return F.linear(_Enter.apply(x, self.group), self.weight, self.bias)
+
+
+class _Second(nn.Linear):
+    """This rank's share of the inputs of a linear layer; its bias is whole, and added after the sum."""
+
+    group: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
+        total: Tensor = _Leave.apply(F.linear(x, self.weight), self.group)
+        return total if self.bias is None else total + self.bias
+
+
+class _VocabularyShare:
+    """A `Share` on a process group."""
+
+    def __init__(self, first: int, group: Any) -> None:
+        self.first, self._group = first, group
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._group)
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        total: Tensor = _Leave.apply(x, self._group)
+        return total
+
+
+def grid(layout: Layout) -> Any:
+    """DeepSpeed's process groups for a layout without a pipeline; collective."""
+    return PipelineParallelGrid(topology(layout))
+
+
+def topology(layout: Layout) -> Any:
+    """The order of ranks: tensor parts next to each other, then data-parallel copies, then pipeline stages."""
+    copies = layout.data_parallel * layout.sequence_parallel  # see sequence.py
+    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
+
+
+def split(layers: Iterable[nn.Module], degree: int) -> None:
+    """Put shares in the place of what is cut in a GPT's layers; their weights are rubbish, on the meta device."""
+    for part in [part for layer in layers for part in layer.modules()]:
+        if isinstance(part, Attention):
+            part.qkv, part.output = _first(part.qkv, degree), _second(part.output, degree)
+        elif isinstance(part, MLP):
+            part.up, part.down = _first(part.up, degree), _second(part.down, degree)
+            part.gate = None if part.gate is None else _first(part.gate, degree)
+        elif isinstance(part, (TokenEmbedding, Head)) and (weight := part._parameters.get("weight")) is not None:
+            rows = len(weight) if len(weight) % degree else len(weight) // degree
+            part.weight = nn.Parameter(torch.empty(rows, weight.shape[1], device="meta"))
+
+
+def connect(layers: Iterable[nn.Module], section: ModelSection, index: int, degree: int, group: Any) -> None:
+    """Tell the shares in a GPT's layers their place among the ranks, and how to reach the others."""
+    rows, rest = divmod(section.vocab_size, degree)
+    for part in [part for layer in layers for part in layer.modules()]:
+        if isinstance(part, (_First, _Second)):
+            part.group = group
+        elif isinstance(part, (TokenEmbedding, Head)) and not rest:
+            part.share = _VocabularyShare(index * rows, group)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index: int, degree: int) -> list[str]:
+    """Give a module on the meta device memory and its initial weights, or rank `index`'s share of them.
+
+    The names of its parameters in `GPT` begin with `prefix`; they are returned in order.
+    """
+    module.to_empty(device="cpu")
+    names = []
+    for name, parameter in module.named_parameters(prefix=prefix):
+        cut = cut_of(name, section, degree)
+        shape = list(parameter.shape)
+        if cut is None:
+            parameter.copy_(gpt.initial_value(name, shape, section, seed))
+        else:
+            shape[cut.dim] *= degree
+            parameter.copy_(cut.part(gpt.initial_value(name, shape, section, seed), index, degree))
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
+        names.append(name)
+    return names
+
+
+def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
+    """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
+    with torch.device("meta"):
+        model = gpt.GPT(recipe.model, recipe.document_end)
+    split(model.layers, degree)
+    fill(model, "", recipe.model, recipe.seed, index, degree)
+    connect(model.layers, recipe.model, index, degree, group)
+    return model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank among those that hold the other parts of what is cut."""
+
+    group: Any = None
+    index: int = 0
+    degree: int = 1
+
+
+def parts(grid: Any, layout: Layout, rank: int) -> Parts:
+    """The place of a rank in a grid; without tensor parallelism there is none."""
+    degree = layout.tensor_parallel
+    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
+
+
+def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:
+    """The whole tensor of the ranks' parts; collective where there is a cut."""
+    if cut is None:
+        return part
+    parts = [torch.empty_like(part) for _ in range(degree)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    return cut.join(parts)
+
+
+def _first(linear: nn.Linear, degree: int) -> _First:
+    shape = (linear.in_features, linear.out_features // degree)
+    return _First(*shape, bias=linear.bias is not None, device="meta")
+
+
+def _second(linear: nn.Linear, degree: int) -> _Second:
+    shape = (linear.in_features // degree, linear.out_features)
+    return _Second(*shape, bias=linear.bias is not None, device="meta")

@@ -1,0 +1,1 @@
+"""Training state by parameter name: read from, and written into, the partitions of a DeepSpeed engine."""

@@ -1,1 +1,0 @@
-"""What belongs to a run: checkpoints, metrics, the console, stopping."""

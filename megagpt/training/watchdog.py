@@ -1,0 +1,201 @@
+"""A hang is found by progress, not by a live process: each rank notes what it does, and a thread looks at the clock.
+
+Every rank leaves what it is doing in logs/rank-N.heartbeat. When a rank makes no progress for too long, whichever
+rank notices first names the rank that is furthest behind and the hosts that do not answer, has every rank write its
+stacks to its log, and ends itself; the launcher ends the others. The first updates may compile kernels for minutes:
+a rank that makes no progress there is named as early as in other updates, but ended later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megagpt.cluster import reachability
+from megagpt.cluster.preflight import RankLocation
+from megagpt.errors import EXIT_FAILURE
+from megagpt.files import parse_json
+
+DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
+EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
+_EXEMPT = 2  # updates: the first ones compile and warm up, and have the longer limit
+_GONE = 3.0  # seconds without a sign of life, of which there is one a second
+_REQUEST_SECONDS = 2.5  # until all ranks have seen the file: they look once a second
+_REQUEST = "stacks-requested"  # file in the folder of logs: when it is touched, each rank writes its stacks to its log
+_LONGER = 10  # times the limit, for phases that wait for disks, or happen once: between two batches nothing does
+
+
+class Watch:
+    """Notes the phase of this rank, and ends the process when a phase lasts too long.
+
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample, the
+    first updates or the first batch of an evaluation ten times `seconds` at least; building has none. An evaluation
+    enters its phase again with each batch. In the first updates, a phase that lasts longer than max(`seconds`, 5 × the
+    longest phase before it) is reported once, and the rank waits on.
+
+    Args:
+        folder: where heartbeats and logs of the run's ranks are.
+        rank: this rank.
+        hosts: the host of each rank.
+        seconds: the smallest limit.
+        alarm: called with a text for people before this rank is ended.
+        warn: called with a text for people while this rank waits on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        hosts: Sequence[RankLocation],
+        seconds: float,
+        alarm: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._folder, self._rank, self._hosts, self._seconds = folder, rank, hosts, seconds
+        self._alarm, self._warn, self._warned, self._longest = alarm, warn, False, 0.0
+        self._answered = time.time()
+        self._phase, self._update, self._since, self._seen = "build", 0, time.monotonic(), 0
+        self._lasted: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str, update: int) -> None:
+        """This rank begins a phase of an update."""
+        now = time.monotonic()
+        self._lasted[self._phase].append(now - self._since)
+        self._longest = max(self._longest, now - self._since)
+        self._phase, self._update, self._since = phase, update, now
+        self._seen += phase == PASSES
+
+    @property
+    def doing(self) -> str:
+        """The phase that this rank is in."""
+        return f"{self._phase} of update {self._update}"
+
+    def gone(self) -> list[str]:
+        """A line for each host that does not answer, and each rank that has ended without closing its watch.
+
+        Takes some seconds: whoever has ended was alive a moment ago.
+        """
+        time.sleep(_GONE + 1)
+        return [*self._unanswering(), *(line for line, silent in self._beats(_GONE) if silent)]
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._end.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._file(self._rank).unlink()
+
+    def _run(self) -> None:
+        while True:
+            lasted = time.monotonic() - self._since
+            beat = {"update": self._update, "phase": self._phase, "lasted": lasted, "at": time.time()}
+            with contextlib.suppress(OSError):
+                self._file(self._rank).write_text(json.dumps(beat))
+            self._write_requested_stacks()
+            if self._seen and lasted > self._limit():
+                self._give_up(lasted)
+            if self._is_first() and not self._warned and lasted > max(self._seconds, 5 * self._longest):
+                self._report_early(lasted)
+            if self._end.wait(min(1.0, self._seconds / 5)):
+                return
+
+    def _limit(self) -> float:
+        measured = list(self._lasted[self._phase])
+        # where nothing is measured yet, as in the first batch of an evaluation, kernels may still be compiled
+        quick = measured and self._seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
+        least = self._seconds if quick else _LONGER * self._seconds
+        return max(least, 5 * statistics.median(measured)) if measured else least
+
+    def _is_first(self) -> bool:
+        """Whether this rank is in one of the first updates, whose limit is longer."""
+        return self._seen <= _EXEMPT and self._phase in (DATA, PASSES, STEP)
+
+    def _give_up(self, lasted: float) -> None:
+        self._request_stacks()
+        self._alarm(self._findings(lasted))
+        time.sleep(_REQUEST_SECONDS)  # the launcher ends the other ranks as soon as this one ends
+        os._exit(EXIT_FAILURE)
+
+    def _report_early(self, lasted: float) -> None:
+        """Report a hang in the first updates, unless another rank has reported it by now; all ranks write stacks."""
+        self._warned = True
+        if self._stacks_requested():
+            return
+        self._request_stacks()
+        self._warn(
+            f"{self._findings(lasted)}\n  stacks of all ranks: {self._folder}/rank-*.log. "
+            f"The first updates may compile; the run ends after {self._limit():.0f} s without progress"
+        )
+
+    def _findings(self, lasted: float) -> str:
+        """Which rank makes no progress, in which phase, and where the other ranks and hosts are."""
+        lines = [*self._unanswering(), *(line for line, _ in self._beats(self._seconds / 2))]
+        return (
+            f"megagpt: {self._called(self._rank)} has made no progress for {lasted:.0f} s, "
+            f"in phase {self._phase} of update {self._update}\n" + "\n".join(lines)
+        )
+
+    def _request_stacks(self) -> None:
+        """Write this rank's stacks to its log, and let the others do so; without a shared disk, each does it alone."""
+        with contextlib.suppress(OSError):
+            (self._folder / _REQUEST).write_text(f"{self._called(self._rank)}, {self.doing}\n")
+        self._write_stacks()
+
+    def _stacks_requested(self) -> bool:
+        """Whether any rank has asked for stacks since this one wrote them last."""
+        with contextlib.suppress(OSError):
+            return (self._folder / _REQUEST).stat().st_mtime > self._answered
+        return False
+
+    def _write_requested_stacks(self) -> None:
+        if self._stacks_requested():
+            self._warned |= self._is_first()  # whoever asked reports
+            self._write_stacks()
+
+    def _write_stacks(self) -> None:
+        self._answered = time.time()
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.heartbeat"
+
+    def _called(self, rank: int) -> str:
+        return f"rank {rank} on {self._hosts[rank].name}"
+
+    def _unanswering(self) -> list[str]:
+        """A line for each other host that does not answer."""
+        here = self._hosts[self._rank].address
+        names = {host.address: host.name for host in self._hosts if host.address != here}
+        return [
+            f"  host {names[address]} ({address}) does not answer: its network is cut, or it is down"
+            for address in reachability.unreachable_addresses(list(names))
+        ]
+
+    def _beats(self, seconds: float) -> list[tuple[str, bool]]:
+        """A line for each rank, and whether it is silent for so long, as one is that is stopped or gone.
+
+        The one furthest behind comes first. Of a rank that writes to another disk nothing is known.
+        """
+        rows = []
+        for rank in range(len(self._hosts)):
+            try:
+                beat = parse_json(self._file(rank).read_text())
+                silent = time.time() - beat["at"]
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
+            word = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
+            line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{word}"
+            rows.append((not word, beat["update"], line))
+        return [(line, not alive) for alive, _, line in sorted(rows)]

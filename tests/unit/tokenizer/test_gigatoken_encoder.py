@@ -1,0 +1,86 @@
+"""gigatoken gives the ids of SentencePiece, or is rejected."""
+
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.errors import UserError
+from megagpt.tokenizer import gigatoken_encoder
+from megagpt.tokenizer.gigatoken_encoder import GigatokenEncoder
+from tests.unit.tokenizer.test_cached_encoder import TEXT, trained
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return GigatokenEncoder(tokenizer)
+
+
+def ids(encoded):
+    return [np.frombuffer(one, "<u2").tolist() for one in encoded]
+
+
+def encode_whole(tokenizer, texts):
+    """Encode whole texts with SentencePiece alone."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(texts)
+
+
+@given(batch=st.lists(st.one_of(TEXT, st.text("<eod> \n", max_size=20)), max_size=5))
+@settings(max_examples=300)
+def test_ids_equal_those_of_sentencepiece(tokenizer, encoder, batch):
+    assert ids(encoder.encode(batch)) == encode_whole(tokenizer, batch)
+
+
+def test_ids_equal_those_of_sentencepiece_on_documents(tokenizer, encoder, texts):
+    spelled = [
+        text.replace(" the ", "<eod>", 3) for text in texts[:2]
+    ]  # which gigatoken alone would encode as the control symbol
+    for batch in ([*texts, *spelled], texts):
+        assert ids(encoder.encode(batch)) == encode_whole(tokenizer, batch)
+
+
+def test_memory_is_bounded(tokenizer, monkeypatch):
+    """Words that never repeat fill the cache: about 9 bytes per byte of text if it were not emptied."""
+    monkeypatch.setattr(gigatoken_encoder, "_CACHE_GROWTH", 8 << 20)
+    encoder, draw = GigatokenEncoder(tokenizer), np.random.default_rng(1)
+    held = []
+    for _ in range(12):
+        text = " ".join(f"{number:x}" for number in draw.integers(0, 1 << 40, 50_000).tolist())
+        assert ids(encoder.encode([text[:2000]])) == encode_whole(tokenizer, [text[:2000]])
+        encoder.encode([text])
+        held.append(gigatoken_encoder._resident_bytes())
+    assert max(held[3:]) - held[0] < 30 << 20  # one batch and the doubling of a hash table may be added
+
+
+def test_an_incompatible_tokenizer_is_rejected(tmp_path):
+    model = trained(tmp_path / "blank-before.model", add_dummy_prefix=True)
+    with pytest.raises(UserError) as error:
+        GigatokenEncoder(model)
+    assert str(error.value) == (
+        "megagpt: the engine gigatoken matches SentencePiece's ids only for tokenizers of `megagpt tokenizer train`\n"
+        f"  {model.path}\n  do: leave out --engine: SentencePiece encodes with any tokenizer"
+    )
+
+
+def test_a_missing_package_is_reported(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UserError) as error:
+        GigatokenEncoder(tokenizer)
+    assert str(error.value) == (
+        "megagpt: the engine gigatoken needs the package gigatoken\n  --engine\n"
+        '  do: pip install "megagpt[gigatoken]", or leave out --engine'
+    )
+
+
+def test_a_model_that_gigatoken_cannot_read_is_reported(tokenizer, monkeypatch):
+    import gigatoken
+
+    def refuse(content):
+        raise ValueError("only byte_fallback sentencepiece models are supported")
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", refuse)
+    with pytest.raises(UserError, match="cannot read the tokenizer: only byte_fallback"):
+        GigatokenEncoder(tokenizer)
