@@ -11,8 +11,9 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([  # what a start of training imports; torch's optimizers import dynamo
-    "torch._dynamo", "megagpt.engine.build", "megagpt.engine.deepspeed_keys", "megagpt.engine.init_deepspeed", "megagpt.training.loop",
-    "megagpt.prepare", "megagpt.checkpoint.listing", "tests.training", "tests.faults.hooks", "tests.parity.fuzz_rank",
+    "torch._dynamo", "megagpt.engine.build", "megagpt.engine.deepspeed_keys", "megagpt.engine.init_deepspeed",
+    "megagpt.training.loop", "megagpt.prepare.command",
+    "megagpt.checkpoint.listing", "tests.training", "tests.faults.hooks", "tests.parity.fuzz_rank",
 ])  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from megagpt import files
 from megagpt.cluster import Agreement, Rank
 from megagpt.files import WriteFile, parse_json
+from megagpt.model.flops import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -119,7 +120,7 @@ class Store:
             files.remove_tree(leftover)
         files.make_folder(partial)
         last = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read(folder)[0])]
-        needed, free = int(1.2 * max([self.needed, *last])), shutil.disk_usage(partial).free
+        needed, free = int(CHECKPOINT_HEADROOM * max([self.needed, *last])), shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
 
@@ -205,7 +206,7 @@ def incomplete(checkpoint: Checkpoint) -> str:
 
 
 def _seal(whole: Checkpoint, final: Path) -> None:
-    """Write the manifest of what all ranks have written, and give the folder its name."""
+    """WriteFile the manifest of what all ranks have written, and give the folder its name."""
     if wrong := incomplete(whole):
         raise OSError(f"{wrong} where rank 0 looks: all ranks need the same run directory")
     for folder in {(whole.folder / name).parent for name in whole.facts["files"]}:

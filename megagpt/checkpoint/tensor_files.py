@@ -1,7 +1,8 @@
-"""The layout-free state of a run on disk: flat pieces of each parameter, by its name, in safetensors.
+"""The weights and optimizer moments of a checkpoint: safetensors files that do not depend on the layout.
 
-A piece is a stretch of one flattened fp32 tensor: a parameter's weight, or one of its moments. Each rank writes the
-stretches that it owns, and reads the stretches that it needs, whoever wrote them: nobody holds everything.
+The files hold slices of flattened fp32 tensors (a parameter's weight or one of its moments) under the parameter's
+name. Each rank writes the slices that it owns, and reads the slices that it needs, whichever rank wrote them. No rank
+holds the whole model.
 """
 
 from __future__ import annotations
@@ -19,117 +20,170 @@ from torch import Tensor
 
 from megagpt.errors import UserError
 from megagpt.files import WriteFile
-from megagpt.model.sharding import cut_of
+from megagpt.model.sharding import shard_spec
 
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
 FOLDER = "state"
 WEIGHT = "weight"
-_BUCKET = 1 << 24  # elements in one file: 64 MiB, of which two copies exist while it is written
-_CHUNK = 1 << 17  # elements that are read, or summed up, at a time: as int64 they stay in a core's cache
-_CHUNK_ON_GPU = 1 << 22  # the same where kernels cost more to begin than to do; 100 MB while they run
+_FILE_ELEMENTS = 1 << 24  # per file: 64 MiB, of which two copies exist while it is written
+_CHUNK = 1 << 17  # elements that are read or added at once: as int64 they fit into a core's cache
+_CHUNK_ON_GPU = 1 << 22  # the same on GPUs, where starting a kernel dominates; takes 100 MB
 
 
-class Part(NamedTuple):
-    """Which share of a parameter that tensor parallelism has cut into `degree`; (0, 1) where it is whole."""
+class ShardIndex(NamedTuple):
+    """Which tensor-parallel shard of a parameter: shard `number` of `degree`. (0, 1) is the whole parameter."""
 
     number: int = 0
     degree: int = 1
 
 
-class Piece(NamedTuple):
-    """`tensor` [numel], fp32, is what `kind` of parameter `name` holds from element `start` of the part on."""
+class TensorSlice(NamedTuple):
+    """Consecutive elements of one flattened tensor.
+
+    Attributes:
+        kind: `WEIGHT`, or the name of a moment
+        name: the parameter's name in `GPT`
+        start: index of the first element in the flattened shard
+        tensor: [numel], fp32
+        shard: the tensor-parallel shard
+
+    """
 
     kind: str
     name: str
     start: int
     tensor: Tensor
-    part: Part = Part()
+    shard: ShardIndex = ShardIndex()
 
 
-_WHOLE = Part()
+_WHOLE = ShardIndex()
 
 
-class _Stretch(NamedTuple):
+class _StoredSlice(NamedTuple):
     start: int
     end: int
     path: Path
     key: str
 
 
-def write(pieces: Iterable[Piece], rank: int, sink: WriteFile) -> None:
-    """Write this rank's pieces, some 64 MiB at a time."""
-    number, size = 0, 0
-    bucket: dict[str, Tensor] = {}
-    for kind, name, start, tensor, (index, degree) in pieces:
-        for offset in range(0, tensor.numel(), _BUCKET):
-            stretch = tensor[offset : offset + _BUCKET]
+def write_slices(slices: Iterable[TensorSlice], rank: int, sink: WriteFile) -> None:
+    """WriteFile the slices of one rank to files of about 64 MiB.
+
+    Args:
+        slices: the slices, consumed one by one
+        rank: number of the rank, which is part of the file names
+        sink: writes a file
+
+    """
+    number = 0
+    size = 0
+    content: dict[str, Tensor] = {}
+    for kind, name, start, tensor, (index, degree) in slices:
+        for offset in range(0, tensor.numel(), _FILE_ELEMENTS):
+            part = tensor[offset : offset + _FILE_ELEMENTS]
             key = f"{kind}:{name}:{index}/{degree}:{start + offset}"
-            bucket[key] = stretch.detach().to("cpu", torch.float32, copy=True)
-            size += stretch.numel()
-            if size >= _BUCKET:
-                sink(_file(rank, number), save(bucket))
-                number, size, bucket = number + 1, 0, {}
-    if bucket:
-        sink(_file(rank, number), save(bucket))
+            content[key] = part.detach().to("cpu", torch.float32, copy=True)
+            size += part.numel()
+            if size >= _FILE_ELEMENTS:
+                sink(_file(rank, number), save(content))
+                number += 1
+                size = 0
+                content = {}
+    if content:
+        sink(_file(rank, number), save(content))
 
 
-class Pieces:
-    """Reads stretches out of a checkpoint's pieces; `first` is the rank whose files are looked at first."""
+class TensorFiles:
+    """Reads slices of tensors from the files of a checkpoint.
+
+    Args:
+        folder: the checkpoint
+        first: rank whose files are opened first, because it wrote most of what this rank reads
+
+    """
 
     def __init__(self, folder: Path, first: int = 0) -> None:
         paths = sorted((folder / FOLDER).glob("rank-*.safetensors"))
-        mine = f"rank-{first:05d}-"
-        self._unread = sorted(paths, key=lambda path: not path.name.startswith(mine))
-        self._index: dict[tuple[str, str, Part], list[_Stretch]] = defaultdict(list)
+        preferred = f"rank-{first:05d}-"
+        self._unopened = sorted(paths, key=lambda path: not path.name.startswith(preferred))
+        self._index: dict[tuple[str, str, ShardIndex], list[_StoredSlice]] = defaultdict(list)
         self._degrees: dict[str, int] = {}
         self._folder = folder
 
-    def read(self, kind: str, name: str, start: int, numel: int, part: Part = _WHOLE) -> Tensor:
-        """Elements [start, start + numel) of one part of a tensor, as it was saved. Raises UserError for a gap."""
+    def read(self, kind: str, name: str, start: int, numel: int, shard: ShardIndex = _WHOLE) -> Tensor:
+        """Read elements [start, start + numel) of a flattened tensor, or of a shard as it was saved.
+
+        Args:
+            kind: `WEIGHT`, or the name of a moment
+            name: the parameter's name in `GPT`
+            start: index of the first element
+            numel: number of elements
+            shard: the tensor-parallel shard
+
+        Returns:
+            The elements [numel], fp32, on the CPU.
+
+        Raises:
+            UserError: the checkpoint does not contain all of them
+
+        """
         result = torch.empty(numel)
-        done, end = start, start + numel
-        while done < end:
-            stretch = self._find(kind, name, part, done)
-            upto = min(stretch.end, end)
-            with safe_open(stretch.path, "pt") as file:
-                stored = file.get_slice(stretch.key)
-                for at in range(done, upto, _CHUNK):  # each is copied twice
-                    stop = min(at + _CHUNK, upto)
-                    result[at - start : stop - start] = stored[at - stretch.start : stop - stretch.start]
-            done = upto
+        position = start
+        end = start + numel
+        while position < end:
+            stored = self._find(kind, name, shard, position)
+            stop = min(stored.end, end)
+            with safe_open(stored.path, "pt") as file:
+                values = file.get_slice(stored.key)
+                for chunk_start in range(position, stop, _CHUNK):  # each chunk is copied twice
+                    chunk_end = min(chunk_start + _CHUNK, stop)
+                    chunk = values[chunk_start - stored.start : chunk_end - stored.start]
+                    result[chunk_start - start : chunk_end - start] = chunk
+            position = stop
         return result
 
     def degree(self, name: str) -> int:
-        """Into how many parts the parameter was cut when it was saved."""
-        while name not in self._degrees and self._unread:
-            self._open(self._unread.pop(0))
+        """Return the number of tensor-parallel shards in which the parameter was saved."""
+        while name not in self._degrees and self._unopened:
+            self._open(self._unopened.pop(0))
         return self._degrees.get(name, 1)
 
-    def whole(self, kind: str, name: str, shape: Sequence[int], section: ModelSection) -> Tensor:
-        """A whole tensor of this shape, whatever it was cut into. Raises UserError for a gap."""
-        degree, numel = self.degree(name), math.prod(shape)
-        cut = cut_of(name, section, degree)
-        if degree == 1 or cut is None:
-            return self.read(kind, name, 0, numel).view(*shape)
-        local = [length // degree if dim == cut.dim else length for dim, length in enumerate(shape)]
-        parts = [self.read(kind, name, 0, numel // degree, Part(i, degree)).view(*local) for i in range(degree)]
-        return cut.join(parts)
+    def read_whole(self, kind: str, name: str, shape: Sequence[int], section: ModelSection) -> Tensor:
+        """Read a whole tensor, whatever number of shards it was saved in.
 
-    def _find(self, kind: str, name: str, part: Part, element: int) -> _Stretch:
-        """The stretch that holds an element; files are opened until one does."""
+        Args:
+            kind: `WEIGHT`, or the name of a moment
+            name: the parameter's name in `GPT`
+            shape: its whole shape
+            section: the model
+
+        Raises:
+            UserError: the checkpoint does not contain all of it
+
+        """
+        degree, numel = self.degree(name), math.prod(shape)
+        spec = shard_spec(name, section, degree)
+        if degree == 1 or spec is None:
+            return self.read(kind, name, 0, numel).view(*shape)
+        local_shape = [length // degree if dim == spec.dim else length for dim, length in enumerate(shape)]
+        indices = [ShardIndex(number, degree) for number in range(degree)]
+        return spec.join([self.read(kind, name, 0, numel // degree, index).view(*local_shape) for index in indices])
+
+    def _find(self, kind: str, name: str, shard: ShardIndex, element: int) -> _StoredSlice:
+        """Open files until one of them holds the element."""
         while True:
-            for stretch in self._index[kind, name, part]:
-                if stretch.start <= element < stretch.end:
-                    return stretch
-            if not self._unread:
+            for stored in self._index[kind, name, shard]:
+                if stored.start <= element < stored.end:
+                    return stored
+            if not self._unopened:
                 raise UserError(
-                    f"the checkpoint holds no {kind} of {name} from element {element} on",
+                    f"the checkpoint does not contain the {kind} of {name} from element {element} on",
                     str(self._folder),
-                    "remove this checkpoint so that the one before it is taken",
+                    "remove this checkpoint, so that the previous one is used",
                 )
-            self._open(self._unread.pop(0))
+            self._open(self._unopened.pop(0))
 
     def _open(self, path: Path) -> None:
         try:
@@ -144,37 +198,43 @@ class Pieces:
     def _index_file(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  # not a dictionary
-                kind, name, part, start = key.split(":")
-                index, degree = map(int, part.split("/"))
+                kind, name, shard, start = key.split(":")
+                index, degree = map(int, shard.split("/"))
                 length = file.get_slice(key).get_shape()[0]
-                stretch = _Stretch(int(start), int(start) + length, path, key)
-                self._index[kind, name, Part(index, degree)].append(stretch)
+                stored = _StoredSlice(int(start), int(start) + length, path, key)
+                self._index[kind, name, ShardIndex(index, degree)].append(stored)
                 self._degrees[name] = degree
 
 
-def checksum(tensor: Tensor, places: Tensor | int) -> int:
-    """A sum over the bits of fp32 elements and their places in the whole tensor, modulo 2^64.
+def checksum(tensor: Tensor, indices: Tensor | int) -> int:
+    """Return a checksum modulo 2^64 of the bits of fp32 elements and their indices in the whole tensor.
 
-    `places` is the place of each element [numel], or of the first of a stretch. Stretches add up: whichever way a
-    tensor is cut, the sums of its stretches have the same sum. Every change of one element changes it, since an odd
-    number has an inverse modulo 2^64. It is made on the tensor's device: integers wrap around alike on all of them.
+    Checksums are additive: however a tensor is split, the checksums of its slices have the same sum. Every change of
+    one element changes the checksum, because an odd number has an inverse modulo 2^64. It is computed on the tensor's
+    device, and equal on all devices, because integers wrap around in the same way.
+
+    Args:
+        tensor: [numel], fp32
+        indices: the index of each element [numel], or of the first of consecutive elements
+
     """
-    at_once = _CHUNK_ON_GPU if tensor.is_cuda else _CHUNK
-    total, counting = 0, torch.arange(min(at_once, tensor.numel()), device=tensor.device)
-    for offset in range(0, tensor.numel(), at_once):
-        chunk = tensor[offset : offset + at_once]
+    chunk_size = _CHUNK_ON_GPU if tensor.is_cuda else _CHUNK
+    total = 0
+    counting = torch.arange(min(chunk_size, tensor.numel()), device=tensor.device)
+    for offset in range(0, tensor.numel(), chunk_size):
+        chunk = tensor[offset : offset + chunk_size]
         bits = chunk.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64).add_(0x5851F42D)
-        plain = int(bits.sum())
-        if isinstance(places, int):
-            placed = int(_dot(bits, counting[: len(bits)])) + (places + offset) * plain
+        plain_sum = int(bits.sum())
+        if isinstance(indices, int):
+            indexed_sum = int(_dot(bits, counting[: len(bits)])) + (indices + offset) * plain_sum
         else:
-            placed = int(_dot(bits, places[offset : offset + at_once].to(tensor.device)))
-        total += plain + placed * 0x14057B7EF767814E
+            indexed_sum = int(_dot(bits, indices[offset : offset + chunk_size].to(tensor.device)))
+        total += plain_sum + indexed_sum * 0x14057B7EF767814E
     return total % (1 << 64)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two integer vectors; CUDA has no kernel of its own for it. `a` may be overwritten."""
+    """Dot product of integer vectors, for which CUDA has no kernel of its own. `a` may be overwritten."""
     return a.mul_(b).sum() if a.is_cuda else a.dot(b)
 
 

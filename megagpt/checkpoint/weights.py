@@ -1,4 +1,4 @@
-"""The weights of a GPT out of a checkpoint: by parameter name, fp32, whatever layout trained them."""
+"""Save and load the weights of a GPT by parameter name, in fp32, whatever layout trained them."""
 
 from __future__ import annotations
 
@@ -8,33 +8,60 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megagpt.checkpoint.tensor_files import WEIGHT, Piece, Pieces
-from megagpt.checkpoint.tensor_files import write as write_pieces
+from megagpt.checkpoint.tensor_files import WEIGHT, TensorFiles, TensorSlice, write_slices
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
+from megagpt.model.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
 
 def save(weights: Iterable[tuple[str, torch.Tensor]], sink: WriteFile) -> None:
-    """Write named weights alone, as one rank would."""
-    write_pieces((Piece(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
+    """Write weights without optimizer state, as a single rank would.
+
+    Args:
+        weights: names and tensors
+        sink: writes a file
+
+    """
+    write_slices((TensorSlice(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
 
 
 def load(folder: Path, section: ModelSection, document_end: int | None = None) -> GPT:
-    """A GPT with the weights of a checkpoint, on the CPU, in evaluation mode. Raises UserError where one is missing."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPT(section).named_parameters()}
-    pieces = Pieces(folder)
-    return assemble(
-        {name: pieces.whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}, section, document_end
-    )
+    """Load the weights of a checkpoint.
+
+    Args:
+        folder: the checkpoint
+        section: the model
+        document_end: see `GPT`
+
+    Returns:
+        A model on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: a weight is missing
+
+    """
+    files = TensorFiles(folder)
+    shapes = {name: shape for layer in layer_shapes(section) for name, shape in layer.items()}
+    weights = {name: files.read_whole(WEIGHT, name, shape, section) for name, shape in shapes.items()}
+    return build_model(weights, section, document_end)
 
 
-def assemble(named: Mapping[str, torch.Tensor], section: ModelSection, document_end: int | None = None) -> GPT:
-    """A GPT that holds these very weights, in evaluation mode. Names and shapes must fit."""
-    with torch.device("meta"):  # no memory for initial weights that are thrown away
+def build_model(weights: Mapping[str, torch.Tensor], section: ModelSection, document_end: int | None = None) -> GPT:
+    """Build a GPT whose parameters are these tensors, without copying them.
+
+    Args:
+        weights: a tensor for each parameter's name
+        section: the model
+        document_end: see `GPT`
+
+    Returns:
+        The model, in evaluation mode.
+
+    """
+    with torch.device("meta"):  # allocates no memory for initial weights
         model = GPT(section, document_end)
-    model.load_state_dict(named, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval()

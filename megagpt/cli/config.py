@@ -48,7 +48,7 @@ def plan(
     """Estimate what a run takes, and whether it fits. Memory, time, disk and network; and what would fit."""
     from megagpt import plan as implementation
 
-    options = implementation.Options(
+    options = implementation.PlanOptions(
         recipe, deepspeed_config, tuple(overrides or ()), world_size, nodes, gpus_per_node, device, host_memory
     )
     if deepspeed_config.is_dir():

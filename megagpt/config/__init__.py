@@ -1,1 +1,1 @@
-"""Configuration: the recipe says what is trained, the DeepSpeed config how it is distributed."""
+"""Configuration: the recipe defines what is trained, the DeepSpeed config how it is distributed."""

@@ -13,7 +13,6 @@ from megagpt.errors import UserError
 from megagpt.files import parse_json
 
 VERSION = 1
-_UINT16_VOCAB_LIMIT = 65_500  # as in Megatron-LM
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,6 @@ _NOT_INTEGERS: dict[str, tuple[type, ...]] = {
     "tokenizer_sha256": (str,), "bin_ranges": (list,), "made": (dict,), "packed": (int, type(None)),
 }  # fmt: skip
 _TYPES = {key.name: _NOT_INTEGERS.get(key.name, (int,)) for key in dataclasses.fields(Sidecar)}
-
-
-def bytes_per_token(vocab_size: int) -> int:
-    """Return the bytes per id in .bin: 2 (uint16) for vocabularies below 65,500, else 4 (int32), as in Megatron-LM."""
-    return 2 if vocab_size < _UINT16_VOCAB_LIMIT else 4
 
 
 def read_sidecar(path: Path) -> Sidecar | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.corpus.metadata import read_sidecar
 from megagpt.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -30,11 +30,6 @@ DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
 _PROBES = 64  # ranges of a corpus that are probed
 _PROBE_TOKENS = 1024  # tokens per probed range
 IntArray = npt.NDArray[np.integer[Any]]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the type of the ids in .bin: uint16 for vocabularies below 65,500, else int32, as in Megatron-LM."""
-    return np.dtype("<u2") if bytes_per_token(vocab_size) == 2 else np.dtype("<i4")
 
 
 def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:

@@ -15,9 +15,10 @@ from megagpt.corpus.bin_writer import BinWriter, ChecksummedRanges, merge_ranges
 from megagpt.corpus.crc32 import combine_crc32
 from megagpt.corpus.idx_writer import IdxWriter
 from megagpt.corpus.metadata import Sidecar
-from megagpt.corpus.reader import IntArray, corpus_file, token_dtype
+from megagpt.corpus.reader import IntArray, corpus_file
 from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
+from megagpt.tokenizer.id_dtype import token_dtype
 
 MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
 

@@ -220,7 +220,7 @@ def _are_cached(reads: Iterable[tuple[int, int, int]]) -> bool:
     """Return whether all (fd, bytes, offset) are in the page cache, as far as the filesystem reports it without I/O."""
     try:
         return all(os.preadv(fd, [bytearray(size)], offset, os.RWF_NOWAIT) == size for fd, size, offset in reads)
-    except OSError:  # reading would block, or the filesystem cannot tell
+    except OSError:  # reading would block, or the filesystem gives no answer
         return False
 
 

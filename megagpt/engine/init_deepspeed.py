@@ -6,9 +6,6 @@ import logging
 import os
 import warnings
 
-# DeepSpeed's ZeRO imports its Muon, which pulls in all of inductor: seconds of start-up for nothing used here
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator

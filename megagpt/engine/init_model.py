@@ -15,6 +15,7 @@ from megagpt.engine import deepspeed_ops, devices
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, initial_value, initialize
 from megagpt.model.layers import Block
+from megagpt.model.parallel import ParallelLayers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,16 +44,16 @@ def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
         ) from error
 
 
-def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int) -> GPT:
+def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, parallel: ParallelLayers) -> GPT:
     """A GPT in the recipe's precision, on this rank's device; at ZeRO stage 3 only this rank's share of it.
 
     Masters in fp32 are made from these weights later, so that in low precision they start at rounded values.
     """
     if zero_stage == 3:
-        return _sharded(recipe, config)
+        return _sharded(recipe, config, parallel)
     dtype = _DTYPES[recipe.precision or "fp32"]
     with torch.device("meta"):  # no memory and no time for the values that the layers would draw
-        model = GPT(recipe.model, recipe.document_end)
+        model = GPT(recipe.model, recipe.document_end, parallel)
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
     return model
@@ -73,13 +74,13 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 @torch.no_grad()
-def _sharded(recipe: Recipe, config: Mapping[str, Any]) -> GPT:
+def _sharded(recipe: Recipe, config: Mapping[str, Any], parallel: ParallelLayers) -> GPT:
     """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value.
 
     Precision comes from the config: a dtype that is given, DeepSpeed takes for bf16 on devices without fp16.
     """
     with deepspeed.zero.Init(config_dict_or_path=dict(config)):
-        model = GPT(recipe.model, recipe.document_end)
+        model = GPT(recipe.model, recipe.document_end, parallel)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
             if torch.distributed.get_rank() == 0:

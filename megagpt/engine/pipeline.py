@@ -34,9 +34,10 @@ from megagpt.engine.parallel.ulysses import Ulysses
 from megagpt.engine.state import loss_scale, replica_check
 from megagpt.engine.state.portable import Portable
 from megagpt.engine.state.rng_and_loss_scale import SideState
+from megagpt.engine.vectors import whole_vectors
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.sharding import cut_of
+from megagpt.model.sharding import shard_spec
 from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
@@ -48,19 +49,19 @@ class PipelineEngine:
         check_device(recipe, resolved.config)
         self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
-        self._stages = Stages(recipe.model, recipe.seed, layout, rank.rank, recipe.document_end)
-        self._ulysses.connect(self._stages, self._stages.documents, recipe.model.seq_len)
+        self._stages = Stages(recipe, layout, rank.rank, self._ulysses.shard)
         optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu=offload.steps_on_gpu(resolved.config))
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         config = deepspeed_patches.config(resolved)
         config["pipeline"] = {**config.get("pipeline", {}), **pipeline}
-        self._engine: Any = deepspeed.initialize(
-            model=self._stages,
-            optimizer=optimizer,
-            lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
-            config=config,
-            dist_init_required=False,
-        )[0]
+        with whole_vectors():
+            self._engine: Any = deepspeed.initialize(
+                model=self._stages,
+                optimizer=optimizer,
+                lr_scheduler=lambda basic: schedules.build(recipe.schedule, basic, total_updates, recipe.optimizer.lr),
+                config=config,
+                dist_init_required=False,
+            )[0]
         parts = tensor.parts(self._stages.mpu(), layout, rank.rank)
         optimizers.connect(self._engine, self._stages.names, recipe.model, parts)
         loss_scale.ready(self._engine.optimizer)
@@ -121,7 +122,7 @@ class PipelineEngine:
             whole = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
                 part = safe_get_full_fp32_param(mine[name]).detach().float().to(whole.device)  # offloaded: on the host
-                cut = cut_of(name, self._section, degree)
+                cut = shard_spec(name, self._section, degree)
                 whole = tensor.whole(part, cut, grid.get_slice_parallel_group(), degree).contiguous()
             torch.distributed.broadcast(whole, owner, group=grid.get_pipe_parallel_group())
             yield name, whole.cpu()

@@ -29,7 +29,7 @@ from megagpt.engine.state.portable import Portable
 from megagpt.engine.state.rng_and_loss_scale import SideState
 from megagpt.files import WriteFile
 from megagpt.model.gpt import GPT
-from megagpt.model.sharding import cut_of
+from megagpt.model.sharding import shard_spec
 from megagpt.state import IGNORE_INDEX, UpdateResult
 
 
@@ -67,12 +67,12 @@ class ZeroEngine:
 
     def _model(self, recipe: Recipe, config: dict[str, Any]) -> GPT:
         """The model with its initial weights, or this rank's share of it."""
+        parts = tensor.parts(self._grid, self._layout, self._rank.rank)
+        parallel = tensor.parallel_layers(recipe.model, parts, self._ulysses.shard)
         if self._grid is None:
-            model = materialise(recipe, config, self._layout.zero_stage)
+            model = materialise(recipe, config, self._layout.zero_stage, parallel)
         else:
-            degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
-            model = tensor.materialise(recipe, self._rank.rank % degree, degree, group)
-        self._ulysses.connect(model, model.documents, recipe.model.seq_len)
+            model = tensor.materialise(recipe, parts, parallel)
         recompute(model.layers, self._layout.recomputed_blocks, self._layout.activations_on_host)
         return model
 
@@ -130,7 +130,7 @@ class ZeroEngine:
             if self._grid is not None:
                 degree, group = self._layout.tensor_parallel, self._grid.get_slice_parallel_group()
                 whole = whole.to(self._engine.device)  # where it is offloaded, it comes on the host
-                whole = tensor.whole(whole, cut_of(name, self._section, degree), group, degree)
+                whole = tensor.whole(whole, shard_spec(name, self._section, degree), group, degree)
             yield name, whole.detach().float().cpu().contiguous()
 
     def replicas_differ(self) -> list[str]:

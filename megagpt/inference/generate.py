@@ -81,7 +81,7 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
         prompt: text to continue; the seed is always 0.
     """
     tokenizer = Tokenizer(tokenizer_path)
-    model = weights.assemble(named, section)
+    model = weights.build_model(named, section)
     new = sample(
         model,
         tokenizer.encode(prompt),
@@ -154,21 +154,18 @@ def _decode(
     """Prefill the prompt, then decode one token at a time, each chosen by `pick` from the logits [vocab_size]."""
     capacity = model.section.seq_len
     device = next(model.parameters()).device
-    kv_cache = model.past()
-    cache_length = 0
+    kv_cache = model.new_kv_cache()
     next_ids = prompt if len(prompt) <= capacity else prompt[-retained_tokens(capacity) :]
     new: list[int] = []
     while len(new) < max_new_tokens:
-        logits = model.read(torch.tensor([next_ids], device=device), kv_cache)
-        cache_length += len(next_ids)
+        logits = model.decode(torch.tensor([next_ids], device=device), kv_cache)
         token = pick(logits[0].float().cpu())
         if token == eod:
             break
         new.append(token)
         next_ids = [token]
-        if cache_length == capacity:
-            kv_cache = model.past()
-            cache_length = 0
+        if kv_cache.length == capacity:
+            kv_cache = model.new_kv_cache()
             next_ids = (prompt + new)[-retained_tokens(capacity) :]
     return new
 

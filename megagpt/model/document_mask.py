@@ -1,6 +1,7 @@
-"""Documents in one sequence: attention stays within each of them, and token positions restart at its first token.
+"""Document masking: attention stays within each document of a sequence, and positions restart at each first token.
 
-Without it a token sees what happens to lie before its document (the case for it: arXiv 2404.10830, section 4).
+Without it a token also attends to whatever documents happen to precede its own (the case against that: arXiv
+2404.10830, section 4).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import sysconfig
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,87 +23,78 @@ from torch.utils._triton import has_triton
 log = logging.getLogger(__name__)
 
 
-class Bounds(NamedTuple):
-    """The documents of one batch, as the layers need them.
+class DocumentMask:
+    """Derives position ids and attention masks from the token ids of whole sequences.
 
-    `places` [B, T] counts each token from the first of its document. `mask` says which keys a query sees, itself and
-    earlier ones of its document: [B, 1, S, S] with True for a key that is seen, or a BlockMask on GPUs. S is T, or the
-    whole sequence where T is one rank's part of it.
+    Args:
+        end: token id that ends a document, and belongs to it as its last token
+        allow_blocks: use a block mask on GPUs, with which attention skips blocks that are masked entirely
+
     """
 
-    places: Tensor
-    mask: Tensor | BlockMask
+    def __init__(self, end: int, allow_blocks: bool = True) -> None:
+        self.end = end
+        self.allow_blocks = allow_blocks
+
+    def build(self, input_ids: Tensor) -> tuple[Tensor, Tensor | BlockMask]:
+        """Find the documents in input_ids [B, S].
+
+        Returns:
+            Position ids [B, S], counted from the first token of each document, and the attention mask. A query attends
+            to itself and to earlier tokens of its document. The mask is [B, 1, S, S] with True where a query attends to
+            a key, or on GPUs a BlockMask.
+
+        """
+        ends = input_ids == self.end
+        document_ids = ends.cumsum(1) - ends.long()
+        indices = torch.arange(ends.shape[1], device=ends.device)
+        is_first = F.pad(ends[:, :-1], (1, 0), value=True)
+        position_ids = indices - torch.where(is_first, indices, 0).cummax(1).values
+        if self.allow_blocks and ends.is_cuda and _can_compile():
+            return position_ids, block_mask(document_ids)
+        return position_ids, dense_mask(document_ids)
 
 
-class Documents:
-    """What all layers of a model know of the batch at hand: `now`. No module, for it holds no weights.
-
-    A document ends with the token `end`, which is its last one. With `in_blocks` a GPU skips what no query sees. Where
-    sequences are cut over ranks, `first` is the place of the first token here, and `whole` joins the ranks' ids [B, T]
-    to [B, S].
-    """
-
-    def __init__(self, end: int, in_blocks: bool = True) -> None:
-        self.end, self.in_blocks, self.first = end, in_blocks, 0
-        self.now: Bounds | None = None
-
-    def whole(self, input_ids: Tensor) -> Tensor:
-        """The ids of whole sequences."""
-        return input_ids
-
-    def see(self, input_ids: Tensor) -> None:
-        """Find the documents in the input_ids [B, T] that the layers are about to be given."""
-        ends = self.whole(input_ids) == self.end
-        number = ends.cumsum(1) - ends.long()
-        at = torch.arange(ends.shape[1], device=ends.device)
-        begins = F.pad(ends[:, :-1], (1, 0), value=True)
-        places = at - torch.where(begins, at, 0).cummax(1).values
-        mine = slice(self.first, self.first + input_ids.shape[1])
-        in_blocks = self.in_blocks and ends.is_cuda and _compiles()
-        self.now = Bounds(places[:, mine], (_blocks if in_blocks else _pairs)(number))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Attention from q [B, H, T, h], k and v [B, K, T, h] to [B, H, T, h] that skips blocks without a seen key."""
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Run attention that skips the masked blocks, from q [B, H, T, h], k and v [B, K, T, h] to [B, H, T, h]."""
     run = _compiled(flex_attention) if q.is_cuda else flex_attention
     mixed: Tensor = run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed
 
 
-def _pairs(number: Tensor) -> Tensor:
-    """The mask of documents numbered [B, T], pair by pair."""
-    return (number.unsqueeze(2) == number.unsqueeze(1)).tril().unsqueeze(1)
+def dense_mask(document_ids: Tensor) -> Tensor:
+    """Return the mask [B, 1, S, S] of tokens that belong to the documents document_ids [B, S]."""
+    return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)).tril().unsqueeze(1)
 
 
-def _blocks(number: Tensor) -> BlockMask:
-    """The same mask, as the blocks that a GPU need not compute."""
+def block_mask(document_ids: Tensor) -> BlockMask:
+    """Return the same mask as `dense_mask`, as the blocks that a GPU has to compute."""
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (number[batch, query] == number[batch, key])
+    def is_attended(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
-    rows, tokens = number.shape
-    create: Any = _compiled(create_block_mask) if number.is_cuda else create_block_mask
-    blocks: BlockMask = create(seen, rows, None, tokens, tokens, device=str(number.device))
+    rows, tokens = document_ids.shape
+    create: Any = _compiled(create_block_mask) if document_ids.is_cuda else create_block_mask
+    blocks: BlockMask = create(is_attended, rows, None, tokens, tokens, device=str(document_ids.device))
     return blocks
 
 
 @cache
 def _compiled(function: Any) -> Any:
-    """One fused kernel per shape; without compilation all scores, or all pairs, would be held at once."""
-    os.environ.pop(
-        "TORCHDYNAMO_DISABLE", None
-    )  # engine/init_deepspeed.py has it for a quick start; torch looks at it here
+    """Compile to one fused kernel per shape. Uncompiled, all attention scores would be in memory at once."""
     return torch.compile(function, dynamic=False)
 
 
 @cache
-def _compiles() -> bool:
-    """Whether kernels can be compiled here: Triton compiles a piece of C for each. Said once where they cannot."""
-    compiler = next(
-        (found for name in (os.environ.get("CC"), "gcc", "clang") if name and (found := shutil.which(name))), None
-    )
+def _can_compile() -> bool:
+    """Return True if kernels can be compiled here, for which Triton needs a C compiler. Warn once if not."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    has_compiler = any(name and shutil.which(name) for name in compilers)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    able = bool(has_triton() and compiler and header.exists())
-    if not able:
-        log.warning("documents are masked pair by pair, slowly: block masks want Triton, a C compiler and %s", header)
-    return able
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        log.warning("document masks are dense, which is slow: TORCHDYNAMO_DISABLE=1 turns compiled block masks off")
+        return False
+    if has_triton() and has_compiler and header.exists():
+        return True
+    log.warning("document masks are dense, which is slow: block masks need Triton, a C compiler and %s", header)
+    return False

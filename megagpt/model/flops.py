@@ -1,96 +1,91 @@
-"""What a model costs: its parameters one by one, FLOPs, and how to share them out, by arithmetic alone (no torch)."""
+"""Costs of a model, computed without torch: number of parameters, FLOPs, pipeline stages, peak FLOP/s of devices."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from megagpt.model.shapes import ADAMW_BYTES, layer_shapes, linear_shapes
 
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
 
-_SMALLEST_CHUNK = 512  # tokens; below it the matrix products lose more than the memory gains
+CHECKPOINT_HEADROOM = 1.2
+"""free disk space that a save requires, as a multiple of the checkpoint's size"""
+_SMALLEST_CHUNK = 512  # tokens; with fewer, matrix products get slower by more than the saved memory is worth
 MATRICES_AT_ONCE = 1 << 24
-"""Elements of matrices that Muon orthogonalises together, unless one has more: enough to keep a device busy"""
+"""number of elements of the matrices that Muon orthogonalizes in one batch, enough to keep a device busy; a larger
+matrix is a batch of its own"""
 
 
-def _linears_per_block(section: ModelSection) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every linear layer of one block."""
-    width, head_dim = section.d_model, section.d_model // section.n_head
-    up = [(width, section.d_ff)] * (2 if section.activation == "swiglu" else 1)
-    qkv = (width, (section.n_head + 2 * section.n_kv_head) * head_dim)
-    return [qkv, (width, width), *up, (section.d_ff, width)]
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shape of each parameter, by its name in `GPT`."""
-
-
-def shapes(section: ModelSection) -> list[Shapes]:
-    """The parameters of each of `gpt.layers(section)`; a tied head has none of its own."""
-    width, biased = section.d_model, section.norm == "layernorm"
-    vocabulary: Shapes = {"weight": (section.vocab_size, width)}
-    norm: Shapes = {"weight": (width,), **({"bias": (width,)} if biased else {})}
-    names = ["attention.qkv", "attention.output", *(["mlp.gate"] if section.activation == "swiglu" else [])]
-    block = {f"{place}.{kind}": shape for place in ("attention_norm", "mlp_norm") for kind, shape in norm.items()}
-    for name, (inputs, outputs) in zip([*names, "mlp.up", "mlp.down"], _linears_per_block(section), strict=True):
-        block |= {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if biased else {})}
-    positions: list[Shapes] = [{"weight": (section.seq_len, width)}] if section.position == "learned" else []
-    head: Shapes = {} if section.tie_embeddings else vocabulary
-    layers: list[Shapes] = [vocabulary, *positions, *[block] * section.n_layer, norm, head]
-    return [{f"layers.{i}.{name}": shape for name, shape in layer.items()} for i, layer in enumerate(layers)]
+def _block_matrix_elements(section: ModelSection) -> int:
+    return sum(linear.in_features * linear.out_features for linear in linear_shapes(section).values())
 
 
 def parameters(section: ModelSection) -> int:
-    """The number of parameters, a tied matrix counted once."""
-    return sum(math.prod(shape) for layer in shapes(section) for shape in layer.values())
+    """Return the number of parameters. A tied matrix counts once."""
+    return sum(math.prod(shape) for layer in layer_shapes(section) for shape in layer.values())
+
+
+def checkpoint_bytes(section: ModelSection) -> int:
+    """Return the size of a checkpoint of weights and AdamW's moments in bytes."""
+    return ADAMW_BYTES * parameters(section)
 
 
 def matmul_parameters(section: ModelSection) -> int:
-    """Parameters that take part in a matrix product: the blocks' linear layers and the head."""
-    block = sum(i * o for i, o in _linears_per_block(section))
+    """Return the number of parameters in matrix products: the blocks' linear layers and the head."""
+    block = _block_matrix_elements(section)
     return section.n_layer * block + section.vocab_size * section.d_model
 
 
 def flops_per_token(section: ModelSection) -> float:
-    """FLOPs of training on one token, forward and backward: 6·N + 12·L·d·T (PaLM, arXiv 2204.02311, B).
+    """Return the FLOPs of training per token, forward and backward: 6·N + 12·L·d·T (PaLM, arXiv 2204.02311, B).
 
-    N = matmul parameters, L = layers, d = width, T = seq_len. The masked half of attention is not
-    subtracted, as in the figures that other trainers publish; recomputation is not counted.
+    N = matmul parameters, L = layers, d = width, T = seq_len. The masked half of attention is not subtracted, as in
+    the figures that other trainers publish. Recomputation is not counted.
     """
     return 6.0 * matmul_parameters(section) + 12.0 * section.n_layer * section.d_model * section.seq_len
 
 
 def layer_costs(section: ModelSection) -> list[float]:
-    """The cost of each of `gpt.layers(section)`, to balance pipeline stages by; FLOPs per token.
+    """Return the cost of each layer of `gpt.build_layers(section)` in FLOPs per token, to balance pipeline stages.
 
-    Forward and backward as in `flops_per_token`, and one more for each parameter: an embedding is looked up
-    and not multiplied, but its optimizer state is updated and held like any other.
+    Forward and backward count as in `flops_per_token`, and each parameter adds one. An embedding is looked up and
+    not multiplied, but its optimizer state has to be updated and stored like any other.
     """
     width = section.d_model
-    held = sum(i * o for i, o in _linears_per_block(section))
+    matrices = _block_matrix_elements(section)
     vocabulary = section.vocab_size * width
     positions = [float(section.seq_len * width)] if section.position == "learned" else []
-    block = 7.0 * held + 12.0 * width * section.seq_len
+    block = 7.0 * matrices + 12.0 * width * section.seq_len
     head = 6.0 * vocabulary + (0 if section.tie_embeddings else vocabulary)
     return [float(vocabulary), *positions, *[block] * section.n_layer, float(width), head]
 
 
 def boundaries(costs: Sequence[float], stages: int) -> list[int]:
-    """The first layer of each stage, and the number of layers: [stages + 1], every stage with a layer at least.
+    """Split layers into pipeline stages of at least one layer each.
 
-    The dearest stage is as cheap as can be; among equals, the one before it, and so on.
+    The most expensive stage is as cheap as possible. Among equal splits, the second most expensive one is, and so on.
+
+    Args:
+        costs: cost of each layer
+        stages: number of stages
+
+    Returns:
+        The first layer of each stage, and the number of layers: [stages + 1].
+
     """
     return list(_boundaries(tuple(costs), stages))
 
 
-@lru_cache(maxsize=64)  # the planner asks the same a hundred times, and each takes up to a second
+@lru_cache(maxsize=64)  # the planner calls it a hundred times with equal arguments, and it takes up to a second
 def _boundaries(costs: tuple[float, ...], stages: int) -> list[int]:
-    # best[n]: the layers from n on, cut into as many stages as the loop has counted: (costs falling, cuts)
+    # best[n]: best split of the layers from n on into `count` stages: (costs of the stages in descending order, splits)
     total = len(costs)
     best = {n: ([sum(costs[n:])], [n, total]) for n in range(total)}
     for count in range(2, stages + 1):
@@ -121,13 +116,19 @@ def stage_kinds(section: ModelSection, stages: int) -> list[tuple[str, ...]]:
 
 
 def chunk_tokens(rows: int, on_cpu: bool) -> int:
-    """For how many tokens the loss holds logits at a time, of a vocabulary (or a share of one) of so many rows."""
-    logits = 1 << 21 if on_cpu else 1 << 26  # 8 MiB suit a cache, 256 MiB fill a GPU
+    """Return the number of tokens whose logits the loss computes at once.
+
+    Args:
+        rows: rows of the vocabulary, or of this rank's shard of it
+        on_cpu: the device is a CPU
+
+    """
+    logits = 1 << 21 if on_cpu else 1 << 26  # 8 MiB fit into a cache, 256 MiB keep a GPU busy
     return max(_SMALLEST_CHUNK, logits // rows)
 
 
-# dense bf16 and fp16 with sums in fp32, TFLOP/s, by words of torch's name of a device: data sheets of NVIDIA and AMD,
-# without sparsity. The first that fits holds: the slower forms of a chip come before its SXM form
+# Dense bf16 and fp16 with fp32 accumulation in TFLOP/s, without sparsity, from the data sheets of NVIDIA and AMD. Keys
+# are parts of torch's device names. The first match counts, so that slower variants of a chip precede its SXM variant.
 _PEAKS = {
     "V100-PCIE": 112, "V100": 125, "A100": 312, "A800": 312, "A30": 165, "A10": 125, "A40": 149.7, "RTX A6000": 154.8,
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800 PCIe": 756, "H800": 989, "H200 NVL": 835, "H200": 989,
@@ -137,8 +138,17 @@ _PEAKS = {
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device by its name, for utilisation; None where it is not known, rather than a wrong figure."""
-    if precision == "fp32" or (precision == "bf16" and "V100" in device):  # which has no units for it
+    """Return the peak FLOP/s of a device, from which utilization is computed.
+
+    Args:
+        device: name of the device
+        precision: fp32, bf16 or fp16
+
+    Returns:
+        The peak, or None if it is not known.
+
+    """
+    if precision == "fp32" or (precision == "bf16" and "V100" in device):  # V100 has no bf16 units
         return None
-    fits = (peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device))
-    return next((peak * 1e12 for peak in fits), None)
+    matches = (peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device))
+    return next((peak * 1e12 for peak in matches), None)

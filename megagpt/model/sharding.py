@@ -1,10 +1,12 @@
-"""How a parameter is cut over tensor-parallel ranks: by name, on the whole tensor, and back."""
+"""How tensor parallelism shards each parameter: from the whole tensor to a rank's shard, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from megagpt.model.shapes import head_index, linear_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,48 +15,64 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The parameter holds `blocks` one after another along `dim`; each rank has its even share of every block."""
+class ShardSpec:
+    """How a parameter is split: it consists of `sections` along `dim`, and each rank has an even part of every section.
+
+    Attributes:
+        dim: dimension that is split
+        sections: sizes of the sections, in order, such as the queries, keys and values of a fused projection
+
+    """
 
     dim: int
-    blocks: tuple[int, ...]
+    sections: tuple[int, ...]
 
-    def part(self, whole: Tensor, index: int, degree: int) -> Tensor:
-        """The share of rank `index` of `degree`, as a tensor of its own."""
+    def shard(self, whole: Tensor, index: int, degree: int) -> Tensor:
+        """Return the shard of one rank, as a tensor of its own.
+
+        Args:
+            whole: the whole parameter
+            index: number of the rank in its tensor-parallel group
+            degree: number of ranks in the group
+
+        """
         import torch
 
-        blocks = torch.split(whole, list(self.blocks), self.dim)
-        return torch.cat([block.chunk(degree, self.dim)[index] for block in blocks], self.dim)
+        sections = torch.split(whole, list(self.sections), self.dim)
+        return torch.cat([section.chunk(degree, self.dim)[index] for section in sections], self.dim)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole of the shares of all ranks, in their order."""
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """Return the whole parameter from the shards of all ranks, in order."""
         import torch
 
-        sizes = [size // len(parts) for size in self.blocks]
-        split = [torch.split(part, sizes, self.dim) for part in parts]
-        return torch.cat([share for block in zip(*split, strict=True) for share in block], self.dim)
+        sizes = [size // len(shards) for size in self.sections]
+        by_shard = [torch.split(shard, sizes, self.dim) for shard in shards]
+        return torch.cat([part for section in zip(*by_shard, strict=True) for part in section], self.dim)
 
 
-def cut_of(name: str, section: ModelSection, degree: int) -> Cut | None:
-    """How the parameter of this name in `GPT` is cut over `degree` ranks; None where every rank has it whole.
+def shard_spec(name: str, section: ModelSection, degree: int) -> ShardSpec | None:
+    """Return how a parameter is sharded.
 
-    As Megatron does (arXiv 1909.08053): the first matrix of attention and of MLP by its outputs, so that each
-    rank has whole heads, and the second by its inputs; their products are summed over the ranks. The vocabulary's
-    rows are cut too, if their number divides by the degree.
+    The blocks' linear layers are split as `linear_shapes` says. The rows of the vocabulary are split, too, if their
+    number is divisible by the degree.
+
+    Args:
+        name: the parameter's name in `GPT`
+        section: the model
+        degree: number of tensor-parallel ranks
+
+    Returns:
+        The split, or None if every rank has the whole parameter.
+
     """
     if degree == 1:
         return None
-    head = section.n_layer + (3 if section.position == "learned" else 2)
-    if name in ("layers.0.weight", f"layers.{head}.weight"):
-        return None if section.vocab_size % degree else Cut(0, (section.vocab_size,))
-    head_dim = section.d_model // section.n_head
-    key_width = section.n_kv_head * head_dim
-    if ".attention.qkv." in name:
-        return Cut(0, (section.d_model, key_width, key_width))
-    if ".mlp.up." in name or ".mlp.gate." in name:
-        return Cut(0, (section.d_ff,))
-    if name.endswith(".attention.output.weight"):
-        return Cut(1, (section.d_model,))
-    if name.endswith(".mlp.down.weight"):
-        return Cut(1, (section.d_ff,))
-    return None
+    if name in ("layers.0.weight", f"layers.{head_index(section)}.weight"):
+        return None if section.vocab_size % degree else ShardSpec(0, (section.vocab_size,))
+    layer, _, kind = name.rpartition(".")
+    linear = linear_shapes(section).get(layer.split(".", 2)[-1])
+    if linear is None:
+        return None
+    if linear.split == "column":
+        return ShardSpec(0, linear.sections)
+    return ShardSpec(1, linear.sections) if kind == "weight" else None  # the bias is added after the sum

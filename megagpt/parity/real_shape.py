@@ -17,7 +17,9 @@ from megagpt.engine import deepspeed_ops
 from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import pipeline_stages, tensor
 from megagpt.model import flops, gpt
-from megagpt.model.sharding import cut_of
+from megagpt.model.context import ContextBuilder
+from megagpt.model.shapes import layer_shapes
+from megagpt.model.sharding import shard_spec
 from megagpt.plan.machine import Device
 from megagpt.plan.memory import memory
 from megagpt.plan.verdict import fit
@@ -112,7 +114,7 @@ def obstacle(one: Resolved, agreement: Agreement) -> str:
     else:
         found = fit(needed, Device("gpu", torch.cuda.mem_get_info()[0]), ranks, available)
     mine = ""
-    if found.bad:
+    if found.is_bad:
         mine = (
             f"a rank needs {_gb(found.device_wanted)} of {_gb(found.device_memory or 0)} of its device, and a host "
             f"{_gb(found.host_wanted)} of {_gb(found.host_memory or 0)} of its memory"
@@ -144,10 +146,8 @@ def _gb(size: int) -> str:
 def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
     """All layers on the meta device, as a rank of `degree` tensor-parallel ones holds them."""
     with torch.device("meta"):
-        layers = gpt.layers(resolved.recipe.model)
-        if degree > 1:
-            tensor.split(layers, degree)
-    return layers
+        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.Parts(degree=degree))
+        return list(gpt.build_layers(resolved.recipe.model, parallel))
 
 
 def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
@@ -162,14 +162,14 @@ def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
 def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
     """A line for each parameter whose shard does not have the shape that its rank must hold."""
     section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
-    shapes = {name: list(shape) for layer in flops.shapes(section) for name, shape in layer.items()}
+    shapes = {name: list(shape) for layer in layer_shapes(section) for name, shape in layer.items()}
     lines = []
     for name, parameter in held.named_parameters(prefix="layers"):
-        cut, expected = cut_of(name, section, degree), [*shapes[name]]
+        cut, expected = shard_spec(name, section, degree), [*shapes[name]]
         if cut is not None:
             expected[cut.dim] //= degree
         got = list(parameter.shape)
-        if got != expected or (cut is not None and any(size % degree for size in cut.blocks)):
+        if got != expected or (cut is not None and any(size % degree for size in cut.sections)):
             lines.append(f"{name} has shape {got} on a rank, which is not 1/{degree} of {shapes[name]}")
     return lines
 
@@ -181,8 +181,10 @@ def _output(resolved: Resolved, layers: Sequence[nn.Module], number: int) -> str
     size = (layout.micro_batch, section.seq_len // layout.sequence_parallel)
     hidden = torch.empty(*size, section.d_model, dtype=dtype, device="meta")
     x = torch.zeros(size, dtype=torch.int64, device="meta") if number == 0 else hidden
+    ids = torch.zeros(size, dtype=torch.int64, device="meta")
+    context = ContextBuilder(section).for_batch(ids)
     with torch.no_grad():
         for layer in layers:
-            x = layer.to(dtype)(x)
+            x = layer.to(dtype)(x, context)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     return f"{list(x.shape)} {names[x.dtype]}"

@@ -1,4 +1,4 @@
-"""The nearest changes of a layout that make it fit, as words to add to the command."""
+"""Find small changes to a layout that make it fit, as overrides to add to the command."""
 
 from __future__ import annotations
 
@@ -11,60 +11,104 @@ from megagpt.config.deepspeed.batch import MICRO_BATCH_KEY, divisors
 from megagpt.config.deepspeed.parallelism import TENSOR_PARALLEL_KEY
 from megagpt.config.deepspeed.unsupported import ZERO_STAGE_KEY
 from megagpt.errors import UserError
-from megagpt.plan.states import Zero
+from megagpt.plan.rank_state import ZeroSettings
 
 if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved
 
-_MOST = 3
-_Words = tuple[str, ...]
-_MOST_TENSOR = 8  # parts: more than a machine's GPUs are not joined by a fast link
+_MAX_SUGGESTIONS = 3
+_MAX_TENSOR_PARALLEL = 8  # more GPUs are rarely joined by a fast link
+_Overrides = tuple[str, ...]
+_Cost = int
 
 
 def nearest(
-    resolved: Resolved, resolve: Callable[[_Words], Resolved], fits: Callable[[Resolved], bool]
+    resolved: Resolved, resolve: Callable[[_Overrides], Resolved], fits: Callable[[Resolved], bool]
 ) -> tuple[str, ...]:
-    """Up to three sets of words, the fewest and cheapest first; none changes all keys that another does."""
-    found: list[_Words] = []
-    for words in _candidates(resolved):
-        if any(_keys(one) <= _keys(words) for one in found):
+    """Find up to three sets of overrides that make a run fit, the fewest and cheapest first.
+
+    Args:
+        resolved: the run that does not fit
+        resolve: resolves the run with more overrides
+        fits: returns True if a resolved run fits
+
+    Returns:
+        The sets, each joined by spaces. None of them changes all the keys that an earlier one changes.
+
+    """
+    found: list[_Overrides] = []
+    for overrides in _candidates(resolved):
+        if any(_keys(earlier) <= _keys(overrides) for earlier in found):
             continue
         try:
-            if fits(resolve(words)):
-                found.append(words)
-        except UserError:  # this layout cannot be
+            if fits(resolve(overrides)):
+                found.append(overrides)
+        except UserError:  # this layout is not possible
             continue
-        if len(found) == _MOST:
+        if len(found) == _MAX_SUGGESTIONS:
             break
-    return tuple(" ".join(words) for words in found)
+    return tuple(" ".join(overrides) for overrides in found)
 
 
-def _candidates(resolved: Resolved) -> Iterator[_Words]:
-    """All combinations; of equally many, by what they cost: micro-batch, traffic, arithmetic, the bus to the host."""
-    layout, zero = resolved.layout, Zero(resolved)
-    share = layout.micro_batch * layout.accumulation
-    smaller = [size for size in reversed(divisors(share)) if size < layout.micro_batch]
-    micro = [(1 + number, f"ds.{MICRO_BATCH_KEY}={size}") for number, size in enumerate(smaller)]
-    one_way = layout.pipeline_stages == 1 and zero.shards > 1
-    stages = [(3 * number, f"ds.{ZERO_STAGE_KEY}={number}") for number in range(layout.zero_stage + 1, 4) if one_way]
-    whole = layout.recomputed_blocks < resolved.recipe.model.n_layer
-    again = [(6, f"ds.{RECOMPUTED_BLOCKS_KEY}=auto")] if whole else []
-    cuts = range(2 * layout.tensor_parallel, _MOST_TENSOR + 1)
-    tensor = [(4 + parts, f"ds.{TENSOR_PARALLEL_KEY}={parts}") for parts in cuts if layout.world_size % parts == 0]
-    away = [
-        (20 * number, f"ds.zero_optimization.offload_{what}.device=cpu")
+def _candidates(resolved: Resolved) -> Iterator[_Overrides]:
+    """All combinations, the fewest overrides first, then by cost: micro-batch, traffic, arithmetic, offload."""
+    groups = [
+        [(0, ()), *options]
+        for options in (
+            _smaller_micro_batches(resolved),
+            _higher_zero_stages(resolved),
+            _recomputation(resolved),
+            _more_tensor_parallelism(resolved),
+            _offload(resolved),
+        )
+    ]
+    combined = (
+        (sum(cost for cost, _ in options), tuple(override for _, overrides in options for override in overrides))
+        for options in product(*groups)
+    )
+    ordered = sorted(combined, key=lambda candidate: (len(candidate[1]), candidate[0]))
+    yield from (overrides for _, overrides in ordered if overrides)
+
+
+def _smaller_micro_batches(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
+    layout = resolved.layout
+    sizes = reversed(divisors(layout.micro_batch * layout.accumulation))
+    smaller = [size for size in sizes if size < layout.micro_batch]
+    return [(1 + number, (f"ds.{MICRO_BATCH_KEY}={size}",)) for number, size in enumerate(smaller)]
+
+
+def _higher_zero_stages(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
+    layout = resolved.layout
+    if layout.pipeline_stages > 1 or ZeroSettings(resolved).shards == 1:
+        return []
+    return [(3 * stage, (f"ds.{ZERO_STAGE_KEY}={stage}",)) for stage in range(layout.zero_stage + 1, 4)]
+
+
+def _recomputation(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
+    if resolved.layout.recomputed_blocks == resolved.recipe.model.n_layer:
+        return []
+    return [(6, (f"ds.{RECOMPUTED_BLOCKS_KEY}=auto",))]
+
+
+def _more_tensor_parallelism(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
+    layout = resolved.layout
+    degrees = range(2 * layout.tensor_parallel, _MAX_TENSOR_PARALLEL + 1)
+    return [
+        (4 + degree, (f"ds.{TENSOR_PARALLEL_KEY}={degree}",)) for degree in degrees if layout.world_size % degree == 0
+    ]
+
+
+def _offload(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
+    """Offload the optimizer, the parameters, or both."""
+    zero = ZeroSettings(resolved)
+    options: list[tuple[_Cost, _Overrides]] = [
+        (20 * number, (f"ds.zero_optimization.offload_{what}.device=cpu",))
         for number, what in enumerate(("optimizer", "param"), start=1)
         if zero.device(what) == "none"
     ]
-    offload = [*((cost, (word,)) for cost, word in away), (60, tuple(word for _, word in away))]
-    single = [[(0, ()), *((cost, (word,)) for cost, word in kind)] for kind in (micro, stages, again, tensor)]
-    combined = (
-        (sum(cost for cost, _ in parts), tuple(word for _, words in parts for word in words))
-        for parts in product(*single, [(0, ()), *offload])
-    )
-    ordered = sorted(combined, key=lambda one: (len(one[1]), one[0]))
-    yield from (words for _, words in ordered if words)
+    both = tuple(override for _, overrides in options for override in overrides)
+    return [*options, (60, both)]
 
 
-def _keys(words: _Words) -> set[str]:
-    return {word.partition("=")[0] for word in words}
+def _keys(overrides: _Overrides) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}

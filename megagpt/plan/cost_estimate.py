@@ -1,4 +1,4 @@
-"""What a run takes besides memory: tokens, FLOPs, time, traffic, disk."""
+"""Costs of a run besides memory: tokens, FLOPs, time, network traffic, disk."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config import recipe as recipes
-from megagpt.corpus.metadata import bytes_per_token, read_sidecar
+from megagpt.corpus.metadata import read_sidecar
 from megagpt.model import flops as cost
+from megagpt.model.shapes import FP32_BYTES, layer_shapes
 from megagpt.plan import machine, muon
-from megagpt.plan.states import MASTER_AND_MOMENTS, Zero, held
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.tokenizer.id_dtype import bytes_per_token
 
 if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved
 
-_FP32 = 4
-
 
 @dataclass(frozen=True)
 class Length:
-    """How long training is; updates and tokens are None where they hang on a corpus that is not there."""
+    """Length of training. Updates and tokens are None if they depend on a corpus that does not exist."""
 
     updates: int | None
     tokens_per_update: int
     tokens: int | None
     flops: float | None
-    """of the model, forward and backward; recomputation not counted"""
+    """of the model, forward and backward, without recomputation"""
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds at the highest and the lowest utilisation that was published for the like of this layout."""
+    """Seconds at the highest and the lowest utilization published for similar layouts."""
 
     shortest: float
     longest: float
     device_hours: tuple[float, float]
-    utilisation: tuple[float, float]
+    utilization: tuple[float, float]
     source: str
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in an update, by what for; of the ranks that send most."""
+    """Bytes that a rank sends per update, by kind, on the ranks that send most."""
 
     data_parallel: int
     tensor_parallel: int
@@ -57,81 +57,93 @@ class Disk:
 
     checkpoint: int
     checkpoints: int | None
-    """of all that are kept, and one being written; None: more with every save"""
+    """all that are kept, and one being written; None if their number grows with every save"""
     corpus: int | None
     """if each token is read once"""
 
 
 def length(resolved: Resolved) -> Length:
-    """Updates and tokens of the recipe; epochs need the corpora's sidecars."""
+    """Return the length of training. A length in epochs needs the sidecar files of the corpora."""
     recipe = resolved.recipe
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
     if recipe.length.epochs is None:
         updates = recipes.total_updates(recipe, 0)
     else:
-        sizes = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
-        known = [size.tokens for size in sizes if size is not None]
-        if len(known) == len(sizes):
-            updates = recipes.total_updates(recipe, sum(known) // recipe.model.seq_len)
+        sidecars = [read_sidecar(Path(f"{source.path}.json")) for source in recipe.data.train]
+        tokens_per_corpus = [sidecar.tokens for sidecar in sidecars if sidecar is not None]
+        if len(tokens_per_corpus) == len(sidecars):
+            updates = recipes.total_updates(recipe, sum(tokens_per_corpus) // recipe.model.seq_len)
     if updates is None:
         return Length(None, per_update, None, None)
     tokens = updates * per_update
     return Length(updates, per_update, tokens, tokens * cost.flops_per_token(recipe.model))
 
 
-def time(resolved: Resolved, flops: float | None, name: str) -> Time | None:
-    """FLOPs over ranks, peak and utilisation; None where one of them is not known, as with offload."""
+def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
+    """Estimate the time of a run: FLOPs divided by ranks, peak FLOP/s and utilization.
+
+    Args:
+        resolved: recipe, config and layout
+        flops: FLOPs of the run
+        device: name of the device
+
+    Returns:
+        The time, or None if one of the factors is unknown, as with offload.
+
+    """
     recipe, layout = resolved.recipe, resolved.layout
-    peak = machine.peak(name, recipe.precision or "fp32")
-    reached = machine.utilisation(name, layout, recipe.model.n_layer)
-    if flops is None or peak is None or reached is None or Zero(resolved).offloads:
+    peak = cost.peak_flops(device, recipe.precision or "fp32")
+    reached = machine.utilization(device, layout, recipe.model.n_layer)
+    if flops is None or peak is None or reached is None or ZeroSettings(resolved).offloads:
         return None
-    fastest, slowest = (flops / (layout.world_size * peak * share) for share in (reached.high, reached.low))
-    hours = tuple(seconds * layout.world_size / 3600 for seconds in (fastest, slowest))
-    return Time(fastest, slowest, (hours[0], hours[1]), (reached.low, reached.high), reached.source)
+    shortest = flops / (layout.world_size * peak * reached.high)
+    longest = flops / (layout.world_size * peak * reached.low)
+    device_hours = (shortest * layout.world_size / 3600, longest * layout.world_size / 3600)
+    return Time(shortest, longest, device_hours, (reached.low, reached.high), reached.source)
 
 
 def traffic(resolved: Resolved) -> Traffic:
-    """Rings: a sum over n ranks sends 2(n - 1)/n of its bytes, a gathering or scattering (n - 1)/n.
+    """Return the bytes that a rank sends per update.
 
-    ZeRO section 7 (arXiv 1910.02054), Megatron (arXiv 1909.08053), Ulysses (arXiv 2309.14509).
+    All collectives are rings: an all-reduce over n ranks sends 2(n - 1)/n of its bytes, an all-gather or
+    reduce-scatter (n - 1)/n. ZeRO section 7 (arXiv 1910.02054), Megatron (arXiv 1909.08053), Ulysses (arXiv
+    2309.14509).
     """
     layout, section = resolved.layout, resolved.recipe.model
-    zero = Zero(resolved)
-    stages = range(layout.pipeline_stages)
-    ranks = [held(section, layout, stage) for stage in stages]
-    most = max(rank.total for rank in ranks)
-    gathered, joined = max(muon.traffic(zero, rank) for rank in ranks) if zero.muon else (0, 0)
+    zero = ZeroSettings(resolved)
+    ranks = [local_parameters(section, layout, stage) for stage in range(layout.pipeline_stages)]
+    between_zero_ranks = between_tensor_ranks = 0
+    if zero.uses_muon:
+        between_zero_ranks, between_tensor_ranks = max(muon.traffic(zero, rank) for rank in ranks)
     hidden = layout.micro_batch * section.seq_len // layout.sequence_parallel * section.d_model * zero.element
     blocks = -(-section.n_layer // layout.pipeline_stages)
-    again = layout.recomputed_blocks / section.n_layer
-    # forward: after attention and MLP; backward: before qkv, up and gate, each summed by itself
-    sums = 2 * (1 + again) + (3 if section.activation == "swiglu" else 2)
-    ring = 2 * _ring(layout.tensor_parallel)
+    recomputed = layout.recomputed_blocks / section.n_layer
+    # all-reduces per block: forward after attention and MLP; backward before qkv, up and gate, each on its own
+    all_reduces = 2 * (1 + recomputed) + (3 if section.is_gated else 2)
+    all_reduce = 2 * _ring(layout.tensor_parallel)
     kv_width = section.n_kv_head * (section.d_model // section.n_head)
-    exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and mixed values, keys and values
+    exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and attention output, keys and values
+    all_to_all = _ring(layout.sequence_parallel) * exchanged
     return Traffic(
-        data_parallel=int(_data_parallel(zero, most)) + gathered,
-        tensor_parallel=int(layout.accumulation * blocks * sums * ring * hidden) + joined,
+        data_parallel=int(_data_parallel(zero, max(rank.total for rank in ranks))) + between_zero_ranks,
+        tensor_parallel=int(layout.accumulation * blocks * all_reduces * all_reduce * hidden) + between_tensor_ranks,
         pipeline=layout.accumulation * hidden * min(layout.pipeline_stages - 1, 2),
-        sequence_parallel=int(
-            layout.accumulation * blocks * (2 + again) * _ring(layout.sequence_parallel) * exchanged
-        ),
-    )  # fmt: skip
+        sequence_parallel=int(layout.accumulation * blocks * (2 + recomputed) * all_to_all),
+    )
 
 
-def _data_parallel(zero: Zero, parameters: int) -> float:
-    """Gradients and weights, between the ranks that hold the same part of the model."""
-    low, reduced, part = zero.element * parameters, zero.reduced * parameters, _ring(zero.shards)
+def _data_parallel(zero: ZeroSettings, parameters: int) -> float:
+    """Bytes of gradients and weights between the ranks that hold the same part of the model."""
+    low, reduced, fraction = zero.element * parameters, zero.reduced * parameters, _ring(zero.shards)
     stage, micro_batches = zero.layout.zero_stage, zero.layout.accumulation
     if stage == 0:
-        return 2 * part * _FP32 * parameters
+        return 2 * fraction * FP32_BYTES * parameters
     if stage == 1:
-        return part * (2 * reduced + low)  # DeepSpeed sums whole gradients here
+        return fraction * (2 * reduced + low)  # DeepSpeed all-reduces whole gradients here
     if stage == 2:
-        return part * (reduced * micro_batches + low)
-    return part * micro_batches * (2 * low + reduced)
+        return fraction * (reduced * micro_batches + low)
+    return fraction * micro_batches * (2 * low + reduced)
 
 
 def _ring(ranks: int) -> float:
@@ -139,18 +151,27 @@ def _ring(ranks: int) -> float:
 
 
 def disk(resolved: Resolved, tokens: int | None) -> Disk:
-    """A checkpoint holds an fp32 weight and its moments, of Muon's matrices one; a corpus 2 or 4 bytes a token."""
+    """Return the disk space of a run.
+
+    Args:
+        resolved: recipe, config and layout
+        tokens: tokens of the run, if known
+
+    """
     recipe = resolved.recipe
-    one, kept = MASTER_AND_MOMENTS * cost.parameters(recipe.model), recipe.checkpoint.keep_last
-    if recipe.optimizer.type == "muon":
-        one -= _FP32 * sum(map(muon.elements, cost.shapes(recipe.model)))
-    endless = kept is None or recipe.checkpoint.keep_every is not None
-    read = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
-    return Disk(one, None if endless or kept is None else (kept + 1) * one, read)
+    checkpoint = cost.checkpoint_bytes(recipe.model)
+    if recipe.optimizer.type == "muon":  # its matrices have one moment
+        checkpoint -= FP32_BYTES * sum(map(muon.elements, layer_shapes(recipe.model)))
+    kept = recipe.checkpoint.keep_last
+    checkpoints = None
+    if kept is not None and recipe.checkpoint.keep_every is None:
+        checkpoints = (kept + 1) * checkpoint
+    corpus = None if tokens is None else tokens * bytes_per_token(recipe.model.vocab_size)
+    return Disk(checkpoint, checkpoints, corpus)
 
 
-def days(seconds: float) -> str:
-    """A time in the unit that suits it."""
+def format_duration(seconds: float) -> str:
+    """Format a duration in days, hours, minutes or seconds."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= size:
             return f"{seconds / size:,.1f} {name}"

@@ -1,110 +1,134 @@
-"""Every DeepSpeed config of a folder planned for the same recipe and machines: which of them fit, and in what order."""
+"""Plan every DeepSpeed config in a folder for the same recipe and machines, and rank those that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megagpt.errors import UserError
+from megagpt.plan.result import Plan, PlanOptions
 
-if TYPE_CHECKING:
-    from megagpt.plan import Options, Plan
-
-_AGAIN = 1 / 3  # of the model's arithmetic: a forward pass beside a forward and a backward one
+_RECOMPUTATION_COST = 1 / 3  # a second forward pass, relative to a forward and a backward pass
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A config that fits, with the words that it needs for that, and what decides on its place."""
+class ConfigChoice:
+    """A config that fits, with the overrides that it needs, and the figures by which it is ranked."""
 
     config: str
-    words: str
+    overrides: str
     zero_stage: int
-    parts: str
+    parallelism: str
     micro_batch: int
     accumulation: int
-    device_share: float
+    memory_fraction: float
     offloads: bool
-    recomputed: float
-    """share of the blocks"""
-    waits: float
-    """share of the time in which pipeline stages wait"""
+    recomputed_fraction: float
+    """of the blocks"""
+    bubble_fraction: float
+    """of the time, in which pipeline stages are idle"""
     sent: int
-    """bytes that a rank sends in an update"""
+    """bytes that a rank sends per update"""
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        """Nothing on the host first; then the least arithmetic and waiting; then the fewest bytes sent."""
-        return self.offloads, round((1 + _AGAIN * self.recomputed) / (1 - self.waits), 3), self.sent
+        """Sort key: no offload first, then the least arithmetic and idle time, then the fewest bytes sent."""
+        relative_time = (1 + _RECOMPUTATION_COST * self.recomputed_fraction) / (1 - self.bubble_fraction)
+        return self.offloads, round(relative_time, 3), self.sent
 
 
 @dataclass(frozen=True)
-class Search:
-    """The choices, the best first, and why each other config is none, by its name."""
+class SearchResult:
+    """The configs that fit, best first, and by name the reason why each other config does not."""
 
     world_size: int
     device: str
-    choices: tuple[Choice, ...]
+    choices: tuple[ConfigChoice, ...]
     others: dict[str, str]
 
     def __str__(self) -> str:
-        width = max(map(len, (*(one.config for one in self.choices), *self.others)))
-        lines = [f"{len(self.choices)} configs fit {self.world_size} × {self.device}; the best first:"]
-        head = f"  {'':<{width}}  ZeRO  micro × accumulated  memory  again  waits     sent"
-        lines += [head] if self.choices else []
-        for one in self.choices:
-            batch = f"{one.micro_batch} × {one.accumulation}"
+        width = max(map(len, (*(choice.config for choice in self.choices), *self.others)))
+        lines = [f"{len(self.choices)} configs fit {self.world_size} × {self.device}, best first:"]
+        if self.choices:
+            lines.append(f"  {'':<{width}}  ZeRO  micro × accumulated  memory  recomputed  bubble     sent")
+        for choice in self.choices:
+            batch = f"{choice.micro_batch} × {choice.accumulation}"
             lines.append(
-                f"  {one.config:<{width}}  {one.zero_stage:>4}  {batch:>19}  {one.device_share:>6.0%}  "
-                f"{one.recomputed:>5.0%}  {one.waits:>5.0%}  {one.sent / 1e9:>5,.0f} GB"
+                f"  {choice.config:<{width}}  {choice.zero_stage:>4}  {batch:>19}  {choice.memory_fraction:>6.0%}  "
+                f"{choice.recomputed_fraction:>10.0%}  {choice.bubble_fraction:>6.0%}  {choice.sent / 1e9:>5,.0f} GB"
             )
-            what = [part for part in (one.parts, "offload" if one.offloads else "") if part]
-            lines += [f"  {'':<{width}}  {', '.join(what)}"] if what else []
-            lines += [f"  {'':<{width}}  with {one.words}"] if one.words else []
+            details = [detail for detail in (choice.parallelism, "offload" if choice.offloads else "") if detail]
+            if details:
+                lines.append(f"  {'':<{width}}  {', '.join(details)}")
+            if choice.overrides:
+                lines.append(f"  {'':<{width}}  with {choice.overrides}")
         if self.choices:
             lines.append(
-                "memory of the fullest rank; blocks computed again; time that stages wait; sent by a rank an update"
+                "memory: of the fullest rank; recomputed: blocks; bubble: idle time of pipeline stages; "
+                "sent: per rank per update"
             )
         lines += [f"  {name:<{width}}  {reason}" for name, reason in self.others.items()]
         return "\n".join(lines)
 
 
-def search(options: Options, plan: Callable[[Options], Plan]) -> Search:
-    """Plan every .json of the folder `options.deepspeed_config`. Raises UserError where that says nothing."""
+def search(options: PlanOptions, plan: Callable[[PlanOptions], Plan]) -> SearchResult:
+    """Plan every .json file of a folder.
+
+    Args:
+        options: what to plan for; `deepspeed_config` is the folder
+        plan: plans one config
+
+    Raises:
+        UserError: the folder has no configs, or no device is given
+
+    """
     folder = options.deepspeed_config
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(
-            "there is no DeepSpeed config in this folder", str(folder), "name one with .json files, or a file"
+            "the folder contains no DeepSpeed config", str(folder), "name a folder with .json files, or one file"
         )
     if options.device is None:
         raise UserError(
-            "what fits cannot be said without a device", str(folder), "give --device, such as H100 or 24GiB"
+            "a folder of configs can only be planned for a device", str(folder), "add --device, such as H100 or 24GiB"
         )
-    choices, others, world = [], {}, 0
+    choices: list[ConfigChoice] = []
+    others: dict[str, str] = {}
+    world_size = 0
     for file in files:
         try:
             first = plan(replace(options, deepspeed_config=file))
         except UserError as error:
             others[file.stem] = error.problems[0].what
             continue
-        world, found = first.world_size, [] if first.fit.bad else [_choice(file, "", first)]
-        for words in first.changes:
-            changed = replace(options, deepspeed_config=file, overrides=(*options.overrides, *words.split()))
-            found.append(_choice(file, words, plan(changed)))
+        world_size = first.world_size
+        found = [] if first.fit.is_bad else [_choice(file, "", first)]
+        for overrides in first.changes:
+            changed = replace(options, deepspeed_config=file, overrides=(*options.overrides, *overrides.split()))
+            found.append(_choice(file, overrides, plan(changed)))
         if found:
-            choices.append(min(found, key=lambda one: one.order))
+            choices.append(min(found, key=lambda choice: choice.order))
         else:
-            others[file.stem] = "does not fit, and nothing near does"
-    return Search(world, options.device, tuple(sorted(choices, key=lambda one: one.order)), others)
-
-
-def _choice(file: Path, words: str, plan: Plan) -> Choice:
-    sent, room = plan.traffic, plan.fit.device_memory or 0
-    return Choice(
-        file.stem, words, plan.zero_stage, plan.parts, plan.micro_batch, plan.accumulation,
-        plan.fit.device_wanted / room, plan.offloads, plan.recomputed, plan.waits,
-        sent.data_parallel + sent.tensor_parallel + sent.pipeline + sent.sequence_parallel,
+            others[file.stem] = "does not fit, and no small change makes it fit"
+    return SearchResult(
+        world_size, options.device, tuple(sorted(choices, key=lambda choice: choice.order)), others
     )  # fmt: skip
+
+
+def _choice(file: Path, overrides: str, plan: Plan) -> ConfigChoice:
+    sent = plan.traffic
+    assert plan.fit.device_memory is not None  # `search` requires a device
+    return ConfigChoice(
+        config=file.stem,
+        overrides=overrides,
+        zero_stage=plan.zero_stage,
+        parallelism=plan.parallelism,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        memory_fraction=plan.fit.device_wanted / plan.fit.device_memory,
+        offloads=plan.offloads,
+        recomputed_fraction=plan.recomputed_fraction,
+        bubble_fraction=plan.bubble_fraction,
+        sent=sent.data_parallel + sent.tensor_parallel + sent.pipeline + sent.sequence_parallel,
+    )

@@ -1,21 +1,23 @@
-"""Whether a rank fits its device, and its ranks their node."""
+"""Whether a rank fits its device, and the ranks of a node fit its host memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from megagpt.plan.machine import SAFE, Device
+from megagpt.plan.machine import SAFE_FRACTION, Device
 
 if TYPE_CHECKING:
     from megagpt.plan.memory import Memory
 
-Verdict = Literal["fits", "too near to say", "does not fit", "not asked"]
+Verdict = Literal["fits", "too close to tell", "does not fit", "not checked"]
+TOO_CLOSE: Final = "too close to tell"
+DOES_NOT_FIT: Final = "does not fit"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes wanted and there, on the device of the fullest rank and on its host."""
+    """Bytes wanted and available, on the device of the fullest rank and on its host."""
 
     device: Verdict
     device_name: str | None
@@ -27,27 +29,42 @@ class Fit:
     host_memory: int | None
 
     @property
-    def good(self) -> bool:
-        """Whether there is room for surprises, wherever that was asked."""
-        return not {self.device, self.host} & {"does not fit", "too near to say"}
+    def is_good(self) -> bool:
+        """True if everything that was checked fits with a margin."""
+        return not {self.device, self.host} & {DOES_NOT_FIT, TOO_CLOSE}
 
     @property
-    def bad(self) -> bool:
-        """Whether something else had better be tried."""
-        return not self.good
+    def is_bad(self) -> bool:
+        """True if another layout should be tried."""
+        return not self.is_good
 
 
-def fit(memory: Memory, device: Device | None, ranks: int, host_memory: int | None) -> Fit:
-    """The verdict on `ranks` such ranks on each node."""
-    room = None if device is None else device.memory
-    name = None if device is None else device.name
-    there = ranks * memory.host
+def fit(memory: Memory, device: Device | None, ranks_per_node: int, host_memory: int | None) -> Fit:
+    """Compare what a run takes with what its machines have.
+
+    Args:
+        memory: memory of the fullest rank
+        device: the device of each rank; None: not checked
+        ranks_per_node: number of ranks that share a host
+        host_memory: bytes per node; None: not checked
+
+    """
+    device_memory = None if device is None else device.memory
+    host_wanted = ranks_per_node * memory.host
     return Fit(
-        _verdict(memory.device, room), name, memory.device, room, _verdict(there, host_memory), there, host_memory
-    )  # fmt: skip
+        device=_verdict(memory.device, device_memory),
+        device_name=None if device is None else device.name,
+        device_wanted=memory.device,
+        device_memory=device_memory,
+        host=_verdict(host_wanted, host_memory),
+        host_wanted=host_wanted,
+        host_memory=host_memory,
+    )
 
 
-def _verdict(wanted: int, room: int | None) -> Verdict:
-    if room is None:
-        return "not asked"
-    return "fits" if wanted <= SAFE * room else "too near to say" if wanted <= room else "does not fit"
+def _verdict(wanted: int, available: int | None) -> Verdict:
+    if available is None:
+        return "not checked"
+    if wanted <= SAFE_FRACTION * available:
+        return "fits"
+    return TOO_CLOSE if wanted <= available else DOES_NOT_FIT

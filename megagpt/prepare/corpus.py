@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from megagpt import __version__
-from megagpt.corpus.reader import CorpusReader, corpus_file, token_dtype
+from megagpt.corpus.reader import CorpusReader, corpus_file
 from megagpt.corpus.writer import CorpusWriter
 from megagpt.errors import MachineError, UserError
 from megagpt.prepare import plain_data, workdir
@@ -33,6 +33,7 @@ from megagpt.prepare.readers.reader import parse_text_key
 from megagpt.prepare.shards import SUFFIXES, ShardRecord, is_intact, remove_shard
 from megagpt.prepare.summary import PackingSummary, PartSummary, PrepareSummary
 from megagpt.prepare.workers import encode_chunks
+from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -345,12 +346,12 @@ def _check_parts(parts: Sequence[PartSummary], fraction: float, warnings: Sequen
     documents = sum(part.documents for part in parts)
     for part in parts:
         if part.tokens == 0 and part is parts[0]:
-            what = f"none of the {documents} documents contains a token to train on"
+            what = f"no document contains a token to train on (documents: {documents:,})"
             do = "use files that contain text, or lower --validation-fraction"
             if any(warning.kind in ("no_text", "not_a_string") for warning in warnings):
                 do = "set --text-key to the key or column that contains the text"
             raise UserError(what, "\n".join([part.prefix, *map(str, warnings)]), do)
         if part.tokens == 0:
-            what = f"none of the {documents} documents is in the validation part ({fraction:g} of them, by hash)"
+            what = f"no document is in the validation part (documents: {documents:,}, {fraction:g} of them by hash)"
             do = "add documents (split a large file into several), raise --validation-fraction, or set it to 0"
             raise UserError(what, part.prefix, do)

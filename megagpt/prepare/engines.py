@@ -10,11 +10,11 @@ from itertools import takewhile
 
 import numpy as np
 
-from megagpt.corpus.reader import token_dtype
 from megagpt.errors import UserError
 from megagpt.prepare.input_warnings import InputLocation, LocatedError
 from megagpt.tokenizer.cached_encoder import CachedEncoder
 from megagpt.tokenizer.gigatoken_encoder import GigatokenEncoder, check_gigatoken
+from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 ENGINES = ("sentencepiece", "gigatoken")

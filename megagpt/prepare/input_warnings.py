@@ -107,7 +107,7 @@ class WarningCount:
 
     def __str__(self) -> str:
         where = f" (first: {self.first})" if self.first else ""
-        return f"warning: {self.count:,} {WARNING_KINDS[self.kind]}{where}"
+        return f"warning: {WARNING_KINDS[self.kind]}: {self.count:,}{where}"
 
 
 def summarize_warnings(chunks: Iterable[InputWarnings], files: Sequence[InputFile]) -> tuple[WarningCount, ...]:

@@ -8,7 +8,7 @@ from itertools import compress
 from operator import not_
 from typing import cast
 
-from megagpt.corpus.reader import token_dtype
+from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.sentencepiece_model import NEWLINE_ID
 from megagpt.tokenizer.tokenizer import Tokenizer
 

@@ -100,7 +100,7 @@ def assemble(
     hosts, unlike = _compare(options, rank, facts, agreement)
     store = checkpoint.Store(
         path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
-        needed=12 * flops.parameters(recipe.model),  # a weight and two moments in fp32
+        needed=flops.checkpoint_bytes(recipe.model),
     )  # fmt: skip
     found, damaged = resume.find(store, options.resume)
     branched = found is None and recipe.init_from is not None
@@ -221,8 +221,9 @@ def _open(
     say = run.console.say
     say(f"run      {run.path}   (log: {run.console.log_path})")
     say(
-        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, {flops.parameters(recipe.model):,} parameters"
-        f", {run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
+        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, "
+        f"{flops.parameters(recipe.model):,} parameters, "
+        f"{run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
     )
     held_out = (
         f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"

@@ -1,6 +1,7 @@
 """How a run stands, from what it leaves on disk: launchers lose exit codes, and some lose the ranks themselves.
 
-Rank 0 writes `status.json` when it starts and when it ends; in between its heartbeat (training/watchdog.py) says it lives.
+Rank 0 writes `status.json` when it starts and when it ends. In between its heartbeat (training/watchdog.py) shows
+that it is alive.
 A job script may write it before, with `megagpt mark-starting RUN PID`: process PID is about to start the ranks.
 """
 

@@ -27,7 +27,7 @@ import torch
 from megagpt.cluster import free_port
 from megagpt.config.recipe import Recipe
 from megagpt.errors import UserError
-from megagpt.parity.curve import KINDS, Curve, compare, tolerance_of, worst
+from megagpt.parity.curve import KINDS, Curve, Tolerance, allowed, compare, tolerance_of, worst
 from tests import forks
 from tests.parity import draws, fuzz_rank, layouts, needs, reference
 from tests.parity.draws import SECOND, Switches
@@ -44,11 +44,12 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY
 
 @dataclass(frozen=True)
 class Expected:
-    """What plain PyTorch gives: the curve, and its loss at every step that is no update."""
+    """What plain PyTorch gives: its curve, the losses at all other steps, and how far a layout may be off."""
 
     recipe: Recipe
     curve: Curve
     losses: dict[Step, float]
+    tolerance: Tolerance
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,13 @@ def _expected(parts: Sequence[Part]) -> Expected:
     curve = reference.train(recipe, updates, part.total, last, between, micro=micro)
     losses[steps[-1]] = curve.held_out[1]
     curve = replace(curve, held_out=[losses[steps[0]], losses[steps[-1]]])
-    return Expected(recipe, curve, losses)
+    tolerance = tolerance_of(recipe)
+    if recipe.precision != "fp32" and recipe.optimizer.type == "muon":
+        # Muon's iteration multiplies small singular values, and with them what low precision rounds, 500 times: the
+        # bound is that of `megagpt parity`, from what rounding does to the reference itself
+        exact = reference.train(recipe, updates, part.total, last, micro=micro, exact=True)
+        tolerance = replace(tolerance, weights=max(tolerance.weights, allowed(recipe, curve, exact).weights))
+    return Expected(recipe, curve, losses, tolerance)
 
 
 def _unlike(found: Sequence[dict[str, Any]]) -> Outcome | None:
@@ -300,9 +307,11 @@ def _compare(reports: Sequence[dict[str, Any]], expected: Expected) -> Outcome:
     made = [row[2:6] for row in record if row[0] == "update"]
     ends = [record[0][2], record[-1][2]]
     got = Curve(*map(list, zip(*made, strict=True)), ends, reports[0]["initial"], reports[-1]["weights"])
-    rows = compare(expected.recipe, expected.curve, got)
-    bound = tolerance_of(expected.recipe).loss
-    wrong = [*(str(row) for row in rows if row.too_far), *_other_steps(record, expected.losses, bound)]
+    rows = compare(expected.recipe, expected.curve, got, expected.tolerance)
+    wrong = [
+        *(str(row) for row in rows if row.too_far),
+        *_other_steps(record, expected.losses, expected.tolerance.loss),
+    ]
     used = {kind: (row := worst(rows, kind)).off / row.limit for kind in KINDS}
     return Outcome(WRONG, "\n".join(wrong[:12]), used) if wrong else Outcome(SAME, used=used)
 

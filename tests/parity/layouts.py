@@ -205,7 +205,12 @@ CASES: tuple[Case, ...] = (
     Case("stages-EPBB-NH-data2-fp16", 4, _pipeline(2, 2), (*_shape(2, 2048), *FP16)),
     Case("stages-EPB-B-BNH-offload", 3, _pipeline(3, 2, **OUT), (*_shape(3, 128), *DEEP[1:], "optimizer.clip=1.5")),
     Case("stages-EPB-BB-NH-muon-offload", 3, _pipeline(3, 2, **OUT), (*SURE, *_shape(3, 1024), LEARNED, TIED)),
-    Case("stages-EB-BBN-H-muon-offload-fp16", 3, _pipeline(3, 2, **OUT), (*SURE, *_shape(3, 2048), TIED, *FP16)),
+    Case(
+        "stages-EB-BBN-H-muon-offload-fp16",
+        3,
+        _pipeline(3, 2, **OUT),
+        (*SURE, *_shape(3, 2048), TIED, *FP16, "optimizer.clip=1.5"),
+    ),
     Case("stages-E-BBBN-H-recompute-bf16", 3, _pipeline(3, 2) | _again(2), (*_shape(3, 8192, 32), *ROPE, *BF16)),
     Case(
         "stages-EP-BBB-BBN-H-muon-untied", 4, _pipeline(4, 3) | _again("auto"), (*SURE, *_shape(5, 8192, 32), LEARNED)

@@ -19,7 +19,8 @@ from megagpt.data.loader import Batch
 from megagpt.engine import init_model, zero
 from megagpt.engine.optim import build, lr_schedule
 from megagpt.engine.zero import ZeroEngine
-from megagpt.model.layers import Attention, Head, PositionEmbedding
+from megagpt.model.attention import Attention
+from megagpt.model.layers import Head, PositionEmbedding
 from tests.parity import layouts, mutants_parallel
 from tests.parity.layouts import Case
 

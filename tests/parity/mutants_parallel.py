@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +17,8 @@ from megagpt.engine.optim.muon_all_to_all import Exchange
 from megagpt.engine.parallel import tensor
 from megagpt.engine.parallel.pipeline_stages import Stages
 from megagpt.engine.parallel.ulysses import Ulysses
-from megagpt.model.layers import Attention, PositionEmbedding
-from megagpt.model.sharding import Cut
+from megagpt.model.context import ContextBuilder, ForwardContext
+from megagpt.model.sharding import ShardSpec
 from tests.parity import layouts
 
 Wrapper = Callable[..., Any]
@@ -54,23 +55,18 @@ def _bias_from_each_part(original: Wrapper, layer: nn.Linear, x: torch.Tensor) -
     return tensor._Leave.apply(F.linear(x, layer.weight, layer.bias), layer.group)
 
 
-def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> Cut | None:
+def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> ShardSpec | None:
     cut = original(name, section, degree)
-    return cut if cut is None else Cut(cut.dim, (sum(cut.blocks),))
+    return cut if cut is None else ShardSpec(cut.dim, (sum(cut.sections),))
 
 
-def _at_the_start(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
-    original(ulysses, module, *args)
-    for part in module.modules():
-        if isinstance(part, PositionEmbedding):
-            part.first = 0
+def _at_the_start(original: Wrapper, contexts: ContextBuilder, *args: Any) -> ForwardContext:
+    context = original(contexts, *args)
+    return replace(context, position_ids=context.position_ids - context.position_ids[0])
 
 
-def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, module: nn.Module, *args: Any) -> None:
-    original(ulysses, module, *args)
-    for part in module.modules():
-        if isinstance(part, Attention):
-            del part.attend
+def _blind_to_the_others(original: Wrapper, ulysses: Ulysses, attend: Wrapper) -> Wrapper:
+    return attend
 
 
 def _first_part(original: Wrapper, ulysses: Ulysses, batch: Batch) -> Batch:
@@ -98,9 +94,9 @@ BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
     "tensor-counts-parts-once": (TENSOR, tensor, "fill", _parts_counted_once),
     "tensor-does-not-sum-gradients": (TENSOR, tensor._Enter, "backward", lambda _, context, gradient: (gradient, None)),
     "tensor-adds-a-bias-from-each-part": (TENSOR, tensor._Second, "forward", _bias_from_each_part),
-    "tensor-tears-heads": (TENSOR, tensor, "cut_of", _torn_heads),
-    "sequence-parts-all-begin-at-0": (SEQUENCE, Ulysses, "connect", _at_the_start),
-    "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "connect", _blind_to_the_others),
+    "tensor-tears-heads": (TENSOR, tensor, "shard_spec", _torn_heads),
+    "sequence-parts-all-begin-at-0": (SEQUENCE, ContextBuilder, "for_batch", _at_the_start),
+    "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "distribute", _blind_to_the_others),
     "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),
 }
 MUON_BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {

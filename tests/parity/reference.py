@@ -31,6 +31,7 @@ def train(
     between: Between = lambda *_: None,
     *,
     micro: Sequence[int] = (),
+    exact: bool = False,
 ) -> Curve:
     """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
@@ -38,13 +39,16 @@ def train(
     Before each update `between` is called with its number, counted from 1, and a function that measures the loss.
     `micro` is the number of samples in each micro-batch of every update, whose gradients are summed in fp32; without it
     the global batch is not divided.
+    With `exact` the model has the weights of low precision, but computes in fp32: the difference is what rounding does.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" else 1.0  # or small gradients would vanish
+    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # or small gradients would vanish
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
     masters = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+    if exact:
+        model.float()
     initial = {name: p.clone() for name, p in masters.items()}
     section = recipe.optimizer
     optimizer, peaks = _optimizer(recipe, masters)

@@ -22,7 +22,8 @@ from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.engine.state import loss_scale
 from megagpt.files import folder_writer
-from megagpt.model.layers import Attention
+from megagpt.model.attention import Attention
+from megagpt.model.layers import Head
 from tests.parity import layouts, needs
 
 GOOD, SAVED = range(4), 2  # updates; so many of them are saved
@@ -52,20 +53,33 @@ class Calls:
 
 
 class Planted:
-    """Spoils what attention gives on the last rank: its value, or its gradient alone."""
+    """Spoils what one kind of layer returns on the last rank: its value, or its gradient alone.
+
+    The layer is attention, or the head where the last pipeline stage has no block.
+    """
 
     def __init__(self, last: bool) -> None:
-        self.bad, real = "", Attention.forward
+        self.bad, self._last, self._layer = "", last, Attention
+        for layer in (Attention, Head):
+            layer.forward = self._spoiling(layer, layer.forward)
 
-        def forward(module: Any, *arguments: Any) -> Any:
-            x = real(module, *arguments)
-            if last and "loss" in self.bad:
+    def choose_layer(self, engine: Any) -> None:
+        """Spoil a layer that this rank has."""
+        layers = engine._engine.module.modules()
+        self._layer = Attention if any(isinstance(layer, Attention) for layer in layers) else Head
+
+    def _spoiling(self, layer: type, real: Any) -> Any:
+        def forward(module: Any, *arguments: Any, **options: Any) -> Any:
+            x = real(module, *arguments, **options)
+            if not self._last or layer is not self._layer:
+                return x
+            if "loss" in self.bad:
                 return x * math.nan
-            if last and "gradient" in self.bad and x.requires_grad:
+            if "gradient" in self.bad and x.requires_grad:
                 x.register_hook(lambda gradient: gradient * math.inf)
             return x
 
-        Attention.forward = forward
+        return forward
 
 
 def main(job: dict[str, Any]) -> None:
@@ -113,6 +127,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     engine.release()
 
     engine = build(resolved, 100, rank, agreement)
+    planted.choose_layer(engine)
     good, bad, reported = [], {}, {}
     for number, (kind, position) in zip(GOOD, (*BAD.items(), ("", 0)), strict=True):
         good.append(update(engine, number))

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from megagpt.plan import states
 from megagpt.plan.memory import memory
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.plan.states import state_bytes
 from tests.parity.groups import SECONDS, launch
 from tests.parity.layouts import resolve
 from tests.parity.plan_cases import CASES
@@ -46,9 +47,9 @@ WITHOUT_STAGES = [case for case in CASES if "pipeline" not in case.id]  # which 
 def test_weights_and_optimizer_take_what_was_planned(measured, case):
     """What stays between updates; beside the states, stage 3 keeps gradients and bucket, bf16 at stage 1 a sum."""
     resolved, rank = measured(case)
-    zero = states.Zero(resolved)
-    mine = states.held(resolved.recipe.model, resolved.layout)
-    held = states.states(zero, mine)
+    zero = ZeroSettings(resolved)
+    mine = local_parameters(resolved.recipe.model, resolved.layout)
+    held = state_bytes(zero, mine)
     planned = held.weights + held.optimizer + held.host
     if resolved.layout.zero_stage == 3:
         small = sum(size for shape in mine.shapes.values() if len(shape) == 1 and (size := shape[0]) <= 1000)

@@ -17,6 +17,7 @@ from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import tensor
 from megagpt.model import flops
 from megagpt.model.layers import Block
+from megagpt.model.parallel import WHOLE
 from megagpt.parity import real_shape, shrink
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def test_a_vocabulary_that_does_not_divide_is_no_fault():
 
 
 def test_shards_of_the_wrong_shape_are_found(monkeypatch):
-    monkeypatch.setattr(tensor, "split", lambda layers, degree: None)
+    monkeypatch.setattr(tensor, "parallel_layers", lambda *_: WHOLE)
     lines = found(resolved(ADAMW, GPT2, 2, 2))
     assert "layers.2.attention.qkv.weight has shape [2304, 768] on a rank, which is not 1/2 of [2304, 768]" in lines
 

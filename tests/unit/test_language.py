@@ -20,13 +20,15 @@ COVERED = (
     "megagpt/__main__.py",
     "megagpt/checkpoint/listing.py",
     "megagpt/cli",
-    "megagpt/ds_config",
+    "megagpt/config",
+    "megagpt/corpus",
+    "megagpt/data",
     "megagpt/errors.py",
     "megagpt/files.py",
-    "megagpt/cluster/hosts_command.py",
-    "megagpt/config/recipe/reference.py",
-    "megagpt/recipe",
+    "megagpt/inference",
+    "megagpt/prepare/readers",
     "megagpt/state.py",
+    "megagpt/tokenizer",
 )
 
 BANNED = {
@@ -60,7 +62,11 @@ A_FOR_PER = re.compile(rf"\b{_UNITS} an? {_PER}\b")
 WORDS = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
 # the yardsticks option is a public name
-ALLOWED = {"megagpt/cli/run.py": ("yardsticks",)}
+ALLOWED = {
+    "megagpt/cli/run.py": ("yardsticks",),
+    "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
+    "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
+}
 
 
 def mistakes(text):
@@ -129,10 +135,10 @@ def test_no_docstring_begins_with_of():
     assert found == []
 
 
-def test_no_variable_is_called_words():
+def test_no_overrides_or_arguments_are_called_words():
     found = []
     for path in covered_files():
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.parent.name != "tokenizer":  # words of a text
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if getattr(node, "id", getattr(node, "arg", None)) in ("word", "words"):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: overrides, arguments or kwargs")

@@ -18,6 +18,7 @@ from megagpt import files, report
 from megagpt.checkpoint import store
 from megagpt.checkpoint.tensor_files import Pieces
 from megagpt.config import recipe as megagpt_recipe
+from megagpt.config.syntax import yaml_reader
 from megagpt.corpus.inspect import DocumentExcerpt
 from megagpt.corpus.metadata import read_sidecar
 from megagpt.corpus.reader import CorpusReader
@@ -427,7 +428,7 @@ def test_deep_json_in_a_config_a_recipe_and_on_the_command_line(tmp_path, recipe
     path = tmp_path / "deep.json"
     path.write_text(f'{{"zero_optimization": {deep}}}')
     with pytest.raises(UserError, match="nested too deeply"):
-        megagpt_recipe.reading.read_yaml(path)
+        yaml_reader.read_yaml(path)
     with pytest.raises(UserError, match="nested too deeply"):
         megagpt_recipe.load(recipe, [f"data.train={deep}"])
 

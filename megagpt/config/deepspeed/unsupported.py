@@ -70,6 +70,17 @@ _UNSUPPORTED = (
     ),
     *(
         _UnsupportedSetting(
+            f"{_ZERO}.{name}",
+            (0,),
+            "with it DeepSpeed treats the whole model as one module and loses its gradients: nothing is trained",
+        )
+        for name in ("stage3_module_granularity_threshold", "module_granularity_threshold")
+    ),
+    _UnsupportedSetting(
+        f"{_ZERO}.leaf_module", (None,), "it is for modules that use a part of their weights, and this model has none"
+    ),
+    *(
+        _UnsupportedSetting(
             f"activation_checkpointing.{name}",
             (False,),
             "megagpt uses torch's activation checkpointing, which would ignore it",

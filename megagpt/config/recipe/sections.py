@@ -69,6 +69,9 @@ class Section(BaseModel):
     )
 
 
+GATED_ACTIVATIONS = frozenset({"swiglu"})
+
+
 class ModelSection(Section):
     """The model. After loading, every key has a value: the given one, the preset's, or a derived default."""
 
@@ -107,6 +110,11 @@ class ModelSection(Section):
     init: Literal["normal", "zero_projections"] = "normal"
     """initial weights: normal as in GPT-2; zero_projections makes each block start as the identity"""
 
+    @property
+    def is_gated(self) -> bool:
+        """True if the activation is gated: the MLP has a third matrix, `gate`."""
+        return self.activation in GATED_ACTIVATIONS
+
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
@@ -118,14 +126,8 @@ class ModelSection(Section):
 
 
 def default_d_ff(d_model: int, activation: str) -> int:
-    """Return the default hidden width of the feed-forward layers.
-
-    Args:
-        d_model: width of the residual stream.
-        activation: a gated activation (swiglu) has three matrices, so 8/3·d_model gives it about the parameters that
-            4·d_model gives the others; it is rounded up to a multiple of 64.
-    """
-    if activation != "swiglu":
+    """Width of the feed-forward part: 4·d_model, or for swiglu 8/3·d_model up to a multiple of 64."""
+    if activation not in GATED_ACTIVATIONS:
         return 4 * d_model
     return 64 * math.ceil(Fraction(8 * d_model, 3 * 64))
 

@@ -17,8 +17,9 @@ from megagpt.engine.optim.muon import Muon
 from megagpt.engine.optim.muon_all_to_all import Exchange, Matrix
 from megagpt.engine.parallel.tensor import Parts
 from megagpt.engine.state.flat_buffers import flats
-from megagpt.model.layers import MLP, Attention
-from megagpt.model.sharding import cut_of
+from megagpt.model.attention import Attention
+from megagpt.model.layers import MLP
+from megagpt.model.sharding import shard_spec
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def connect(engine: Any, names: Mapping[Any, str], section: ModelSection, parts:
         return
     for flat in flats(engine.optimizer):
         if inner.param_groups[flat.number]["muon"]:
-            matrices = [Matrix(whole_shape(p), cut_of(names[p], section, parts.degree)) for p in flat.parameters]
+            matrices = [Matrix(whole_shape(p), shard_spec(names[p], section, parts.degree)) for p in flat.parameters]
             inner.exchanges[flat.stretch] = Exchange(matrices, flat.fragments(), flat.group, parts, engine.device)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megagpt.engine.parallel import tensor
 from megagpt.engine.parallel.tensor import Parts
 from megagpt.model.flops import MATRICES_AT_ONCE
-from megagpt.model.sharding import Cut
+from megagpt.model.sharding import ShardSpec
 
 Solve = Callable[[Tensor], Tensor]  # matrices [number, rows, columns] to their updates
 
@@ -29,7 +29,7 @@ class Matrix:
     """What a rank without ZeRO would hold: a matrix of this shape, or a tensor-parallel part of one."""
 
     shape: torch.Size
-    cut: Cut | None = None
+    cut: ShardSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +87,14 @@ class Exchange:
             for (_, one), update in zip(self._sent, back.split([one.numel for _, one in self._sent]), strict=True):
                 flat.narrow(0, one.place, one.numel).copy_(update)
 
-    def _solved(self, matrices: Tensor, cut: Cut | None, solve: Solve) -> Tensor:
+    def _solved(self, matrices: Tensor, cut: ShardSpec | None, solve: Solve) -> Tensor:
         """`solve` of whole matrices, of which this rank has these tensor parts: its part of the result; collective."""
         if cut is None:
             return solve(matrices)
         cut, parts = replace(cut, dim=cut.dim + 1), self._parts  # the matrices are stacked
-        return cut.part(solve(tensor.whole(matrices, cut, parts.group, parts.degree)), parts.index, parts.degree)
+        return cut.shard(solve(tensor.whole(matrices, cut, parts.group, parts.degree)), parts.index, parts.degree)
 
-    def _batches(self) -> Iterator[tuple[Cut | None, list[int]]]:
+    def _batches(self) -> Iterator[tuple[ShardSpec | None, list[int]]]:
         """This rank's matrices, those of one shape and cut together."""
         alike: dict[Matrix, list[int]] = defaultdict(list)
         for number in self._of:

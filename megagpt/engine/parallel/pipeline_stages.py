@@ -13,12 +13,14 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
 from megagpt.config.deepspeed import Layout
-from megagpt.config.recipe import ModelSection
+from megagpt.config.recipe import ModelSection, Recipe
 from megagpt.data.loader import Batch
 from megagpt.engine.base import Accept
 from megagpt.engine.init_model import recompute
 from megagpt.engine.parallel import tensor
 from megagpt.model import flops, gpt
+from megagpt.model.context import ContextBuilder, ForwardContext
+from megagpt.model.parallel import SequenceShard
 
 
 class Stages(PipelineModule):
@@ -29,45 +31,39 @@ class Stages(PipelineModule):
     taken from `feed`: the sum over its valid tokens divided by `normalizer`. In evaluation `loss_sum` adds up the sums.
     """
 
-    def __init__(
-        self, section: ModelSection, seed: int, layout: Layout, rank: int, document_end: int | None = None
-    ) -> None:
-        self.documents = gpt.documents_of(section, document_end)
-        with torch.device("meta"):
-            layers = gpt.layers(section, self.documents)
-            if layout.tensor_parallel > 1:
-                tensor.split(layers, layout.tensor_parallel)
-        recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
-        self._cuts = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
-        stage = rank // (layout.world_size // layout.pipeline_stages)
+    def __init__(self, recipe: Recipe, layout: Layout, rank: int, sequence: SequenceShard | None = None) -> None:
+        section = recipe.model
+        self._recipe = recipe
+        self._layout = layout
+        self._rank = rank
+        self._sequence = sequence
+        self._contexts = ContextBuilder(section, recipe.document_end, sequence)
+        costs = flops.layer_costs(section)
+        self._cuts = flops.boundaries(costs, layout.pipeline_stages)
         self.names: dict[nn.Parameter, str] = {}
-        degree, part = layout.tensor_parallel, rank % layout.tensor_parallel
-        for index in local_layers(section, layout, stage):
-            names = tensor.fill(layers[index], f"layers.{index}", section, seed, part, degree)
-            self.names.update(zip(layers[index].parameters(), names, strict=True))
         self.normalizer = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._labels: torch.Tensor | None = None
         self._mean, self._accepted = math.nan, False
         self._expected: Iterator[Batch] = iter(())
         with torch.no_grad():  # it broadcasts the tied matrix, which would else count as an operation on it
-            super().__init__(
-                self._specs(layers, section.tie_embeddings),
-                topology=tensor.topology(layout),
-            )
-        if degree > 1:
-            tensor.connect(layers, section, part, degree, self.mpu().get_slice_parallel_group())
+            super().__init__([nn.Identity] * len(costs), topology=tensor.topology(layout))  # `_build` has the layers
 
     def expect(self, batches: Iterable[Batch]) -> None:
-        """Say which micro-batches the forward passes are about: those between the first stage and the last get none."""
+        """Register the micro-batches of the coming forward passes. DeepSpeed gives inner stages no token ids."""
         self._expected = iter(batches)
 
     def forward(self, forward_input: Any) -> Any:
-        """The layers of this stage on the next micro-batch."""
-        if self.documents is not None:
-            ids = next(self._expected).input_ids
-            self.documents.see(ids.to(get_accelerator().current_device_name(), non_blocking=True))
-        return super().forward(forward_input)
+        """Run the layers of this stage on the next registered micro-batch.
+
+        Replaces PipelineModule.forward (deepspeed/runtime/pipe/module.py), which gives layers one argument only.
+        """
+        device = torch.device(get_accelerator().current_device_name())
+        context = self._contexts.for_batch(next(self._expected).input_ids, device)
+        hidden = forward_input
+        for layer in self.forward_funcs:
+            hidden = layer(hidden, context)
+        return hidden
 
     def feed(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> Iterator[Batch]:
         """Pass the batches on, each one's labels kept for the forward pass that follows.
@@ -109,7 +105,27 @@ class Stages(PipelineModule):
         first, *middle, head = layers
         if not tied:
             return [first, *middle, _Last(head, self._loss)]
-        return [_Tied(first), *middle, _Tied(first, lambda _, hidden: self._loss(head, hidden))]
+        return [_Tied(first), *middle, _Tied(first, lambda _, hidden, context: self._loss(head, hidden))]
+
+    def _build(self) -> None:
+        """Create the layers of this stage: the groups over which tensor-parallel layers communicate exist only now."""
+        self._layer_specs = self._specs(self._create_layers(), self._recipe.model.tie_embeddings)
+        super()._build()
+
+    def _create_layers(self) -> list[nn.Module]:
+        """All layers on the meta device, those of this stage with memory and their initial weights."""
+        section, layout = self._recipe.model, self._layout
+        parts = tensor.parts(self.mpu(), layout, self._rank)
+        with torch.device("meta"):
+            layers = gpt.build_layers(section, tensor.parallel_layers(section, parts, self._sequence))
+        recompute(layers, layout.recomputed_blocks, layout.activations_on_host)
+        local = set(range(self._local_start, self._local_stop))
+        if section.tie_embeddings and len(layers) - 1 in local:
+            local.add(0)
+        for index in sorted(local):
+            names = tensor.fill(layers[index], f"layers.{index}", section, self._recipe.seed, parts.index, parts.degree)
+            self.names.update(zip(layers[index].parameters(), names, strict=True))
+        return layers
 
     def _partition_layers(self, method: str = "") -> None:
         """Cut by cost: DeepSpeed's own methods count layers, parameters or class names."""
@@ -170,7 +186,7 @@ class _Last(nn.Module):
         self.head = head
         self._loss = loss
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """From hidden [batch, seq, d_model] to the loss, a scalar."""
         return self._loss(self.head, hidden)
 

@@ -6,7 +6,6 @@ build process groups of its own over all ranks of the world, which leaves no pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,24 @@ from torch import Tensor, nn
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection, Recipe
 from megagpt.model import gpt
-from megagpt.model.layers import MLP, Attention, Head, TokenEmbedding
-from megagpt.model.sharding import Cut, cut_of
+from megagpt.model.parallel import ParallelLayers, SequenceShard
+from megagpt.model.shapes import LinearShape
+from megagpt.model.sharding import ShardSpec, shard_spec
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank among those that hold the other parts of what is cut."""
+
+    group: Any = None
+    index: int = 0
+    degree: int = 1
+
+
+def parts(grid: Any, layout: Layout, rank: int) -> Parts:
+    """The place of a rank in a grid; without tensor parallelism there is none."""
+    degree = layout.tensor_parallel
+    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
 
 
 class _Enter(torch.autograd.Function):
@@ -54,7 +69,9 @@ class _Leave(torch.autograd.Function):
 class _First(nn.Linear):
     """This rank's share of the outputs of a linear layer."""
 
-    group: Any = None
+    def __init__(self, shape: LinearShape, bias: bool, parts: Parts) -> None:
+        super().__init__(shape.in_features, shape.out_features // parts.degree, bias)
+        self.group = parts.group
 
     def forward(self, x: Tensor) -> Tensor:
         """From x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
@@ -64,7 +81,9 @@ class _First(nn.Linear):
 class _Second(nn.Linear):
     """This rank's share of the inputs of a linear layer; its bias is whole, and added after the sum."""
 
-    group: Any = None
+    def __init__(self, shape: LinearShape, bias: bool, parts: Parts) -> None:
+        super().__init__(shape.in_features // parts.degree, shape.out_features, bias)
+        self.group = parts.group
 
     def forward(self, x: Tensor) -> Tensor:
         """From this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
@@ -73,23 +92,25 @@ class _Second(nn.Linear):
 
 
 class _VocabularyShare:
-    """A `Share` on a process group."""
+    """A `VocabShard` on a process group."""
 
-    def __init__(self, first: int, group: Any) -> None:
-        self.first, self._group = first, group
+    def __init__(self, start: int, rows: int, group: Any) -> None:
+        self.start = start
+        self.rows = rows
+        self._group = group
 
     def sum(self, x: Tensor) -> Tensor:
-        """See `Share`."""
+        """See `VocabShard`."""
         torch.distributed.all_reduce(x, group=self._group)
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """See `Share`."""
+        """See `VocabShard`."""
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._group)
         return x
 
-    def join(self, x: Tensor) -> Tensor:
-        """See `Share`."""
+    def reduce(self, x: Tensor) -> Tensor:
+        """See `VocabShard`."""
         total: Tensor = _Leave.apply(x, self._group)
         return total
 
@@ -105,27 +126,19 @@ def topology(layout: Layout) -> Any:
     return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
 
 
-def split(layers: Iterable[nn.Module], degree: int) -> None:
-    """Put shares in the place of what is cut in a GPT's layers; their weights are rubbish, on the meta device."""
-    for part in [part for layer in layers for part in layer.modules()]:
-        if isinstance(part, Attention):
-            part.qkv, part.output = _first(part.qkv, degree), _second(part.output, degree)
-        elif isinstance(part, MLP):
-            part.up, part.down = _first(part.up, degree), _second(part.down, degree)
-            part.gate = None if part.gate is None else _first(part.gate, degree)
-        elif isinstance(part, (TokenEmbedding, Head)) and (weight := part._parameters.get("weight")) is not None:
-            rows = len(weight) if len(weight) % degree else len(weight) // degree
-            part.weight = nn.Parameter(torch.empty(rows, weight.shape[1], device="meta"))
+def parallel_layers(section: ModelSection, parts: Parts, sequence: SequenceShard | None = None) -> ParallelLayers:
+    """What a GPT's layers need to be built as this rank's shards, with sequence parallelism or without."""
+    if parts.degree == 1:
+        return ParallelLayers(sequence=sequence)
+    vocabulary = None
+    if shard_spec("layers.0.weight", section, parts.degree) is not None:
+        rows = section.vocab_size // parts.degree
+        vocabulary = _VocabularyShare(parts.index * rows, rows, parts.group)
 
+    def linear(shape: LinearShape, bias: bool) -> nn.Linear:
+        return (_First if shape.split == "column" else _Second)(shape, bias, parts)
 
-def connect(layers: Iterable[nn.Module], section: ModelSection, index: int, degree: int, group: Any) -> None:
-    """Tell the shares in a GPT's layers their place among the ranks, and how to reach the others."""
-    rows, rest = divmod(section.vocab_size, degree)
-    for part in [part for layer in layers for part in layer.modules()]:
-        if isinstance(part, (_First, _Second)):
-            part.group = group
-        elif isinstance(part, (TokenEmbedding, Head)) and not rest:
-            part.share = _VocabularyShare(index * rows, group)
+    return ParallelLayers(linear, vocabulary, sequence)
 
 
 @torch.no_grad()
@@ -137,57 +150,30 @@ def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index
     module.to_empty(device="cpu")
     names = []
     for name, parameter in module.named_parameters(prefix=prefix):
-        cut = cut_of(name, section, degree)
+        cut = shard_spec(name, section, degree)
         shape = list(parameter.shape)
         if cut is None:
             parameter.copy_(gpt.initial_value(name, shape, section, seed))
         else:
             shape[cut.dim] *= degree
-            parameter.copy_(cut.part(gpt.initial_value(name, shape, section, seed), index, degree))
+            parameter.copy_(cut.shard(gpt.initial_value(name, shape, section, seed), index, degree))
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
         names.append(name)
     return names
 
 
-def materialise(recipe: Recipe, index: int, degree: int, group: Any) -> gpt.GPT:
-    """Rank `index`'s share of a GPT with its initial weights, on the CPU in fp32."""
+def materialise(recipe: Recipe, parts: Parts, parallel: ParallelLayers) -> gpt.GPT:
+    """This rank's share of a GPT with its initial weights, on the CPU in fp32."""
     with torch.device("meta"):
-        model = gpt.GPT(recipe.model, recipe.document_end)
-    split(model.layers, degree)
-    fill(model, "", recipe.model, recipe.seed, index, degree)
-    connect(model.layers, recipe.model, index, degree, group)
+        model = gpt.GPT(recipe.model, recipe.document_end, parallel)
+    fill(model, "", recipe.model, recipe.seed, parts.index, parts.degree)
     return model
 
 
-@dataclass(frozen=True)
-class Parts:
-    """This rank among those that hold the other parts of what is cut."""
-
-    group: Any = None
-    index: int = 0
-    degree: int = 1
-
-
-def parts(grid: Any, layout: Layout, rank: int) -> Parts:
-    """The place of a rank in a grid; without tensor parallelism there is none."""
-    degree = layout.tensor_parallel
-    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
-
-
-def whole(part: Tensor, cut: Cut | None, group: Any, degree: int) -> Tensor:
+def whole(part: Tensor, cut: ShardSpec | None, group: Any, degree: int) -> Tensor:
     """The whole tensor of the ranks' parts; collective where there is a cut."""
     if cut is None:
         return part
     parts = [torch.empty_like(part) for _ in range(degree)]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)
     return cut.join(parts)
-
-
-def _first(linear: nn.Linear, degree: int) -> _First:
-    shape = (linear.in_features, linear.out_features // degree)
-    return _First(*shape, bias=linear.bias is not None, device="meta")
-
-
-def _second(linear: nn.Linear, degree: int) -> _Second:
-    shape = (linear.in_features // degree, linear.out_features)
-    return _Second(*shape, bias=linear.bias is not None, device="meta")

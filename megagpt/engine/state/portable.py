@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from megagpt.checkpoint import tensor_files
-from megagpt.checkpoint.tensor_files import FOLDER, WEIGHT, Part, Piece, Pieces
+from megagpt.checkpoint.tensor_files import FOLDER, WEIGHT, ShardIndex, TensorFiles, TensorSlice
 from megagpt.cluster import Agreement, Rank
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
@@ -31,7 +31,7 @@ from megagpt.engine.state.rng_and_loss_scale import random_state, set_random_sta
 from megagpt.errors import UserError
 from megagpt.files import WriteFile, parse_json
 from megagpt.model.gpt import GPT
-from megagpt.model.sharding import cut_of
+from megagpt.model.sharding import shard_spec
 
 _SUMMARY = f"{FOLDER}/state.json"
 
@@ -56,7 +56,7 @@ class Portable:
         """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
         shares = shares_of(self.engine, self.names)
         mine = self._mine(shares)
-        tensor_files.write(self._pieces(shares, mine), self.rank.rank, sink)
+        tensor_files.write_slices(self._pieces(shares, mine), self.rank.rank, sink)
         number, part = divmod(self.rank.rank, self.layout.tensor_parallel)
         if part == 0:  # tensor parts draw the same numbers
             sink(_random_file(number), to_bytes(random_state()))
@@ -77,7 +77,7 @@ class Portable:
         Raises UserError where something is missing, or did not arrive as it was saved.
         """
         summary = _summary(folder / _SUMMARY)
-        source = Pieces(folder, self.rank.rank)
+        source = TensorFiles(folder, self.rank.rank)
         shares = shares_of(self.engine, self.names)
         for share in shares.all():
             shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
@@ -105,29 +105,33 @@ class Portable:
             if share.name not in self.copies and (first or self._part(share.name).degree > 1)
         ]
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str) -> ShardIndex:
         """Which part of the parameter this rank holds."""
         degree = self.layout.tensor_parallel
-        return Part() if cut_of(name, self.section, degree) is None else Part(self.rank.rank % degree, degree)
+        return (
+            ShardIndex()
+            if shard_spec(name, self.section, degree) is None
+            else ShardIndex(self.rank.rank % degree, degree)
+        )
 
-    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[Piece]:
+    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[TensorSlice]:
         for share in which:
             for kind in (WEIGHT, *shares.kinds(share)):
-                yield Piece(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
+                yield TensorSlice(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
 
-    def _read(self, source: Pieces, share: Share, kind: str) -> Tensor:
+    def _read(self, source: TensorFiles, share: Share, kind: str) -> Tensor:
         """A stretch from the checkpoint; only where the tensor degree has changed is the whole tensor read for it."""
         part = self._part(share.name)
         if source.degree(share.name) == part.degree:
             return source.read(kind, share.name, share.start, share.numel, part)
-        whole = source.whole(kind, share.name, self._shapes()[share.name], self.section)
+        whole = source.read_whole(kind, share.name, self._shapes()[share.name], self.section)
         return self._of_part(whole, share)
 
     def _of_part(self, whole: Tensor, share: Share) -> Tensor:
         """The stretch of this rank's part of a whole tensor."""
         part = self._part(share.name)
-        cut = cut_of(share.name, self.section, part.degree)
-        mine = whole if cut is None else cut.part(whole, part.number, part.degree)
+        cut = shard_spec(share.name, self.section, part.degree)
+        mine = whole if cut is None else cut.shard(whole, part.number, part.degree)
         return mine.reshape(-1)[share.start : share.start + share.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:

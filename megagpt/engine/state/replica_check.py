@@ -14,7 +14,7 @@ from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
 from megagpt.files import parse_json
 from megagpt.model.gpt import GPT
-from megagpt.model.sharding import cut_of
+from megagpt.model.sharding import shard_spec
 
 _ABSENT = -1  # below every checksum
 _PRIME = (1 << 61) - 1  # checksums are taken modulo it, so that their negatives are 64-bit numbers, too
@@ -54,7 +54,9 @@ def _key(name: str, section: ModelSection, layout: Layout, rank: Rank) -> str:
 
 def _parts(name: str, section: ModelSection, degree: int) -> list[str]:
     """How the shares of a parameter are told apart; ranks that hold the same share, or all of it, should agree."""
-    return [""] if cut_of(name, section, degree) is None else [f" part {part} of {degree}" for part in range(degree)]
+    if shard_spec(name, section, degree) is None:
+        return [""]
+    return [f" part {part} of {degree}" for part in range(degree)]
 
 
 def _line(key: str, values: list[int | None]) -> str:

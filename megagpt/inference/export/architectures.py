@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import UserError
+from megagpt.model.activations import ACTIVATIONS
+from megagpt.model.attention import EPSILON
 from megagpt.model.gpt import GPT
-from megagpt.model.layers import EPSILON
 
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
@@ -69,8 +70,9 @@ def _unsupported_feature(section: ModelSection) -> str:
         return "layernorm with qk_norm"
     if layernorm and section.n_kv_head != section.n_head:
         return "layernorm with shared key and value heads"
-    unsupported = "swiglu" if layernorm else "gelu"
-    return f"{section.norm} with {unsupported}" if section.activation == unsupported else ""
+    activation = ACTIVATIONS[section.activation]
+    known = activation.gpt2 if layernorm else activation.llama
+    return "" if known else f"{section.norm} with {section.activation}"
 
 
 def _gpt2_config(transformers: Any, section: ModelSection) -> Any:
@@ -81,7 +83,7 @@ def _gpt2_config(transformers: Any, section: ModelSection) -> Any:
         n_layer=section.n_layer,
         n_head=section.n_head,
         n_inner=section.d_ff,
-        activation_function="gelu_new" if section.activation == "gelu" else section.activation,
+        activation_function=ACTIVATIONS[section.activation].gpt2,
         layer_norm_epsilon=EPSILON,
         tie_word_embeddings=section.tie_embeddings,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), section.dropout),
@@ -117,7 +119,7 @@ def _llama_config(transformers: Any, section: ModelSection) -> Any:
         num_attention_heads=section.n_head,
         num_key_value_heads=section.n_kv_head,
         head_dim=section.d_model // section.n_head,
-        hidden_act="silu" if section.activation == "swiglu" else "relu",
+        hidden_act=ACTIVATIONS[section.activation].llama,
         max_position_embeddings=section.seq_len,
         rms_norm_eps=EPSILON,
         rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
@@ -133,8 +135,8 @@ def _llama_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterat
         prefix, block = f"model.layers.{number}", f"layers.{number + 1}"
         yield from _heads(section, named[f"{block}.attention.qkv.weight"], f"{prefix}.self_attn")
         for ours, theirs in _LLAMA.items():
-            relu2 = ours == "mlp.gate" and section.activation == "relu2"
-            value = named[f"{block}.mlp.up.weight"].clone() if relu2 else named[f"{block}.{ours}.weight"]
+            by_up = ours == "mlp.gate" and ACTIVATIONS[section.activation].llama_gate_is_up
+            value = named[f"{block}.mlp.up.weight"].clone() if by_up else named[f"{block}.{ours}.weight"]
             yield f"{prefix}.{theirs}.weight", value
     yield "model.norm.weight", named[f"layers.{final_norm}.weight"]
     yield "lm_head.weight", named["layers.0.weight" if section.tie_embeddings else f"layers.{final_norm + 1}.weight"]

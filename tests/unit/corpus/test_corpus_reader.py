@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from megagpt.corpus import bin_writer, idx_writer
 from megagpt.corpus import writer as indexed_writer
-from megagpt.corpus.reader import CorpusReader, token_dtype
+from megagpt.corpus.reader import CorpusReader
 from megagpt.corpus.writer import CorpusWriter
 from megagpt.errors import UserError
+from megagpt.tokenizer.id_dtype import token_dtype
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 40_000), max_size=20), max_size=12)
 

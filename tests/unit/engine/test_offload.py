@@ -35,7 +35,7 @@ def on_nvme(path, **more):
 @pytest.fixture
 def built(monkeypatch):
     """As if DeepSpeed's operator were there."""
-    monkeypatch.setattr(offload.operators, "load", lambda *_, **__: None)
+    monkeypatch.setattr(offload.deepspeed_ops, "load", lambda *_, **__: None)
 
 
 def test_nothing_changes_without_nvme(recipe):
@@ -74,7 +74,7 @@ def test_an_operator_that_cannot_be_built_is_a_users_mistake(recipe, tmp_path, m
     def fail(*_, **__):
         raise RuntimeError("no libaio.h\nat line 1")
 
-    monkeypatch.setattr(offload.operators, "load", fail)
+    monkeypatch.setattr(offload.deepspeed_ops, "load", fail)
     with pytest.raises(UserError) as caught:
         offload.ready(on_nvme(tmp_path), recipe("a"), 1)
     assert str(caught.value) == (

@@ -26,7 +26,7 @@ def test_on_a_gpu_deepspeeds_fused_adam_is_taken_with_our_groups(model, monkeypa
 
     loaded = []
     monkeypatch.setattr(adam, "FusedAdam", Fused)
-    monkeypatch.setattr(build.operators, "load", loaded.append)
+    monkeypatch.setattr(build.deepspeed_ops, "load", loaded.append)
     built = build.build(OptimizerSection(lr=0.1, weight_decay=0.2), model, on_gpu=True)
     assert type(built) is Fused
     assert loaded == ["fused_adam"]
@@ -39,7 +39,7 @@ def test_where_it_cannot_be_built_torchs_takes_its_place_and_the_log_says_why(mo
     def fail(name):
         raise OSError(f"no nvcc for {name}")
 
-    monkeypatch.setattr(build.operators, "load", fail)
+    monkeypatch.setattr(build.deepspeed_ops, "load", fail)
     assert type(build.build(OptimizerSection(lr=0.1), model, on_gpu=True)) is torch.optim.AdamW
     assert caplog.messages == [
         "DeepSpeed's fused Adam cannot be built (no nvcc for fused_adam); torch's fused AdamW takes its place"
@@ -50,7 +50,7 @@ def test_where_it_cannot_be_built_torchs_takes_its_place_and_the_log_says_why(mo
     ("cuda", None, True), ("cuda", "none", True), ("cuda", "cpu", False), ("cuda", "nvme", False), ("cpu", None, False),
 ])  # fmt: skip
 def test_an_optimizer_steps_on_the_gpu_unless_it_is_offloaded(monkeypatch, device, place, there):
-    monkeypatch.setattr(offload.operators, "device", lambda: device)
+    monkeypatch.setattr(offload.deepspeed_ops, "device", lambda: device)
     section = {} if place is None else {"offload_optimizer": {"device": place}}
     assert offload.steps_on_gpu({"zero_optimization": section}) is there
 

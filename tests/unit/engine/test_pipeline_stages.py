@@ -1,3 +1,5 @@
+"""The split of layers into pipeline stages."""
+
 from __future__ import annotations
 
 from itertools import combinations, pairwise
@@ -17,7 +19,7 @@ def loads(costs, cuts):
 
 
 @given(COSTS, st.integers(1, 5))
-def test_no_other_cut_has_a_cheaper_dearest_stage(costs, stages):
+def test_no_other_split_has_a_cheaper_most_expensive_stage(costs, stages):
     stages = min(stages, len(costs))
     got = flops.boundaries(costs, stages)
     every = [[0, *cuts, len(costs)] for cuts in combinations(range(1, len(costs)), stages - 1)]
@@ -25,17 +27,17 @@ def test_no_other_cut_has_a_cheaper_dearest_stage(costs, stages):
     assert loads(costs, got) == min(loads(costs, cuts) for cuts in every)
 
 
-def test_a_dear_head_takes_blocks_off_its_stage():
+def test_the_stage_of_an_expensive_head_has_fewer_blocks():
     section = ModelSection(n_layer=4, n_head=2, d_model=32, vocab_size=2000, seq_len=16)
     assert flops.boundaries(flops.layer_costs(section), 2) == [0, 6, 8]  # embedding, positions, 4 blocks | norm, head
 
 
-def test_even_blocks_are_cut_evenly_when_the_vocabulary_is_small():
+def test_blocks_are_split_evenly_if_the_vocabulary_is_small():
     section = ModelSection(n_layer=8, n_head=2, d_model=64, vocab_size=64, seq_len=16)
     assert flops.boundaries(flops.layer_costs(section), 4) == [0, 4, 6, 8, 12]
 
 
-def test_costs_add_up_to_the_flops_and_one_for_each_parameter():
+def test_costs_add_up_to_the_flops_and_one_per_parameter():
     for tied in (True, False):
         section = ModelSection(
             n_layer=3, n_head=4, n_kv_head=2, d_model=32, vocab_size=96, seq_len=16, activation="swiglu",
@@ -43,6 +45,6 @@ def test_costs_add_up_to_the_flops_and_one_for_each_parameter():
         )  # fmt: skip
         costs = flops.layer_costs(section)
         assert len(costs) == len(GPT(section).layers)
-        vectors = section.d_model * (2 * section.n_layer + 1)  # norm weights: the blocks' two are left out
+        vectors = section.d_model * (2 * section.n_layer + 1)  # norm weights, of which the blocks' are not counted
         expected = flops.flops_per_token(section) + flops.parameters(section) - vectors + section.d_model
         assert sum(costs) == expected

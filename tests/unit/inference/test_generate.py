@@ -51,8 +51,8 @@ def test_logits_with_cache_equal_those_without():
     model = model_of(qk_norm=True)
     ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        cache = model.past()
-        steps = [model.read(ids[:, :5], cache)] + [model.read(ids[:, i : i + 1], cache) for i in range(5, 16)]
+        cache = model.new_kv_cache()
+        steps = [model.decode(ids[:, :5], cache)] + [model.decode(ids[:, i : i + 1], cache) for i in range(5, 16)]
         expected = model(ids).logits[:, 4:]
     torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-5, atol=1e-5)
 

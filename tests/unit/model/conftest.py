@@ -1,4 +1,4 @@
-"""A tiny model section, and weights that hide nothing: every parameter random, norms and biases too."""
+"""A tiny model, with random values for all parameters, including norms and biases, so that no error is hidden."""
 
 import pytest
 import torch
@@ -31,20 +31,20 @@ def _one_thread():
 
 @pytest.fixture
 def tiny():
-    """Build a tiny ModelSection with some keys changed."""
+    """Return a function that builds a tiny ModelSection with some keys changed."""
     return lambda **changes: ModelSection(**{**TINY, **changes})
 
 
 @pytest.fixture
 def random_gpt():
-    """Build a GPT of a section with random weights, none of them 0 or 1."""
+    """Return a function that builds a GPT with random weights, none of them 0 or 1."""
 
     def build(section, seed=0):
         model = GPT(section)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            around = 1.0 if parameter.ndim == 1 else 0.0
-            parameter.data.normal_(around, 0.2, generator=generator)
+            mean = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.data.normal_(mean, 0.2, generator=generator)
         return model
 
     return build
@@ -52,7 +52,7 @@ def random_gpt():
 
 @pytest.fixture
 def batch():
-    """Token ids [3, 16] below 61 and ragged labels."""
+    """Token ids [3, 16] below 61, and labels of which some are ignored at either end."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(61, (3, 17), generator=generator)
     labels = ids[:, 1:].clone()

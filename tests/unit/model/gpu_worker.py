@@ -1,8 +1,8 @@
-"""Run by test_on_gpus.py in a process of its own: the model on a GPU that is not there.
+"""Run the model on a simulated GPU. Started by test_on_gpus.py as a process of its own.
 
-torch's fake tensors have a device and a shape and no values, and refuse to mix devices as real ones do: whatever would
-leave a tensor on the host fails. The device is one made up for this process, since without CUDA torch's autograd knows
-no `cuda`; it is passed off as CUDA to what asks.
+torch's fake tensors have a device and a shape but no values, and refuse to mix devices as real ones do, so that code
+that leaves a tensor on the host fails. The device is registered for this process, because torch's autograd does not
+know `cuda` without CUDA. Its tensors report that they are on CUDA.
 """
 
 import json
@@ -21,9 +21,9 @@ from megagpt.engine.optim import muon
 from megagpt.engine.parallel import tensor
 from megagpt.engine.parallel import ulysses as sequence
 from megagpt.model import fused_ops, loss
-from megagpt.model.document_mask import Documents
+from megagpt.model.context import ContextBuilder
 from megagpt.model.gpt import GPT
-from megagpt.model.layers import Rotary
+from megagpt.model.rotary import RotaryEmbedding
 
 TINY = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "d_ff": 48, "vocab_size": 60, "seq_len": 16}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
@@ -33,14 +33,11 @@ END = 59
 
 
 def build(dtype=torch.float32, end=None, parts=1, **switches):
-    """A GPT on the GPU, or the share of it that one of so many tensor parts holds."""
+    """A GPT on the GPU, or the shard of one of `parts` tensor-parallel ranks."""
     section = ModelSection(**{**TINY, **switches})
+    parallel = tensor.parallel_layers(section, tensor.Parts(torch.distributed.group.WORLD, 0, parts))
     with unset_fake_temporarily(), torch.device("meta"):
-        model = GPT(section, end)
-    if parts > 1:
-        with unset_fake_temporarily():
-            tensor.split(model.layers, parts)
-        tensor.connect(model.layers, section, 0, parts, torch.distributed.group.WORLD)
+        model = GPT(section, end, parallel)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=gpu())))
@@ -71,7 +68,7 @@ def step(dtype=torch.float32, end=None, again=None, **switches):
 
 
 class Context:
-    """What a function keeps for its backward pass, which is called by hand: the engine takes streams for granted."""
+    """Stands in for autograd's context. Backward is called directly, because the autograd engine needs real streams."""
 
     needs_input_grad = (True,) * 5
 
@@ -89,31 +86,33 @@ def backward(dtype):
         on_gpu([*outputs, *(one for one in gradients if one is not None)])
 
     hidden, heads = (torch.empty(*shape, dtype=dtype, device=gpu()) for shape in ((3, 16, 32), (3, 16, 8, 8)))
-    tables = Rotary(8, 16, 1e4).tables(0, 16, gpu())
+    tables = RotaryEmbedding(8, 16, 1e4).contiguous(0, 16, gpu())
     group = torch.distributed.group.WORLD
     there_and_back(fused_ops._ReluSquared, hidden)
     there_and_back(fused_ops._NormAndRotate, heads, 2, tables, 1e-5)
     there_and_back(tensor._Enter, hidden, group)
     there_and_back(tensor._Leave, hidden, group)
     rows, weight = hidden.flatten(0, 1), torch.empty(60, 32, dtype=dtype, device=gpu())
-    for share in (None, tensor._VocabularyShare(60, group)):
+    for share in (None, tensor._VocabularyShare(0, 60, group)):
         there_and_back(loss._ChunkedCrossEntropy, rows, weight, ids().flatten(), 3.0, share)
 
 
 def generate(**switches):
     model = build(**switches).eval()
-    past = model.past()
+    cache = model.new_kv_cache()
     with torch.no_grad():
-        on_gpu([model.read(ids(tokens), past) for tokens in (5, 1, 1)])
+        on_gpu([model.decode(ids(tokens), cache) for tokens in (5, 1, 1)])
 
 
 def sequences():
     ulysses = object.__new__(sequence.Ulysses)
     ulysses._degree, ulysses._group = 2, torch.distributed.group.WORLD
-    documents = Documents(END)
-    documents.whole = ulysses._whole
-    documents.see(ids(8))
-    on_gpu(documents.now)
+    ulysses.index = 1
+    section = ModelSection(**TINY | LLAMA)
+    context = ContextBuilder(section, END, ulysses).for_batch(ids(8))
+    assert context.position_ids.shape == (3, 8)
+    assert context.attention_mask.shape == (3, 1, 16, 16)
+    on_gpu([context.position_ids, *context.rotary, context.attention_mask])
 
 
 def muon_step():
@@ -135,9 +134,9 @@ def mixed():
     try:
         model(ids().cpu(), labels=ids())
     except RuntimeError as error:
-        assert "device" in str(error)  # noqa: PT017  # here is no pytest
+        assert "device" in str(error)  # noqa: PT017  # not run by pytest
     else:
-        raise AssertionError("what all of this rests on does not hold: devices mix")
+        raise AssertionError("fake tensors mix devices, so that no case here can fail")
 
 
 CASES = {
@@ -152,9 +151,9 @@ CASES = {
     "documents in bf16": partial(step, torch.bfloat16, END, **GPT2),
     "recomputed": partial(step, torch.bfloat16, END, "yes", **LLAMA),
     "recomputed from host": partial(step, torch.bfloat16, END, "from host", **LLAMA),
-    "tensor parts": partial(step, torch.bfloat16, END, parts=2, **LLAMA),
-    "tensor parts, tied": partial(step, parts=2, **GPT2),
-    "sequence parts": sequences,
+    "tensor parallelism": partial(step, torch.bfloat16, END, parts=2, **LLAMA),
+    "tensor parallelism, tied": partial(step, parts=2, **GPT2),
+    "sequence parallelism": sequences,
     "gradients": partial(backward, torch.float32),
     "gradients in bf16": partial(backward, torch.bfloat16),
     "generation": partial(generate, **GPT2),
@@ -164,7 +163,7 @@ CASES = {
 
 
 def main():
-    """Print what went wrong in each case, or nothing, as JSON."""
+    """Print the error of each case as JSON, an empty string if there is none."""
     _setup_privateuseone_for_python_backend("gpu")
     torch.Tensor.is_cuda = property(lambda self: self.device.type == "gpu")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

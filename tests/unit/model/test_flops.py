@@ -1,4 +1,4 @@
-"""Counts by arithmetic against the modules' own, published counts, and torch's FLOP counter."""
+"""Computed parameter counts and FLOPs compared with the modules, published counts and torch's FLOP counter."""
 
 import itertools
 
@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagpt.config.recipe import PRESETS, ModelSection
 from megagpt.model import flops
 from megagpt.model.gpt import GPT
+from megagpt.model.shapes import layer_shapes
 
-# Hugging Face's count of the published checkpoints (safetensors metadata, less the buffers of GPT-2's masks)
+# Hugging Face's count of the published checkpoints (safetensors metadata, without the buffers of GPT-2's masks)
 PUBLISHED = {"gpt2-124m": 124_439_808, "gpt2-1.5b": 1_557_611_200, "llama-1b": 1_100_048_384, "llama-7b": 6_738_415_616}
 
 
@@ -21,11 +22,11 @@ def counted(section):
 
 
 def listed(section):
-    return {name: shape for layer in flops.shapes(section) for name, shape in layer.items()}
+    return {name: shape for layer in layer_shapes(section) for name, shape in layer.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_the_listed_parameters(preset):
+def test_the_parameters_of_every_preset_are_those_listed(preset):
     section = ModelSection(preset=preset)
     assert listed(section) == counted(section)
     assert flops.parameters(section) == PUBLISHED.get(preset, flops.parameters(section))
@@ -33,7 +34,7 @@ def test_every_preset_has_the_listed_parameters(preset):
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_every_switch_changes_what_is_listed(tiny, norm, position):
+def test_the_parameters_are_those_listed_with_every_switch(tiny, norm, position):
     for activation, tied, kv_heads in itertools.product(("gelu", "swiglu", "relu2"), (True, False), (4, 2)):
         section = tiny(norm=norm, position=position, activation=activation, tie_embeddings=tied, n_kv_head=kv_heads)
         assert listed(section) == counted(section)
@@ -42,11 +43,11 @@ def test_every_switch_changes_what_is_listed(tiny, norm, position):
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_flops_are_those_that_torch_counts(tiny, batch, activation, tied, kv_heads):
+def test_flops_equal_those_that_torch_counts(tiny, batch, activation, tied, kv_heads):
     section = tiny(activation=activation, tie_embeddings=tied, n_kv_head=kv_heads)
     model = GPT(section)
     ids, labels = batch
-    # torch counts no fused attention on CPUs; unfused, it is two plain products per direction
+    # torch does not count fused attention on CPUs; unfused, it is two matrix products per direction
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, labels=labels).loss.backward()
     assert counter.get_total_flops() == flops.flops_per_token(section) * ids.numel()
@@ -59,7 +60,7 @@ def test_flops_are_those_that_torch_counts(tiny, batch, activation, tied, kv_hea
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA GH200 480GB", "bf16", 989e12),
         ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
-        ("A100-80", "bf16", 312e12),  # as `megagpt plan --device` calls it
+        ("A100-80", "bf16", 312e12),  # the name in `megagpt plan --device`
         ("NVIDIA A10", "bf16", 125e12),
         ("NVIDIA A10G", "bf16", None),  # another chip
         ("NVIDIA L40S", "bf16", 362e12),
@@ -71,5 +72,5 @@ def test_flops_are_those_that_torch_counts(tiny, batch, activation, tied, kv_hea
         ("NVIDIA GeForce RTX 5090", "bf16", None),
     ],
 )
-def test_a_device_has_the_peak_of_its_data_sheet_or_none(device, precision, peak):
+def test_peak_flops_are_those_of_the_data_sheet_or_unknown(device, precision, peak):
     assert flops.peak_flops(device, precision) == peak

@@ -1,4 +1,4 @@
-"""The hand-written backwards against autograd through the plain formulas, in fp32, bf16 and for odd strides."""
+"""Hand-written backward passes compared with autograd through the plain formulas: fp32, bf16, unusual strides."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def plain_split(qkv, kv_heads, tables, epsilon):
 
 
 def assert_same(ours, plain, inputs, tolerance):
-    """Equal outputs, and equal gradients for random incoming ones."""
+    """Assert that outputs are equal, and gradients are equal for random incoming gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     actual, expected = ours(*inputs), plain(*inputs)
     incoming = [seeded(*y.shape, dtype=y.dtype, seed=i) for i, y in enumerate(expected)]
@@ -46,7 +46,7 @@ def assert_same(ours, plain, inputs, tolerance):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
 
 
-DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)]  # two units in the last of 8 bits
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)]  # two units in the last place of 8 bits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -95,7 +95,7 @@ def test_relu_squared(dtype, tolerance):
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "relu_squared", "split_heads"])
-def test_backward_changes_neither_inputs_nor_incoming_gradients(function):
+def test_backward_modifies_neither_inputs_nor_incoming_gradients(function):
     call = {
         "rms_norm": lambda x: rms_norm(x, torch.ones(8), 1e-5),
         "relu_squared": relu_squared,

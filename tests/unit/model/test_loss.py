@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against torch's own, values and gradients."""
+"""The chunked cross-entropy compared with torch's: values and gradients."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from megagpt.model.loss import cross_entropy_sum
 
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
-    """Run a test with all tokens in one chunk and with uneven chunks of 8 or 9."""
+    """Run a test with all tokens in one chunk, and with uneven chunks of 8 or 9 tokens."""
     if request.param == "many chunks":
         monkeypatch.setattr(flops, "chunk_tokens", lambda rows, on_cpu: 9)
 
 
 @pytest.fixture
 def inputs():
-    """hidden [3, 17, 24], weight [37, 24], ragged labels [3, 17]."""
+    """hidden [3, 17, 24], weight [37, 24], labels [3, 17] of which some are ignored."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(3, 17, 24, generator=generator).requires_grad_()
     weight = torch.randn(37, 24, generator=generator).requires_grad_()
@@ -40,7 +40,7 @@ def gradients(loss, hidden, weight):
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25, -3.0])
-def test_value_and_gradients_are_torchs_also_when_scaled(inputs, softcap, scale):
+def test_value_and_gradients_equal_torchs_when_scaled(inputs, softcap, scale):
     hidden, weight, labels = inputs
     expected = expected_loss(hidden, weight, labels, softcap)
     actual = cross_entropy_sum(hidden, weight, labels, softcap)
@@ -64,7 +64,7 @@ def test_a_loss_used_twice_has_the_sum_of_both_gradients(inputs):
 
 
 @pytest.mark.usefixtures("chunks")
-def test_gradients_reach_what_lies_before_and_accumulate(inputs):
+def test_gradients_flow_to_earlier_operations_and_accumulate(inputs):
     hidden, weight, labels = inputs
     for _ in range(2):
         cross_entropy_sum(hidden * 2, weight, labels).backward()
@@ -74,7 +74,7 @@ def test_gradients_reach_what_lies_before_and_accumulate(inputs):
 
 
 @pytest.mark.usefixtures("chunks")
-def test_ignored_tokens_have_no_gradient_and_all_ignored_is_zero(inputs):
+def test_ignored_tokens_have_no_gradient_and_only_ignored_tokens_give_zero(inputs):
     hidden, weight, labels = inputs
     d_hidden = gradients(cross_entropy_sum(hidden, weight, labels), hidden, weight)[0]
     assert (d_hidden[labels == -100] == 0).all()
@@ -85,7 +85,7 @@ def test_ignored_tokens_have_no_gradient_and_all_ignored_is_zero(inputs):
 
 
 @pytest.mark.usefixtures("chunks")
-def test_a_frozen_side_gets_no_gradient_and_the_other_is_unchanged(inputs):
+def test_the_gradient_of_one_input_is_the_same_if_the_other_is_frozen(inputs):
     hidden, weight, labels = inputs
     d_hidden, d_weight = gradients(cross_entropy_sum(hidden, weight, labels), hidden, weight)
     (alone,) = torch.autograd.grad(cross_entropy_sum(hidden, weight.detach(), labels), hidden)
@@ -95,7 +95,7 @@ def test_a_frozen_side_gets_no_gradient_and_the_other_is_unchanged(inputs):
 
 
 @pytest.mark.usefixtures("chunks")
-def test_evaluation_gives_the_same_value_and_makes_no_gradients(inputs, monkeypatch):
+def test_evaluation_gives_the_same_value_and_computes_no_gradients(inputs, monkeypatch):
     expected = cross_entropy_sum(*inputs)
     monkeypatch.setattr(loss, "_logit_gradient", None)  # calling it would fail
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_evaluation_gives_the_same_value_and_makes_no_gradients(inputs, monkeypa
 
 
 @pytest.mark.usefixtures("chunks")
-def test_bf16_is_as_near_as_torchs_bf16(inputs):
+def test_bf16_is_as_accurate_as_torchs_bf16(inputs):
     hidden, weight, labels = inputs
     exact = gradients(expected_loss(hidden, weight, labels), hidden, weight)
     low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
@@ -117,7 +117,7 @@ def test_bf16_is_as_near_as_torchs_bf16(inputs):
         assert (our - right).norm() <= 1.1 * (their - right).norm()
 
 
-def test_chunks_cover_every_token_once_and_bound_the_logits():
+def test_chunks_cover_every_token_once_and_limit_the_logits():
     for tokens, vocabulary in [(1, 50), (1024, 2048), (5000, 50304), (16384, 8192), (0, 9)]:
         rows, weight = torch.empty(tokens, 1), torch.empty(vocabulary, 1)
         parts = list(loss._chunks(rows, weight))
@@ -127,7 +127,7 @@ def test_chunks_cover_every_token_once_and_bound_the_logits():
 
 
 def test_no_tensor_of_all_logits_is_ever_allocated():
-    """4096 tokens × 4096 words: 64 MiB of logits in fp32, of which an eighth is held at a time."""
+    """4096 tokens × a vocabulary of 4096: 64 MiB of fp32 logits, of which an eighth is held at a time."""
     hidden, weight = torch.randn(4096, 8).requires_grad_(), torch.randn(4096, 8).requires_grad_()
     labels = torch.randint(4096, (4096,))
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -1,4 +1,4 @@
-"""Recomputation changes memory, and no number."""
+"""Recomputation of activations saves memory and changes no gradient."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SECTION = ModelSection(n_layer=5, n_head=4, d_model=32, vocab_size=64, seq_len=1
 
 
 def gradients(number, on_host=False):
-    """Gradients, bytes kept for the backward pass, and how often each block computed."""
+    """Return gradients, bytes saved for the backward pass, and how often each block ran."""
     model, kept, runs = GPT(SECTION), {}, []
     initialize(model, 1)
     recompute(model.layers, number, on_host)
@@ -33,14 +33,14 @@ def gradients(number, on_host=False):
 
 @pytest.mark.parametrize(("number", "runs"), [(0, [1, 1, 1, 1, 1]), (2, [1, 1, 2, 1, 2]), (5, [2, 2, 2, 2, 2])])
 @pytest.mark.parametrize("on_host", [False, True])
-def test_gradients_are_equal_and_the_chosen_blocks_compute_twice(number, runs, on_host):
+def test_gradients_are_equal_and_the_chosen_blocks_run_twice(number, runs, on_host):
     expected, _, _ = gradients(0)
     got, _, counted = gradients(number, on_host)
     assert counted == runs
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-def test_less_is_kept_the_more_is_recomputed():
+def test_the_more_is_recomputed_the_less_is_saved():
     kept = [gradients(number)[1] for number in (0, 2, 5)]
     assert kept[0] > kept[1] > kept[2]
     assert kept[2] < kept[0] / 3

@@ -1,4 +1,4 @@
-"""Logits and all gradients against Hugging Face's GPT-2, Llama and Qwen3 (for qk_norm), in fp32."""
+"""Logits and all gradients compared with Hugging Face's GPT-2, Llama and Qwen3 (for qk_norm), in fp32."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def assert_close(actual, expected, what):
 
 
 def assert_same(ours, theirs, names, batch):
-    """Logits, loss and every gradient."""
+    """Compare logits, loss and every gradient."""
     ids, labels = batch
     copy_weights(ours, theirs, names)
     theirs.train()
@@ -140,6 +140,6 @@ def test_llama(tiny, random_gpt, batch, tied, kv_heads):
     assert_same(random_gpt(section), their_llama(section), llama_names(section), batch)
 
 
-def test_qk_norm_is_qwen3s_with_weights_of_one(tiny, random_gpt, batch):
+def test_qk_norm_equals_qwen3s_with_weights_of_one(tiny, random_gpt, batch):
     section = tiny(activation="swiglu", qk_norm=True, n_kv_head=2)
     assert_same(random_gpt(section), their_llama(section, "Qwen3"), llama_names(section), batch)

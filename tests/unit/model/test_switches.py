@@ -1,4 +1,4 @@
-"""Every switch of the model section against a GPT written out in plain torch, and what switches must not do."""
+"""Every switch of the model section compared with a GPT in plain torch, and invariants of the model."""
 
 import copy
 import itertools
@@ -85,7 +85,7 @@ def plain_gpt(weights, s, ids):
 
 
 @pytest.mark.parametrize("switches", EVERY_COMBINATION, ids=lambda s: "-".join(map(str, s.values())))
-def test_a_combination_computes_what_plain_torch_computes(tiny, random_gpt, batch, switches):
+def test_every_combination_computes_what_plain_torch_computes(tiny, random_gpt, batch, switches):
     ids, labels = batch
     section = tiny(**switches, rope_theta=300.0)
     model = random_gpt(section)
@@ -113,7 +113,7 @@ def test_a_later_token_changes_no_earlier_logit(tiny, random_gpt, batch, positio
     assert not torch.equal(before[:, 9:], after[:, 9:])
 
 
-def test_logits_are_made_only_when_asked_for(tiny, random_gpt, batch, monkeypatch):
+def test_logits_are_computed_only_on_access(tiny, random_gpt, batch, monkeypatch):
     model = random_gpt(tiny())
     ids, labels = batch
     calls = []
@@ -133,7 +133,7 @@ def test_the_loss_is_divided_by_the_given_normalizer(tiny, random_gpt, batch):
     torch.testing.assert_close(model(ids, labels=labels, normalizer=torch.tensor(valid)).loss, mean)
 
 
-def test_a_batch_of_ignored_labels_costs_nothing(tiny, random_gpt, batch):
+def test_a_batch_of_ignored_labels_has_no_loss_and_no_gradient(tiny, random_gpt, batch):
     model = random_gpt(tiny())
     ids, labels = batch
     loss = model(ids, labels=torch.full_like(labels, -100)).loss
@@ -142,12 +142,12 @@ def test_a_batch_of_ignored_labels_costs_nothing(tiny, random_gpt, batch):
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
 
 
-def test_no_labels_no_loss(tiny, random_gpt, batch):
+def test_without_labels_there_is_no_loss(tiny, random_gpt, batch):
     with pytest.raises(ValueError, match="no labels"):
         _ = random_gpt(tiny())(batch[0]).loss
 
 
-def test_a_tied_matrix_is_one_parameter_also_in_a_copy(tiny, random_gpt, batch):
+def test_a_tied_matrix_is_one_parameter_in_a_copy_too(tiny, random_gpt, batch):
     section = tiny(tie_embeddings=True)
     model = random_gpt(section)
     clone = copy.deepcopy(model)
@@ -166,7 +166,7 @@ def test_training_works_after_evaluation_in_inference_mode(tiny, random_gpt, bat
     assert torch.equal(output.logits, expected)
 
 
-def test_bf16_stays_near_fp32(tiny, random_gpt, batch):
+def test_bf16_is_close_to_fp32(tiny, random_gpt, batch):
     ids, labels = batch
     model = random_gpt(tiny(qk_norm=True, n_kv_head=2, logit_softcap=5.0))
     exact = model(ids, labels=labels).loss
@@ -179,9 +179,10 @@ def test_bf16_stays_near_fp32(tiny, random_gpt, batch):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-def test_the_shards_of_a_block_add_up(tiny, random_gpt, heads, kv_heads):
-    """Column-split qkv and up, row-split output and down: two halves sum to the whole, with no other change."""
-    block = random_gpt(tiny(n_head=heads, n_kv_head=kv_heads, qk_norm=True)).layers[1]
+def test_the_outputs_of_a_blocks_shards_add_up(tiny, random_gpt, heads, kv_heads):
+    """With qkv and up split by columns, output and down by rows, the outputs of two halves add up to the whole."""
+    model = random_gpt(tiny(n_head=heads, n_kv_head=kv_heads, qk_norm=True))
+    block, context = model.layers[1], model.contexts.for_batch(torch.zeros(2, 16))
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(3))
     sums = [0.0, 0.0]
     for rank in range(2):
@@ -191,6 +192,6 @@ def test_the_shards_of_a_block_add_up(tiny, random_gpt, heads, kv_heads):
         shard.mlp.up.weight = torch.nn.Parameter(shard.mlp.up.weight.chunk(2)[rank])
         for linear in (shard.attention.output, shard.mlp.down):
             linear.weight = torch.nn.Parameter(linear.weight.chunk(2, dim=1)[rank])
-        sums = [sums[0] + shard.attention(x), sums[1] + shard.mlp(x)]
-    torch.testing.assert_close(sums[0], block.attention(x), rtol=1e-5, atol=1e-5)
+        sums = [sums[0] + shard.attention(x, context), sums[1] + shard.mlp(x)]
+    torch.testing.assert_close(sums[0], block.attention(x, context), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums[1], block.mlp(x), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The formulas of activations against what torch saves: every storage that autograd keeps, by switch."""
+"""Planned activation memory compared with the tensors that autograd saves, for every switch of the model."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def section(**changes):
 
 
 def saved(run, parameters):
-    """Bytes of the storages that a forward pass keeps, parameters and what it is given left out."""
+    """Return the bytes of the storages that a forward pass saves, without the given tensors."""
     given = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept = {}
 
@@ -36,26 +36,21 @@ def saved(run, parameters):
 
 
 def measured_block(given, element, recompute="no", degree=1):
-    """What one block, or a share of it, keeps; rotation tables, which all blocks have in common, are not counted."""
-    model = GPT(given)
-    initialize(model, 1)
-    if degree > 1:
-        tensor.split(model.layers, degree)
-        for index, layer in enumerate(model.layers):
-            tensor.fill(layer, f"layers.{index}", given, 1, 0, degree)
-        tensor.connect(model.layers, given, 0, degree, torch.distributed.group.WORLD)
+    """Return the bytes that a block, or a shard of it, saves, without the rotary tables that all blocks share."""
+    parallel = tensor.parallel_layers(given, tensor.Parts(torch.distributed.group.WORLD, 0, degree))
+    model = GPT(given, parallel=parallel)
+    tensor.fill(model, "", given, 1, 0, degree)
     model.to(DTYPES[element])
     (block, *_) = (layer for layer in model.layers if isinstance(layer, layers.Block))
     block.recompute = recompute
     hidden = torch.randn(BATCH, TOKENS, given.d_model, dtype=DTYPES[element], requires_grad=True)
-    known = list(model.parameters())
-    if block.attention.rotary is not None:
-        known += block.attention.rotary.tables(0, TOKENS, hidden.device)
-    return saved(lambda: block(hidden), known)
+    context = model.contexts.for_batch(torch.zeros(BATCH, TOKENS))
+    known = [*model.parameters(), *(context.rotary or ())]
+    return saved(lambda: block(hidden, context), known)
 
 
 def shape(given, element, degree=1):
-    return activations.Shape(given, BATCH * TOKENS, degree, 1, element)
+    return activations.MicroBatchShape(given, BATCH * TOKENS, degree, 1, element)
 
 
 SWITCHES = list(
@@ -64,33 +59,33 @@ SWITCHES = list(
 
 
 @pytest.mark.parametrize(("activation", "norm", "position", "qk_norm", "kv_heads"), SWITCHES)
-def test_a_block_keeps_what_the_formula_says(activation, norm, position, qk_norm, kv_heads):
+def test_a_block_saves_what_is_planned(activation, norm, position, qk_norm, kv_heads):
     given = section(activation=activation, norm=norm, position=position, qk_norm=qk_norm, n_kv_head=kv_heads)
     assert activations.block(shape(given, 4)) == measured_block(given, 4)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "relu2"])
-def test_in_bf16_all_but_the_statistics_are_half(activation):
+def test_a_block_in_bf16_saves_what_is_planned(activation):
     given = section(activation=activation, norm="rmsnorm", position="rope", qk_norm=True)
     assert activations.block(shape(given, 2)) == measured_block(given, 2)
 
 
-def test_a_recomputed_block_keeps_its_input():
+def test_a_recomputed_block_saves_only_its_input():
     given = section()
     assert activations.recomputed_block(shape(given, 4)) == measured_block(given, 4, "yes")
 
 
 @pytest.mark.usefixtures("agreement")
 @pytest.mark.parametrize(("activation", "qk_norm"), [("gelu", False), ("swiglu", True)])
-def test_a_tensor_parallel_share_keeps_less_inside_attention_and_mlp(activation, qk_norm):
+def test_a_tensor_parallel_shard_saves_what_is_planned(activation, qk_norm):
     given = section(activation=activation, qk_norm=qk_norm, position="rope", n_kv_head=2)
     assert activations.block(shape(given, 4, 2)) == measured_block(given, 4, degree=2)
 
 
 @pytest.mark.parametrize("element", [4, 2])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_head_and_norm_keep_two_gradients_and_the_norms_input(element, tie_embeddings):
-    # rmsnorm: of layernorm torch keeps the statistics in bf16 on CPUs, in fp32 on GPUs
+def test_head_and_norm_save_two_gradients_and_the_input_of_the_norm(element, tie_embeddings):
+    # rmsnorm, because torch saves layernorm's statistics in bf16 on CPUs but in fp32 on GPUs
     given = section(tie_embeddings=tie_embeddings, norm="rmsnorm")
     model = GPT(given)
     initialize(model, 1)
@@ -98,4 +93,4 @@ def test_head_and_norm_keep_two_gradients_and_the_norms_input(element, tie_embed
     hidden = torch.randn(BATCH, TOKENS, given.d_model, dtype=DTYPES[element], requires_grad=True)
     labels = torch.randint(320, (BATCH, TOKENS))
     measured = saved(lambda: model.layers[-1](model.layers[-2](hidden), labels), [*model.parameters(), labels])
-    assert activations.final_norm(shape(given, element)) + activations.head_kept(shape(given, element)) == measured
+    assert activations.final_norm(shape(given, element)) + activations.loss_gradients(shape(given, element)) == measured

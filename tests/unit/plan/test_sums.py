@@ -1,4 +1,4 @@
-"""Traffic, disk and states by hand, in order, and against DeepSpeed's own estimates."""
+"""Planned traffic, disk and training state compared with hand-computed figures and DeepSpeed's own estimates."""
 
 import json
 
@@ -12,8 +12,10 @@ from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
 from megagpt.config.deepspeed.known_keys import recorded_keys
 from megagpt.model import flops
-from megagpt.plan import cost_estimate, states
+from megagpt.plan import cost_estimate
 from megagpt.plan.memory import memory
+from megagpt.plan.rank_state import ZeroSettings, local_parameters
+from megagpt.plan.states import state_bytes
 
 RECIPE = """
 run_dir: unused
@@ -25,8 +27,8 @@ optimizer: {type: adamw, lr: 1.0e-3}
 schedule: {type: warmup_decay, warmup_updates: 1}
 length: {updates: 10}
 """
-BUCKET = {"reduce_bucket_size": 1_000_000}  # DeepSpeed's own of a gigabyte outweighs this model
-HIDDEN = 2 * 256 * 512  # bytes of one sample's
+BUCKET = {"reduce_bucket_size": 1_000_000}  # DeepSpeed's default of a gigabyte would outweigh this model
+HIDDEN = 2 * 256 * 512  # bytes per sample
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_one_rank_sends_nothing(resolve):
     assert cost_estimate.traffic(resolve(1)) == cost_estimate.Traffic(0, 0, 0, 0)
 
 
-def test_data_parallel_traffic_is_that_of_the_rings(resolve):
+def test_data_parallel_traffic_is_that_of_ring_collectives(resolve):
     weights = 2 * flops.parameters(resolve(1).recipe.model)
     # 64 samples over 4 ranks by 2: 8 micro-batches
     expected = {1: 3 / 4 * 3 * weights, 2: 3 / 4 * (8 + 1) * weights, 3: 3 / 4 * 8 * 3 * weights}
@@ -55,18 +57,20 @@ def test_data_parallel_traffic_is_that_of_the_rings(resolve):
         assert cost_estimate.traffic(resolve(4, stage)).data_parallel == int(sent)
 
 
-def test_tensor_parts_stages_and_sequence_parts_send_hidden_states(resolve):
+def test_model_parallel_ranks_send_hidden_states(resolve):
     micro_batches = 32
     parts = cost_estimate.traffic(resolve(2, tensor_parallel={"autotp_size": 2}))
-    assert parts.tensor_parallel == micro_batches * 8 * 4 * 2 * HIDDEN  # four sums a block, each sends what it sums
+    assert (
+        parts.tensor_parallel == micro_batches * 8 * 4 * 2 * HIDDEN
+    )  # four all-reduces per block, each of which sends its input
     stages = cost_estimate.traffic(resolve(4, pipeline={"stages": 4}))
-    assert stages.pipeline == micro_batches * 2 * 2 * HIDDEN  # a middle stage: one way and the other
+    assert stages.pipeline == micro_batches * 2 * 2 * HIDDEN  # a middle stage: activations forward, gradients backward
     sequence = cost_estimate.traffic(resolve(2, sequence_parallel_size=2))
-    # q, k, v and what comes of them, half a sequence each, half of it to the other rank; forward and backward
+    # q, k, v and the output of attention: half a sequence each, half of it to the other rank; forward and backward
     assert sequence.sequence_parallel == micro_batches * 8 * 2 * 4 * (2 * HIDDEN // 2) // 2
 
 
-def test_a_checkpoint_is_12_bytes_a_parameter(resolve):
+def test_a_checkpoint_has_12_bytes_per_parameter(resolve):
     resolved = resolve(1, words=("checkpoint.keep_last=2",))
     found, one = cost_estimate.disk(resolved, 1000), 12 * flops.parameters(resolved.recipe.model)
     assert (found.checkpoint, found.checkpoints, found.corpus) == (one, 3 * one, 2000)
@@ -76,30 +80,30 @@ def test_a_checkpoint_is_12_bytes_a_parameter(resolve):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stage=st.sampled_from([1, 2, 3]), ranks=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 2, 4]),
-    again=st.booleans(), cpu=st.booleans(),
+    recompute=st.booleans(), cpu=st.booleans(),
 )  # fmt: skip
-def test_more_of_anything_that_saves_memory_takes_no_more(resolve, stage, ranks, micro, again, cpu):
-    def peak(stage=stage, ranks=ranks, micro=micro, again=again):
-        more = {"activation_checkpointing": {"number_checkpoints": "auto"}} if again else {}
+def test_settings_that_save_memory_never_increase_it(resolve, stage, ranks, micro, recompute, cpu):
+    def peak(stage=stage, ranks=ranks, micro=micro, recompute=recompute):
+        more = {"activation_checkpointing": {"number_checkpoints": "auto"}} if recompute else {}
         return memory(resolve(ranks, stage, micro, **more), cpu).device
 
     here = peak()
     assert here <= peak(micro=2 * micro)
-    assert peak(again=True) <= peak(again=False)
+    assert peak(recompute=True) <= peak(recompute=False)
     if ranks < 8:
         assert peak(ranks=2 * ranks) <= here
-    assert peak(stage=2) <= peak(stage=1)  # not so 3: it gathers what 2 has
+    assert peak(stage=2) <= peak(stage=1)  # not so at stage 3, which gathers what stage 2 keeps
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 64])
-def test_states_are_near_deepspeeds_own_estimates(resolve, capsys, ranks):
-    """Ours are never more than theirs; at stage 2 they are more than half: theirs hold a copy for the step, too."""
+def test_training_state_is_near_deepspeeds_own_estimates(resolve, capsys, ranks):
+    """Our estimates are never larger, and at stage 2 more than half: DeepSpeed's include a copy for the step."""
     for stage, estimate in ((2, estimate_zero2_model_states_mem_needs), (3, estimate_zero3_model_states_mem_needs)):
         resolved = resolve(min(ranks, 32), stage, 1)
-        held = states.held(resolved.recipe.model, resolved.layout)
-        ours = states.states(states.Zero(resolved), held)
+        local = local_parameters(resolved.recipe.model, resolved.layout)
+        ours = state_bytes(ZeroSettings(resolved), local)
         total = ours.weights + ours.optimizer + ours.gradients
-        largest = (max(held.layers),) if stage == 3 else ()
-        theirs = estimate(held.total, *largest, resolved.layout.world_size, 1, cpu_offload=False)[1]
+        largest = (max(local.layers),) if stage == 3 else ()
+        theirs = estimate(local.total, *largest, resolved.layout.world_size, 1, cpu_offload=False)[1]
         assert total <= 1.01 * theirs
-        assert total > 0.5 * theirs or stage == 3  # they add the largest layer, which here is among the buffers
+        assert total > 0.5 * theirs or stage == 3  # theirs add the largest layer, which ours count as a buffer

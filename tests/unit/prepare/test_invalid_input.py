@@ -50,7 +50,7 @@ def test_an_unusual_line_is_counted_and_reported_and_an_error_with_strict(
     path.write_bytes(5 * GOOD + unusual + 3 * GOOD)
     if workers == 1:
         summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers))
-        assert str(summary).splitlines()[3] == f"warning: {count} {WARNING_KINDS[kind]} (first: {path}:6)"
+        assert str(summary).splitlines()[3] == f"warning: {WARNING_KINDS[kind]}: {count} (first: {path}:6)"
         reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
         documents = [tokenizer.decode(reader.document(n)) for n in range(len(reader.documents) - 1)]
         assert documents == ["good"] * 5 + [kept] * (kept is not None) + ["good"] * 3
@@ -79,7 +79,7 @@ def test_a_byte_order_mark_before_lines_is_removed_and_reported(model, tmp_path)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD * 2)
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
-    assert str(summary).splitlines()[3] == f"warning: 1 {WARNING_KINDS['byte_order_marks']} (first: {path}:1)"
+    assert str(summary).splitlines()[3] == f"warning: {WARNING_KINDS['byte_order_marks']}: 1 (first: {path}:1)"
     assert texts_of(tmp_path / "c", model) == ["good", "good"]
     assert strict_error(path, model, tmp_path / "s") == (
         f"megagpt: unusual input: byte order marks at the start of a file\n  {path}:1\n{STRICT}"
@@ -101,7 +101,7 @@ def test_unusual_text_files_are_reported(model, tmp_path, kind, content, kept):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0))
-    assert str(summary).splitlines()[3] == f"warning: 1 {WARNING_KINDS[kind]} (first: {path})"
+    assert str(summary).splitlines()[3] == f"warning: {WARNING_KINDS[kind]}: 1 (first: {path})"
     assert texts_of(tmp_path / "c", model) == [kept]
     assert strict_error(path, model, tmp_path / "s") == (
         f"megagpt: unusual input: {WARNING_KINDS[kind].split(', ')[0]}\n  {path}\n{STRICT}"
@@ -133,7 +133,7 @@ def test_unusual_rows_of_a_table_are_reported(model, tmp_path, kind, column, kep
     (tmp_path / "b.txt").write_text("z")
     summary = prepare_command([str(path), str(tmp_path / "b.txt")], model, tmp_path / "c", PrepareOptions(0))
     row, count = (1, 2) if kind == "not_a_string" else (4, 1)
-    assert str(summary).splitlines()[3] == f"warning: {count} {WARNING_KINDS[kind]} (first: {path}:{row})"
+    assert str(summary).splitlines()[3] == f"warning: {WARNING_KINDS[kind]}: {count} (first: {path}:{row})"
     assert "".join(texts_of(tmp_path / "c", model)) == kept + "z"
     what = WARNING_KINDS[kind].split(", ")[0] + (f": {detail}" if detail else "")
     assert strict_error(path, model, tmp_path / "s") == f"megagpt: unusual input: {what}\n  {path}:{row}\n{STRICT}"
@@ -198,8 +198,8 @@ def test_the_summary_lists_all_warnings(model, tmp_path):
             f"text from {path} (0.0 MB)",
             f"{tmp_path / 'c'}.train: 2 documents, {tokens} tokens, 0.00 MB, {4 / tokens:.2f} bytes per token",
             "unknown: 0.000% of tokens",
-            f"warning: 2 lines that are not valid JSON, skipped (first: {path}:2)",
-            f"warning: 1 empty documents, which have no tokens (first: {path}:4)",
+            f"warning: lines that are not valid JSON, skipped: 2 (first: {path}:2)",
+            f"warning: empty documents, which have no tokens: 1 (first: {path}:4)",
             f"prepared in {summary.seconds:.1f} s ({4e-6 / summary.seconds:.1f} MB/s)",
         ]
     )

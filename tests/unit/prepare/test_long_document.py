@@ -40,7 +40,7 @@ def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path
         file.write(b'"}\n{"text": "after"}\n')
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
-    assert [str(one) for one in summary.oddities] == [f"warning: 1 {WARNING_KINDS['long']} (first: {path}:2)"]
+    assert [str(one) for one in summary.oddities] == [f"warning: {WARNING_KINDS['long']}: 1 (first: {path}:2)"]
 
     reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
     before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))

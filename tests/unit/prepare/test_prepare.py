@@ -116,13 +116,13 @@ def test_errors_name_what_cannot_be_prepared(source, model, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     one, empty, output = str(tmp_path / "one.txt"), str(tmp_path / "empty.txt"), tmp_path / "c"
     assert refused([one], model, output) == (
-        f"megagpt: none of the 1 documents is in the validation part (0.04 of them, by hash)\n"
+        f"megagpt: no document is in the validation part (documents: 1, 0.04 of them by hash)\n"
         f"  {output}.validation\n"
         "  do: add documents (split a large file into several), raise --validation-fraction, or set it to 0"
     )
     assert refused([empty], model, output, 0) == (
-        f"megagpt: none of the 1 documents contains a token to train on\n  {output}.train\n"
-        f"  warning: 1 empty documents, which have no tokens (first: {empty})\n"
+        f"megagpt: no document contains a token to train on (documents: 1)\n  {output}.train\n"
+        f"  warning: empty documents, which have no tokens: 1 (first: {empty})\n"
         "  do: use files that contain text, or lower --validation-fraction"
     )
     assert refused([one], model, output, 1.0) == (
@@ -132,8 +132,8 @@ def test_errors_name_what_cannot_be_prepared(source, model, tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text(jsonl(["one", "two"]))
     assert refused([str(lines)], model, output, 0, text_key="body") == (
-        f"megagpt: none of the 0 documents contains a token to train on\n  {output}.train\n"
-        f"  warning: 2 documents without the text key, skipped (first: {lines}:1)\n"
+        f"megagpt: no document contains a token to train on (documents: 0)\n  {output}.train\n"
+        f"  warning: documents without the text key, skipped: 2 (first: {lines}:1)\n"
         "  do: set --text-key to the key or column that contains the text"
     )
     for key in ("", "a..b"):

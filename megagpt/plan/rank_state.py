@@ -1,0 +1,174 @@
+"""What one rank holds: its parameters, its ZeRO settings, and the bytes of its training state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megagpt.model import flops
+from megagpt.model.shapes import ADAMW_BYTES, FP32_BYTES, Shapes, layer_shapes
+from megagpt.model.sharding import shard_spec
+
+if TYPE_CHECKING:
+    from megagpt.config.deepspeed import Layout, Resolved
+    from megagpt.config.recipe import ModelSection
+
+_BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """The parameters of one rank: those of its pipeline stage, split by tensor parallelism, before ZeRO shards them."""
+
+    shapes: Shapes
+    layers: tuple[int, ...]
+    """number of parameters of each of its layers"""
+
+    @property
+    def total(self) -> int:
+        """Number of parameters."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def largest(self) -> int:
+        """Number of elements of the largest parameter."""
+        return max(map(math.prod, self.shapes.values()))
+
+
+def local_parameters(section: ModelSection, layout: Layout, stage: int = 0) -> LocalParameters:
+    """Return the parameters of each rank of a pipeline stage.
+
+    Args:
+        section: the model
+        layout: the layout of the run
+        stage: number of the pipeline stage
+
+    Returns:
+        The parameters. The last stage of a tied model holds a copy of the embedding matrix.
+
+    """
+    layers = layer_shapes(section)
+    boundaries = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
+    indices = list(range(boundaries[stage], boundaries[stage + 1]))
+    if section.tie_embeddings and len(layers) - 1 in indices and 0 not in indices:
+        indices.append(0)
+    shards = [_shard(layers[index], section, layout.tensor_parallel) for index in indices]
+    shapes = {name: shape for shard in shards for name, shape in shard.items()}
+    return LocalParameters(shapes, tuple(sum(map(math.prod, shard.values())) for shard in shards))
+
+
+def _shard(shapes: Shapes, section: ModelSection, degree: int) -> Shapes:
+    """Shapes of one tensor-parallel rank."""
+    local = {}
+    for name, shape in shapes.items():
+        spec = shard_spec(name, section, degree)
+        local[name] = tuple(size // degree if spec and dim == spec.dim else size for dim, size in enumerate(shape))
+    return local
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of the training state of one rank. Everything is on the device, unless host or NVMe is named."""
+
+    weights: int
+    optimizer: int
+    """fp32 weights, where they are tensors of their own, and moments"""
+    gradients: int
+    """at the end of the backward pass"""
+    kept_gradients: int
+    """of earlier micro-batches, when a backward pass begins"""
+    buffers: int
+    """for reducing gradients and gathering weights during the forward and backward passes"""
+    step: int
+    """while gradients are reduced and the optimizer steps; activations are gone by then"""
+    matrices: int = 0
+    """while Muon reassembles matrices; activations and gradients are gone by then"""
+    host: int = 0
+    pinned: int = 0
+    """the page-locked part of `host`"""
+    nvme: int = 0
+
+
+class ZeroSettings:
+    """The keys of `zero_optimization` in a resolved config, with DeepSpeed's defaults (zero/config.py)."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._keys: Mapping[str, Any] = resolved.config.get("zero_optimization", {})
+        self.layout = resolved.layout
+        self.precision = resolved.recipe.precision or "fp32"
+        self.uses_muon = resolved.recipe.optimizer.type == "muon"
+        self.section = resolved.recipe.model
+        self.shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
+        self.accumulates = resolved.layout.accumulation > 1
+        self.element = _BYTES_PER_ELEMENT[self.precision]
+        """bytes per weight"""
+        self.accumulator = 2 if self.precision == "fp16" else FP32_BYTES
+        """bytes per accumulated gradient: fp16 accumulates in fp16, bf16 in fp32 (config/deepspeed/precision.py)"""
+        self.reduced = FP32_BYTES if resolved.config.get("communication_data_type") == "fp32" else self.element
+        """bytes per gradient in a reduction"""
+
+    def number(self, key: str, default: int) -> int:
+        """Return a number of elements from the config, or DeepSpeed's default."""
+        value = self._keys.get(key)
+        return int(default if value in (None, "auto") else value)
+
+    def device(self, what: str) -> str:
+        """Return where "param" or "optimizer" is offloaded to: none, cpu or nvme."""
+        return str(self._offload(what).get("device") or "none")
+
+    def is_pinned(self, what: str) -> bool:
+        """Return True if the host memory of "param" or "optimizer" is page-locked."""
+        return bool(self._offload(what).get("pin_memory"))
+
+    def offload_number(self, what: str, key: str, default: int) -> int:
+        """Return a number from the section offload_`what`, or DeepSpeed's default."""
+        return int(self._offload(what).get(key) or default)
+
+    @property
+    def offloads(self) -> bool:
+        """True if the optimizer or the parameters are offloaded."""
+        return {self.device("optimizer"), self.device("param")} != {"none"}
+
+    @property
+    def offloaded_bytes(self) -> tuple[int, int]:
+        """Bytes per parameter on the host and on NVMe."""
+        devices = (self.device("optimizer"), self.device("param"))
+        return offloaded_bytes(self.layout.zero_stage, self.element, self.accumulator, *devices)
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of the buffer in which gradients are gathered for reduction, allocated in full for any model size."""
+        has_two = self._keys.get("overlap_comm") and self.layout.zero_stage < 3
+        return self.number("reduce_bucket_size", 500_000_000) * self.reduced * (2 if has_two else 1)
+
+    def _offload(self, what: str) -> Mapping[str, Any]:
+        return self._keys.get(f"offload_{what}") or {}
+
+
+def offloaded_bytes(stage: int, element: int, accumulator: int, optimizer: str, param: str) -> tuple[int, int]:
+    """Return the offloaded bytes per parameter, summed over all ranks.
+
+    The offloaded optimizer consists of the fp32 weight, moments and gradient. If it is on the host, a copy of the new
+    weight (stages 1 and 2) or the sum of gradients (stage 3) is there, too. With NVMe, the sum of gradients is on the
+    host.
+
+    Args:
+        stage: ZeRO stage
+        element: bytes per weight
+        accumulator: bytes per accumulated gradient
+        optimizer: none, cpu or nvme
+        param: none, cpu or nvme
+
+    Returns:
+        Bytes on the host, and on NVMe.
+
+    """
+    host = nvme = 0
+    if optimizer == "cpu":
+        host = ADAMW_BYTES + FP32_BYTES + (accumulator if stage == 3 else element)
+    elif optimizer == "nvme":
+        host = accumulator
+        nvme = ADAMW_BYTES + FP32_BYTES
+    return host + (element if param == "cpu" else 0), nvme + (element if param == "nvme" else 0)
