@@ -86,12 +86,11 @@ def read_requirements(
 
 def _from_recipe(recipe: Recipe) -> dict[str, Any]:
     from megagpt.model import flops
-    from megagpt.plan.states import MASTER_AND_MOMENTS
 
     sources = (*(source.path for source in recipe.data.train), *recipe.data.validation)
     return {
         "corpora": tuple(dict.fromkeys(sources)), "run_dir": recipe.run_dir, "keep_last": recipe.checkpoint.keep_last,
-        "checkpoint": int(1.2 * MASTER_AND_MOMENTS * flops.parameters(recipe.model)),  # checkpoint/store.py
+        "checkpoint": int(flops.CHECKPOINT_HEADROOM * flops.checkpoint_bytes(recipe.model)),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from megagpt.doctor.probes import PINNING
 from megagpt.doctor.report import CheckResult, format_bytes, plural
 from megagpt.doctor.session import Host, Session
 from megagpt.doctor.software_checks import NO_CONFIG, NO_RECIPE, failure_of
-from megagpt.plan.machine import SAFE
+from megagpt.plan.machine import SAFE_FRACTION
 
 _CLOCK_ERROR, _CLOCK_WARNING = 2.0, 0.5  # seconds
 _MIN_FILES = (64, 5)  # open files per rank: a constant, and a number per rank of the job; counted at ZeRO 1 and 3, gloo
@@ -231,7 +231,7 @@ def _uses_gpu(host: Host) -> bool:
 
 def _check_room(result: CheckResult, host: Host, needed: float, available: float, who: str) -> None:
     """Compare an estimate with the memory available, with a margin for what no estimate includes."""
-    if needed > SAFE * available:
+    if needed > SAFE_FRACTION * available:
         report = result.error if needed > available else result.warn
         what = f"{format_bytes(available)} available, but {who} about {format_bytes(needed)}"
         report(what, "see what would fit: `megagpt plan` with the same recipe and config", host.name)

@@ -121,7 +121,7 @@ def test_requirements_of_a_recipe_and_of_each_kind_of_config(recipe):
 def test_memory_sizes_are_those_of_the_plan(recipe):
     by_world = [read_requirements(recipe, CONFIGS / "zero3-offload.json", (), world) for world in (1, 2)]
     for found, world in zip(by_world, (1, 2), strict=True):
-        planned = plan.plan(plan.Options(recipe, CONFIGS / "zero3-offload.json", world_size=world)).memory
+        planned = plan.plan(plan.PlanOptions(recipe, CONFIGS / "zero3-offload.json", world_size=world)).memory
         assert (found.host, found.device, found.nvme_bytes) == (planned.host, planned.device, planned.nvme)
     assert 0 < by_world[1].host < by_world[0].host
     assert by_world[0].host_alone > 0
