@@ -159,6 +159,6 @@ def _check_loading(host: Host, session: Session, result: CheckResult) -> None:
     step, failure = host.probe.get("at", ""), failure_of(host.probe)
     if failure and step.startswith(BUILDING):
         name, python = step.removeprefix(BUILDING), host.facts["python"]["executable"]
-        command = f"{python} -c 'from megagpt.engine import operators; operators.load(\"{name}\")'"
+        command = f"{python} -c 'from megagpt.engine import deepspeed_ops; deepspeed_ops.load(\"{name}\")'"
         do = f"allow more time (--limit), or build it before: `{command}`"
         result.error(f"{name} cannot be built: {failure}", do, host.name)

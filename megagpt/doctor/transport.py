@@ -34,7 +34,7 @@ _FORWARDED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # name pre
 
 
 class HostLost(Exception):
-    """A host does not answer any more; `finding` says why."""
+    """A host does not answer any more. `finding` explains why."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.what)

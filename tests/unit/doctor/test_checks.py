@@ -8,6 +8,7 @@ from megagpt.doctor import command
 from megagpt.doctor.job_requirements import JobRequirements
 from megagpt.doctor.report import Finding
 from megagpt.doctor.session import HostAgent
+from tests import training
 
 SAME = "install the same environment on every host"
 NVME = {"operators": ("async_io",), "gpu_operators": (), "nvme": "nvme", "nvme_bytes": 9 * 10**9}
@@ -285,8 +286,9 @@ def test_an_operator_whose_build_does_not_end(session):
     ]
     assert found[0][3] == (
         "allow more time (--limit), or build it before: "
-        "`/env/bin/python -c 'from megagpt.engine import operators; operators.load(\"async_io\")'`"
+        "`/env/bin/python -c 'from megagpt.engine import deepspeed_ops; deepspeed_ops.load(\"async_io\")'`"
     )
+    assert (training.ROOT / "megagpt/engine/deepspeed_ops.py").exists()
 
 
 WARNINGS = {
