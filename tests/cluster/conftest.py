@@ -48,7 +48,7 @@ class Cluster:
         }
 
     def make(self, *words):
-        """Change the cluster itself: up, slurm, cut, heal, off, boot, down, or sweep (remove clusters of dead owners)."""
+        """Change the cluster itself: up, slurm, cut, heal, off, boot, down, or sweep (remove those of dead owners)."""
         subprocess.run(["bash", SCRIPT, *words], env=self.env, check=True, timeout=180, cwd=training.ROOT)
 
     def start(self, host, *words, seconds=SECONDS, **env):
@@ -92,8 +92,9 @@ def _name(pid):
 
 
 def said(printed):
-    """Return megagpt's messages in the output of a launcher, without duplicates. Messages of several ranks are separated
-    by their prefix: the host name of pdsh, or the rank number of mpirun.
+    """Return megagpt's messages in the output of a launcher, without duplicates.
+
+    Messages of several ranks are separated by their prefix: the host name of pdsh, or the rank number of mpirun.
     """
     streams = defaultdict(list)
     for line in printed.splitlines():
