@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megagpt import files
 from megagpt.cluster import env_forwarding, hostfile, reachability
-from megagpt.errors import Problem, UserError
+from megagpt.errors import Problem, UserError, plural
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class HostList:
 
     def __str__(self) -> str:
         width = max(map(len, self.hosts))
-        lines = [f"{host:<{width}}  {_plural(slots, 'rank')}" for host, slots in self.hosts.items()]
-        lines.append(f"{_plural(len(self.hosts), 'host')}, {_plural(self.world_size, 'rank')}")
+        lines = [f"{host:<{width}}  {plural(slots, 'rank')}" for host, slots in self.hosts.items()]
+        lines.append(f"{plural(len(self.hosts), 'host')}, {plural(self.world_size, 'rank')}")
         if self.environment:
             file = shlex.quote(self.environment)
             lines.append(f"wrote {self.environment}; before `deepspeed --hostfile`, run:")
@@ -68,7 +68,3 @@ def _resolves(host: str) -> bool:
     return (
         "proxycommand" in settings or "proxyjump" in settings or reachability.resolves(settings.get("hostname", host))
     )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -18,7 +18,7 @@ from typing import Any
 from megagpt.cluster import env_forwarding, slurm_nodelist
 from megagpt.cluster.launch_env import Rank, is_slurm_step
 from megagpt.cluster.reachability import own_address
-from megagpt.errors import Problem, UserError
+from megagpt.errors import Problem, UserError, plural
 from megagpt.files import parse_json
 
 
@@ -45,9 +45,8 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
     for command_line in ancestors:
         file = hostfile_of(command_line)
         if file is not None and not Path(file).exists():
-            ranks = "1 rank" if rank.world_size == 1 else f"{rank.world_size} ranks"
             raise UserError(
-                f"the hostfile does not exist, so DeepSpeed started {ranks} on this host only",
+                f"the hostfile does not exist, so DeepSpeed started {plural(rank.world_size, 'rank')} on this host only",
                 f"deepspeed --hostfile {file}",
                 "correct the path of the hostfile; to train on this host only, leave out --hostfile",
             )

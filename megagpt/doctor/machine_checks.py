@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megagpt.doctor.probes import PINNING
-from megagpt.doctor.report import CheckResult, format_bytes, plural
+from megagpt.doctor.report import CheckResult, format_bytes
 from megagpt.doctor.session import Host, Session
 from megagpt.doctor.software_checks import NO_CONFIG, NO_RECIPE, failure_of
+from megagpt.errors import plural
 from megagpt.plan.machine import SAFE_FRACTION
 
 _CLOCK_ERROR, _CLOCK_WARNING = 2.0, 0.5  # seconds

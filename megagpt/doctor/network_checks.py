@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from megagpt.cluster import env_forwarding
 from megagpt.doctor import host_facts
-from megagpt.doctor.report import CheckResult, plural
+from megagpt.doctor.report import CheckResult
 from megagpt.doctor.session import Host, Session
 from megagpt.doctor.software_checks import failure_of
+from megagpt.errors import plural
 
 _MAX_SSH_TIMEOUT = 120  # seconds until ssh should give up a silent host
 

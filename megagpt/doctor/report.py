@@ -124,8 +124,3 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun, such as "1 rank" or "2 ranks"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,8 +7,9 @@ from contextlib import suppress
 
 from megagpt.cluster import env_forwarding, preflight
 from megagpt.doctor.probes import BUILDING, PINNING
-from megagpt.doctor.report import CheckResult, plural
+from megagpt.doctor.report import CheckResult
 from megagpt.doctor.session import Host, Session
+from megagpt.errors import plural
 
 NO_RECIPE = "needs --recipe"
 NO_CONFIG = "needs --recipe and --deepspeed_config"
