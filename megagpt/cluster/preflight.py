@@ -45,8 +45,9 @@ def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Seque
     for command_line in ancestors:
         file = hostfile_of(command_line)
         if file is not None and not Path(file).exists():
+            ranks = plural(rank.world_size, "rank")
             raise UserError(
-                f"the hostfile does not exist, so DeepSpeed started {plural(rank.world_size, 'rank')} on this host only",
+                f"the hostfile does not exist, so DeepSpeed started {ranks} on this host only",
                 f"deepspeed --hostfile {file}",
                 "correct the path of the hostfile; to train on this host only, leave out --hostfile",
             )
