@@ -67,7 +67,7 @@ def test_options_of_other_programs_are_not_the_launchers(words):
 
 
 def test_the_command_lines_of_the_ancestors_are_found():
-    program = "import json; from megagpt.cluster import promise; print(json.dumps(promise.ancestors()))"
+    program = "import json; from megagpt.cluster import preflight; print(json.dumps(preflight.ancestors()))"
     shell = f"'{sys.executable}' -c '{program}' && :"
     made = subprocess.run(["sh", "-c", shell, "(unusual) name"], capture_output=True, text=True, check=True)
     nearest = preflight.json.loads(made.stdout)[0]
