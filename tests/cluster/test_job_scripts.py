@@ -1,4 +1,4 @@
-"""Job scripts under real SLURM: jobs are stopped or hit by faults, and every run ends with the uninterrupted curve."""
+"""Real SLURM: the job scripts are stopped, hit and left alone, and each run ends with the curve that never was."""
 
 import re
 import time
@@ -14,37 +14,37 @@ from tests.cluster.faults import SlowDisk, power_on, until, without_controller
 
 CONFIG = training.ROOT / "ds_configs/zero1.json"
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=20")
-PATIENCE = 180  # seconds for a start; several may be in progress on a busy machine
+PATIENCE = 180  # seconds for a start, of which several may be under way on a busy machine
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
 @pytest.fixture
 def runs(slurm, data, tmp_path):
-    """Return the recipe of a run of this test by its name."""
+    """Recipes of several runs of this test, by name."""
     yield lambda name: training.write_recipe(tmp_path / name, data)
-    slurm.run(1, "scancel", "--user=root")  # jobs left by a failed test
+    slurm.run(1, "scancel", "--user=root")  # what a test that failed has left
 
 
 class Job:
-    """A job in SLURM's queue, submitted here or known by its number."""
+    """A job in SLURM's queue, submitted or only known by its number."""
 
     def __init__(self, slurm, number):
         self.slurm, self.number = slurm, number
 
     @classmethod
     def submit(cls, slurm, script, recipe, *words, options=ONE, **env):
-        """Submit one of the job scripts; its log is in the folder of the recipe."""
+        """Submit one of our job scripts; its log lies beside the recipe."""
         options = (*options, f"--output={recipe.with_suffix('.log')}")
         command = ("sbatch", "--parsable", *options, f"launch/slurm/{script}.sbatch", recipe, CONFIG, *words)
         return cls(slurm, slurm.run(1, *command, **env).strip())
 
     def shown(self):
-        """Return SLURM's fields of the job by name."""
+        """What SLURM says of the job, by name."""
         text = self.slurm.run(1, "scontrol", "show", "job", self.number)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait(self, name, *values, seconds=480):
-        """Wait until a field has one of these values, and return all fields."""
+        """Until SLURM says one of these values; all that it says then."""
         end = time.monotonic() + seconds
         while (shown := self.shown())[name] not in values:
             if time.monotonic() > end:
@@ -53,12 +53,12 @@ class Job:
         return shown
 
     def ends(self):
-        """Wait for the end of the job, and return its state, exit code and number of restarts."""
+        """Its state, exit code and number of restarts, when it has ended for good."""
         shown = self.wait("JobState", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         return shown["JobState"], shown["ExitCode"], shown["Restarts"]
 
     def signal(self):
-        """Send the signal that SLURM sends before the time limit."""
+        """What SLURM itself does some time before the time limit."""
         self.slurm.run(1, "scancel", "--batch", "--signal=USR1", self.number)
 
     def update(self, *values):
@@ -70,29 +70,29 @@ def resumes(recipe):
     return [event["update"] for event in training.events(recipe.with_suffix("")) if event["event"] == "resume"]
 
 
-def test_two_jobs_on_the_same_hosts_resume_after_their_time_limits(slurm, runs, same, tmp_path):
+def test_two_jobs_on_the_same_hosts_come_back_from_their_time_limits(slurm, runs, same, tmp_path):
     disk, recipes = SlowDisk(tmp_path), {script: runs(script) for script in ("srun", "deepspeed")}
-    limit = ("--time=2", "--signal=B:USR1@85")  # SLURM checks twice per minute: 5 to 35 s after the start
+    limit = ("--time=2", "--signal=B:USR1@85")  # SLURM looks twice a minute: 5 to 35 s after the start
     jobs = [
         Job.submit(slurm, script, recipe, *LENGTH, options=(*TWO, *limit), **disk.env)
         for script, recipe in recipes.items()
     ]
     for job in jobs:
         job.wait("Restarts", "1")
-        job.update("TimeLimit=20")  # on a busy machine a start takes long: one time limit is enough
+        job.update("TimeLimit=20")  # on a busy machine a start alone takes long: one limit is enough
     disk.quick()
     assert [job.ends() for job in jobs] == [("COMPLETED", "0:0", "1")] * 2
     for recipe in recipes.values():
         log = recipe.with_suffix(".log").read_text()
-        assert log.count("requeue: stopped and saved; the same command goes on\n") == 1, log
-        assert log.endswith("done: the last checkpoint was read back\n")
+        assert log.count("stopped: checkpoint saved after megagpt stop; run the same command to resume\n") == 1, log
+        assert log.endswith("done: the last checkpoint was saved and verified\n")
         assert len(resumes(recipe)) == 1
         same(recipe)
 
 
 @contextmanager
 def no_requeue_exit(slurm):
-    """A cluster whose administrator has not configured 75 as an exit code after which jobs are requeued."""
+    """A cluster whose administrator has not named 75 as a code after which a job is started again."""
     file = Path(slurm.env["SLURM_CONF"])
     before = file.read_text()
     file.write_text(before.replace("RequeueExit=75\n", ""))
@@ -104,7 +104,7 @@ def no_requeue_exit(slurm):
         slurm.run(1, "scontrol", "reconfigure")
 
 
-def test_a_job_ends_with_the_status_of_its_run(slurm, runs, same, tmp_path):
+def test_a_job_ends_as_its_run_stands(slurm, runs, same, tmp_path):
     disk, here = SlowDisk(tmp_path), (*ONE, "--nodelist=node1")
     recipes = mistaken, killed, lost = [runs(name) for name in ("mistaken", "killed", "lost")]
     with no_requeue_exit(slurm):
@@ -124,11 +124,11 @@ def test_a_job_ends_with_the_status_of_its_run(slurm, runs, same, tmp_path):
     logs = [recipe.with_suffix(".log").read_text() for recipe in recipes]
     assert ended == [("FAILED", "2:0", "0"), ("FAILED", "1:0", "0"), ("COMPLETED", "0:0", "1")], logs
     assert "the launcher exited with code 137\n" in logs[2], logs[2]
-    assert "stopped by megagpt stop" in logs[2]
+    assert "Stopped by megagpt stop" in logs[2]
     same(lost)
 
 
-def test_jobs_of_a_lost_host_resume_on_the_remaining_hosts_or_after_it_returns(slurm, runs, same, tmp_path):
+def test_jobs_of_a_lost_host_go_on_with_what_is_left_or_when_it_is_back(slurm, runs, same, tmp_path):
     disk, smaller, waiting = SlowDisk(tmp_path), runs("smaller"), runs("waiting")
     options = (*TWO, "--time=20")
     jobs = [Job.submit(slurm, "srun", recipe, *LENGTH, options=options, **disk.env) for recipe in (smaller, waiting)]
@@ -158,13 +158,11 @@ def test_a_chain_of_jobs_ends_when_the_run_is_done(slurm, runs, same, tmp_path):
     jobs = [Job(slurm, number) for number in slurm.run(1, *chain, **disk.env).split()]
     run = recipe.with_suffix("")
     until(lambda: (run / "status.json").exists() and status.read(run).state == "running", PATIENCE)
-    jobs[0].signal()  # while the ranks are still starting: they make an update, and save
-    until(
-        lambda: (run / "STOP").exists() or status.read(run).state == "requeue", PATIENCE
-    )  # SLURM has delivered the signal
+    jobs[0].signal()  # while the ranks still start: they make an update, and save
+    until(lambda: (run / "STOP").exists() or status.read(run).state == "requeue", PATIENCE)  # SLURM has passed it on
     with without_controller(slurm):
         until(lambda: status.read(run).state == "requeue", PATIENCE)
-    assert jobs[0].ends() == ("FAILED", "1:0", "0")  # RequeueExit ignores --no-requeue
+    assert jobs[0].ends() == ("FAILED", "1:0", "0")  # RequeueExit does not look at --no-requeue
     disk.quick()
     assert [job.ends() for job in jobs[1:]] == [("COMPLETED", "0:0", "0"), *[("CANCELLED", "0:0", "0")] * 2]
     assert len(resumes(recipe)) == 1
