@@ -89,6 +89,11 @@ def require_linux(what: str) -> None:
         )
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 rank" or "2 ranks"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def closest_match(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ def start(rank: Rank) -> str:
     Returns:
         The name of the device, for people.
     """
-    os.environ.update(rank.variables())
+    os.environ.update(rank.env_variables())
     for name in ("DeepSpeed", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

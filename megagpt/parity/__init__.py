@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.cluster import Collectives, Rank, from_environment, preflight
-from megagpt.cluster.rendezvous import meeting
+from megagpt.cluster.rendezvous import rendezvous
 from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
@@ -62,7 +62,7 @@ def parity(options: ParityOptions) -> int:
         UserError: The recipe and the DeepSpeed config do not fit together.
     """
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
-    with meeting(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
+    with rendezvous(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
         return _certify(options, rank, run_dir)
 
 
@@ -108,7 +108,7 @@ def _test_layout(options: ParityOptions, real: Resolved, rank: Rank, console: Co
 @contextlib.contextmanager
 def _watched(real: Resolved, rank: Rank, collectives: Collectives, console: Console) -> Iterator[Watch]:
     """End the process if updates in this context hang, after printing the phase and stack of each rank."""
-    hosts = preflight.hosts_of(collectives.all_gather_object(preflight.facts_here({}, {})))
+    hosts = preflight.locations_of_ranks(collectives.all_gather_object(preflight.describe_rank({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
     with Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm) as watch:
         yield watch

@@ -12,7 +12,7 @@ from torch import nn
 
 from megagpt.cluster import Collectives
 from megagpt.config.deepspeed import Layout, Resolved
-from megagpt.doctor import facts
+from megagpt.doctor import host_facts
 from megagpt.engine import deepspeed_ops
 from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import pipeline_stages, tensor
@@ -115,7 +115,7 @@ def find_obstacle(one: Resolved, collectives: Collectives) -> str:
     """
     ranks = collectives.all_gather_object(socket.gethostname()).count(socket.gethostname())
     on_cpu = deepspeed_ops.device() == "cpu"
-    needed, available = memory(one, on_cpu), facts.memory()["available"]
+    needed, available = memory(one, on_cpu), host_facts.memory()["available"]
     if on_cpu:
         found = fit(needed, Device("cpu", available // ranks), ranks, available)
     else:

@@ -122,7 +122,7 @@ REFUSED = {
     ),
     "another number of ranks": (
         ["--expect-world-size", "2"],
-        "megagpt: 2 ranks were expected, 1 came\n"
+        "megagpt: expected 2 ranks, but 1 started\n"
         "  launcher: environment, --expect-world-size 2\n"
         "  do: check the hostfile's path and slots, or the launcher's number of processes\n",
     ),

@@ -1,7 +1,6 @@
 """Hostile input of every kind that SECURITY.md lists is refused with a message and has no other effect."""
 
 import ast
-import io
 import json
 import lzma
 import os
@@ -29,7 +28,7 @@ from megagpt.prepare import plain_data
 from megagpt.prepare.chunks import split_into_chunks
 from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.input_warnings import InputWarnings
-from megagpt.prepare.process_group import _Joined
+from megagpt.prepare.process_group import _CommunicatingGroup
 from megagpt.prepare.readers import decompress
 from megagpt.prepare.readers.inputs import find_input_files
 from megagpt.prepare.readers.manifest import ManifestReader
@@ -217,7 +216,7 @@ def test_another_rank_that_names_files_outside_the_folder_of_shards(tmp_path):
             return [value, ["../../.bashrc"]]
 
     with pytest.raises(UserError, match="a rank names files outside of the folder of shards"):
-        _Joined(World()).gather_files(tmp_path, [])
+        _CommunicatingGroup(World()).gather_files(tmp_path, [])
 
 
 # ---- symbolic links out of a run directory
@@ -436,4 +435,4 @@ def test_deep_json_in_a_config_a_recipe_and_on_the_command_line(tmp_path, recipe
 
 def test_deep_json_in_messages_of_the_doctor():
     with pytest.raises(ValueError, match="nested too deeply"):
-        agent.serve([f"{agent.MARK}{DEEP}\n"], io.StringIO())
+        agent.serve([f"{agent.PREFIX}{DEEP}\n"], print)
