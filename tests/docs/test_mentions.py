@@ -16,7 +16,7 @@ from megagpt.config.recipe.checking import known_keys
 from megagpt.config.recipe.sections import Source
 from tests.training import ROOT
 
-DOCUMENTS = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = "docs|launch|ds_configs|megagpt|tests"
 SCRIPTS = {"launch/pretrain.py": "train", "launch/parity.py": "parity"}
 RECIPE_KEYS = {*known_keys(), *(f"data.train[].{name}" for name in Source.model_fields)}

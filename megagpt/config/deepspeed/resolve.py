@@ -46,7 +46,7 @@ def load(
         path: the JSON file.
         recipe: the recipe.
         world_size: number of ranks.
-        known: the keys that DeepSpeed knows: `engine.keys.known_keys()`, or `known.recorded_keys()`.
+        known: the keys that DeepSpeed knows: `engine.deepspeed_keys.known_keys()`, or `known_keys.recorded_keys()`.
         overrides: `ds.key=value` arguments that replace values of the file. Other arguments override the recipe
             instead and are ignored here.
 

@@ -24,7 +24,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class KeyChecker:
-    """Checks single keys. Unsupported settings and combinations are in refusals.py."""
+    """Checks single keys. Unsupported settings and combinations are in unsupported.py."""
 
     tree: ConfigTree
     known: Node

@@ -37,7 +37,7 @@ def test_every_model_key_is_filled_in(loader):
     model = loader({3: "model: {preset: gpt2-124m, activation: swiglu}"}).model
     assert (model.n_layer, model.d_model, model.vocab_size) == (12, 768, 50257)  # the preset's
     assert (model.n_kv_head, model.d_ff) == (12, 2048)  # derived: 8/3 · 768
-    assert model.activation == "swiglu"  # given beside the preset
+    assert model.activation == "swiglu"  # given in addition to the preset
 
 
 @pytest.mark.parametrize(("d_model", "d_ff"), [(768, 2048), (4096, 10944), (64, 192), (100, 320)])
