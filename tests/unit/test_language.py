@@ -85,7 +85,6 @@ NOT_YET = (  # of the covered folders
     "megagpt/prepare/sockets.py",
     "tests/faults/test_resume.py",
     "tests/unit/prepare/test_process_group.py",
-    "tests/docs",
 )
 
 BANNED = {
