@@ -159,7 +159,7 @@ def _tried(host: Host, visit: Visit) -> Iterator[Finding]:
     at, python = host.probe.get("at", ""), host.facts["python"]["executable"]
     if at.startswith(BUILDING) and (why := stopped(host.probe)):
         name = at.removeprefix(BUILDING)
-        by_hand = f"{python} -c 'from megagpt.engine import operators; operators.load(\"{name}\")'"
+        by_hand = f"{python} -c 'from megagpt.engine import deepspeed_ops; deepspeed_ops.load(\"{name}\")'"
         do = f"give it longer (--limit), or build it once before: `{by_hand}`"
         yield bad("operators", f"{name} cannot be built: {why}", do, host)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.cluster import Agreement, Rank, from_environment, preflight
+from megagpt.cluster import Collectives, Rank, from_environment, preflight
 from megagpt.cluster.rendezvous import meeting
 from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
@@ -67,12 +67,9 @@ def parity(options: ParityOptions) -> int:
 
 
 def _certify(options: ParityOptions, rank: Rank, run_dir: str) -> int:
-    console = Console(Path(run_dir) / "parity", rank.rank)  # before DeepSpeed is imported, which prints
-    try:
+    with Console(Path(run_dir) / "parity", rank.rank) as console:  # before DeepSpeed is imported, which prints
         certificate = _test_layout(options, _resolve(options, rank, ()), rank, console)
         console.say(str(certificate))
-    finally:
-        console.close()
     return EXIT_DONE if certificate.passed else EXIT_FAILURE
 
 
@@ -87,13 +84,13 @@ def _test_layout(options: ParityOptions, real: Resolved, rank: Rank, console: Co
     from megagpt.parity.certificate import Certificate
 
     start.start(rank)
-    agreement = Agreement(rank.world_size)
+    collectives = Collectives(rank.world_size)
     small = _resolve(options, rank, shrink.shrinking_overrides(real, options.updates, None))
     certificate = Certificate(real, small, options.updates, real_shape.build_stages(real))
     if certificate.passed:
-        small, updates, held_out, expected = _train_reference(options, real, rank, agreement)
-        engine = build.build(small, options.updates, rank, agreement)
-        with _watched(real, rank, agreement, console) as watch:
+        small, updates, held_out, expected = _train_reference(options, real, rank, collectives)
+        engine = build.build(small, options.updates, rank, collectives)
+        with _watched(real, rank, collectives, console) as watch:
             got = _train_layout(engine, small, updates, held_out, rank, watch)
         engine.release()
         tolerance = curve.calibrated_tolerance(
@@ -102,26 +99,23 @@ def _test_layout(options: ParityOptions, real: Resolved, rank: Rank, console: Co
         certificate = replace(
             certificate, small=small, differences=curve.compare(small.recipe, expected, got, tolerance)
         )
-        if not any(agreement.any(not certificate.passed)):
-            certificate = _real_shape_update(options, certificate, rank, agreement, console)
+        if not collectives.any(not certificate.passed):
+            certificate = _real_shape_update(options, certificate, rank, collectives, console)
     start.stop()
     return certificate
 
 
 @contextlib.contextmanager
-def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
+def _watched(real: Resolved, rank: Rank, collectives: Collectives, console: Console) -> Iterator[Watch]:
     """End the process if updates in this context hang, after printing the phase and stack of each rank."""
-    hosts = preflight.hosts_of(agreement.gather(preflight.facts_here({}, {})))
+    hosts = preflight.hosts_of(collectives.all_gather_object(preflight.facts_here({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
-    watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
-    try:
+    with Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm) as watch:
         yield watch
-    finally:
-        watch.close()
 
 
 def _real_shape_update(
-    options: ParityOptions, certificate: Certificate, rank: Rank, agreement: Agreement, console: Console
+    options: ParityOptions, certificate: Certificate, rank: Rank, collectives: Collectives, console: Console
 ) -> Certificate:
     """Make one update of the real model on the real layout if it fits, and add the result to the certificate.
 
@@ -133,11 +127,11 @@ def _real_shape_update(
 
     number = real_shape.micro_batches(certificate.real.layout)
     one = _resolve(options, rank, shrink.single_update_overrides(certificate.real, number, _REAL_LENGTH))
-    if obstacle := real_shape.find_obstacle(one, agreement):
+    if obstacle := real_shape.find_obstacle(one, collectives):
         return replace(certificate, obstacle=obstacle)
     batch = shrink.synthetic_samples(one.recipe.model, one.recipe.batch.global_size, 0)
-    engine = build.build(one, _REAL_LENGTH, rank, agreement)
-    with _watched(one, rank, agreement, console) as watch:
+    engine = build.build(one, _REAL_LENGTH, rank, collectives)
+    with _watched(one, rank, collectives, console) as watch:
         watch.enter(PASSES, 1)
         result = _train_update(engine, _rank_batches(batch, one, rank))
     engine.release()
@@ -147,7 +141,7 @@ def _real_shape_update(
         if rank.main:
             alone = reference.train(one.recipe, [batch], batch)
             loss, norm = alone.losses[0], alone.norms[0]
-        expected = agreement.total(loss), agreement.total(norm)
+        expected = collectives.all_reduce_sum(loss), collectives.all_reduce_sum(norm)
         made = replace(made, differences=curve.compare_update(one.recipe, (made.loss, made.norm), expected))
     return replace(certificate, update=made)
 
@@ -161,7 +155,7 @@ def _resolve(options: ParityOptions, rank: Rank, extra: Sequence[str]) -> Resolv
 
 
 def _train_reference(
-    options: ParityOptions, real: Resolved, rank: Rank, agreement: Agreement
+    options: ParityOptions, real: Resolved, rank: Rank, collectives: Collectives
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
     """Train the shrunk run in one process. The clipping limit is chosen so that about half of the updates are clipped.
 
@@ -180,7 +174,7 @@ def _train_reference(
         if attempt == "with" or real.recipe.optimizer.clip is None:
             break
         # Every rank uses the limit of rank 0, because rounding could give another one on another machine.
-        clip = agreement.total(statistics.median(expected.norms) if rank.main else 0.0)
+        clip = collectives.all_reduce_sum(statistics.median(expected.norms) if rank.main else 0.0)
     return small, updates, held_out, expected
 
 
@@ -191,17 +185,23 @@ def _train_layout(
     from megagpt.parity.curve import Curve
 
     initial = {name: value.clone() for name, value in engine.weights()}  # cloned: stage 0 returns the live tensors
-    before = engine.evaluate(_rank_batches(held_out, small, rank))
+    before = _evaluate(engine, _rank_batches(held_out, small, rank))
     results = []
     for number, batch in enumerate(updates, start=1):
         watch.enter(PASSES, number)
         results.append(_train_update(engine, _rank_batches(batch, small, rank)))
     watch.enter(EVALUATE, len(updates))
-    after = engine.evaluate(_rank_batches(held_out, small, rank))
+    after = _evaluate(engine, _rank_batches(held_out, small, rank))
     final = {name: value.clone() for name, value in engine.weights()}
     rows = ([row.loss, row.grad_norm, row.lr, row.tokens] for row in results)
     losses, norms, rates, tokens = (list(column) for column in zip(*rows, strict=True))
     return Curve(losses, norms, rates, [int(number) for number in tokens], [before, after], initial, final)
+
+
+def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
+    loss = engine.evaluate(batches)
+    assert loss is not None  # None only if an evaluation is stopped early
+    return loss
 
 
 def _train_update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:

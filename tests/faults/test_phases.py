@@ -8,13 +8,8 @@ from tests import training
 from tests.faults.launches import launch
 from tests.training import curve, events, final_weights
 
-PHASES = {
-    "data": 6,
-    "forward/backward": 12,
-    "step": 18,
-    "save": 25,
-    "evaluate": 30,
-}  # with the update in which the fault occurs
+# phase: update in which the fault occurs
+PHASES = {"data": 6, "forward/backward": 12, "step": 18, "save": 25, "evaluate": 30}
 OVERRIDES = (
     "length.updates=40",
     "checkpoint.every=5",
@@ -61,10 +56,9 @@ def test_a_signal_to_one_rank_in_any_phase_stops_both_in_that_update_and_loses_n
             assert ranks.wait(120) == [75, 75], ranks.printed()
             assert {fault["name"] for fault in ranks.fired()} == {"signal", "clock"}
             printed = ranks.printed()
-        answered = (
-            update + 1 if phase == "save" else update
-        )  # the save of update 25 is completed, and the run stops after the next update
-        assert f"stopped by a signal to another rank, saved at update {answered}." in printed
+        # The save of update 25 is completed, and the run stops after the next update.
+        answered = update + 1 if phase == "save" else update
+        assert f"Stopped by a signal to another rank; checkpoint saved at update {answered}." in printed
         assert newest(run) == curve(run)[-1]["update"] == answered
     left = [event["event"] for event in events(run) if event["update"] == 30]
     assert "validation_left" in left  # after 3 of 8 batches; no partial result is recorded
@@ -92,9 +86,9 @@ def test_every_start_that_exits_with_75_makes_progress(recipe, tmp_path):
     codes, _, _, printed = start(faults=[signal])
     assert codes == [2, 2]
     assert printed.endswith(
-        "megagpt: 3 starts did nothing but begin the evaluation of update 1\n"
+        "megagpt: 3 starts got no further than the evaluation of update 1\n"
         "  this one was stopped by a signal to another rank\n"
-        "  do: give a job more time, or evaluation.samples fewer\n"
+        "  do: give the job more time, or lower evaluation.samples\n"
     )
     codes, update, validated, printed = start("--max-minutes", "0")
     assert (codes, update, len(validated)) == ([75, 75], 2, 1), printed

@@ -33,7 +33,7 @@ def test_status_follows_the_life_of_a_run(recipe):
 
 
 def test_no_rank_exits_with_75_before_rank_0_has_recorded_the_stop(recipe, tmp_path):
-    slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:Note.end", "seconds": 1}
+    slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:StatusFile.end", "seconds": 1}
     with launch(recipe, "length.updates=100000", folder=tmp_path, faults=[slow]) as both:
         wait_for_update(recipe.with_suffix(""), 2)
         os.kill(both.pids()[1], signal.SIGUSR1)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.deepspeed import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
@@ -52,7 +52,7 @@ def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
 def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     """After two updates, save to FOLDER/saved or load it. Returns the peak memory of training and loading."""
     resolved = resolve(job.get("save", job.get("load")), LARGER, folder)
-    engine: Any = build(resolved, 100, rank, Agreement(rank.world_size))
+    engine: Any = build(resolved, 100, rank, Collectives(rank.world_size))
     engine.train_update(data(resolved, rank, 0))  # allocates the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:

@@ -74,7 +74,7 @@ def parity(tmp_path, config, ranks, program=("launch/parity.py",), *overrides, r
 def test_a_layout_that_trains_the_same_gets_a_certificate(tmp_path, config, ranks):
     code, console = parity(tmp_path, config, ranks)
     assert code == 0
-    assert console.splitlines()[0].startswith(f"parity   {ranks} ranks, ZeRO stage ")
+    assert console.splitlines()[0].startswith(f"parity   {ranks} rank{'s' if ranks > 1 else ''}, ZeRO stage ")
     assert console.splitlines()[-1] == "the same curve as one process, update by update"
     assert "real shape: built on the meta device: parameter groups 2; even shards" in console.splitlines()
     (reason,) = (line for line in console.splitlines() if "that an update of the real shape can be made" in line)
@@ -153,7 +153,9 @@ def test_the_first_differences_of_a_wrong_layout_are_reported(tmp_path):
 def test_a_config_that_does_not_fit_is_a_user_error(tmp_path):
     code, console = parity(tmp_path, "zeropp", 2)
     assert code == 2
-    assert console.startswith("megagpt: the 2 ranks cannot be cut into groups of 8 that hold the weights\n")
+    assert console.startswith(
+        "megagpt: the 2 ranks cannot be divided into groups of 8, each with a copy of the weights\n"
+    )
 
 
 def test_quantized_traffic_is_refused_on_a_cpu(tmp_path):

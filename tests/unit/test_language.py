@@ -18,7 +18,7 @@ COVERED = (
     "launch/recipes",
     "megagpt/__init__.py",
     "megagpt/__main__.py",
-    "megagpt/checkpoint/listing.py",
+    "megagpt/checkpoint",
     "megagpt/cli",
     "megagpt/config",
     "megagpt/corpus",
@@ -33,6 +33,7 @@ COVERED = (
     "megagpt/report.py",
     "megagpt/state.py",
     "megagpt/tokenizer",
+    "megagpt/training",
     "tests/benchmarks",
     "tests/conftest.py",
     "tests/faults",
@@ -58,7 +59,6 @@ NOT_YET = (  # of the covered folders
     "megagpt/prepare/plain_data.py",
     "megagpt/prepare/process_group.py",
     "megagpt/prepare/sockets.py",
-    "tests/faults/test_resume.py",
     "tests/unit/prepare/test_process_group.py",
 )
 
@@ -95,6 +95,7 @@ WORDS = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 # the yardsticks option is a public name
 ALLOWED = {
     "megagpt/cli/run.py": ("yardsticks",),
+    "megagpt/training/console.py": ("say",),  # its method
     "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
     "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
     "megagpt/plan/verdict.py": ("tell",),  # a value of --json: too close to tell

@@ -67,7 +67,7 @@ def test_the_option_of_another_program_is_none_of_the_launcher(words):
 
 
 def test_the_processes_above_are_found():
-    program = "import json; from megagpt.cluster import promise; print(json.dumps(promise.ancestors()))"
+    program = "import json; from megagpt.cluster import preflight; print(json.dumps(preflight.ancestors()))"
     shell = f"'{sys.executable}' -c '{program}' && :"
     made = subprocess.run(["sh", "-c", shell, "(odd) name"], capture_output=True, text=True, check=True)
     nearest = preflight.json.loads(made.stdout)[0]

@@ -1,14 +1,12 @@
 """Corpora with more tokens or bytes than 32 bits can count, as sparse files."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megagpt.corpus.reader import HEADER, MAGIC, CorpusReader
 from megagpt.data.evaluation_batches import EvaluationBatches
 from megagpt.data.loader import Loader
+from tests import own_process
 
 SEQUENCE = 1 << 20
 
@@ -62,16 +60,25 @@ def test_tokens_beyond_32_bit_offsets_are_read_correctly(large, width, edge, uni
     assert whole.tokens == edge + 2 * SEQUENCE - 1
 
 
-def test_memory_does_not_grow_with_the_tokens_read(large):
-    """Read a quarter of a GiB. Pages of a memory map would count as memory of this process."""
-    loader = Loader([(large(2, 1 << 31, {}), 1.0)], seq_len=16384, seed=1, vocab_size=100, micro_batch=8)
+def growth_of_a_loader(prefix):
+    """Bytes by which the process grows while a loader reads a quarter of a GiB."""
+    loader = Loader([(prefix, 1.0)], seq_len=16384, seed=1, vocab_size=100, micro_batch=8)
     loader.batches(0)
-
-    def resident():
-        pages = Path("/proc/self/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
+    before = own_process.resident_bytes()
     for update in range(1000):
         loader.batches(8 * update)
-    assert resident() - before < 32 << 20
+    return own_process.resident_bytes() - before
+
+
+def growth_of_a_memory_map(prefix):
+    """The same amount read through a memory map, whose pages count as memory of the process."""
+    tokens = CorpusReader(prefix).tokens
+    before = own_process.resident_bytes()
+    int(tokens[: 1 << 27].max())
+    return own_process.resident_bytes() - before
+
+
+def test_memory_does_not_grow_with_the_tokens_read(large):
+    prefix = large(2, 1 << 31, {})
+    assert own_process.run(growth_of_a_memory_map, prefix) > 128 << 20
+    assert own_process.run(growth_of_a_loader, prefix) < 32 << 20

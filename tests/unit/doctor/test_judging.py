@@ -283,7 +283,7 @@ def test_an_operator_whose_build_does_not_end(visit):
     ]
     assert found[0][3] == (
         "give it longer (--limit), or build it once before: "
-        "`/env/bin/python -c 'from megagpt.engine import operators; operators.load(\"async_io\")'`"
+        "`/env/bin/python -c 'from megagpt.engine import deepspeed_ops; deepspeed_ops.load(\"async_io\")'`"
     )
 
 

@@ -72,7 +72,7 @@ def test_groups_of_every_stage_are_those_of_the_whole_model_in_its_order(preset,
     section = ModelSection(**{"vocab_size": 32_000, "seq_len": 1024, **PRESETS[preset]})
     settings = OptimizerSection(type=type, lr=0.1, muon_lr=0.2, muon_momentum=0.95)
     with torch.device("meta"):
-        layers = gpt.layers(section)
+        layers = gpt.build_layers(section)
     whole = kinds(build._groups(settings, torch.nn.ModuleList(layers)))
     assert len(whole) == (4 if type == "muon" else 2)
     for count in stage_counts(section.n_layer):
