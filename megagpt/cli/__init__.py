@@ -8,6 +8,7 @@ also returns 3 for a run that is still training.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -52,6 +53,9 @@ def megagpt(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` is printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without some character shows "?" instead of failing
     try:
         app(arguments)
     except UserError as error:

@@ -198,18 +198,18 @@ def _train_layout(
     return Curve(losses, norms, rates, [int(number) for number in tokens], [before, after], initial, final)
 
 
+def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
+    loss = engine.evaluate(batches)
+    assert loss is not None  # None only if an evaluation is stopped early
+    return loss
+
+
 def _train_update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
     """Make one update. If the fp16 gradient overflows, repeat it with a lower loss scale, as in a run."""
     result = engine.train_update(batches)
     while not result.made and math.isfinite(result.loss) and result.scale and result.scale.value > result.scale.minimum:
         result = engine.train_update(batches)
     return result
-
-
-def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
-    loss = engine.evaluate(batches)
-    assert loss is not None  # nothing requests a stop
-    return loss
 
 
 def _rank_batches(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:

@@ -8,13 +8,8 @@ from tests import training
 from tests.faults.launches import launch
 from tests.training import curve, events, final_weights
 
-PHASES = {
-    "data": 6,
-    "forward/backward": 12,
-    "step": 18,
-    "save": 25,
-    "evaluate": 30,
-}  # with the update in which the fault occurs
+# phase: update in which the fault occurs
+PHASES = {"data": 6, "forward/backward": 12, "step": 18, "save": 25, "evaluate": 30}
 OVERRIDES = (
     "length.updates=40",
     "checkpoint.every=5",
@@ -61,9 +56,8 @@ def test_a_signal_to_one_rank_in_any_phase_stops_both_in_that_update_and_loses_n
             assert ranks.wait(120) == [75, 75], ranks.printed()
             assert {fault["name"] for fault in ranks.fired()} == {"signal", "clock"}
             printed = ranks.printed()
-        answered = (
-            update + 1 if phase == "save" else update
-        )  # the save of update 25 is completed, and the run stops after the next update
+        # The save of update 25 is completed, and the run stops after the next update.
+        answered = update + 1 if phase == "save" else update
         assert f"Stopped by a signal to another rank; checkpoint saved at update {answered}." in printed
         assert newest(run) == curve(run)[-1]["update"] == answered
     left = [event["event"] for event in events(run) if event["update"] == 30]

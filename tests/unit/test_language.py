@@ -88,7 +88,6 @@ NOT_YET = (  # of the covered folders
     "megagpt/prepare/plain_data.py",
     "megagpt/prepare/process_group.py",
     "megagpt/prepare/sockets.py",
-    "tests/faults/test_resume.py",
     "tests/unit/prepare/test_process_group.py",
 )
 

@@ -1,14 +1,21 @@
-"""The console shows our lines and nothing else; the log file has everything."""
+"""The console shows our lines and nothing else, the log file has everything, and no output can end a run."""
 
+import json
+import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.data.evaluation_batches import perplexity
 from megagpt.state import TrainState, UpdateResult
-from megagpt.training.console import Progress, duration
+from megagpt.training import loop
+from megagpt.training.console import Progress, display_only, duration
 
 NOISY = """
 import logging, os, sys, warnings
@@ -82,14 +89,12 @@ def test_durations_read_well(seconds, words):
 @given(st.floats(0, 1e9))
 def test_every_duration_can_be_said(seconds):
     assert duration(seconds)
-<<<<<<< ours
-=======
 
 
 ANY_TEXT = r"""
 import sys
 from pathlib import Path
-from megagpt.run.console import Console
+from megagpt.training.console import Console
 with Console(Path(sys.argv[1]), rank=0) as console:
     console.say("2 \u00d7 cpu, \u6f22, \U0001f600, half a surrogate pair: \ud800")
     console.alarm("alarm \u00d7 \ud800")
@@ -124,7 +129,7 @@ def test_no_number_is_too_strange_to_show(value):
     assert duration(value)
     lines = []
     run = SimpleNamespace(console=SimpleNamespace(say=lines.append))
-    train.show_validation(run, TrainState(30), value, value, {"a": value})
+    loop.show_validation(run, TrainState(30), value, value, {"a": value})
     assert lines[0].startswith(f" validation  update 30  loss {value:7.4f}  perplexity ")
 
 
@@ -154,4 +159,3 @@ def test_commands_print_to_a_terminal_that_knows_only_ascii(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.isascii()
     assert b"time: 3s: compute 100.0%" in result.stdout
->>>>>>> theirs
