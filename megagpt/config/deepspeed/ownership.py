@@ -9,7 +9,7 @@ from typing import Any
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.config.recipe import Recipe
 from megagpt.config.recipe.optimizers import OPTIMIZERS
-from megagpt.config.syntax.formatting import TableRow, format_table
+from megagpt.config.syntax.formatting import TableRow, format_table, format_value
 from megagpt.errors import Problem, closest_match
 
 
@@ -96,7 +96,25 @@ def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Pro
     ]
     file = location.rpartition(":")[0]  # "" for the command line
     do = f'write "auto" in {file} (the recipe owns it)' if file else f"use {value.owner}=VALUE (the recipe owns it)"
+    kept = _kept_in_recipe(value, view, recipe)
+    if kept and not recipe.location(value.owner):
+        do = f'write "auto" in {file} to use the default, or set {value.owner} to {kept} in the recipe'
+        if not file:
+            do = f"use {value.owner}={kept}"
+        return Problem(f"the recipe owns {value.name}, and its default is another", format_table(rows), do)
     return Problem(f"two places set {value.name}", format_table(rows), do)
+
+
+def _kept_in_recipe(value: OwnedKey, view: ConfigView, recipe: Recipe) -> str:
+    """Return the value of the recipe that keeps the config's value, or "" if it cannot be written there as it is."""
+    stated, own = view.get(value.key), _in_recipe(recipe, value.owner)
+    numbers = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+        return ""
+    if value.value != (list(own) if isinstance(own, tuple) else own):
+        return ""  # another unit, such as a ratio
+    is_off = value.key == "gradient_clipping" and stated == 0
+    return "null" if is_off else format_value(stated)
 
 
 def ignored_parameters(view: ConfigView, values: Sequence[OwnedKey]) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megagpt.config.recipe.optimizers import OPTIMIZERS, OptimizerKey
 from megagpt.config.recipe.presets import PRESETS
+from megagpt.config.recipe.synonyms import preset_of_synonym
 from megagpt.config.syntax.formatting import join_words
 from megagpt.errors import closest_match
 
@@ -22,9 +23,12 @@ Rule = tuple[Callable[..., Violation], tuple[str, ...]]
 def _preset(preset: str | None) -> Violation:
     if preset is None or preset in PRESETS:
         return None
-    near = closest_match(preset, PRESETS)
-    names = ", ".join(PRESETS)
-    return f'there is no preset "{preset}"', f"write {near}" if near else f"choose one of {names}"
+    what = f'there is no preset "{preset}"'
+    near = preset_of_synonym(preset) or closest_match(preset, PRESETS)
+    if near:
+        return what, f"write {near}"
+    family = [name for name in PRESETS if name.startswith(f"{preset.lower()}-")]
+    return what, f"choose one of {', '.join(family or PRESETS)}"
 
 
 def _init_from(init_from: str | None) -> Violation:
