@@ -62,6 +62,7 @@ COMBINATIONS = (  # (overrides of the recipe, DeepSpeed config, ranks) that are 
     ([], {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 2),
     (["precision=fp32"], {"bf16": {"enabled": True}}, 2),
     (["batch.global_size=9"], {}, 2),
+    ([], {"gradient_clipping": 2.0}, 2),
     ([], {"train_micro_batch_size_per_gpu": 3}, 2),
     ([], {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}, 2),
     ([], {"zero_optimization": {"stage": 2, "offload_param": _OFFLOAD}}, 2),
