@@ -1,9 +1,11 @@
-"""A hang is found by progress, not by a live process: each rank notes what it does, and a thread looks at the clock.
+"""Watchdog: detects a rank that hangs, and names ranks that have died.
 
-Every rank leaves what it is doing in logs/rank-N.heartbeat. When a rank makes no progress for too long, whichever
-rank notices first names the rank that is furthest behind and the hosts that do not answer, has every rank write its
-stacks to its log, and ends itself; the launcher ends the others. The first updates may compile kernels for minutes:
-a rank that makes no progress there is named as early as in other updates, but ended later.
+Each rank records its current phase in logs/rank-N.heartbeat, and a thread compares the duration of the phase with a
+limit. When a rank makes no progress for too long, the rank that notices first names the rank that is furthest behind
+and the hosts that do not answer, has every rank write its stacks to its log, and exits. The launcher then ends the
+other ranks. The first updates may compile kernels for minutes, so a rank without progress there is named as early as
+in other updates, but ended later. A rank that dies makes the collectives of the others fail: training/loop.py catches
+that error, and `Watch.gone` finds from the heartbeats which ranks have died.
 """
 
 from __future__ import annotations
@@ -28,28 +30,28 @@ from megagpt.files import parse_json
 
 DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
 EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
-_EXEMPT = 2  # updates: the first ones compile and warm up, and have the longer limit
-_GONE = 3.0  # seconds without a sign of life, of which there is one a second
-_REQUEST_SECONDS = 2.5  # until all ranks have seen the file: they look once a second
-_REQUEST = "stacks-requested"  # file in the folder of logs: when it is touched, each rank writes its stacks to its log
-_LONGER = 10  # times the limit, for phases that wait for disks, or happen once: between two batches nothing does
+_EXEMPT = 2  # first updates, which may compile kernels and therefore have the longer limit
+_GONE = 3.0  # seconds without a heartbeat after which a rank counts as dead; heartbeats are written every second
+_REQUEST_SECONDS = 2.5  # until all ranks have noticed the request; they check once per second
+_REQUEST = "stacks-requested"  # file in the log folder; when it changes, each rank writes its stacks to its log
+_LONGER = 10  # multiplier of the limit for phases that may legitimately be slow (saving, sampling, first use)
 
 
 class Watch:
-    """Notes the phase of this rank, and ends the process when a phase lasts too long.
+    """Records the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations), in seconds; for a save, a sample, the
-    first updates or the first batch of an evaluation ten times `seconds` at least; building has none. An evaluation
-    enters its phase again with each batch. In the first updates, a phase that lasts longer than max(`seconds`, 5 × the
-    longest phase before it) is reported once, and the rank waits on.
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations). For a save, a sample, the first updates
+    and the first batch of an evaluation it is at least ten times `seconds`. Building has no limit. An evaluation enters
+    its phase again for each batch. In the first updates, a phase that lasts longer than max(`seconds`, 5 × the longest
+    phase before it) is reported once, and the rank continues to wait.
 
     Args:
         folder: where heartbeats and logs of the run's ranks are.
         rank: this rank.
         hosts: the host of each rank.
-        seconds: the smallest limit.
-        alarm: called with a text for people before this rank is ended.
-        warn: called with a text for people while this rank waits on.
+        seconds: lower bound of the limit, in seconds.
+        alarm: called with a message before this rank is ended.
+        warn: called with a message while this rank continues to wait.
     """
 
     def __init__(
@@ -106,9 +108,9 @@ class Watch:
         return f"{self._phase} of update {self._update}"
 
     def gone(self) -> list[str]:
-        """A line for each host that does not answer, and each rank that has ended without closing its watch.
+        """Return a line for each host that does not answer, and each rank that has died.
 
-        Takes some seconds: whoever has ended was alive a moment ago.
+        Waits some seconds first, because the last heartbeat of a rank that has just died is still recent.
         """
         time.sleep(_GONE + 1)
         return [*self._unanswering(), *(line for line, silent in self._beats(_GONE) if silent)]
@@ -136,7 +138,7 @@ class Watch:
 
     def _limit(self) -> float:
         measured = list(self._durations[self._phase])
-        # where nothing is measured yet, as in the first batch of an evaluation, kernels may still be compiled
+        # before anything is measured, as in the first batch of an evaluation, kernels may still be compiled
         quick = measured and self._updates_seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
         least = self._seconds if quick else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
@@ -152,7 +154,7 @@ class Watch:
         os._exit(EXIT_FAILURE)
 
     def _report_early(self, lasted: float) -> None:
-        """Report a hang in the first updates, unless another rank has reported it by now; all ranks write stacks."""
+        """Report a hang in the first updates, unless another rank already has. All ranks write their stacks."""
         self._warned = True
         if self._stacks_requested():
             return
@@ -163,7 +165,7 @@ class Watch:
         )
 
     def _findings(self, lasted: float) -> str:
-        """Which rank makes no progress, in which phase, and where the other ranks and hosts are."""
+        """Describe which rank makes no progress, in which phase, and the state of the other ranks and hosts."""
         lines = [*self._unanswering(), *(line for line, _ in self._beats(self._seconds / 2))]
         return (
             f"megagpt: {self._called(self._rank)} has made no progress for {lasted:.0f} s, "
@@ -171,13 +173,13 @@ class Watch:
         )
 
     def _request_stacks(self) -> None:
-        """Write this rank's stacks to its log, and let the others do so; without a shared disk, each does it alone."""
+        """Write this rank's stacks to its log, and request the same of all ranks that share the run directory."""
         with contextlib.suppress(OSError):
             (self._folder / _REQUEST).write_text(f"{self._called(self._rank)}, {self.doing}\n")
         self._write_stacks()
 
     def _stacks_requested(self) -> bool:
-        """Whether any rank has requested stacks since this one wrote them last."""
+        """Whether any rank has requested stacks since this rank last wrote them."""
         with contextlib.suppress(OSError):
             return (self._folder / _REQUEST).stat().st_mtime > self._stacks_written_at
         return False
@@ -198,7 +200,7 @@ class Watch:
         return f"rank {rank} on {self._hosts[rank].name}"
 
     def _unanswering(self) -> list[str]:
-        """A line for each other host that does not answer."""
+        """Return a line for each other host that does not answer."""
         here = self._hosts[self._rank].address
         names = {host.address: host.name for host in self._hosts if host.address != here}
         return [
@@ -207,9 +209,9 @@ class Watch:
         ]
 
     def _beats(self, seconds: float) -> list[tuple[str, bool]]:
-        """A line for each rank, and whether it is silent for so long, as one is that is stopped or gone.
+        """Return a line per rank, and whether its last heartbeat is older than `seconds`.
 
-        The one furthest behind comes first. Of a rank that writes to another disk nothing is known.
+        The rank that is furthest behind comes first. Ranks whose heartbeats are on another disk are left out.
         """
         rows = []
         for rank in range(len(self._hosts)):

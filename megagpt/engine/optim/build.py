@@ -1,4 +1,7 @@
-"""Build the optimizer of a recipe: DeepSpeed's fused AdamW on GPUs and torch's on CPUs, or Muon."""
+"""Build the optimizer of a recipe: DeepSpeed's fused AdamW on GPUs and torch's on CPUs, or Muon.
+
+The table in config/recipe/optimizers.py lists the optimizers, and what else to change to add one.
+"""
 
 from __future__ import annotations
 
