@@ -40,9 +40,9 @@ _LONGER = 10  # multiplier of the limit for phases that may legitimately be slow
 class Watch:
     """Records the phase of this rank, and ends the process when a phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations). For a save, a sample, the first updates
-    and the first batch of an evaluation it is at least ten times `seconds`. Building has no limit. An evaluation enters
-    its phase again for each batch. In the first updates, a phase that lasts longer than max(`seconds`, 5 × the longest
+    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations). For a save, a sample, the first
+    updates and the first batch of an evaluation it is at least ten times `seconds`. Building has no limit. An
+    evaluation enters its phase again for each batch. In the first updates, a phase that lasts longer than max(`seconds`, 5 × the longest
     phase before it) is reported once, and the rank continues to wait.
 
     Args:
