@@ -20,3 +20,8 @@ _CONTEXT.set_forkserver_preload([  # what a start of training imports; torch's o
 def process(target: Any, *arguments: Any) -> BaseProcess:
     """A process that calls a function of a module with these arguments, once started."""
     return _CONTEXT.Process(target=target, args=arguments)
+
+
+def fresh_process(target: Any, *arguments: Any) -> BaseProcess:
+    """The same as a new interpreter, which shares no memory with any other process."""
+    return multiprocessing.get_context("spawn").Process(target=target, args=arguments)

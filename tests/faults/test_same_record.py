@@ -11,7 +11,12 @@ WORDS = (
     "model.n_layer=3", "length.updates=26", "evaluation.every=6", "checkpoint.every=5", "checkpoint.keep_last=null",
     "health.loss_spike=5", "health.window=8", "log.every=1",
 )  # fmt: skip
-SPIKE = {"kind": "mislabel", "name": "spike", "positions": [96], "token": 100}  # update 25; a byte that the text has not
+SPIKE = {
+    "kind": "mislabel",
+    "name": "spike",
+    "positions": [96],
+    "token": 100,
+}  # update 25; a byte that the text has not
 LAYOUTS = (("zero0", 1), ("zero0", 2), ("zero2", 2), ("zero3", 2), ("tensor2", 2), ("pipeline2", 2))
 # how long it took, how much memory, and where
 MEASURED = {

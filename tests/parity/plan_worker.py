@@ -1,7 +1,6 @@
 """One rank of four that trains two updates of each case, and writes down what its tensors take. Started by groups.py.
 
-python -m tests.parity.plan_worker JOB.json
-JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+The job: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 
 The engine and all that it allocates are real. The other ranks are not there: torch's fake process group answers for
 them, with copies of what this rank sends. With real ones, gloo's threads free tensors where no one can count it.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +68,3 @@ def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
 
 def _accept(loss: float) -> bool:
     return True  # whatever it is: the first stage of a pipeline hears of no loss here
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
