@@ -52,14 +52,3 @@ class UpdateResult:
     made: bool = True
     """False if the loss was rejected or the gradient was not finite, so that weights and optimizer are unchanged"""
     scale: LossScale | None = None
-    """loss scale with which the gradient was computed; None without dynamic loss scaling"""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Decision that all ranks make together after an update."""
-
-    stop: str | None = None
-    """reason to stop; None to continue"""
-    writing: bool = False
-    """whether any rank is still writing a checkpoint"""

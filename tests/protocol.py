@@ -17,8 +17,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from megagpt.checkpoint import store as checkpoint
-from megagpt.checkpoint.async_saver import Attempt, Saver
-from megagpt.cluster import Agreement, Rank
+from megagpt.checkpoint.async_saver import Saver, SaveResult
+from megagpt.cluster import Collectives, Rank
 from megagpt.files import WriteFile
 from megagpt.state import TrainState
 from tests import training
@@ -37,16 +37,16 @@ def attempt(
     write: Callable[[WriteFile], None] | None = None,
     asynchronous: bool = False,
     rank: Rank = Rank(),  # noqa: B008  # frozen
-    agreement: Agreement | None = None,
+    collectives: Collectives | None = None,
     **keep: int | None,
-) -> Attempt:
+) -> SaveResult:
     """One whole save of two small files a rank."""
 
     def files(sink: WriteFile) -> None:
         sink(f"shard-{rank.rank}", b"weights of %d" % update)
         sink(f"deep/moments-{rank.rank}", bytes(1000))
 
-    store = checkpoint.Store(run, rank, agreement or Agreement(1), **{"keep_last": 3, **keep})
+    store = checkpoint.Store(run, rank, collectives or Collectives(1), **{"keep_last": 3, **keep})
     ended = Saver(store, write or files, {"layout": {"world_size": 1}}, asynchronous).save(state_of(update), wait=True)
     assert ended is not None
     return ended
@@ -99,11 +99,11 @@ class Place:
     folder: Path
     asynchronous: bool = False
     rank: Rank = field(default_factory=Rank)
-    agreement: Agreement = field(default_factory=lambda: Agreement(1))
+    collectives: Collectives = field(default_factory=lambda: Collectives(1))
 
-    def attempt(self, run: Path, update: int) -> Attempt:
+    def attempt(self, run: Path, update: int) -> SaveResult:
         """A save that leaves two checkpoints."""
-        return attempt(run, update, None, self.asynchronous, self.rank, self.agreement, keep_last=2)
+        return attempt(run, update, None, self.asynchronous, self.rank, self.collectives, keep_last=2)
 
     def save(self, run: Path, update: int) -> None:
         """A save that must go well."""
@@ -121,7 +121,7 @@ class Place:
         with sabotage(0, failing(errno.EIO)) as seen:
             self.save(self.folder / "count", 3)
         assert {*CALLS} == {*seen} or not self.rank.main
-        return int(self.agreement.gather(str(len(seen)))[on_rank])
+        return int(self.collectives.all_gather_object(len(seen))[on_rank])
 
     def goes_on(self, run: Path) -> None:
         """The next save works, and leaves nothing over of the one that did not."""
@@ -134,7 +134,7 @@ class Place:
 def latest_names_a_whole_one(run: Path) -> None:
     """`latest` is a hint, but whatever stops a save, it hints at what is there."""
     named = (run / "checkpoints/latest").read_text().strip()
-    found, wrong = checkpoint.check(run / "checkpoints" / named)
+    found, wrong = checkpoint.verify(run / "checkpoints" / named)
     assert found is not None, wrong
 
 
@@ -147,8 +147,8 @@ def a_failing_call_harms_nothing(place: Place, number: int, on_rank: int = 0) ->
         place.two_saved(run)
         with sabotage(at if place.rank.rank == on_rank else 0, failing(number)):
             ended = place.attempt(run, 3)
-        answers = place.agreement.gather(json.dumps([ended.published, ended.problem]))
-        assert len({*answers}) == 1, (at, answers)
+        answers = place.collectives.all_gather_object([ended.published, ended.problem])
+        assert all(answer == answers[0] for answer in answers), (at, answers)
         found, skipped = checkpoint.newest_valid(run)
         assert (found.state, skipped) == (state_of(3 if ended.published else 2), []), at
         latest_names_a_whole_one(run)
@@ -172,8 +172,8 @@ def what_one_rank_cannot_write_is_published_by_none(place: Place, run: Path, on_
             sink(f"shard-{on_rank}/below", b"a file is no folder")
             sink("more", b"x")
 
-    ended = attempt(run, 3, write, place.asynchronous, place.rank, place.agreement)
-    assert {*place.agreement.gather(str(ended.published))} == {"False"}
+    ended = attempt(run, 3, write, place.asynchronous, place.rank, place.collectives)
+    assert {*place.collectives.all_gather_object(ended.published)} == {False}
     assert ended.problem.startswith(f"rank {on_rank}: ")
     assert checkpoint.newest_valid(run)[0].state == state_of(2)
 

@@ -1,21 +1,21 @@
-"""`megagpt checkpoints` and `megagpt stop`: list the checkpoints of a run, and request that it saves and stops."""
+"""`megagpt checkpoints`: list the checkpoints of a run, and verify them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt import files
 from megagpt.checkpoint import store
 from megagpt.config.deepspeed import Layout
 from megagpt.errors import UserError
-from megagpt.training import status
-from megagpt.training.stop_signals import REQUEST
 
 
 @dataclass(frozen=True)
-class CheckpointLine:
-    """One checkpoint. Fields are None or "" if its manifest cannot be read."""
+class ListedCheckpoint:
+    """A checkpoint in the list. `wrong` is the reason why it cannot be used, or "" if it can.
+
+    `update`, `tokens` and `bytes` are None if the manifest cannot be read.
+    """
 
     name: str
     update: int | None
@@ -30,66 +30,56 @@ class CheckpointLine:
 
 @dataclass(frozen=True)
 class CheckpointList:
-    """All checkpoints of a run, oldest first."""
+    """All checkpoints of a run, oldest first. `verified`: every byte was compared with its checksum."""
 
     run: str
     verified: bool
-    """whether every byte was read"""
-    checkpoints: tuple[CheckpointLine, ...]
+    checkpoints: tuple[ListedCheckpoint, ...]
 
     def __str__(self) -> str:
-        width = max(len(line.layout) for line in self.checkpoints)
-        width = max(width, len("layout"))
+        width = max(len("layout"), *(len(listed.layout) for listed in self.checkpoints))
         rows = [f"{'update':>10}  {'tokens':>15}  {'size':>9}  {'layout':<{width}}  state"]
-        for line in self.checkpoints:
-            state = line.wrong or ("verified" if self.verified else "complete")
-            if line.pinned and not line.wrong:
-                state += ", pinned"
-            if line.update is None or line.tokens is None or line.bytes is None:
-                rows.append(f"{line.name}: {state}")
+        for listed in self.checkpoints:
+            state = listed.wrong or self._good_state(listed)
+            if listed.update is None or listed.tokens is None or listed.bytes is None:
+                rows.append(f"{listed.name}: {state}")
             else:
-                size = f"{line.bytes / 1e6:,.1f} MB"
-                rows.append(f"{line.update:>10,}  {line.tokens:>15,}  {size:>9}  {line.layout:<{width}}  {state}")
+                size = f"{listed.bytes / 1e6:,.1f} MB"
+                rows.append(f"{listed.update:>10,}  {listed.tokens:>15,}  {size:>9}  {listed.layout:<{width}}  {state}")
         return "\n".join(rows)
+
+    def _good_state(self, listed: ListedCheckpoint) -> str:
+        state = "verified" if self.verified else "complete"
+        return f"{state}, pinned" if listed.pinned else state
 
 
 def checkpoints(run: Path, verify: bool) -> CheckpointList:
-    """List the checkpoints of a run.
+    """List the checkpoints of a run, checking the names and sizes of their files.
 
     Args:
         run: the run directory.
-        verify: read every byte and compare checksums. Otherwise only names and sizes of files are checked.
+        verify: also read every byte and compare checksums.
 
     Raises:
-        UserError: if there are none.
+        UserError: The run has no checkpoint.
     """
     folders = store.Store(run).folders()
     if not folders:
-        where = str(run / "checkpoints")
-        raise UserError("there is no checkpoint here", where, "give a run directory that has checkpoints")
-    return CheckpointList(str(run), verify, tuple(_line(folder, verify) for folder in folders))
+        raise UserError("there is no checkpoint here", str(run / "checkpoints"), "give a run directory that has checkpoints")
+    return CheckpointList(str(run), verify, tuple(_inspect(folder, verify) for folder in folders))
 
 
-def stop(run: Path) -> status.Standing:
-    """Create the stop file of a running run. Its ranks find it before their next update, or once they have started.
-
-    If the run is not running, no stop file is left behind. Returns the status of the run. Raises UserError if there is
-    no such run directory.
-    """
-    standing = status.read(run)
-    if standing.state == "running":
-        files.replace_text(run / REQUEST, "")
-        standing = status.read(run)  # it may have ended in the meantime, whether or not it found the file
-    if standing.state != "running":
-        (run / REQUEST).unlink(missing_ok=True)
-    return standing
-
-
-def _line(folder: Path, verify: bool) -> CheckpointLine:
-    found, wrong = store.read(folder)
+def _inspect(folder: Path, verify: bool) -> ListedCheckpoint:
+    found, problem = store.read_manifest(folder)
     pinned = (folder / store.PINNED).exists()
     if found is None:
-        return CheckpointLine(folder.name, None, None, None, "", pinned, wrong)
-    wrong = store.check(folder)[1] if verify else store.incomplete(found)
-    layout = str(Layout.from_record(found.facts["layout"]))
-    return CheckpointLine(folder.name, found.state.update, found.state.tokens, found.bytes, layout, pinned, wrong)
+        return ListedCheckpoint(folder.name, None, None, None, layout="", pinned=pinned, wrong=problem)
+    return ListedCheckpoint(
+        folder.name,
+        found.state.update,
+        found.state.tokens,
+        found.bytes,
+        layout=str(Layout.from_record(found.facts["layout"])),
+        pinned=pinned,
+        wrong=store.verify(folder)[1] if verify else store.find_incomplete(found),
+    )

@@ -1,4 +1,4 @@
-"""A trained model read back from its run directory, without DeepSpeed, on one process."""
+"""Load a trained model from its run directory for inference: without DeepSpeed, in one process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from megagpt.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The newest valid checkpoint of a run: its recipe, and its model in evaluation mode, on a GPU if there is one."""
+class LoadedModel:
+    """A trained model: the run's recipe, its newest valid checkpoint, and the model in evaluation mode.
+
+    The model is on a GPU if there is one.
+    """
 
     recipe: recipes.Recipe
     checkpoint: Checkpoint
     model: GPT
 
 
-def load(run: Path) -> Trained:
-    """Read a run directory. Raises UserError where it holds no valid checkpoint."""
+def load(run: Path) -> LoadedModel:
+    """Load the newest valid checkpoint of a run. Raises UserError if there is none."""
     found, damaged = newest_valid(run)
     if found is None:
         raise UserError(
@@ -35,19 +38,17 @@ def load(run: Path) -> Trained:
         )
     recipe = recipes.load(run / "recipe.yaml")
     model = weights.load(found.folder, recipe.model, recipe.document_end)
-    return Trained(
-        recipe, found, _placed(model, os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available())
-    )
+    use_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    return LoadedModel(recipe, found, _to_gpu(model) if use_gpu else model)
 
 
-def _placed(model: GPT, on_gpu: bool) -> GPT:
-    """The model where it is to compute. Raises UserError where a GPU has no room for it beside what it holds."""
-    if not on_gpu:
-        return model
+def _to_gpu(model: GPT) -> GPT:
+    """Move the model to the GPU. Raises UserError if it does not fit in the free memory."""
     try:
         return model.to("cuda")
     except torch.OutOfMemoryError:
-        free, size = torch.cuda.mem_get_info()[0], sum(one.numel() for one in model.parameters()) * 4
+        free = torch.cuda.mem_get_info()[0]
+        size = 4 * sum(parameter.numel() for parameter in model.parameters())
         raise UserError(
             f"the model takes {size / 1e9:.1f} GB in fp32, and the GPU has {free / 1e9:.1f} GB free",
             f"{torch.cuda.get_device_name()}",

@@ -1,9 +1,9 @@
-"""Checkpoints are published, not written: a folder exists whole under its name, or not at all.
+"""Checkpoints are published atomically: a folder exists complete under its final name, or not at all.
 
-Ranks write into a partial folder, each flushing and checksumming its own files; all tell all whether it went well;
-rank 0 joins sizes and checksums into a manifest, renames the folder, and points `latest` at it. `latest` is a hint:
-the manifest decides. Whatever fails on one rank before the rename is a failed save on every rank, and nothing else;
-what fails after it is a note, for published is published.
+Every rank writes its files into a partial folder, and flushes and checksums them. All ranks exchange whether that
+succeeded. Rank 0 then writes all sizes and checksums into a manifest, renames the folder, and points `latest` at it.
+`latest` is only a hint: the manifest decides. A failure on any rank before the rename is a failed save on every rank. A
+failure after the rename is only reported, because the checkpoint is published by then.
 """
 
 from __future__ import annotations
@@ -11,31 +11,25 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megagpt import files
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.files import WriteFile, parse_json
 from megagpt.model.flops import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
-PINNED = "PINNED"  # a file of this name in a checkpoint keeps it
+PINNED = "PINNED"  # a file of this name in a checkpoint keeps it from being removed
 _PARTIAL = ".partial_"
-
-Report = tuple[str, Any]
-"""What went wrong on this rank ("": nothing), and what it tells the others."""
-Work = Callable[[], Report]
-Steps = Generator[Work, Report, str]
-"""The publication of one checkpoint: see `Store.publishing`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One published checkpoint: its folder, where the run stood, and the rest of its manifest."""
+    """A published checkpoint: its folder, the training state, and the rest of its manifest."""
 
     folder: Path
     state: TrainState
@@ -47,24 +41,33 @@ class Checkpoint:
         return sum(file["bytes"] for file in self.facts["files"].values())
 
 
-class SaveFailed(Exception):
-    """A checkpoint could not be published; those before it are as they were. The same on every rank."""
+@dataclass(frozen=True)
+class Outcome:
+    """Outcome of one rank's file work: its error ("" if there was none), and a value for the other ranks."""
+
+    error: str = ""
+    value: Any = None
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where the checkpoints of a run are published, and which are kept.
+    """The checkpoints of a run: where they are published, and which are kept.
 
-    Of the published ones, the newest `keep_last` stay (None: all), those whose update divides by `keep_every`, and
-    pinned ones. `needed` is the space in bytes that a checkpoint takes at least.
+    Args:
+        run: the run directory.
+        rank: this rank.
+        collectives: the ranks.
+        keep_last: number of newest checkpoints to keep; None keeps all.
+        keep_every: also keep checkpoints whose update is a multiple of this. Pinned ones are always kept.
+        min_bytes: size that a checkpoint has at least.
     """
 
     run: Path
     rank: Rank = field(default_factory=Rank)
-    agreement: Agreement = field(default_factory=lambda: Agreement(1))
+    collectives: Collectives = field(default_factory=lambda: Collectives(1))
     keep_last: int | None = None
     keep_every: int | None = None
-    needed: int = 0
+    min_bytes: int = 0
 
     @property
     def root(self) -> Path:
@@ -72,91 +75,152 @@ class Store:
         return self.run / "checkpoints"
 
     def folder(self, update: int) -> Path:
-        """Where the checkpoint of an update is published."""
+        """Return the folder in which the checkpoint of an update is published."""
         return self.root / f"update_{update:08d}"
 
-    def publishing(self, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]) -> Steps:
-        """Save through `save_state`; `facts` go into the manifest.
-
-        Each step that is yielded is file work of this rank alone, on whatever thread, and its report is sent back.
-        All between is agreed by all ranks. Returns what went wrong after publication, "" for nothing. Raises
-        SaveFailed, on every rank, whichever rank it happened on.
-        """
-        final = self.folder(state.update)
-        partial = self.root / (_PARTIAL + final.name)
-        self._agree((_problem(lambda: self._begin(partial)) if self.rank.main else "", None))
-        written = self._agree((yield lambda: _write(partial, save_state)))
-        whole = Checkpoint(partial, state, {**facts, "files": {k: v for part in written for k, v in part.items()}})
-        notes: list[str] = self._agree((yield lambda: self._publish(whole, final)))
-        return notes[0]
-
-    def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose files are all there and whole, and a line for each newer one that is not."""
-        skipped: list[str] = []
-        names = parse_json(self.agreement.gather(json.dumps([folder.name for folder in self.folders()]))[0])
-        for name in reversed(names):
-            checkpoint, wrong = self.valid(name)
-            if checkpoint is not None:
-                return checkpoint, skipped
-            skipped.append(wrong)
-        return None, skipped
-
-    def valid(self, name: str) -> tuple[Checkpoint | None, str]:
-        """The checkpoint of this name if its files are all there and whole, or what is wrong with it.
-
-        The ranks share the reading, and all get the same answer.
-        """
-        checkpoint, wrong = check(self.root / name, self.rank.rank, self.rank.world_size)
-        reasons = [reason for reason in self.agreement.gather(wrong) if reason]
-        return (None, f"{name}: {reasons[0]}") if reasons else (checkpoint, "")
-
     def folders(self) -> list[Path]:
-        """All published checkpoints, the oldest first; a copy by another name is none."""
+        """Return the folders of all published checkpoints, oldest first. Ignores copies under other names."""
         return sorted(path for path in self.root.glob("update_*") if path.name.removeprefix("update_").isdecimal())
 
-    def _begin(self, partial: Path) -> None:
-        """Clear what a save that was cut short has left, see that there is room, and make the partial folder."""
+    def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
+        """Find the newest checkpoint whose files are all present and undamaged. Collective.
+
+        Returns:
+            The checkpoint (None if there is none), and a line for each newer one that is damaged.
+        """
+        damaged: list[str] = []
+        names = self.collectives.all_gather_object([folder.name for folder in self.folders()])[0]
+        for name in reversed(names):
+            checkpoint, problem = self.valid(name)
+            if checkpoint is not None:
+                return checkpoint, damaged
+            damaged.append(problem)
+        return None, damaged
+
+    def valid(self, name: str) -> tuple[Checkpoint | None, str]:
+        """Return a checkpoint if its files are all present and undamaged, or None and what is wrong. Collective.
+
+        The ranks share the work of reading, and all return the same.
+        """
+        checkpoint, problem = verify(self.root / name, self.rank.rank, self.rank.world_size)
+        problems = [problem for problem in self.collectives.all_gather_object(problem) if problem]
+        return (None, f"{name}: {problems[0]}") if problems else (checkpoint, "")
+
+    def make_partial(self, partial: Path) -> None:
+        """Create a partial folder. Removes what interrupted saves have left, and checks the free space first."""
         for leftover in [*self.root.glob(_PARTIAL + "*"), *self.root.glob(".removed_*")]:
             files.remove_tree(leftover)
         files.make_folder(partial)
-        last = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read(folder)[0])]
-        needed, free = int(CHECKPOINT_HEADROOM * max([self.needed, *last])), shutil.disk_usage(partial).free
+        previous = [checkpoint.bytes for folder in self.folders()[-1:] if (checkpoint := read_manifest(folder)[0])]
+        needed = int(CHECKPOINT_HEADROOM * max([self.min_bytes, *previous]))
+        free = shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"{self.root} has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB")
 
-    def _publish(self, whole: Checkpoint, final: Path) -> Report:
-        """Rank 0's part: everything up to the rename may fail the save, nothing behind it may."""
-        if not self.rank.main:
-            return "", ""
-        error = _problem(lambda: _seal(whole, final))
-        return error, "" if error else _problem(lambda: self._point_at(final))
+    def gather_outcomes(self, outcome: Outcome) -> tuple[str, list[Any]]:
+        """Exchange the outcomes of file work between all ranks. Collective.
 
-    def _point_at(self, final: Path) -> None:
-        files.sync(self.root)  # the rename is on the disk before anything older goes
-        files.replace_text(self.root / "latest", final.name + "\n")
+        Returns:
+            The errors of all ranks in one text ("" if there was none), and the value of each rank.
+        """
+        outcomes = [Outcome(*pair) for pair in self.collectives.all_gather_object([outcome.error, outcome.value])]
+        errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+        return "; ".join(errors), [outcome.value for outcome in outcomes]
+
+    def retain(self, newest: Path) -> None:
+        """Point `latest` at the checkpoint just published, and remove those that are no longer to be kept."""
+        files.sync(self.root)  # the rename must be on the disk before anything older is removed
+        files.replace_text(self.root / "latest", newest.name + "\n")
         if self.keep_last is not None:
-            self._remove_old(final, self.keep_last)
+            self._remove_old(newest, self.keep_last)
 
-    def _remove_old(self, final: Path, keep_last: int) -> None:
-        """Remove what is not to be kept; what is newer than `final` was passed over at the resume, and counts not."""
-        older = [folder for folder in self.folders() if folder.name <= final.name]
-        for folder in older[:-keep_last]:
+    def _remove_old(self, newest: Path, keep_last: int) -> None:
+        """Remove old checkpoints. Those with later updates than `newest` are damaged, and do not count as kept."""
+        candidates = [folder for folder in self.folders() if folder.name <= newest.name]
+        for folder in candidates[:-keep_last]:
             update = int(folder.name.removeprefix("update_"))
             if (self.keep_every and update % self.keep_every == 0) or (folder / PINNED).exists():
                 continue
             files.remove_folder(folder)
 
-    def _agree(self, report: Report) -> list[Any]:
-        """What each rank tells. Raises SaveFailed if any rank has an error."""
-        answers = [parse_json(text) for text in self.agreement.gather(json.dumps(report))]
-        failed = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(answers) if problem]
-        if failed:
-            raise SaveFailed("; ".join(failed))
-        return [told for _, told in answers]
+
+class PendingSave:
+    """A checkpoint that is being saved, in three stages with an agreement of all ranks after each.
+
+    All ranks call `prepare`, `write_files`, `agree`, `publish`, `agree` in this order, until `done`. `write_files` and
+    `publish` are file work of one rank without communication, so they may run on a background thread. An error on any
+    rank before the rename fails the save on every rank. An error after the rename is only reported as `problem`,
+    because the checkpoint is published by then.
+
+    Args:
+        store: where the checkpoint is published.
+        state: the training state that it holds.
+        save_state: writes this rank's files through the function it is given.
+        facts: what the manifest records besides the state and the files.
+    """
+
+    def __init__(
+        self, store: Store, state: TrainState, save_state: Callable[[WriteFile], None], facts: dict[str, Any]
+    ) -> None:
+        self.state = state
+        self.folder = store.folder(state.update)
+        self.done = False
+        self.published = False
+        self.problem = ""
+        self._store = store
+        self._save_state = save_state
+        self._facts = facts
+        self._partial = store.root / (_PARTIAL + self.folder.name)
+        self._outcome = Outcome()
+        self._complete: Checkpoint | None = None  # with the files of all ranks, once they are written
+
+    def prepare(self) -> None:
+        """Create the partial folder on rank 0, if there is enough free space. Collective."""
+        if self._store.rank.main:
+            self._outcome = Outcome(_error_of(lambda: self._store.make_partial(self._partial)))
+        self._exchange()
+
+    def write_files(self) -> None:
+        """Write and flush this rank's files."""
+        recorder = _Recorder(self._partial)
+        self._save_state(recorder)
+        self._outcome = Outcome(recorder.error, recorder.written)
+
+    def publish(self) -> None:
+        """On rank 0, write the manifest, rename the partial folder and apply retention."""
+        if not self._store.rank.main:
+            self._outcome = Outcome()
+            return
+        complete = self._complete
+        assert complete is not None, "write_files and agree come first"
+        error = _error_of(lambda: _seal(complete, self.folder))
+        problem = "" if error else _error_of(lambda: self._store.retain(self.folder))
+        self._outcome = Outcome(error, problem)
+
+    def agree(self) -> None:
+        """Agree with all ranks on the outcome of `write_files` or `publish`, whichever was last. Collective."""
+        values = self._exchange()
+        if self.done:
+            return
+        if self._complete is None:
+            written = {name: file for part in values for name, file in part.items()}
+            self._complete = Checkpoint(self._partial, self.state, {**self._facts, "files": written})
+        else:
+            self.done = True
+            self.published = True
+            self.problem = values[0]
+
+    def _exchange(self) -> list[Any]:
+        """Return every rank's value. An error on any rank ends the save."""
+        error, values = self._store.gather_outcomes(self._outcome)
+        if error:
+            self.done = True
+            self.problem = error
+        return values
 
 
-def read(folder: Path) -> tuple[Checkpoint | None, str]:
-    """A checkpoint by its manifest alone, or why it cannot be read."""
+def read_manifest(folder: Path) -> tuple[Checkpoint | None, str]:
+    """Return a checkpoint according to its manifest alone, or None and why the manifest cannot be read."""
     try:
         first, _, rest = (folder / MANIFEST).read_bytes().partition(b",")
         if first != b'{"checksum": %d' % zlib.crc32(rest):
@@ -165,35 +229,46 @@ def read(folder: Path) -> tuple[Checkpoint | None, str]:
         for name, written in manifest["files"].items():
             files.WrittenFile(**written)
             if not isinstance(name, str) or {type(written["bytes"]), type(written["crc32"])} != {int}:
-                raise ValueError(f"of {name}")
+                raise ValueError(f"size or checksum of {name} is not a whole number")
         return Checkpoint(folder, TrainState(**manifest.pop("state")), manifest), ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{MANIFEST} cannot be read ({error})"
 
 
-def check(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | None, str]:
-    """A checkpoint whose files are all there, or what is wrong; every byte of each `parts`-th file is read."""
-    checkpoint, wrong = read(folder)
-    if checkpoint is None or (wrong := incomplete(checkpoint)):
-        return None, wrong
-    for number, (name, expected) in enumerate(checkpoint.facts["files"].items()):
-        if number % parts == part:
+def verify(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | None, str]:
+    """Verify the files of a checkpoint against its manifest.
+
+    Args:
+        folder: the checkpoint.
+        part: which files to read: those whose index is `part` modulo `parts`.
+        parts: number of processes that share the reading. Presence and size of all files are checked by each.
+
+    Returns:
+        The checkpoint, or None and what is wrong.
+    """
+    checkpoint, problem = read_manifest(folder)
+    if checkpoint is None:
+        return None, problem
+    if problem := find_incomplete(checkpoint):
+        return None, problem
+    for index, (name, expected) in enumerate(checkpoint.facts["files"].items()):
+        if index % parts == part:
             try:
                 differs = files.crc32(folder / name) != expected["crc32"]
             except OSError as error:
-                return None, f"{name} cannot be read ({_said(error)})"
+                return None, f"{name} cannot be read ({_describe(error)})"
             if differs:
                 return None, f"{name} is damaged: its checksum differs"
     return checkpoint, ""
 
 
 def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """`Store.newest_valid` for one process."""
+    """Return the same as `Store.newest_valid`, for a single process."""
     return Store(run).newest_valid()
 
 
-def incomplete(checkpoint: Checkpoint) -> str:
-    """What is wrong with a checkpoint as far as names and sizes tell."""
+def find_incomplete(checkpoint: Checkpoint) -> str:
+    """Return what is wrong with a checkpoint judging by names and sizes of its files, or ""."""
     for name, expected in checkpoint.facts["files"].items():
         path = checkpoint.folder / name
         if files.leads_out(path, checkpoint.folder):
@@ -205,54 +280,48 @@ def incomplete(checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _seal(whole: Checkpoint, final: Path) -> None:
-    """WriteFile the manifest of what all ranks have written, and give the folder its name."""
-    if wrong := incomplete(whole):
-        raise OSError(f"{wrong} where rank 0 looks: all ranks need the same run directory")
-    for folder in {(whole.folder / name).parent for name in whole.facts["files"]}:
+def _seal(complete: Checkpoint, final: Path) -> None:
+    """Write the manifest for the files of all ranks, and rename the partial folder."""
+    if problem := find_incomplete(complete):
+        raise OSError(f"{problem} on rank 0's host: all ranks need the same run directory")
+    for folder in {(complete.folder / name).parent for name in complete.facts["files"]}:
         files.sync(folder)
-    body = json.dumps({"state": asdict(whole.state), **whole.facts}, indent=1)[1:] + "\n"
-    files.write(whole.folder / MANIFEST, f'{{"checksum": {zlib.crc32(body.encode())},{body}'.encode())
-    files.sync(whole.folder)
-    files.remove_folder(final)  # a damaged one of the same update, which resume passed over
-    files.rename(whole.folder, final)
+    body = json.dumps({"state": asdict(complete.state), **complete.facts}, indent=1)[1:] + "\n"
+    files.write(complete.folder / MANIFEST, f'{{"checksum": {zlib.crc32(body.encode())},{body}'.encode())
+    files.sync(complete.folder)
+    files.remove_folder(final)  # a damaged checkpoint of the same update, which the resume ignored
+    files.rename(complete.folder, final)
 
 
 class _Recorder:
-    """Writes the files of one rank and remembers what they hold.
+    """Writes the files of one rank, and records their sizes and checksums.
 
-    It never raises: other ranks may be waiting in a collective of the same save. After an error it writes no more.
+    It never raises, because other ranks may be waiting in a collective of the same save. After an error it writes
+    nothing more.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self.error = ""
         self.written: dict[str, dict[str, int]] = {}
+        self._folder = folder
 
     def __call__(self, name: str, data: bytes) -> None:
-        self.error = self.error or _problem(lambda: self._write(name, data))
+        self.error = self.error or _error_of(lambda: self._write(name, data))
 
     def _write(self, name: str, data: bytes) -> None:
         files.make_folder((self._folder / name).parent)
         self.written[name] = asdict(files.write(self._folder / name, data))
 
 
-def _write(partial: Path, save_state: Callable[[WriteFile], None]) -> Report:
-    """Every rank's part: its files, flushed."""
-    recorder = _Recorder(partial)
-    save_state(recorder)
-    return recorder.error, recorder.written
-
-
-def _problem(work: Callable[[], None]) -> str:
-    """Do the work; what the disk says against it, "" for nothing."""
+def _error_of(work: Callable[[], None]) -> str:
+    """Run `work`. Returns the message of an OSError, or "" on success."""
     try:
         work()
-    except OSError as problem:
-        return _said(problem)
+    except OSError as error:
+        return _describe(error)
     return ""
 
 
-def _said(problem: OSError) -> str:
-    where = f" ({problem.filename})" if problem.filename else ""
-    return f"{problem.strerror or problem}{where}"
+def _describe(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"

@@ -69,7 +69,7 @@ class _StoredSlice(NamedTuple):
 
 
 def write_slices(slices: Iterable[TensorSlice], rank: int, sink: WriteFile) -> None:
-    """WriteFile the slices of one rank to files of about 64 MiB.
+    """Write the slices of one rank to files of about 64 MiB.
 
     Args:
         slices: the slices, consumed one by one

@@ -82,13 +82,13 @@ def checkpoints(
 @app.command()
 def stop(run: RunDirectory) -> None:
     """Make a run save its state and exit with code 75. If it is not running, this exits as `status` does."""
-    from megagpt.checkpoint import listing as implementation
+    from megagpt.training import stop_signals as implementation
 
     status = implementation.stop(run)
     if status.state != "running":
         print(f"{run} is not running. {status}")
         raise typer.Exit(status.code)
-    print(f"stop requested: {run} will save and exit with 75. Start it again to resume.")
+    print(f"Stop requested: {run} will save a checkpoint and exit with 75. Run the same command to resume.")
 
 
 @app.command()
@@ -109,7 +109,7 @@ def report(run: RunDirectory) -> None:
 
     print(implementation.draw_as_text(run, color=sys.stdout.isatty()))
     print(f"picture: {implementation.draw_as_svg(run)}")
-    print(f"time: {metrics.spent(run)}")
+    print(f"time: {metrics.time_breakdown(run)}")
 
 
 @app.command("mark-starting", hidden=True)

@@ -31,9 +31,9 @@ def train(
     """Train, or resume an interrupted run. Start it with `deepspeed`, torchrun, srun, or directly."""
     require_linux("training")
     from megagpt.training import loop as implementation
-    from megagpt.training.setup import Options
+    from megagpt.training.setup import TrainOptions
 
-    options = Options(
+    options = TrainOptions(
         recipe,
         deepspeed_config,
         tuple(overrides or ()),

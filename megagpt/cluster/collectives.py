@@ -1,16 +1,25 @@
-"""Small numbers and texts agreed between all ranks, over gloo."""
+"""Collectives on small host values (flags, counts, plain objects) between all ranks, over gloo."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-TIME_LIMIT = timedelta(minutes=20)  # of every process group: a dead peer ends the job, it never hangs it
+from megagpt.files import parse_json
+
+TIME_LIMIT = timedelta(minutes=20)  # of every process group: if a rank dies, the job ends instead of hanging
 
 
-class Agreement:
-    """Small numbers agreed between all ranks, over gloo: host memory only, no device is waited for."""
+class Collectives:
+    """Collectives on small host values between all ranks, over gloo: no device has to be synchronized.
+
+    All ranks must call the same methods in the same order. With one rank every method returns its own input.
+
+    Args:
+        world_size: total number of ranks; the default process group must exist if there are several.
+    """
 
     def __init__(self, world_size: int) -> None:
         self._group: Any = None
@@ -19,8 +28,8 @@ class Agreement:
 
             self._group = torch.distributed.new_group(backend="gloo", timeout=TIME_LIMIT)
 
-    def total(self, value: float) -> float:
-        """The sum of `value` over the ranks (exact for whole numbers below 2^53)."""
+    def all_reduce_sum(self, value: float) -> float:
+        """Return the sum of `value` over all ranks, exact for whole numbers below 2^53."""
         if self._group is None:
             return value
         import torch
@@ -29,8 +38,8 @@ class Agreement:
         torch.distributed.all_reduce(tensor, group=self._group)
         return float(tensor.item())
 
-    def totals(self, values: Sequence[int]) -> list[int]:
-        """The sums of whole numbers over the ranks, modulo 2^64."""
+    def all_reduce_sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Return the elementwise sum of whole numbers over all ranks, modulo 2^64."""
         if self._group is None:
             return [value % (1 << 64) for value in values]
         import torch
@@ -40,8 +49,8 @@ class Agreement:
         torch.distributed.all_reduce(tensor, group=self._group)
         return [value % (1 << 64) for value in tensor.tolist()]
 
-    def largest(self, values: Sequence[int]) -> list[int]:
-        """The largest of each whole number over the ranks, between -2^63 and 2^63."""
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
+        """Return the elementwise maximum over all ranks of whole numbers between -2^63 and 2^63."""
         if self._group is None:
             return list(values)
         import torch
@@ -50,20 +59,24 @@ class Agreement:
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._group)
         return [int(value) for value in tensor]
 
-    def gather(self, text: str) -> list[str]:
-        """The texts of all ranks, in their order, on every rank."""
-        if self._group is None:
-            return [text]
-        import torch.distributed
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the values of all ranks in rank order, on every rank.
 
-        texts = [""] * torch.distributed.get_world_size(self._group)
-        torch.distributed.all_gather_object(texts, text, group=self._group)
-        return texts
+        Values are plain data and travel as JSON, so tuples arrive as lists, also with one rank.
+        """
+        text = json.dumps(value)
+        texts = [text]
+        if self._group is not None:
+            import torch.distributed
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it holds on at least one rank; one exchange for all."""
-        return [count > 0 for count in self.totals([int(flag) for flag in flags])]
+            texts = [""] * torch.distributed.get_world_size(self._group)
+            torch.distributed.all_gather_object(texts, text, group=self._group)
+        return [parse_json(text) for text in texts]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on at least one rank."""
+        return self.all_reduce_sum(float(flag)) > 0
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.total(0.0)
+        """Wait until all ranks have called this."""
+        self.all_reduce_sum(0.0)

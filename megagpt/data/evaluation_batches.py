@@ -142,3 +142,11 @@ def combine_losses(losses: Sequence[tuple[EvaluationBatches, float]]) -> tuple[f
             return loss, None
         text_bytes += part.text_bytes
     return loss, loss * tokens / text_bytes / math.log(2)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), which is infinite where a float overflows (a loss over 709 nats)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

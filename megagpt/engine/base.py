@@ -15,10 +15,16 @@ from megagpt.state import UpdateResult
 
 Accept = Callable[[float], bool]
 AtStep = Callable[[], None]
+ShouldStop = Callable[[], bool]
 
 
 def ignore_step() -> None:
     """Do nothing when the step begins."""
+
+
+def never_stop() -> bool:
+    """Let an evaluation run to its end."""
+    return False
 
 
 class Engine(Protocol):
@@ -46,8 +52,17 @@ class Engine(Protocol):
         """A line for each weight that several ranks should hold alike and do not; collective, the same on all."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The loss in nats per valid token over all ranks' batches, equally many on each; changes nothing."""
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
+        """Return the loss in nats per valid token over the batches of all ranks. Changes no state.
+
+        Args:
+            batches: this rank's batches, equally many on every rank.
+            should_stop: called on every rank before each forward pass, so it may be collective; all ranks must get
+                the same answer.
+
+        Returns:
+            The loss, the same on every rank, or None if `should_stop` ended the evaluation early.
+        """
         ...
 
     def save_state(self, sink: WriteFile) -> None:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.utils import safe_get_full_fp32_param
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.data.loader import Batch
 from megagpt.engine import deepspeed_patches, grad_norm, offload
-from megagpt.engine.base import Accept, AtStep, ignore_step
+from megagpt.engine.base import Accept, AtStep, ShouldStop, ignore_step, never_stop
 from megagpt.engine.init_deepspeed import stop
 from megagpt.engine.init_model import check_device
 from megagpt.engine.optim import build as optimizers
@@ -44,10 +44,10 @@ from megagpt.state import IGNORE_INDEX, UpdateResult
 class PipelineEngine:
     """An `Engine` on DeepSpeed's PipelineModule. All ranks of one pipeline are given the same batches."""
 
-    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> None:
         recipe, layout = resolved.recipe, resolved.layout
         check_device(recipe, resolved.config)
-        self._rank, self._agreement, self._layout, self._section = rank, agreement, layout, recipe.model
+        self._rank, self._collectives, self._layout, self._section = rank, collectives, layout, recipe.model
         self._ulysses = Ulysses(layout, rank.rank)
         self._stages = Stages(recipe, layout, rank.rank, self._ulysses.shard)
         optimizer = optimizers.build(recipe.optimizer, self._stages, on_gpu=offload.steps_on_gpu(resolved.config))
@@ -90,16 +90,18 @@ class PipelineEngine:
         norm = float(self._engine.get_global_grad_norm())
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """See `Engine`. No batch may be larger than in training."""
         self._stages.loss_sum = torch.zeros((), dtype=torch.float64)
         tokens, coming = 0.0, map(self._ulysses.part, batches)
         while part := [self._shaped(batch) for batch in islice(coming, 4 * self._layout.pipeline_stages)]:
+            if should_stop():
+                return None
             tokens += self._tokens(part)
             self._stages.expect(part)
             fed = self._stages.feed(part)
             self._engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(part))
-        loss = self._agreement.total(float(self._stages.loss_sum)) / self._layout.tensor_parallel
+        loss = self._collectives.all_reduce_sum(float(self._stages.loss_sum)) / self._layout.tensor_parallel
         return loss / max(tokens, 1.0)
 
     def save_state(self, sink: WriteFile) -> None:
@@ -129,7 +131,7 @@ class PipelineEngine:
 
     def replicas_differ(self) -> list[str]:
         """See `Engine`. The copies of a tied matrix are on the first and the last stage."""
-        return replica_check.differences(self._stages.names, self._section, self._layout, self._rank, self._agreement)
+        return replica_check.differences(self._stages.names, self._section, self._layout, self._rank, self._collectives)
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
@@ -155,13 +157,13 @@ class PipelineEngine:
     def _tokens(self, batches: Sequence[Batch]) -> float:
         """The valid target tokens of all data-parallel ranks."""
         mine = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
-        return self._agreement.total(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
+        return self._collectives.all_reduce_sum(mine) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
     def _portable(self) -> Portable:
         names, stage = self._stages.names, self._stages.stage_id
         copies = {name for name in names.values() if self._stages.stage_owner(int(name.split(".")[1])) != stage}
         layout = self._layout
-        return Portable(self._engine, names, self._section, layout, self._rank, self._agreement, frozenset(copies))
+        return Portable(self._engine, names, self._section, layout, self._rank, self._collectives, frozenset(copies))
 
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""

@@ -12,12 +12,12 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Resolved
 from megagpt.config.recipe import Recipe
 from megagpt.data.loader import Batch
 from megagpt.engine import deepspeed_patches, grad_norm, offload
-from megagpt.engine.base import Accept, AtStep, ignore_step
+from megagpt.engine.base import Accept, AtStep, ShouldStop, ignore_step, never_stop
 from megagpt.engine.init_deepspeed import stop
 from megagpt.engine.init_model import check_device, materialise, recompute
 from megagpt.engine.optim import build as optimizers
@@ -36,10 +36,10 @@ from megagpt.state import IGNORE_INDEX, UpdateResult
 class ZeroEngine:
     """An `Engine` on deepspeed.initialize, stages 0 to 3."""
 
-    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, agreement: Agreement) -> None:
+    def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> None:
         recipe = resolved.recipe
         check_device(recipe, resolved.config)
-        self._rank, self._agreement, self._layout, self._section = rank, agreement, resolved.layout, recipe.model
+        self._rank, self._collectives, self._layout, self._section = rank, collectives, resolved.layout, recipe.model
         self._grid: Any = tensor.grid(resolved.layout) if resolved.layout.tensor_parallel > 1 else None
         self._ulysses = Ulysses(resolved.layout, rank.rank)
         shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
@@ -105,15 +105,19 @@ class ZeroEngine:
         return UpdateResult(loss, norm, lr, int(tokens), made, before.scale)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """See `Engine`."""
         self._engine.eval()
         loss, tokens = torch.zeros((), device=self._engine.device, dtype=torch.float64), 0
+        stopped = False
         for batch in map(self._ulysses.part, batches):
+            stopped = should_stop()
+            if stopped:
+                break
             loss += self._forward(batch, 1.0).double()
             tokens += _valid(batch)
         self._engine.train()
-        return self._sum(loss) / max(self._total(tokens), 1.0)
+        return None if stopped else self._sum(loss) / max(self._total(tokens), 1.0)
 
     def save_state(self, sink: WriteFile) -> None:
         """See `Engine`."""
@@ -136,7 +140,7 @@ class ZeroEngine:
     def replicas_differ(self) -> list[str]:
         """See `Engine`. At stage 3 no two ranks hold the same weights."""
         names = {} if self._layout.zero_stage == 3 else self._names()
-        return replica_check.differences(names, self._section, self._layout, self._rank, self._agreement)
+        return replica_check.differences(names, self._section, self._layout, self._rank, self._collectives)
 
     def release(self) -> None:
         """Free what DeepSpeed holds; the process group stays, for another engine."""
@@ -160,7 +164,7 @@ class ZeroEngine:
         return {parameter: name for name, parameter in self._engine.module.named_parameters()}
 
     def _portable(self) -> Portable:
-        return Portable(self._engine, self._names(), self._section, self._layout, self._rank, self._agreement)
+        return Portable(self._engine, self._names(), self._section, self._layout, self._rank, self._collectives)
 
     def _idle_update(self) -> None:
         """An update in which no label is valid: its gradient is zero."""
@@ -175,7 +179,7 @@ class ZeroEngine:
 
     def _total(self, value: float) -> float:
         """The sum over the data-parallel ranks of a number that all tensor-parallel ranks have."""
-        return self._agreement.total(value) / self._layout.tensor_parallel
+        return self._collectives.all_reduce_sum(value) / self._layout.tensor_parallel
 
 
 class _ClipBeforeStep:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 
 from megagpt.checkpoint import loaded_model
 from megagpt.corpus.reader import CorpusReader, corpus_file
-from megagpt.data.evaluation_batches import EvaluationBatches
+from megagpt.data.evaluation_batches import EvaluationBatches, perplexity
 from megagpt.errors import UserError
 from megagpt.inference.baselines import Baselines, measure_baselines
 from megagpt.prepare.command import PrepareOptions, prepare_command
@@ -111,7 +110,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
         update=loaded.checkpoint.state.update,
         tokens=batches.tokens,
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=perplexity(loss),
         bits_per_byte=batches.bits_per_byte(loss),
         yardsticks=baselines,
         seconds=time.perf_counter() - start,
@@ -136,7 +135,7 @@ def _require(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 @torch.no_grad()
-def _loss(loaded: loaded_model.Trained, batches: EvaluationBatches) -> float:
+def _loss(loaded: loaded_model.LoadedModel, batches: EvaluationBatches) -> float:
     """Return the mean loss over all labels, in nats."""
     model = loaded.model
     device = next(model.parameters()).device

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.cluster import Agreement, Rank, from_environment, preflight
+from megagpt.cluster import Collectives, Rank, from_environment, preflight
 from megagpt.cluster.rendezvous import meeting
 from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
@@ -55,12 +55,9 @@ def parity(options: Options) -> int:
 
 
 def _certify(options: Options, rank: Rank, run_dir: str) -> int:
-    console = Console(Path(run_dir) / "parity", rank.rank)  # before DeepSpeed is imported, which prints
-    try:
+    with Console(Path(run_dir) / "parity", rank.rank) as console:  # before DeepSpeed is imported, which prints
         certificate = _prove(options, _resolve(options, rank, ()), rank, console)
         console.say(str(certificate))
-    finally:
-        console.close()
     return EXIT_DONE if certificate.good else EXIT_FAILURE
 
 
@@ -75,37 +72,34 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
     from megagpt.parity.certificate import Certificate
 
     start.start(rank)
-    agreement = Agreement(rank.world_size)
+    collectives = Collectives(rank.world_size)
     small = _resolve(options, rank, shrink.overrides(real, options.updates, None))
     proof = Certificate(real, small, options.updates, real_shape.build_stages(real))
     if proof.good:
-        small, updates, held_out, expected = _reference(options, real, rank, agreement)
-        engine = build.build(small, options.updates, rank, agreement)
-        with _watched(real, rank, agreement, console) as watch:
+        small, updates, held_out, expected = _reference(options, real, rank, collectives)
+        engine = build.build(small, options.updates, rank, collectives)
+        with _watched(real, rank, collectives, console) as watch:
             got = _train(engine, small, updates, held_out, rank, watch)
         engine.release()
         tolerance = curve.allowed(small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True))
         proof = replace(proof, small=small, differences=curve.compare(small.recipe, expected, got, tolerance))
-        if not any(agreement.any(not proof.good)):
-            proof = _real_update(options, proof, rank, agreement, console)
+        if not collectives.any(not proof.good):
+            proof = _real_update(options, proof, rank, collectives, console)
     start.stop()
     return proof
 
 
 @contextlib.contextmanager
-def _watched(real: Resolved, rank: Rank, agreement: Agreement, console: Console) -> Iterator[Watch]:
+def _watched(real: Resolved, rank: Rank, collectives: Collectives, console: Console) -> Iterator[Watch]:
     """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
-    hosts = preflight.hosts_of(agreement.gather(preflight.facts_here({}, {})))
+    hosts = preflight.hosts_of(collectives.all_gather_object(preflight.facts_here({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
-    watch = Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm)
-    try:
+    with Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm) as watch:
         yield watch
-    finally:
-        watch.close()
 
 
 def _real_update(
-    options: Options, proof: Certificate, rank: Rank, agreement: Agreement, console: Console
+    options: Options, proof: Certificate, rank: Rank, collectives: Collectives, console: Console
 ) -> Certificate:
     """Make one update of the real model on the real layout if it fits, and add to the certificate what came of it.
 
@@ -117,18 +111,20 @@ def _real_update(
 
     number = real_shape.micro_batches(proof.real.layout)
     one = _resolve(options, rank, shrink.one_update(proof.real, number, _REAL_LENGTH))
-    if obstacle := real_shape.obstacle(one, agreement):
+    if obstacle := real_shape.obstacle(one, collectives):
         return replace(proof, obstacle=obstacle)
     batch = shrink.samples(one.recipe.model, one.recipe.batch.global_size, 0)
-    engine = build.build(one, _REAL_LENGTH, rank, agreement)
-    with _watched(one, rank, agreement, console) as watch:
+    engine = build.build(one, _REAL_LENGTH, rank, collectives)
+    with _watched(one, rank, collectives, console) as watch:
         watch.enter(PASSES, 1)
         result = _update(engine, _share(batch, one, rank))
     engine.release()
     made = RealUpdate(number, result.loss, result.grad_norm, result.made)
     if real_shape.comparable(one):
         alone = reference.train(one.recipe, [batch], batch) if rank.main else None
-        loss, norm = (agreement.total(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2))
+        loss, norm = (
+            collectives.all_reduce_sum(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2)
+        )
         made = replace(made, differences=curve.of_update(one.recipe, (made.loss, made.norm), (loss, norm)))
     return replace(proof, update=made)
 
@@ -142,7 +138,7 @@ def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:
 
 
 def _reference(
-    options: Options, real: Resolved, rank: Rank, agreement: Agreement
+    options: Options, real: Resolved, rank: Rank, collectives: Collectives
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
     """The small run, its batches, and what one process makes of them. Clipping acts in about half of the updates."""
     from megagpt.parity import reference, shrink
@@ -157,7 +153,7 @@ def _reference(
         if attempt == "with" or real.recipe.optimizer.clip is None:
             break
         # rank 0's, so that different machines do not clip at limits that differ by a rounding
-        clip = agreement.total(statistics.median(expected.norms) if rank.main else 0.0)
+        clip = collectives.all_reduce_sum(statistics.median(expected.norms) if rank.main else 0.0)
     return small, updates, held_out, expected
 
 
@@ -168,13 +164,13 @@ def _train(
     from megagpt.parity.curve import Curve
 
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
-    before = engine.evaluate(_share(held_out, small, rank))
+    before = _evaluate(engine, _share(held_out, small, rank))
     results = []
     for number, batch in enumerate(updates, start=1):
         watch.enter(PASSES, number)
         results.append(_update(engine, _share(batch, small, rank)))
     watch.enter(EVALUATE, len(updates))
-    after = engine.evaluate(_share(held_out, small, rank))
+    after = _evaluate(engine, _share(held_out, small, rank))
     final = {name: value.clone() for name, value in engine.weights()}
     rows = ([row.loss, row.grad_norm, row.lr, row.tokens] for row in results)
     losses, norms, rates, tokens = (list(column) for column in zip(*rows, strict=True))
@@ -187,6 +183,12 @@ def _update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
     while not result.made and math.isfinite(result.loss) and result.scale and result.scale.value > result.scale.minimum:
         result = engine.train_update(batches)
     return result
+
+
+def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
+    loss = engine.evaluate(batches)
+    assert loss is not None  # nothing asks this evaluation to stop
+    return loss
 
 
 def _share(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from megagpt.cluster import Agreement
+from megagpt.cluster import Collectives
 from megagpt.config.deepspeed import Layout, Resolved
 from megagpt.doctor import facts
 from megagpt.engine import deepspeed_ops
@@ -97,16 +97,16 @@ def micro_batches(layout: Layout) -> int:
     return min(layout.accumulation, max(layout.pipeline_stages, 2))
 
 
-def obstacle(one: Resolved, agreement: Agreement) -> str:
+def obstacle(one: Resolved, collectives: Collectives) -> str:
     """Return why an update of the real shape cannot be made on these machines, or "" if it can be.
 
     Collective; every rank returns the same text.
 
     Args:
         one: The real recipe with an update of a few micro-batches.
-        agreement: The ranks.
+        collectives: The ranks.
     """
-    ranks = agreement.gather(socket.gethostname()).count(socket.gethostname())
+    ranks = collectives.all_gather_object(socket.gethostname()).count(socket.gethostname())
     on_cpu = deepspeed_ops.device() == "cpu"
     needed, available = memory(one, on_cpu), facts.memory()["available"]
     if on_cpu:
@@ -121,7 +121,7 @@ def obstacle(one: Resolved, agreement: Agreement) -> str:
         )
     elif on_cpu and (work := arithmetic(one)) > _affordable(one):
         mine = f"an update takes {work / 1e12:,.0f} TFLOP, too many for CPUs"
-    return next((text for text in agreement.gather(mine) if text), "")
+    return next((text for text in collectives.all_gather_object(mine) if text), "")
 
 
 def arithmetic(one: Resolved) -> float:

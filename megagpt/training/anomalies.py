@@ -1,12 +1,11 @@
-"""Failures and bad numbers: how many are borne, and what is done about them, the same on every rank.
+"""Detect updates with bad numbers and decide what to do about them, the same on every rank.
 
-What is decided depends on the record of the run alone: its losses and gradient norms, and what was decided before.
-A resumed run, or one that has rolled back, reads it again, and so makes the same decisions.
+Decisions depend only on the run's metrics: its losses and gradient norms, and earlier decisions. A run that resumes or
+rolls back replays them, and therefore decides the same.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter, deque
@@ -15,66 +14,78 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megagpt.cluster import Agreement
+from megagpt.cluster import Collectives
 from megagpt.config.recipe.sections import HealthSection
-from megagpt.files import parse_json
 from megagpt.state import UpdateResult
 
-MOST_FAILED_SAVES = 4  # in a row
-MOST_ROLLBACKS = 4  # without a checkpoint between them
-_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
-_LEAST = 1e-3  # deviation, as a share of the median: a flat curve's every wrinkle is no spike
+MAX_FAILED_SAVES = 4  # consecutive
+MAX_ROLLBACKS = 4  # without a checkpoint between them
+_MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+_MIN_DEVIATION = 1e-3  # as a fraction of the median, so that noise on a flat curve is not a spike
 
 
-class Row:
-    """Counts failures in a row."""
+class ConsecutiveFailures:
+    """Counts consecutive failures up to a limit."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._count = most, 0
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
 
     def add(self) -> bool:
-        """Note one more; whether it is one too many."""
+        """Count one more failure. Returns whether the limit is reached."""
         self._count += 1
-        return self._count >= self._most
+        return self._count >= self._limit
 
-    def end(self) -> None:
-        """It went well: the row is over."""
+    def reset(self) -> None:
+        """Start over after a success."""
         self._count = 0
 
 
-class Remedy(Enum):
-    """What is done about an update: it was not made and is made again, or its data is left out, or the run goes back
-    to a checkpoint, too.
-    """
+class Action(Enum):
+    """What to do about a bad update. The values are the names of the events in metrics.jsonl."""
 
-    AGAIN = "overflow"
+    RETRY = "overflow"
+    """The update was not applied: repeat it with the same data, at the lower fp16 loss scale."""
     SKIP = "skip"
+    """The update was not applied: continue with the next data."""
     ROLL_BACK = "rollback"
+    """Go back to a checkpoint, and leave out the data that led here."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What is wrong with an update, and the remedy."""
+class Anomaly:
+    """What is wrong with an update, and what to do about it."""
 
     reason: str
-    remedy: Remedy
+    action: Action
 
 
 class Health:
-    """Looks at each update's numbers, and leaves data out that has spoiled them."""
+    """Checks the numbers of each update, and keeps track of the data to leave out because it spoiled them."""
 
     def __init__(self, section: HealthSection) -> None:
         self._section = section
-        self._forget()
+        self._reset()
 
-    def recall(self, records: Sequence[dict[str, Any]], agreement: Agreement) -> None:
-        """Take up a run where its record stands (`Metrics.decisive`), as rank 0 has it; collective."""
-        self._forget()
-        for record in parse_json(agreement.gather(json.dumps(records))[0]):
-            self.note(**record)
+    def replay(self, events: Sequence[dict[str, Any]], collectives: Collectives) -> None:
+        """Rebuild the state from the events of rank 0. Collective.
 
-    def note(self, event: str, *, update: int, **values: Any) -> None:
-        """Learn of an event of the run, as it is recorded."""
+        Args:
+            events: `Metrics.replayable`; only rank 0's are used.
+            collectives: the ranks.
+        """
+        self._reset()
+        for event in collectives.all_gather_object(list(events))[0]:
+            self.observe(**event)
+
+    def observe(self, event: str, *, update: int, **values: Any) -> None:
+        """Take an event of the run into account.
+
+        Args:
+            event: its kind, as in metrics.jsonl. Kinds that decide nothing are ignored.
+            update: number of updates made before it, or with it.
+            values: the event's values.
+        """
         if event == "update":
             self._losses.append(values["loss"])
             self._norms.append(values["grad_norm"])
@@ -82,56 +93,64 @@ class Health:
             self.rollbacks = 0
         elif event in ("skip", "rollback"):
             self._left_out[values["position"]] = values["samples"]
-            self._row[update] += 1
+            self._skips_at[update] += 1
         if event == "rollback":
             self.rollbacks += 1
-            self._row.clear()
+            self._skips_at.clear()
 
-    def start(self, position: int) -> int:
-        """The data position to go on from: `position`, or the end of what is left out there."""
+    def next_position(self, position: int) -> int:
+        """Return the first data position at or after `position` that is not left out."""
         while position in self._left_out:
             position += self._left_out[position]
         return position
 
     def accepts(self, loss: float) -> bool:
-        """Whether an update with this loss may be made."""
-        return self._against(loss) is None
+        """Return whether an update with this loss may be applied."""
+        return self._loss_problem(loss) is None
 
-    def judge(self, update: int, result: UpdateResult) -> Finding | None:
-        """What is wrong with the update after `update` ones, or None."""
+    def check(self, update: int, result: UpdateResult) -> Anomaly | None:
+        """Return what is wrong with an update, or None.
+
+        Args:
+            update: number of updates made before it.
+            result: its numbers.
+        """
         if result.made:
             spike = _spike("gradient norm", result.grad_norm, self._norms, self._section.norm_spike)
-            return Finding(spike, Remedy.ROLL_BACK) if spike else None
-        reason = self._against(result.loss)
+            return Anomaly(spike, Action.ROLL_BACK) if spike else None
+        reason = self._loss_problem(result.loss)
         if reason is None and result.scale is not None:
-            return Finding(f"the gradient overflows at loss scale {result.scale.value:g}", Remedy.AGAIN)
-        borne = self._row[update] < self._section.skips
-        return Finding(reason or "the gradient is not finite", Remedy.SKIP if borne else Remedy.ROLL_BACK)
+            return Anomaly(f"the gradient overflows at loss scale {result.scale.value:g}", Action.RETRY)
+        may_skip = self._skips_at[update] < self._section.skips
+        return Anomaly(reason or "the gradient is not finite", Action.SKIP if may_skip else Action.ROLL_BACK)
 
-    def _against(self, loss: float) -> str | None:
+    def _loss_problem(self, loss: float) -> str | None:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         return _spike("loss", loss, self._losses, self._section.loss_spike)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
+        self.rollbacks = 0  # since the last checkpoint
         self._losses: deque[float] = deque(maxlen=self._section.window)
         self._norms: deque[float] = deque(maxlen=self._section.window)
-        self._left_out: dict[int, int] = {}  # data position → samples from there on
-        self._row: Counter[int] = Counter()  # updates → skips since so many updates were made, or since going back
-        self.rollbacks = 0  # since the last checkpoint
+        self._left_out: dict[int, int] = {}  # data position → number of samples to leave out from there
+        self._skips_at: Counter[int] = Counter()  # updates made → skips since then, or since the last rollback
 
 
 def _spike(what: str, value: float, recent: deque[float], limit: float | None) -> str | None:
-    """Why a value is a spike over recent ones, or None.
+    """Return why a value is a spike compared with recent ones, or None.
 
-    Measured from their median, in median absolute deviations: neither is moved by a spike among them, and a curve
-    that falls is spread wide and lies below its median.
+    The distance from the median is measured in median absolute deviations. Neither is moved by a spike in the window.
+    A falling curve has a large deviation and its newest values lie below the median, so it is no spike.
     """
     if limit is None or len(recent) < (recent.maxlen or 0):
         return None
-    middle = statistics.median(recent)
-    spread = max(_NORMAL * statistics.median(abs(other - middle) for other in recent), _LEAST * abs(middle))
-    if value <= middle + limit * spread:
+    median = statistics.median(recent)
+    spread = _MAD_TO_STD * statistics.median(abs(other - median) for other in recent)
+    deviation = max(spread, _MIN_DEVIATION * abs(median))
+    if value <= median + limit * deviation:
         return None
-    off = (value - middle) / spread if spread else math.inf
-    return f"the {what} is {value:.6g}, {off:.1f} deviations above {middle:.6g}, the median of {len(recent)} updates"
+    distance = (value - median) / deviation if deviation else math.inf
+    return (
+        f"the {what} is {value:.6g}, {distance:.1f} deviations above {median:.6g}, the median of {len(recent)} updates"
+    )

@@ -1,13 +1,22 @@
-"""What a person sees of a run: rank 0's lines on the console, everything else in logs/rank-N.log."""
+"""Console output of a run: rank 0's lines go to the terminal, everything else to logs/rank-N.log.
+
+Nothing here ends a run: a closed terminal, a full disk, a character that the terminal cannot show or a number that
+cannot be formatted lose the line, not the training. `display_only` is the guard.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import math
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 from megagpt import files
@@ -15,109 +24,140 @@ from megagpt.errors import without_controls
 from megagpt.state import TrainState, UpdateResult
 
 
-class Console:
-    """Owns the console of a training process.
+@contextlib.contextmanager
+def display_only() -> Iterator[None]:
+    """Guard code that only formats and prints: write any exception to the log instead of raising it."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):  # the log may be what failed
+            traceback.print_exc()
 
-    From construction on, all that this process prints through file descriptors 1 and 2, libraries in C included,
-    goes to the rank's log file. Only `say` writes to the real console, and only on rank 0.
+
+class Console:
+    """Owns the console of a training process. A context manager.
+
+    While it is open, everything that this process prints through file descriptors 1 and 2, including C libraries, goes
+    to the rank's log file. Only `say` writes to the real console, and only on rank 0.
+
+    Args:
+        run: the run directory.
+        rank: this rank.
     """
 
     def __init__(self, run: Path, rank: int) -> None:
-        files.refuse_links_out(run)
-        path = run / "logs" / f"rank-{rank}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._main, self.log_path = rank == 0, path
+        self.log_path = run / "logs" / f"rank-{rank}.log"
+        self._run = run
+        self._main = rank == 0
+        self._original: tuple[int, int] | None = None  # file descriptors of the real stdout and stderr
+        self._out: TextIO | None = None
+
+    def __enter__(self) -> Console:
+        """Redirect file descriptors 1 and 2. Raises UserError if the run directory has a link that leads out of it."""
+        files.refuse_links_out(self._run)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._saved = (os.dup(1), os.dup(2))
-        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-        self.terminal = self._out.isatty()
-        log = files.open_to_append(path)
+        log = files.open_to_append(self.log_path)
+        self._original = (os.dup(1), os.dup(2))
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # logs are UTF-8 in every locale
         logging.basicConfig(
             level=logging.INFO,
             stream=sys.stderr,
             format="%(asctime)s %(name)s %(levelname)s %(message)s",
             force=True,
         )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore file descriptors 1 and 2."""
+        if self._original is None or self._out is None:
+            return
+        with display_only():
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, original in zip((1, 2), self._original, strict=True):
+            os.dup2(original, number)
+            os.close(original)
+        with contextlib.suppress(OSError):
+            self._out.close()
+        self._original = None
+        self._out = None
 
     def say(self, text: str = "") -> None:
-        """Print a line on rank 0, and note it in the log of every rank."""
-        text = without_controls(text, colours=True)
-        if self._main:
-            with contextlib.suppress(
-                OSError
-            ):  # a terminal that was closed, a pipe that nobody reads: neither is the end
+        """Print a line on rank 0, and write it to the log of every rank. Never raises."""
+        with display_only():
+            text = without_controls(text, colours=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal was closed, or nobody reads the pipe
+            if self._main and self._out is not None:
                 self._out.write(text + "\n")
                 self._out.flush()
-        with contextlib.suppress(OSError):  # a full disk takes no log, and is not the end
+        with contextlib.suppress(OSError, ValueError):  # the disk is full
             print(text, flush=True)
 
     def alarm(self, text: str) -> None:
-        """Print on the console's error stream at once, on whatever rank, also from a signal's handler."""
+        """Print to the real stderr at once, on any rank, also from a signal handler. Never raises."""
+        descriptor = 2 if self._original is None else self._original[1]
         with contextlib.suppress(OSError):
-            os.write(self._saved[1], f"{text}\n".encode())
-
-    def close(self) -> None:
-        """Give file descriptors 1 and 2 back."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, saved in zip((1, 2), self._saved, strict=True):
-            os.dup2(saved, number)
-            os.close(saved)
-        with contextlib.suppress(OSError):
-            self._out.close()
+            os.write(descriptor, f"{text}\n".encode(errors="replace"))
 
 
 class Progress:
-    """The aligned line per logged update, and the speed over the updates since the last one."""
+    """Formats a line per logged update, and measures the speed over the updates since the previous line."""
 
     def __init__(self, total: int, tokens_per_update: int) -> None:
-        self._total, self._per_update = total, tokens_per_update
+        self.data_seconds = 0.0  # of the current update: how long training waited for its batches
+        self._total = total
+        self._tokens_per_update = tokens_per_update
         self._width = len(str(total))
         self._start = time.perf_counter()
         self._seconds = 0.0
         self._updates = 0
-        self.waited = 0.0  # seconds of the present update that went by before its batches were there
 
-    def update(self) -> float:
-        """Note that an update has ended; its seconds, without what ran since (`pause`)."""
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
+    def end_update(self) -> float:
+        """Record that an update has ended. Returns its seconds, without those that `exclude` left out."""
+        seconds = self.exclude()
         self._seconds += seconds
         self._updates += 1
         return seconds
 
-    def pause(self) -> float:
-        """Leave what ran since the last update (evaluation, saving) out of the speed; its seconds."""
+    def exclude(self) -> float:
+        """Leave the time since the last call (of an evaluation, a save) out of the speed. Returns its seconds."""
         now = time.perf_counter()
-        seconds, self._start = now - self._start, now
+        seconds = now - self._start
+        self._start = now
         return seconds
 
     def line(self, state: TrainState, result: UpdateResult) -> str:
-        """One line: update/total, loss, lr, grad norm, tokens per second, time left."""
-        speed = self._updates * self._per_update / max(self._seconds, 1e-9)
-        left = (self._total - state.update) * self._per_update / max(speed, 1e-9)
-        self._seconds, self._updates = 0.0, 0
+        """Format update/total, loss, learning rate, gradient norm, tokens per second and remaining time."""
+        speed = self._updates * self._tokens_per_update / max(self._seconds, 1e-9)
+        remaining = (self._total - state.update) * self._tokens_per_update / max(speed, 1e-9)
+        self._seconds = 0.0
+        self._updates = 0
         return (
             f"{state.update:>{self._width}}/{self._total}"
             f"  loss {result.loss:7.4f}  lr {result.lr:.2e}  grad norm {result.grad_norm:6.3f}"
-            f"  {speed:>11,.0f} tokens/s  ETA {duration(left)}"
+            f"  {speed:>11,.0f} tokens/s  ETA {duration(remaining)}"
         )
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 42s, 3m07s, 5h12m, 2d04h."""
+    """Format seconds for people: 42s, 3m07s, 5h12m, 2d04h; "unknown" if they are not finite."""
+    if not math.isfinite(seconds):
+        return "unknown"
     whole = round(seconds)
-    for limit, (name, unit), (small, small_unit) in (
-        (3600, ("m", 60), ("s", 1)),
-        (86400, ("h", 3600), ("m", 60)),
-        (float("inf"), ("d", 86400), ("h", 3600)),
-    ):
-        if whole < 60:
-            return f"{whole}s"
-        if whole < limit:
-            return f"{whole // unit}{name}{whole % unit // small_unit:02d}{small}"
-    raise AssertionError("unreachable: the last limit is infinite")
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,96 +1,102 @@
-"""`megagpt train`: build, resume, and the loop. Start reading at `loop`."""
+"""`megagpt train`: the training loop. Start reading at `loop`."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megagpt import files
-from megagpt.checkpoint.async_saver import Attempt
-from megagpt.checkpoint.store import SaveFailed, read
+from megagpt.checkpoint.async_saver import SaveFailed, SaveResult
+from megagpt.checkpoint.store import read_manifest
 from megagpt.cluster import Rank, from_environment, preflight
 from megagpt.cluster.rendezvous import meeting
 from megagpt.config import recipe as recipes
-from megagpt.data.evaluation_batches import combine_losses
+from megagpt.data.evaluation_batches import combine_losses, perplexity
 from megagpt.data.loader import Batch
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER, MachineError, UserError
 from megagpt.inference import generate
-from megagpt.state import TrainState, UpdateResult, Verdict
+from megagpt.state import TrainState, UpdateResult
 from megagpt.training import metrics, recovery
-from megagpt.training.anomalies import Finding, Remedy
-from megagpt.training.console import Console
-from megagpt.training.setup import Options, Run, assemble
-from megagpt.training.status import DONE, Note
-from megagpt.training.stop_signals import Asking
+from megagpt.training.anomalies import Action, Anomaly
+from megagpt.training.console import Console, display_only
+from megagpt.training.setup import Run, TrainOptions, build_run
+from megagpt.training.status import DONE, StatusFile
 from megagpt.training.watchdog import DATA, EVALUATE, PASSES, SAMPLE, SAVE, STEP
 
 
 def loop(run: Run, state: TrainState) -> int:
-    """Train from `state` to the end of the recipe, or until asked to stop; the exit code."""
+    """Train from `state` to the end of the recipe, or until a stop is requested. Returns the exit code."""
     recipe = run.resolved.recipe
-    stop = make_up(run, state)
+    stop = run_missed_validation(run, state)
     while state.update < run.total and not stop:
-        state = replace(state, position=run.health.start(state.position))
-        result = make(run, state, fetch(run, state))
-        if found := run.health.judge(state.update, result):
-            state = set_back(run, state, result, found)
+        state = replace(state, position=run.health.next_position(state.position))
+        result = train_step(run, state, next_batches(run, state))
+        if anomaly := run.health.check(state.update, result):
+            state = handle_bad_update(run, state, result, anomaly)
             continue
         state = state.advanced(run.loader.positions_used(state.position), result.tokens)
-        record(run, state, result)
-        if due(state, recipe.health.compare_every):
+        record_update(run, state, result)
+        if is_due(state, recipe.health.compare_every):
             recovery.compare_replicas(run, state)
 
-        stop, last = agree(run).stop, state.update == run.total
-        if stop or last or due(state, recipe.checkpoint.every):
+        record_save(run, run.saver.advance())
+        stop = run.stop_signals.agree()
+        last = state.update == run.total
+        if stop or last or is_due(state, recipe.checkpoint.every):
             save(run, state, last_chance=bool(stop) or last)
-        if not stop and (last or due(state, recipe.evaluation.every)):
+        if not stop and (last or is_due(state, recipe.evaluation.every)):
             stop = validate(run, state)
-    return leave(run, state, stop) if stop else finish(run, state)
+    return stop_run(run, state, stop) if stop else finish_run(run, state)
 
 
-def due(state: TrainState, every: int | None) -> bool:
-    """Whether something that is done every so many updates is due now."""
+def is_due(state: TrainState, every: int | None) -> bool:
+    """Return whether something that happens every `every` updates is due now; None means never."""
     return every is not None and state.update % every == 0
 
 
-def make_up(run: Run, state: TrainState) -> str | None:
-    """Make the validation of this update if it is due and not on record: the process before ended before it.
+def run_missed_validation(run: Run, state: TrainState) -> str | None:
+    """Run the validation that was due at this update if the previous process exited before running it.
 
-    Answers as `validate`. No time limit ends it, or one could at every start; raises UserError where signals do.
+    Returns the same as `validate`. Ignores the time limit, so that a short limit cannot interrupt it on every start.
+
+    Raises:
+        UserError: Signals have interrupted this validation on several consecutive starts.
     """
-    here, is_due = run.metrics.here, state.update == run.total or due(state, run.resolved.recipe.evaluation.every)
-    owed = run.rank.main and is_due and state.update > 0 and bool(run.validation) and not here["validation"]
-    stop = validate(run, state, limited=False) if all(run.agreement.any(owed)) else None
+    was_due = state.update == run.total or is_due(state, run.resolved.recipe.evaluation.every)
+    missed = was_due and state.update > 0 and bool(run.validation) and not run.metrics.events_at_resume["validation"]
+    if not run.collectives.any(run.rank.main and missed):
+        return None
+    stop = validate(run, state, ignore_time_limit=True)
     if stop:
-        recovery.refuse_vain_starts(run, state, stop)
+        recovery.refuse_repeated_interruption(run, state, stop)
     return stop
 
 
-def fetch(run: Run, state: TrainState) -> list[Batch]:
-    """This rank's batches of the next update."""
+def next_batches(run: Run, state: TrainState) -> list[Batch]:
+    """Return this rank's batches of the next update."""
     run.watch.enter(DATA, state.update + 1)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     batches = run.loader.batches(state.position)
-    run.progress.waited = time.perf_counter() - begun
+    run.progress.data_seconds = time.perf_counter() - start
     return batches
 
 
-def make(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
-    """Make the next update, unless its loss is refused between the forward passes and the step."""
+def train_step(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
+    """Make the next update, unless its loss is rejected between the forward passes and the optimizer step."""
     update = state.update + 1
     run.watch.enter(PASSES, update)
     return run.engine.train_update(batches, run.health.accepts, lambda: run.watch.enter(STEP, update))
 
 
-def record(run: Run, state: TrainState, result: UpdateResult) -> None:
-    """Write the update down, and show it if a line is due."""
-    seconds = run.progress.update()
+def record_update(run: Run, state: TrainState, result: UpdateResult) -> None:
+    """Record an update in the metrics, and show it if a line is due."""
+    seconds = run.progress.end_update()
     speed = result.tokens / seconds
     run.metrics.write(
         "update",
@@ -104,117 +110,146 @@ def record(run: Run, state: TrainState, result: UpdateResult) -> None:
         mfu=speed * run.flops_per_token / run.peak_flops if run.peak_flops else None,
         device_bytes=run.peak_memory(),
         seconds=seconds,
-        data_seconds=run.progress.waited,
+        data_seconds=run.progress.data_seconds,
     )
-    run.health.note("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
-    if state.update in (1, run.total) or due(state, run.resolved.recipe.log.every):
-        run.console.say(run.progress.line(state, result))
+    run.health.observe("update", update=state.update, loss=result.loss, grad_norm=result.grad_norm)
+    if state.update in (1, run.total) or is_due(state, run.resolved.recipe.log.every):
+        with display_only():
+            run.console.say(run.progress.line(state, result))
 
 
 def save(run: Run, state: TrainState, last_chance: bool) -> None:
-    """Begin a checkpoint, and end it too where the recipe does not save asynchronously, or it is the last."""
-    run.watch.enter(SAVE, state.update)
-    note_save(run, run.saver.finish())
-    note_save(run, run.saver.save(state, wait=last_chance), last_chance)
-    run.progress.pause()
+    """Save a checkpoint.
 
-
-def note_save(run: Run, attempt: Attempt | None, last_chance: bool = False) -> None:
-    """Write down how a save ended. A failure is said, and only the fourth in a row, or one at the end, ends the run."""
-    if attempt is None:
-        return
-    update, problem = attempt.state.update, attempt.problem
-    seconds = {"stall_seconds": attempt.stall_seconds, "write_seconds": attempt.write_seconds}
-    if not attempt.published:
-        run.metrics.write("save_failed", update=update, error=problem, **seconds)
-        run.console.say(f"{'NOT SAVED':>11}  update {update}: {problem}")
-        if run.failed_saves.add() or last_chance:
-            raise SaveFailed(problem)
-        return
-    run.failed_saves.end()
-    run.health.note("checkpoint", update=update)
-    run.metrics.write("checkpoint", update=update, path=str(attempt.folder), **seconds)
-    if problem:
-        run.console.say(f"{'SAVED, BUT':>11}  update {update}: {problem}")
-
-
-def set_back(run: Run, state: TrainState, result: UpdateResult, found: Finding) -> TrainState:
-    """Deal with an update that went wrong. A save that is under way ends first, if it may be what to go back to."""
-    if found.remedy is Remedy.ROLL_BACK:
-        run.watch.enter(SAVE, state.update)
-        note_save(run, run.saver.finish())
-    return recovery.bear(run, state, result, found)
-
-
-def validate(run: Run, state: TrainState, limited: bool = True) -> str | None:
-    """Measure the loss on held-out text, and let the model continue the recipe's prompt.
-
-    Answers why to stop, if that is asked meanwhile; then the measurement is left, and made by the run that goes on.
+    Args:
+        run: the run.
+        state: the present state.
+        last_chance: wait until an asynchronous save is finished, and raise SaveFailed if it failed.
     """
-    recipe = run.resolved.recipe
+    run.watch.enter(SAVE, state.update)
+    record_save(run, run.saver.finish())
+    record_save(run, run.saver.save(state, wait=last_chance), last_chance)
+    run.progress.exclude()
+
+
+def record_save(run: Run, result: SaveResult | None, last_chance: bool = False) -> None:
+    """Record the result of a save, if there is one. Training continues after a failed save.
+
+    Args:
+        run: the run.
+        result: what the saver returned; None if no save was finished.
+        last_chance: there will be no later save.
+
+    Raises:
+        SaveFailed: The save failed, and was the last chance or one of too many consecutive failures.
+    """
+    if result is None:
+        return
+    update = result.state.update
+    seconds = {"stall_seconds": result.blocking_seconds, "write_seconds": result.write_seconds}
+    if not result.published:
+        run.metrics.write("save_failed", update=update, error=result.problem, **seconds)
+        run.console.say(f"{'NOT SAVED':>11}  update {update}: {result.problem}")
+        if run.failed_saves.add() or last_chance:
+            raise SaveFailed(result.problem)
+        return
+    run.failed_saves.reset()
+    run.health.observe("checkpoint", update=update)
+    run.metrics.write("checkpoint", update=update, path=str(result.folder), **seconds)
+    if result.problem:
+        run.console.say(f"{'SAVED, BUT':>11}  update {update}: {result.problem}")
+
+
+def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly: Anomaly) -> TrainState:
+    """Retry, skip or roll back. A pending save is finished before a rollback, which may go back to it."""
+    if anomaly.action is Action.ROLL_BACK:
+        run.watch.enter(SAVE, state.update)
+        record_save(run, run.saver.finish())
+    return recovery.handle_bad_update(run, state, result, anomaly)
+
+
+def validate(run: Run, state: TrainState, ignore_time_limit: bool = False) -> str | None:
+    """Measure the loss on the validation text, and let the model continue the recipe's prompt.
+
+    Args:
+        run: the run.
+        state: the present state.
+        ignore_time_limit: stop only for signals and the stop file.
+
+    Returns:
+        Why to stop, if a stop was requested in the meantime: the validation is then abandoned, and the next start
+        runs it. Else None.
+    """
     if not run.validation:
         return None
 
-    def asked() -> str | None:
-        run.watch.enter(EVALUATE, state.update)  # a sign of progress
-        return agree(run, limited).stop
+    def should_stop() -> bool:
+        run.watch.enter(EVALUATE, state.update)  # counts as progress
+        record_save(run, run.saver.advance())
+        return run.stop_signals.agree(ignore_time_limit) is not None
 
-    asking = Asking(asked)
-    losses = [(part, run.engine.evaluate(asking.until_stopped(part.batches()))) for part in run.validation]
-    if asking.reason:
-        run.metrics.write("validation_left", update=state.update, seconds=run.progress.pause())
-        return asking.reason
-    loss, bits = combine_losses(losses)
-    apart = {part.prefix: one for part, one in losses} if len(losses) > 1 else {}
-    shown = f"  {bits:.4f} bits per byte" if bits is not None else ""
-    run.console.say(f"{'validation':>11}  loss {loss:7.4f}  perplexity {math.exp(loss):.2f}{shown}")
-    for prefix, one in apart.items():
-        run.console.say(f"{'':>11}  loss {one:7.4f}  {prefix}")
-    if recipe.evaluation.prompt is not None and recipe.data.tokenizer is not None:
-        run.watch.enter(SAMPLE, state.update)
-        text = sample(run, recipe.evaluation.prompt, recipe.data.tokenizer)
-        run.console.say(f"{'sample':>11}  {text}")
-    numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
-    numbers |= {"sources": apart} if apart else {}
-    run.metrics.write("validation", update=state.update, **numbers, seconds=run.progress.pause())
+    losses = []
+    for part in run.validation:
+        loss = run.engine.evaluate(part.batches(), should_stop)
+        if loss is None:
+            run.metrics.write("validation_left", update=state.update, seconds=run.progress.exclude())
+            return run.stop_signals.reason
+        losses.append((part, loss))
+    total_loss, bits_per_byte = combine_losses(losses)
+    by_source = {part.prefix: loss for part, loss in losses} if len(losses) > 1 else {}
+    with display_only():
+        show_validation(run, state, total_loss, bits_per_byte, by_source)
+    show_sample(run, state)
+    values: dict[str, Any] = {"loss": total_loss, "perplexity": perplexity(total_loss), "bits_per_byte": bits_per_byte}
+    if by_source:
+        values["sources"] = by_source
+    run.metrics.write("validation", update=state.update, **values, seconds=run.progress.exclude())
     return None
 
 
-def agree(run: Run, limited: bool = True) -> Verdict:
-    """The one exchange in which all ranks agree whether to stop; a save under way takes its next step if it can."""
-    verdict = run.stopping.verdict(run.saver.writing, limited)
-    if not verdict.writing:
-        note_save(run, run.saver.proceed())
-    return verdict
+def show_validation(
+    run: Run, state: TrainState, loss: float, bits_per_byte: float | None, by_source: dict[str, float]
+) -> None:
+    """Show the validation loss, in total and per corpus if there are several."""
+    bits = f"  {bits_per_byte:.4f} bits per byte" if bits_per_byte is not None else ""
+    run.console.say(
+        f"{'validation':>11}  update {state.update}  loss {loss:7.4f}  perplexity {perplexity(loss):.2f}{bits}"
+    )
+    for prefix, source_loss in by_source.items():
+        run.console.say(f"{'':>11}  loss {source_loss:7.4f}  {prefix}")
 
 
-def sample(run: Run, prompt: str, tokenizer: str) -> str:
-    """`prompt` and 40 tokens more by the weights of this moment, on one line; "" on ranks other than 0."""
-    main = run.rank.main
-    weights = {name: value for name, value in run.engine.weights() if main}  # collective: every rank takes part
-    text = generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt) if main else ""
-    run.agreement.barrier()  # in this phase, which may last: in the next one those who wait would be called hung
-    return text
+def show_sample(run: Run, state: TrainState) -> None:
+    """Show 40 tokens that the model generates after the recipe's prompt, if there is one. Collective."""
+    prompt, tokenizer = run.resolved.recipe.evaluation.prompt, run.resolved.recipe.data.tokenizer
+    if prompt is None or tokenizer is None:
+        return
+    run.watch.enter(SAMPLE, state.update)
+    weights = {name: value for name, value in run.engine.weights() if run.rank.main}  # all ranks must gather them
+    if run.rank.main:
+        text = generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
+        run.console.say(f"{'sample':>11}  {text}")
+    run.collectives.barrier()  # ranks that wait must do so in this phase: in the next they would be reported as hung
 
 
-def leave(run: Run, state: TrainState, why: str) -> int:
-    """Save what is not saved yet, as when an evaluation was left, and say why training stops here; the exit code."""
+def stop_run(run: Run, state: TrainState, reason: str) -> int:
+    """Save a checkpoint if the present state is not saved yet, and show why training stops. Returns the exit code."""
     run.watch.enter(SAVE, state.update)
-    note_save(run, run.saver.finish())
-    saved = run.rank.main and read(run.store.folder(state.update))[0] is not None
-    if not all(run.agreement.any(saved)):
+    record_save(run, run.saver.finish())
+    saved = run.rank.main and read_manifest(run.store.folder(state.update))[0] is not None
+    if not run.collectives.any(saved):
         save(run, state, last_chance=True)
-    say_times(run, state)
-    run.console.say(f"stopped by {why}, saved at update {state.update}. The same command goes on from there.")
+    show_time_breakdown(run, state)
+    run.console.say(f"Stopped by {reason}; checkpoint saved at update {state.update}. Run the same command to resume.")
     return EXIT_REQUEUE
 
 
-def finish(run: Run, state: TrainState) -> int:
-    """Say where everything is, and leave DONE: only after the last checkpoint was published and read back."""
+def finish_run(run: Run, state: TrainState) -> int:
+    """Verify the last checkpoint, and then write the file DONE. Returns the exit code."""
     found, _ = run.store.newest_valid()
     if found is None or found.state != state:
         raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
-    say_times(run, state)
+    show_time_breakdown(run, state)
     run.metrics.write("done", **asdict(state))
     if run.rank.main:
         files.replace_json(run.path / DONE, asdict(state))
@@ -223,16 +258,17 @@ def finish(run: Run, state: TrainState) -> int:
     return EXIT_DONE
 
 
-def say_times(run: Run, state: TrainState) -> None:
-    """Say and record where the run's seconds went, over all its restarts."""
+def show_time_breakdown(run: Run, state: TrainState) -> None:
+    """Show and record where the run's seconds went, over all its processes."""
     if run.rank.main:
-        spent = metrics.spent(run.path)
-        run.metrics.write("time", update=state.update, spent=asdict(spent), shares=spent.shares)
-        run.console.say(f"time     {spent}")
+        breakdown = metrics.time_breakdown(run.path)
+        run.metrics.write("time", update=state.update, **breakdown.record())
+        with display_only():
+            run.console.say(f"time     {breakdown}")
 
 
-def train(options: Options) -> int:
-    """Train as the options say; the exit code. Called on every rank."""
+def train(options: TrainOptions) -> int:
+    """Train a model. Called on every rank. Returns the exit code."""
     rank = from_environment(os.environ)
     try:
         preflight.check_world_size(rank, options.expect_world_size, preflight.ancestors())
@@ -242,56 +278,50 @@ def train(options: Options) -> int:
     except UserError as error:
         if rank.local_rank == 0 or isinstance(error, MachineError):
             raise
-        return EXIT_USER  # every rank of a host found the same mistake: it is said once
+        return EXIT_USER  # every rank of a host found the same mistake: it is reported once
 
 
-def _train(options: Options, rank: Rank, recipe: recipes.Recipe) -> int:
-    console = Console(Path(recipe.run_dir), rank.rank)
-    note = Note(Path(recipe.run_dir), rank)
-    assembled = None
+def _train(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> int:
+    run: Run | None = None
+    with Console(Path(recipe.run_dir), rank.rank) as console:
+        status = StatusFile(Path(recipe.run_dir), rank)
+        status.start()
 
-    def alarm(text: str) -> None:
-        note.end(EXIT_FAILURE, text.removeprefix("megagpt: "))
-        console.alarm(text)
+        def alarm(text: str) -> None:
+            status.end(EXIT_FAILURE, text.removeprefix("megagpt: "))
+            console.alarm(text)
 
-    try:
-        assembled = assemble(options, rank, recipe, console, alarm)
-        if assembled is None:
-            note.end(EXIT_DONE)
-            return EXIT_DONE
-        return _loop_and_close(*assembled, note)
-    except UserError as error:
-        note.end(error.exit_code, str(error))
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        _say_failure(error, assembled[0] if assembled else None, rank, console, note)
-        os._exit(EXIT_FAILURE)  # not through exit handlers: they would wait for ranks that wait for this one
-    finally:
-        console.close()
+        try:
+            with ExitStack() as stack:
+                built = build_run(options, rank, recipe, console, alarm, stack)
+                if built is None:
+                    status.end(EXIT_DONE)
+                    return EXIT_DONE
+                run, state = built
+                code = loop(run, state)
+                status.end(code, run.stop_signals.reason or "")
+                run.collectives.barrier()  # srun and others end all ranks as soon as the first one exits with 75
+            run.engine.close()  # not after a failure: NCCL would wait for ranks that wait for this one
+            return code
+        except UserError as error:
+            status.end(error.exit_code, str(error))
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            _report_failure(error, run, rank, console, status)
+            os._exit(EXIT_FAILURE)  # without exit handlers: they would wait for ranks that wait for this one
 
 
-def _say_failure(error: Exception, run: Run | None, rank: Rank, console: Console, note: Note) -> None:
-    """Say where training failed, and who was gone by then: a rank that is killed says nothing, its peers fail."""
-    cause = f"in {run.watch.doing if run else 'the start'}: {type(error).__name__}: {error}{recovery.advice(error)}"
-    note.end(EXIT_FAILURE, cause)
+def _report_failure(error: Exception, run: Run | None, rank: Rank, console: Console, status: StatusFile) -> None:
+    """Report where training failed, and which ranks were dead by then: a rank that was killed cannot report itself."""
+    doing = run.watch.doing if run else "the start"
+    cause = f"in {doing}: {type(error).__name__}: {error}{recovery.advice(error)}"
+    status.end(EXIT_FAILURE, cause)
     console.alarm(f"megagpt: rank {rank.rank} failed {cause}\n  log: {console.log_path}")
-    sys.stdout.flush()
-    if run is None or rank.world_size == 1 or not isinstance(error, RuntimeError):  # as gloo's and NCCL's are
+    with display_only():
+        sys.stdout.flush()
+    if run is None or rank.world_size == 1 or not isinstance(error, RuntimeError):  # gloo and NCCL raise RuntimeError
         return
     if gone := run.watch.gone():
         console.alarm("\n".join([f"megagpt: rank {rank.rank} failed without", *gone]))
-        note.end(EXIT_FAILURE, "\n".join([cause, *gone]))
-
-
-def _loop_and_close(run: Run, state: TrainState, note: Note) -> int:
-    try:
-        code = loop(run, state)
-        note.end(code)
-        run.agreement.barrier()  # srun and others end all ranks when the first one has ended with 75
-    finally:
-        run.watch.close()
-        run.stopping.close()
-        run.metrics.close()
-    run.engine.close()  # not after a failure: NCCL would wait for ranks that wait for this one
-    return code
+        status.end(EXIT_FAILURE, "\n".join([cause, *gone]))

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run: one JSON object a line, losses with full float precision."""
+"""metrics.jsonl, the event log of a run: one JSON object per line, losses with full float precision."""
 
 from __future__ import annotations
 
@@ -12,52 +12,66 @@ from typing import Any
 
 from megagpt.errors import UserError
 from megagpt.files import open_to_append, parse_json, replace_text
-from megagpt.training import time_breakdown
+from megagpt.training import time_breakdown as times
 
 NAME = "metrics.jsonl"
-_DECISIONS = ("skip", "rollback")  # data that is left out for good
-_DECISIVE = ("checkpoint", *_DECISIONS)  # and updates
-_KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
+_SKIP_EVENTS = ("skip", "rollback")  # data that is left out for good, also if the run goes back behind these events
+_REPLAYABLE_EVENTS = ("checkpoint", *_SKIP_EVENTS)  # and updates
+_REPLAYED_KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
 
 
 class Metrics:
-    """Appends events to a run's record. On ranks other than 0 (`main` false) it does nothing.
+    """Appends events to the log of a run. On ranks other than 0 (`main` is False) every method does nothing.
 
-    What the disk has no room for waits in memory for the next event: a full disk leaves no gap in the record.
-    What is on record up to `resumed_at`, or after `go_back`, is read once: `decisive` is what decisions about bad
-    numbers depend on, of updates the last `window`; `here` how many events of each kind there are of that very update.
+    Events that a full disk has no room for are kept in memory until the next event, so the log has no gap.
+
+    `replayable` holds the events from which `Health` rebuilds its state: checkpoints, skips, rollbacks and the last
+    `window` updates. `events_at_resume` counts, by kind, the logged events of the very update that the run resumes at.
+    Both are read by `truncate`.
+
+    Args:
+        run: the run directory.
+        main: whether this is rank 0.
+        window: number of updates that `Health` looks back on.
     """
 
-    def __init__(self, run: Path, main: bool, resumed_at: int, window: int) -> None:
-        self._path, self._window = run / NAME, window
+    def __init__(self, run: Path, main: bool, window: int) -> None:
+        self._path = run / NAME
+        self._main = main
+        self._window = window
         self._file: int | None = None
-        self._waiting = b""
-        self.decisive: list[dict[str, Any]] = []
-        self.here: Counter[str] = Counter()
-        self.lost_seconds = self._open(resumed_at) if main else 0.0  # of what was recorded after `resumed_at`
+        self._unwritten = b""
+        self.replayable: list[dict[str, Any]] = []
+        self.events_at_resume: Counter[str] = Counter()
 
-    def go_back(self, update: int) -> float:
-        """Forget what was recorded after `update`; the seconds that it took."""
-        if self._file is None:
+    def truncate(self, update: int) -> float:
+        """Drop the events after `update`, whose updates will be repeated, and open the log to append to it.
+
+        Skips and rollbacks are kept, because the data that they left out stays left out.
+
+        Returns:
+            Seconds of training time that the dropped events took.
+        """
+        if not self._main:
             return 0.0
         self.close()
-        return self._open(update)
-
-    def _open(self, update: int) -> float:
-        kept, lost = _truncate(self._path, update) if self._path.exists() else ([], 0.0)
-        self.decisive = _decisive(kept, self._window)
-        self.here = Counter(record["event"] for record in kept if record["update"] == update)
+        kept: list[dict[str, Any]] = []
+        lost_seconds = 0.0
+        if self._path.exists():
+            kept, lost_seconds = _truncate(self._path, update)
+        self.replayable = _select_replayable(kept, self._window)
+        self.events_at_resume = Counter(record["event"] for record in kept if record["update"] == update)
         self._file = open_to_append(self._path)
-        return lost
+        return lost_seconds
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event; it is on its way to the disk when this returns, if there is room."""
+        """Append an event. It is handed to the operating system before this returns, unless the disk is full."""
         if self._file is None:
             return
-        self._waiting += json.dumps({"event": event, **values}).encode() + b"\n"
+        self._unwritten += json.dumps({"event": event, **values}).encode() + b"\n"
         with contextlib.suppress(OSError):
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def close(self) -> None:
         """Close the file."""
@@ -67,17 +81,30 @@ class Metrics:
 
 
 def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
-    """The events of a run in order, or only those of one kind; a last line cut short by a crash is left out."""
+    """Yield the events of a run in order. Ignores a last line that a crash cut short.
+
+    Args:
+        run: the run directory.
+        event: yield only events of this kind.
+
+    Raises:
+        UserError: A line is not an event.
+    """
     with (run / NAME).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                record = _record(line, f"{run / NAME}:{number}")
+                record = _parse(line, f"{run / NAME}:{number}")
                 if event is None or record["event"] == event:
                     yield record
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    """Return the event on a line. Raises UserError if it is none."""
+def time_breakdown(run: Path) -> times.TimeBreakdown:
+    """Return where the run's seconds went, over all its processes."""
+    return times.add_up(read(run))
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    """Return the event on a line. Raises UserError if there is none."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -87,31 +114,24 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def spent(run: Path) -> time_breakdown.Times:
-    """Where the run's seconds went, all its restarts together."""
-    return time_breakdown.of(read(run))
-
-
-def _decisive(records: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """Decisive events without their other values."""
+def _select_replayable(records: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """Return the events that `Health` needs, with only the values that it needs."""
     updates = [record["update"] for record in records if record["event"] == "update"]
     first = updates[-window:][0] if updates else 0
     return [
-        {key: record[key] for key in _KEYS if key in record}
+        {key: record[key] for key in _REPLAYED_KEYS if key in record}
         for record in records
-        if record["event"] in _DECISIVE or (record["event"] == "update" and record["update"] >= first)
+        if record["event"] in _REPLAYABLE_EVENTS or (record["event"] == "update" and record["update"] >= first)
     ]
 
 
 def _truncate(path: Path, update: int) -> tuple[list[dict[str, Any]], float]:
-    """Drop what was recorded after `update`: it will be made again, as was decided. What stays, and the seconds that
-    the rest took.
-    """
+    """Truncate the log to `update`. Returns the events kept, and the seconds spent on those dropped."""
     records = list(read(path.parent))
     kept = [
         record
         for record in records
-        if record["event"] in _DECISIONS or (record["update"] <= update and record["event"] != "done")
+        if record["event"] in _SKIP_EVENTS or (record["update"] <= update and record["event"] != "done")
     ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept, time_breakdown.of(records).total - time_breakdown.of(kept).total
+    return kept, times.add_up(records).total - times.add_up(kept).total

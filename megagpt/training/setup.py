@@ -1,4 +1,4 @@
-"""A run's parts, put together once: recipe and DeepSpeed config, data, engine, checkpoint, console."""
+"""Set up a training run: build its parts from recipe and DeepSpeed config, and load the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from megagpt import files
 from megagpt.checkpoint import resume
 from megagpt.checkpoint import store as checkpoint
 from megagpt.checkpoint.async_saver import Saver
-from megagpt.cluster import Agreement, Rank, env_forwarding, preflight
+from megagpt.cluster import Collectives, Rank, env_forwarding, preflight
 from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
 from megagpt.corpus.reader import CorpusReader
@@ -25,11 +26,11 @@ from megagpt.data.loader import Loader
 from megagpt.model import flops
 from megagpt.state import TrainState
 from megagpt.training import time_breakdown
-from megagpt.training.anomalies import MOST_FAILED_SAVES, Health, Row
-from megagpt.training.console import Console, Progress
+from megagpt.training.anomalies import MAX_FAILED_SAVES, ConsecutiveFailures, Health
+from megagpt.training.console import Console, Progress, display_only
 from megagpt.training.metrics import Metrics
-from megagpt.training.status import DONE
-from megagpt.training.stop_signals import REQUEST, Stopping
+from megagpt.training.status import DONE, STOP_FILE
+from megagpt.training.stop_signals import StopSignals
 from megagpt.training.watchdog import Watch
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line says; see `megagpt train --help`."""
+class TrainOptions:
+    """Options of `megagpt train`; see `megagpt train --help`."""
 
     recipe: Path
     deepspeed_config: Path
@@ -52,114 +53,243 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run on this rank, put together once."""
+    """The parts of a training run on this rank."""
 
     path: Path
     rank: Rank
     resolved: Resolved
     total: int
+    """Number of updates at the end of the run."""
     loader: Loader
     validation: tuple[EvaluationBatches, ...]
     engine: Engine
-    agreement: Agreement
+    collectives: Collectives
     store: checkpoint.Store
     saver: Saver
     console: Console
     metrics: Metrics
-    failed_saves: Row
+    failed_saves: ConsecutiveFailures
     health: Health
     watch: Watch
     progress: Progress
-    stopping: Stopping
+    stop_signals: StopSignals
     flops_per_token: float
-    peak_flops: float | None  # of all devices together; None where it is not known
-    peak_memory: Callable[[], int | None]  # of this rank's device so far, in bytes; None on a CPU
+    peak_flops: float | None
+    """FLOP/s of all devices together; None if unknown."""
+    peak_memory: Callable[[], int | None]
+    """Returns the most memory that this rank's device has used so far, in bytes; None on a CPU."""
 
 
-def assemble(
-    options: Options, rank: Rank, recipe: recipes.Recipe, console: Console, alarm: Callable[[str], None]
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is built from, before its engine exists. `facts` is what its checkpoints record."""
+
+    rank: Rank
+    resolved: Resolved
+    total: int
+    loader: Loader
+    validation: tuple[EvaluationBatches, ...]
+    usage: list[blend.SourceUsage]
+    facts: dict[str, Any]
+    device: str
+    collectives: Collectives
+
+
+@dataclass(frozen=True)
+class _Start:
+    """How a run starts: its state, the event in metrics.jsonl, and the notes to show."""
+
+    state: TrainState
+    event: str
+    notes: list[str]
+
+
+def build_run(
+    options: TrainOptions,
+    rank: Rank,
+    recipe: recipes.Recipe,
+    console: Console,
+    alarm: Callable[[str], None],
+    stack: ExitStack,
 ) -> tuple[Run, TrainState] | None:
-    """Put the parts together and load the checkpoint; None where the run is done. `alarm` is told of a hang's end."""
-    from megagpt.engine import build, deepspeed_keys, devices, init_deepspeed
+    """Build the parts of a run, and load the checkpoint that it resumes from. Collective.
+
+    Args:
+        options: options of the command.
+        rank: this rank.
+        recipe: the recipe, with overrides applied.
+        console: an open console.
+        alarm: called with a message before the watchdog ends the process because of a hang.
+        stack: closes what this opens: signal handlers, threads and files.
+
+    Returns:
+        The run and the state to train from, or None if the run is already complete.
+
+    Raises:
+        UserError: Recipe, config, data, or the run directory do not fit together.
+    """
+    from megagpt.engine import build
+
+    inputs = _load_inputs(options, rank, recipe)
+    recipe, path = inputs.resolved.recipe, Path(recipe.run_dir)
+    hosts, notes = _compare_ranks(options, inputs)
+    store = checkpoint.Store(
+        path,
+        rank,
+        inputs.collectives,
+        keep_last=recipe.checkpoint.keep_last,
+        keep_every=recipe.checkpoint.keep_every,
+        min_bytes=flops.checkpoint_bytes(recipe.model),
+    )
+    found, branched, damaged = _find_checkpoint(options, inputs, store)
+    if found is not None and _is_complete(inputs, found):
+        updates = f"{found.state.update:,} of {inputs.total:,} updates"
+        console.say(f"Run already complete ({updates}). To continue, increase `length`.")
+        return None
+    engine = build.build(inputs.resolved, inputs.total, rank, inputs.collectives)
+    if found is not None:
+        engine.load_state(found.folder)
+    notes += [f"skipped damaged checkpoint {line}" for line in damaged]
+    begin = _how_it_starts(found, branched, inputs.facts, notes)
+    metrics = Metrics(path, rank.main, recipe.health.window)
+    stack.callback(metrics.close)
+    lost_seconds = metrics.truncate(begin.state.update)
+    watch = Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm)
+    run = _put_together(options, inputs, store, engine, console, metrics, watch)
+    stack.callback(run.saver.close)
+    stack.enter_context(run.stop_signals)
+    stack.enter_context(run.watch)
+    _write_configs(run)
+    _show_start(run, inputs, begin)
+    _record_start(run, begin, lost_seconds)
+    return run, begin.state
+
+
+def _put_together(
+    options: TrainOptions,
+    inputs: _Inputs,
+    store: checkpoint.Store,
+    engine: Engine,
+    console: Console,
+    metrics: Metrics,
+    watch: Watch,
+) -> Run:
+    """Build the remaining parts; nothing is opened or started."""
+    from megagpt.engine import devices
+
+    recipe, rank = inputs.resolved.recipe, inputs.rank
+    health = Health(recipe.health)
+    health.replay(metrics.replayable, inputs.collectives)
+    peak = flops.peak_flops(inputs.device, recipe.precision or "fp32")
+    return Run(
+        path=store.run,
+        rank=rank,
+        resolved=inputs.resolved,
+        total=inputs.total,
+        loader=inputs.loader,
+        validation=inputs.validation,
+        engine=engine,
+        collectives=inputs.collectives,
+        store=store,
+        saver=Saver(store, engine.save_state, inputs.facts, recipe.checkpoint.asynchronous),
+        console=console,
+        metrics=metrics,
+        failed_saves=ConsecutiveFailures(MAX_FAILED_SAVES),
+        health=health,
+        watch=watch,
+        progress=Progress(inputs.total, recipe.batch.global_size * recipe.model.seq_len),
+        stop_signals=StopSignals(
+            options.max_minutes,
+            inputs.collectives.any,
+            stop_file=store.run / STOP_FILE if rank.main else None,
+            notify=console.alarm if rank.main else None,
+        ),
+        flops_per_token=flops.flops_per_token(recipe.model),
+        peak_flops=peak * rank.world_size if peak else None,
+        peak_memory=devices.peak_memory,
+    )
+
+
+def _load_inputs(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> _Inputs:
+    """Resolve recipe and config, open the data and join the process group."""
+    from megagpt.engine import deepspeed_keys, init_deepspeed
 
     resolved = ds_config.load(
         options.deepspeed_config, recipe, rank.world_size, deepspeed_keys.known_keys(), options.overrides
     )
-    recipe, path = resolved.recipe, Path(recipe.run_dir)
     loader, validation = _data(resolved, rank)
-    if recipe.data.document_mask:
+    if resolved.recipe.data.document_mask:
         resolved = _with_document_end(resolved, loader)
-        recipe = resolved.recipe
-    total = recipes.total_updates(recipe, loader.sampler.samples_per_epoch)
-    samples = total * recipe.batch.global_size
-    taken = blend.source_usage(loader.sampler, recipe.data.train, samples)
-    blend.check_max_epochs(taken, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
+    total = recipes.total_updates(resolved.recipe, loader.sampler.samples_per_epoch)
+    usage = _source_usage(resolved.recipe, loader, total)
     facts = _facts(resolved, loader)
     device = init_deepspeed.start(rank)
-    agreement = Agreement(rank.world_size)
-    hosts, unlike = _compare(options, rank, facts, agreement)
-    store = checkpoint.Store(
-        path, rank, agreement, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every,
-        needed=flops.checkpoint_bytes(recipe.model),
-    )  # fmt: skip
-    found, damaged = resume.find(store, options.resume)
-    branched = found is None and recipe.init_from is not None
-    if branched and recipe.init_from:
-        place = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
-        found = resume.branch(recipe.init_from, place, store, total)
-    if found is not None:
-        resume.check(found, facts, options.allow_change, branched)
-        if found.state.update >= total and all(agreement.any(rank.main and done(path) >= found.state.update)):
-            console.say(
-                f"{path} is done: {found.state.update:,} of {total:,} updates. A longer length goes on from there."
-            )
-            return None
-
-    engine = build.build(resolved, total, rank, agreement)
-    state, notes = TrainState(), [*unlike, *(f"damaged, passed over: {line}" for line in damaged)]
-    if found is not None:
-        engine.load_state(found.folder)
-        state = found.state
-        moved = resume.moved(found, facts)
-        notes += [f"changed: {line}" for line in resume.changes(found, facts)]
-        notes += [f"moved to another layout: {moved}"] if moved else []
-    peak = flops.peak_flops(device, recipe.precision or "fp32")
-    metrics = Metrics(path, rank.main, state.update, recipe.health.window)
-    health = Health(recipe.health)
-    health.recall(metrics.decisive, agreement)
-    run = Run(
-        path, rank, resolved, total, loader, validation, engine, agreement, store,
-        Saver(store, engine.save_state, facts, recipe.checkpoint.asynchronous), console, metrics,
-        Row(MOST_FAILED_SAVES), health,
-        Watch(path / "logs", rank.rank, hosts, recipe.log.hang_after, alarm, console.alarm),
-        Progress(total, recipe.batch.global_size * recipe.model.seq_len),
-        Stopping(options.max_minutes, agreement.any, *((path / REQUEST, console.alarm) if rank.main else ())),
-        flops.flops_per_token(recipe.model), peak * rank.world_size if peak else None, devices.peak_memory,
-    )  # fmt: skip
-    _open(run, device, taken, notes, state, branched)
-    return run, state
+    return _Inputs(rank, resolved, total, loader, validation, usage, facts, device, Collectives(rank.world_size))
 
 
-def _compare(
-    options: Options, rank: Rank, facts: dict[str, Any], agreement: Agreement
-) -> tuple[list[preflight.Host], list[str]]:
-    """Where each rank is, and what is worth a note of how they differ; collective."""
-    told = agreement.gather(
-        preflight.facts_here(_same(facts), env_forwarding.passed_on(os.environ), preflight.ancestors())
-    )
-    return preflight.hosts_of(told), preflight.check_hosts(rank, told, os.environ, options.expect_world_size)
-
-
-def done(run: Path) -> int:
-    """The update at which a run was done; 0 while it is not."""
+def update_of_done(run: Path) -> int:
+    """Return the update at which the run was completed, or 0 if it is not complete."""
     try:
         return int(files.parse_json((run / DONE).read_text())["update"])
     except (OSError, ValueError, TypeError, KeyError):
         return 0
 
 
+def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[blend.SourceUsage]:
+    """How much of each corpus the run reads. Raises UserError if it repeats one more often than the recipe allows."""
+    samples = total * recipe.batch.global_size
+    usage = blend.source_usage(loader.sampler, recipe.data.train, samples)
+    blend.check_max_epochs(usage, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
+    return usage
+
+
+def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[preflight.Host], list[str]]:
+    """Compare the ranks' hosts, recipes and versions. Returns the host of each rank, and notes on differences."""
+    mine = preflight.facts_here(
+        _must_be_same(inputs.facts), env_forwarding.passed_on(os.environ), preflight.ancestors()
+    )
+    everyone = inputs.collectives.all_gather_object(mine)
+    notes = preflight.check_hosts(inputs.rank, everyone, os.environ, options.expect_world_size)
+    return preflight.hosts_of(everyone), notes
+
+
+def _find_checkpoint(
+    options: TrainOptions, inputs: _Inputs, store: checkpoint.Store
+) -> tuple[checkpoint.Checkpoint | None, bool, list[str]]:
+    """Return the checkpoint to start from, whether it is another run's, and a line per damaged one."""
+    recipe = inputs.resolved.recipe
+    found, damaged = resume.find_checkpoint(store, options.resume)
+    branched = found is None and recipe.init_from is not None
+    if branched and recipe.init_from:
+        where = f"{recipe.location('init_from')}  init_from: {recipe.init_from}"
+        found = resume.find_branch_point(recipe.init_from, where, store, inputs.total)
+    if found is not None:
+        resume.check_unchanged(found, inputs.facts, options.allow_change, branched)
+    return found, branched, damaged
+
+
+def _is_complete(inputs: _Inputs, found: checkpoint.Checkpoint) -> bool:
+    """Return whether the run has reached its length and has a DONE file that records it. Collective."""
+    if found.state.update < inputs.total:
+        return False
+    done = inputs.rank.main and update_of_done(Path(inputs.resolved.recipe.run_dir)) >= found.state.update
+    return inputs.collectives.any(done)
+
+
+def _how_it_starts(
+    found: checkpoint.Checkpoint | None, branched: bool, facts: dict[str, Any], notes: list[str]
+) -> _Start:
+    if found is None:
+        return _Start(TrainState(), "start", notes)
+    notes = [*notes, *(f"changed: {line}" for line in resume.recipe_changes(found, facts))]
+    if layout_changes := resume.layout_changes(found, facts):
+        notes.append(f"layout changed: {layout_changes}")
+    event = "branch" if branched else "resume" if found.state.update else "start"
+    return _Start(found.state, event, notes)
+
+
 def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatches, ...]]:
-    """The training batches of this rank, and its share of the validation text."""
+    """Return this rank's training batches, and its part of the validation batches."""
     from megagpt.engine import deepspeed_ops
 
     recipe, layout = resolved.recipe, resolved.layout
@@ -171,12 +301,15 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatch
         "rank": layout.data_rank(rank.rank),
         "data_parallel": layout.data_parallel,
     }
-    sources = [(source.path, source.weight) for source in recipe.data.train]
     loader = Loader(
-        sources, seed=recipe.seed, accumulation=layout.accumulation, skip=recipe.data.skip,
+        [(source.path, source.weight) for source in recipe.data.train],
+        seed=recipe.seed,
+        accumulation=layout.accumulation,
+        skip=recipe.data.skip,
         by_epochs=recipe.data.weight_counts == "epochs",
-        pinned=deepspeed_ops.device() == "cuda", **shape,
-    )  # fmt: skip
+        pinned=deepspeed_ops.device() == "cuda",
+        **shape,
+    )
     samples = recipe.evaluation.samples
     return loader, tuple(
         EvaluationBatches(CorpusReader(path), samples=samples, **shape) for path in recipe.data.validation
@@ -184,14 +317,14 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatch
 
 
 def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
-    """The recipe with the token that ends a document, which the corpora say."""
+    """Return the recipe with the end-of-document token, which the corpora record."""
     recipe = resolved.recipe
     data = recipe.data.model_copy(update={"eod": loader.document_end(recipe.data.eod)})
     return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
-    """What a checkpoint says of its making, beside the state: enough to tell whether a resume is the same run."""
+    """What a checkpoint records besides the state: enough to decide whether a resume is the same run."""
     return {
         "recipe": resolved.recipe.model_dump(mode="json"),
         "deepspeed": resolved.config,
@@ -201,56 +334,71 @@ def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
     }
 
 
-def _same(facts: dict[str, Any]) -> dict[str, str]:
-    """What must be the same on every rank: of long things a checksum."""
+def _must_be_same(facts: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on every rank; long values as checksums."""
     long = {"recipe": facts["recipe"], "DeepSpeed config": facts["deepspeed"], "data": facts["data"]}
-    sums = {name: resume.fingerprint(value) for name, value in long.items()}
-    return {**sums, "Python": platform.python_version(), **facts["versions"]}
+    checksums = {name: resume.fingerprint(value) for name, value in long.items()}
+    return {**checksums, "Python": platform.python_version(), **facts["versions"]}
 
 
-def _open(
-    run: Run, device: str, taken: list[blend.SourceUsage], notes: list[str], state: TrainState, branched: bool
-) -> None:
-    """Write down what is about to be trained, and say it in a few lines."""
-    recipe, layout, order = run.resolved.recipe, run.resolved.layout, run.loader.sampler
-    if run.rank.main:
-        (run.path / DONE).unlink(missing_ok=True)  # of a shorter length, which this run goes on from
-        files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(recipe))
-        files.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
-    per_update = recipe.batch.global_size * recipe.model.seq_len
+def _write_configs(run: Run) -> None:
+    """Write the resolved recipe and DeepSpeed config into the run directory."""
+    if not run.rank.main:
+        return
+    (run.path / DONE).unlink(missing_ok=True)  # of a shorter length, which this run continues
+    files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(run.resolved.recipe))
+    files.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
+
+
+def _record_start(run: Run, begin: _Start, lost_seconds: float) -> None:
+    source = {"init_from": run.resolved.recipe.init_from} if begin.event == "branch" else {}
+    seconds = {"seconds": time_breakdown.process_age(), "lost_seconds": lost_seconds}
+    run.metrics.write(begin.event, **asdict(begin.state), **source, **seconds)
+    run.progress.exclude()
+
+
+def _show_start(run: Run, inputs: _Inputs, begin: _Start) -> None:
+    """Show what is about to be trained in a few lines."""
     say = run.console.say
-    say(f"run      {run.path}   (log: {run.console.log_path})")
-    say(
-        f"model    {recipe.model.n_layer} layers × {recipe.model.d_model}, "
-        f"{flops.parameters(recipe.model):,} parameters, "
-        f"{run.flops_per_token / 1e6:,.1f} MFLOP a token, {recipe.precision}"
-    )
-    held_out = (
-        f"{sum(part.tokens for part in run.validation):,} tokens to validate on" if run.validation else "no validation"
-    )
-    say(
-        f"data     {order.samples_per_epoch:,} samples of {recipe.model.seq_len} tokens an epoch; {held_out}; "
-        f"fingerprint {resume.fingerprint(run.loader.fingerprint)}"
-    )
-    if len(taken) > 1:
-        for head, line in zip(("blend", *[""] * len(taken)), blend.format_table(taken), strict=True):
-            say(f"{head:<8} {line}")
-    say(f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update")
-    share = run.total * recipe.batch.global_size / order.samples_per_epoch
-    say(f"length   {run.total:,} updates of {per_update:,} tokens: {run.total * per_update:,} ({share:.2f} epochs)")
-    if recipe.health.compare_every and layout.zero_stage == 3:
-        notes = [*notes, "health.compare_every finds nothing to compare: at ZeRO stage 3 no two ranks hold the same"]
-    for note in (*run.resolved.notes, *run.loader.notes, *notes):
+    with display_only():
+        for line in _describe(run, inputs.device):
+            say(line)
+        if len(inputs.usage) > 1:
+            for number, line in enumerate(blend.format_table(inputs.usage)):
+                say(f"{'' if number else 'blend':<8} {line}")
+    recipe = run.resolved.recipe
+    notes = [*run.resolved.notes, *run.loader.notes, *begin.notes]
+    if recipe.health.compare_every and run.resolved.layout.zero_stage == 3:
+        notes.append("health.compare_every compares nothing: at ZeRO stage 3 no two ranks hold the same weights")
+    for note in notes:
         say(f"note     {note}")
-    event, origin = "resume" if state.update else "start", {}
-    if branched:
-        event, origin = "branch", {"init_from": recipe.init_from}
-        say(f"branched from {recipe.init_from}: this run has a schedule and a length of its own")
+    state = begin.state
+    if begin.event == "branch":
+        say(f"branched from {recipe.init_from}: this run has its own schedule and length")
     if state.update:
         say(
             f"resumed  at update {state.update:,}, data position {state.position:,}: "
             "weights, optimizer, schedule, data, random state, metrics"
         )
-    spent = {"seconds": time_breakdown.process_age(), "lost_seconds": run.metrics.lost_seconds}
-    run.metrics.write(event, **asdict(state), **origin, **spent)
-    run.progress.pause()
+
+
+def _describe(run: Run, device: str) -> list[str]:
+    """Describe run directory, model, data, layout and length, one line each."""
+    recipe, layout = run.resolved.recipe, run.resolved.layout
+    model = recipe.model
+    samples_per_epoch = run.loader.sampler.samples_per_epoch
+    validation = "no validation"
+    if run.validation:
+        validation = f"{sum(part.tokens for part in run.validation):,} validation tokens"
+    tokens_per_update = recipe.batch.global_size * model.seq_len
+    epochs = run.total * recipe.batch.global_size / samples_per_epoch
+    return [
+        f"run      {run.path}   (log: {run.console.log_path})",
+        f"model    {model.n_layer} layers × {model.d_model}, {flops.parameters(model):,} parameters, "
+        f"{run.flops_per_token / 1e6:,.1f} MFLOP per token, {recipe.precision}",
+        f"data     {samples_per_epoch:,} samples of {model.seq_len} tokens per epoch; {validation}; "
+        f"fingerprint {resume.fingerprint(run.loader.fingerprint)}",
+        f"layout   {layout.world_size} × {device}, {layout.sharding}, {layout.batch_product} samples per update",
+        f"length   {run.total:,} updates of {tokens_per_update:,} tokens: "
+        f"{run.total * tokens_per_update:,} tokens ({epochs:.2f} epochs)",
+    ]

@@ -1,8 +1,8 @@
-"""How a run stands, from what it leaves on disk: launchers lose exit codes, and some lose the ranks themselves.
+"""Status of a run, read from the files it leaves: launchers lose exit codes, and some lose the ranks themselves.
 
-Rank 0 writes `status.json` when it starts and when it ends. In between its heartbeat (training/watchdog.py) shows
-that it is alive.
-A job script may write it before, with `megagpt mark-starting RUN PID`: process PID is about to start the ranks.
+Rank 0 writes `status.json` when it starts and when it ends. In between, its heartbeat (training/watchdog.py) shows
+that it is alive. A job script may write the file first: `megagpt mark-starting RUN PID` announces that process PID
+is about to start the ranks.
 """
 
 from __future__ import annotations
@@ -17,112 +17,131 @@ from pathlib import Path
 from megagpt import files
 from megagpt.cluster import TIME_LIMIT, Rank
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_RUNNING, UserError
-from megagpt.training.stop_signals import REQUEST
 
 FILE = "status.json"
 DONE = "DONE"  # written only after the last checkpoint was read back
-_SILENT = 60.0  # seconds without a heartbeat, which is written every second: the process is gone
+STOP_FILE = "STOP"  # a file of this name in the run directory requests a stop
+_HEARTBEAT_TIMEOUT = 60.0  # seconds; heartbeats are written every second, so after this long the process is gone
+_LABELS = {"requeue": "stopped"}  # `requeue` is for job scripts; a person may have pressed Ctrl-C
 
 
 @dataclass(frozen=True)
-class Standing:
-    """`state` is done, running, requeue or failed; `code` is the exit code that means it; `why` is for people."""
+class RunStatus:
+    """Status of a run.
+
+    `state` is done, running, requeue (stopped and saved) or failed. `code` is the exit code that means the same. `why`
+    is an explanation for people.
+    """
 
     state: str
     code: int
     why: str
 
     def __str__(self) -> str:
-        return f"{self.state}: {self.why}"
+        return f"{_LABELS.get(self.state, self.state)}: {self.why}"
 
 
-class Note:
-    """What rank 0 writes of its own start and end; on other ranks, nothing. A full disk stops no run here.
+class StatusFile:
+    """The status file, in which rank 0 records its start and its end. Does nothing on other ranks.
 
-    A request to stop that lies there already was made to an earlier start, and goes; unless a job script has said that
-    this one comes.
+    Errors of the disk are ignored: a full disk must not stop a run here.
     """
 
     def __init__(self, run: Path, rank: Rank) -> None:
-        self._path = run / FILE if rank.main else None
-        if rank.main and _json(run / FILE).get("state") != "starting":
+        self._run = run if rank.main else None
+
+    def start(self) -> None:
+        """Record that the run is running.
+
+        A stop file that already exists was meant for an earlier start and is removed, unless a job script has
+        announced this start: then the stop may have been requested since.
+        """
+        if self._run is None:
+            return
+        if _read_json(self._run / FILE).get("state") != "starting":
             with contextlib.suppress(OSError):
-                (run / REQUEST).unlink(missing_ok=True)
+                (self._run / STOP_FILE).unlink(missing_ok=True)
         self._write(state="running")
 
     def end(self, code: int, why: str = "") -> None:
-        """Training ends with this exit code."""
+        """Record that training ended.
+
+        Args:
+            code: exit code of the process.
+            why: what stopped it, or the error.
+        """
         self._write(state={EXIT_DONE: "done", EXIT_REQUEUE: "requeue"}.get(code, "failed"), code=code, why=why)
 
-    def _write(self, **said: str | int) -> None:
-        if self._path is not None:
+    def _write(self, **values: str | int) -> None:
+        if self._run is not None:
             with contextlib.suppress(OSError):
-                _write(self._path, os.getpid(), **said)
+                _write(self._run / FILE, os.getpid(), **values)
 
 
 def mark_starting(run: Path, pid: int) -> None:
-    """Record that process `pid` is about to start the ranks of the run: from now on it counts as running."""
+    """Record that process `pid` is about to start the ranks of the run. From now on the run counts as running."""
     _write(run / FILE, pid, state="starting")
 
 
-def read(run: Path) -> Standing:
-    """How a run stands. Raises UserError where there is no run directory.
+def read(run: Path) -> RunStatus:
+    """Return the status of a run. A live process counts first, then the file DONE, then what `status.json` records.
 
-    DONE decides before all else but a living process.
+    Raises:
+        UserError: There is no run directory.
     """
     if not run.is_dir():
         raise UserError(f"there is no run directory {run}", str(run), "give the run_dir of the recipe")
-    note = _json(run / FILE)
-    alive = note.get("state") in ("starting", "running")
-    if alive and (life := _life(run, note)):
-        return Standing("running", EXIT_RUNNING, life)
+    record = _read_json(run / FILE)
+    has_started = record.get("state") in ("starting", "running")
+    if has_started and (life := _sign_of_life(run, record)):
+        return RunStatus("running", EXIT_RUNNING, life)
     if (run / DONE).exists():
-        return Standing("done", EXIT_DONE, "the last checkpoint was read back")
-    if note.get("state") == "requeue":
-        return Standing("requeue", EXIT_REQUEUE, "stopped and saved; the same command goes on")
-    if note.get("state") == "failed":
-        return Standing("failed", int(note["code"]), note["why"] or "see logs/")
-    if alive:
-        who = "rank 0" if note["state"] == "running" else "the launcher"
-        return Standing("failed", EXIT_FAILURE, f"{who} (process {note['pid']} of {note['host']}) ended without a word")
-    return Standing("failed", EXIT_FAILURE, "it never started, or DONE was taken away")
+        return RunStatus("done", EXIT_DONE, "the last checkpoint was saved and verified")
+    if record.get("state") == "requeue":
+        cause = f" after {record['why']}" if record.get("why") else ""
+        return RunStatus("requeue", EXIT_REQUEUE, f"checkpoint saved{cause}; run the same command to resume")
+    if record.get("state") == "failed":
+        return RunStatus("failed", int(record["code"]), record["why"] or "see logs/")
+    if has_started:
+        who = "rank 0" if record["state"] == "running" else "the launcher"
+        why = f"{who} (process {record['pid']} on {record['host']}) ended without recording why"
+        return RunStatus("failed", EXIT_FAILURE, why)
+    return RunStatus("failed", EXIT_FAILURE, "the run never started, or its file DONE was removed")
 
 
-def _life(run: Path, note: dict[str, str]) -> str:
-    """A sign that rank 0 lives, in words; "" where there is none."""
-    beat = run / "logs/rank-0.heartbeat"
-    seen, started = _written(beat), _written(run / FILE)
-    since, limit = (seen, _SILENT)
-    if seen < started:  # none yet, or an earlier process's: it loads, builds, compiles
-        since, limit = started, TIME_LIMIT.total_seconds()
+def _sign_of_life(run: Path, record: dict[str, str]) -> str:
+    """Describe what shows that rank 0 is alive, or return "" if nothing does."""
+    heartbeat = run / "logs/rank-0.heartbeat"
+    beaten_at, started_at = _modified(heartbeat), _modified(run / FILE)
+    if beaten_at < started_at:  # no heartbeat yet, or one of an earlier process: rank 0 is loading and building
+        since, timeout = started_at, TIME_LIMIT.total_seconds()
+    else:
+        since, timeout = beaten_at, _HEARTBEAT_TIMEOUT
+    on_this_host = record["host"] == socket.gethostname() and Path("/proc/self").exists()
+    if on_this_host and not Path(f"/proc/{record['pid']}").exists():
+        return ""
     age = time.time() - since
-    if (
-        note["host"] == socket.gethostname()
-        and not Path(f"/proc/{note['pid']}").exists()
-        and Path("/proc/self").exists()
-    ):
+    if age > timeout:
         return ""
-    if age > limit:
-        return ""
-    said = _json(beat) if seen >= started else {}
-    doing = f"{said['phase']} of update {said['update']}" if said else "starting"
-    return f"{doing} on {note['host']}, seen {max(age, 0):.0f} s ago"
+    beat = _read_json(heartbeat) if beaten_at >= started_at else {}
+    doing = f"{beat['phase']} of update {beat['update']}" if beat else "starting"
+    return f"{doing} on {record['host']}, seen {max(age, 0):.0f} s ago"
 
 
-def _write(path: Path, pid: int, **said: str | int) -> None:
-    files.replace_json(path, {**said, "host": socket.gethostname(), "pid": pid})
+def _write(path: Path, pid: int, **values: str | int) -> None:
+    files.replace_json(path, {**values, "host": socket.gethostname(), "pid": pid})
 
 
-def _written(path: Path) -> float:
-    """When a file was last written, in seconds of `time.time`; 0 where there is none."""
+def _modified(path: Path) -> float:
+    """Return when a file was last written, in seconds of `time.time`, or 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
-def _json(path: Path) -> dict[str, str]:
-    """A file's JSON object; empty where there is none, or half of one."""
+def _read_json(path: Path) -> dict[str, str]:
+    """Return the JSON object in a file, or an empty one if the file is missing or damaged."""
     try:
         return dict(files.parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):

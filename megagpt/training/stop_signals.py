@@ -1,86 +1,120 @@
-"""Stopping early on a signal or at a time limit: the same verdict on every rank, in the same update."""
+"""Stop a run early: signals, the time limit and `megagpt stop`, agreed by all ranks after the same update."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TypeVar
+from types import FrameType, TracebackType
 
-from megagpt.state import Verdict
+from megagpt import files
+from megagpt.training import status
+from megagpt.training.status import STOP_FILE, RunStatus
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: a terminal was closed
-REQUEST = "STOP"  # a file of this name in the run directory asks to stop
-T = TypeVar("T")
-_SAME = 5.0  # seconds: a terminal and a launcher both pass on one Ctrl-C, which is one request, not two
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: the terminal was closed
+_SAME_REQUEST = 5.0  # seconds: one Ctrl-C reaches a rank from the terminal and again from its launcher
 
 
-class Stopping:
-    """Notes the first signal and the time limit; a second signal, later, ends the process at once.
+class StopSignals:
+    """Records requests to stop on this rank, and agrees on them with the other ranks.
 
-    A `request` may lie there before the run does: a job script's signal may come while the ranks still start.
-    `tell` says at once that a signal was heard; where nohup has SIGHUP ignored, it stays so.
+    A context manager: signal handlers are installed between entry and exit. SIGHUP stays ignored under nohup. The
+    first signal is only recorded. A second one, later than a launcher's repetition of the first, ends the process at
+    once.
+
+    Args:
+        max_minutes: time limit, counted from construction; None for no limit.
+        any_rank: collective that returns whether its argument is true on at least one rank.
+        stop_file: file that requests a stop; on rank 0 only. It may already exist: a job script can create it while
+            the ranks are still starting.
+        notify: called with a message when the first signal arrives, from within the signal handler.
     """
 
     def __init__(
         self,
         max_minutes: float | None,
-        any_rank: Callable[..., list[bool]],
-        request: Path | None = None,
-        tell: Callable[[str], None] | None = None,
+        any_rank: Callable[[bool], bool],
+        stop_file: Path | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
-        self._any_rank, self._request, self._tell = any_rank, request, tell
-        self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
-        self._reason: str | None = None
-        self._noted_at = 0.0
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        self._old = {number: signal.signal(number, self._note) for number in _SIGNALS if number not in ignored}
+        self.reason: str | None = None
+        self._any_rank = any_rank
+        self._stop_file = stop_file
+        self._notify = notify
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
+        self._request: str | None = None  # what has requested a stop on this rank
+        self._signaled_at: float | None = None
+        self._previous_handlers: dict[signal.Signals, object] = {}
 
-    def verdict(self, writing: bool = False, limited: bool = True) -> Verdict:
-        """Whether to stop, and whether any rank is `writing`; asks all ranks, so all must call it.
+    def __enter__(self) -> StopSignals:
+        for number in _SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self._previous_handlers[number] = signal.signal(number, self._handle)
+        return self
 
-        The time limit stops only what is `limited`.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore the signal handlers, and remove the stop file so that it does not stop the next start."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous_handlers = {}
+
+    def agree(self, ignore_time_limit: bool = False) -> str | None:
+        """Return why to stop, or None to continue; a reason on every rank if there is one on any. Collective.
+
+        Args:
+            ignore_time_limit: consider only signals and the stop file.
+
+        Returns:
+            The reason, as text for the console. It stays available as `reason`.
         """
-        if limited and self._reason is None and self._end is not None and time.monotonic() >= self._end:
-            self._reason = "the time limit"
-        if self._reason is None and self._request is not None and self._request.exists():
-            self._reason = "megagpt stop"
-        stop, writing = self._any_rank(self._reason is not None, writing)
-        return Verdict((self._reason or "a signal to another rank") if stop else None, writing)
+        if self._request is None:
+            self._request = self._find_request(ignore_time_limit)
+        if self._any_rank(self._request is not None):
+            self.reason = self._request or "a signal to another rank"
+        return self.reason
 
-    def close(self) -> None:
-        """Give the signals back. A request has been heard, and is not one to the run that goes on."""
-        if self._request is not None:
-            self._request.unlink(missing_ok=True)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def _find_request(self, ignore_time_limit: bool) -> str | None:
+        if not ignore_time_limit and self._deadline is not None and time.monotonic() >= self._deadline:
+            return "the time limit"
+        if self._stop_file is not None and self._stop_file.exists():
+            return "megagpt stop"
+        return None
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self._noted_at and time.monotonic() > self._noted_at + _SAME:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signaled_at is not None and now > self._signaled_at + _SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         name = signal.Signals(number).name
-        if not self._noted_at and self._tell is not None:
-            self._tell(
-                f"\n{name}: this update is finished and saved first; once more, after {_SAME:.0f} s, ends at once"
-            )
-        self._noted_at = self._noted_at or time.monotonic()
-        self._reason = self._reason or f"signal {name}"
+        if self._signaled_at is None:
+            self._signaled_at = now
+            if self._notify is not None:
+                self._notify(
+                    f"\n{name}: finishing this update and saving. "
+                    f"Send it again after {_SAME_REQUEST:.0f} s to stop at once without saving."
+                )
+        self._request = self._request or name
 
 
-class Asking:
-    """Lets items through until `asked`, called before each, says why to stop; from then on `reason` holds it."""
+def stop(run: Path) -> RunStatus:
+    """Request that a running training saves and stops, by creating its stop file (`megagpt stop`).
 
-    def __init__(self, asked: Callable[[], str | None]) -> None:
-        self._asked = asked
-        self.reason: str | None = None
+    Returns:
+        The run's status. If the run is not running, no stop file is left, so its next start is not stopped.
 
-    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
-        """The items before the stop."""
-        for item in items:
-            self.reason = self.reason or self._asked()
-            if self.reason:
-                return
-            yield item
+    Raises:
+        UserError: There is no such run directory.
+    """
+    found = status.read(run)
+    if found.state == "running":
+        files.replace_text(run / STOP_FILE, "")
+        found = status.read(run)  # the run may have ended in the meantime, with or without having seen the file
+    if found.state != "running":
+        (run / STOP_FILE).unlink(missing_ok=True)
+    return found

@@ -1,4 +1,4 @@
-"""Effective training time: where a run's seconds went, by its metrics alone, all its restarts together."""
+"""Time breakdown of a run: where its seconds went, from its metrics alone, over all its processes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 
 from megagpt.training.console import duration
 
+_RECORDED_AS = {"startup": "restart", "lost_work": "lost"}  # names in metrics.jsonl, where they differ
+
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds of a run, on rank 0. The time between two of its processes is not among them.
+class TimeBreakdown:
+    """Seconds of a run by purpose, on rank 0. The time between two processes of the run is not included.
 
-    `data`: waiting for batches. `compute`: the rest of each update. `save`: training stood still for a checkpoint.
-    `evaluate`: validations and samples. `restart`: from each process's start to its first update. `lost`: updates
-    that were made again after a restart or roll-back, and what was done beside them, and the way back.
+    `data`: waiting for batches. `compute`: the rest of each update. `save`: training was blocked by a checkpoint.
+    `evaluate`: validations and samples. `startup`: from the start of each process to its first update. `lost_work`:
+    updates, saves and evaluations that a restart or rollback discarded, and the rollbacks themselves.
     """
 
     data: float = 0.0
     compute: float = 0.0
     save: float = 0.0
     evaluate: float = 0.0
-    restart: float = 0.0
-    lost: float = 0.0
+    startup: float = 0.0
+    lost_work: float = 0.0
 
     @property
     def total(self) -> float:
@@ -34,39 +36,51 @@ class Times:
         return float(sum(asdict(self).values()))
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Each part of the total; they sum to 1."""
+    def fractions(self) -> dict[str, float]:
+        """Each part as a fraction of the total; they sum to 1."""
         return {name: seconds / self.total if self.total else 0.0 for name, seconds in asdict(self).items()}
 
-    def __add__(self, other: Times) -> Times:
-        return Times(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+    def record(self) -> dict[str, dict[str, float]]:
+        """Return the values of the event `time` in metrics.jsonl."""
+        return {
+            key: {_RECORDED_AS.get(name, name): value for name, value in values.items()}
+            for key, values in (("spent", asdict(self)), ("shares", self.fractions))
+        }
+
+    def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return TimeBreakdown(**sums)
 
     def __str__(self) -> str:
-        parts = sorted(self.shares.items(), key=lambda item: -item[1])
-        named = ", ".join(f"{'lost work' if name == 'lost' else name} {share:.1%}" for name, share in parts)
+        parts = sorted(self.fractions.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{name.replace('_', ' ')} {fraction:.1%}" for name, fraction in parts)
         return f"{duration(self.total)}: {named}"
 
 
 def process_age() -> float:
-    """Seconds since this process was started, all its imports included (proc(5): field 22 of stat)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    """Return the seconds since this process was started, including all its imports (proc(5): field 22 of stat)."""
+    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def of(events: Iterable[Mapping[str, Any]]) -> Times:
-    """What the events of metrics.jsonl add up to."""
-    return sum(map(_one, events), Times())
+def add_up(events: Iterable[Mapping[str, Any]]) -> TimeBreakdown:
+    """Return the sum over the events of metrics.jsonl."""
+    return sum(map(_of_event, events), TimeBreakdown())
 
 
-def _one(event: Mapping[str, Any]) -> Times:
-    seconds, lost = event.get("seconds", 0.0), event.get("lost_seconds", 0.0)
-    kind, data = event["event"], event.get("data_seconds", 0.0)
+def _of_event(event: Mapping[str, Any]) -> TimeBreakdown:
+    kind = event["event"]
+    seconds = event.get("seconds", 0.0)
+    lost = event.get("lost_seconds", 0.0)
     if kind == "update":
-        return Times(data=data, compute=seconds - data)
+        waiting = event.get("data_seconds", 0.0)
+        return TimeBreakdown(data=waiting, compute=seconds - waiting)
     if kind in ("checkpoint", "save_failed"):
-        return Times(save=event.get("stall_seconds", seconds))
+        return TimeBreakdown(save=event.get("stall_seconds", seconds))
     if kind in ("validation", "validation_left"):
-        return Times(evaluate=seconds)
+        return TimeBreakdown(evaluate=seconds)
     if kind in ("start", "branch", "resume"):
-        return Times(restart=seconds, lost=lost)
-    return Times(lost=seconds + lost) if kind in ("skip", "overflow", "rollback") else Times()
+        return TimeBreakdown(startup=seconds, lost_work=lost)
+    if kind in ("skip", "overflow", "rollback"):
+        return TimeBreakdown(lost_work=seconds + lost)
+    return TimeBreakdown()

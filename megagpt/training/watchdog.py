@@ -19,6 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from megagpt.cluster import reachability
 from megagpt.cluster.preflight import Host
@@ -60,22 +61,44 @@ class Watch:
         alarm: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        self._folder, self._rank, self._hosts, self._seconds = folder, rank, hosts, seconds
-        self._alarm, self._warn, self._warned, self._longest = alarm, warn, False, 0.0
-        self._answered = time.time()
-        self._phase, self._update, self._since, self._seen = "build", 0, time.monotonic(), 0
-        self._lasted: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
+        self._folder = folder
+        self._rank = rank
+        self._hosts = hosts
+        self._seconds = seconds
+        self._alarm = alarm
+        self._warn = warn
+        self._warned = False
+        self._stacks_written_at = time.time()
+        self._phase = "build"
+        self._update = 0
+        self._since = time.monotonic()
+        self._updates_seen = 0
+        self._longest = 0.0
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=50))
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        """Start to watch."""
         self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop watching, and remove this rank's heartbeat."""
+        self._end.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._file(self._rank).unlink()
 
     def enter(self, phase: str, update: int) -> None:
-        """This rank begins a phase of an update."""
+        """Record that this rank begins a phase of an update, which counts as progress."""
         now = time.monotonic()
-        self._lasted[self._phase].append(now - self._since)
+        self._durations[self._phase].append(now - self._since)
         self._longest = max(self._longest, now - self._since)
         self._phase, self._update, self._since = phase, update, now
-        self._seen += phase == PASSES
+        self._updates_seen += phase == PASSES
 
     @property
     def doing(self) -> str:
@@ -90,13 +113,6 @@ class Watch:
         time.sleep(_GONE + 1)
         return [*self._unanswering(), *(line for line, silent in self._beats(_GONE) if silent)]
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._end.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):
-            self._file(self._rank).unlink()
-
     def _run(self) -> None:
         while True:
             lasted = time.monotonic() - self._since
@@ -104,7 +120,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 self._write_heartbeat(json.dumps(beat))
             self._write_requested_stacks()
-            if self._seen and lasted > self._limit():
+            if self._updates_seen and lasted > self._limit():
                 self._give_up(lasted)
             if self._is_first() and not self._warned and lasted > max(self._seconds, 5 * self._longest):
                 self._report_early(lasted)
@@ -119,15 +135,15 @@ class Watch:
         os.replace(temporary, path)
 
     def _limit(self) -> float:
-        measured = list(self._lasted[self._phase])
+        measured = list(self._durations[self._phase])
         # where nothing is measured yet, as in the first batch of an evaluation, kernels may still be compiled
-        quick = measured and self._seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
+        quick = measured and self._updates_seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
         least = self._seconds if quick else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 
     def _is_first(self) -> bool:
         """Whether this rank is in one of the first updates, whose limit is longer."""
-        return self._seen <= _EXEMPT and self._phase in (DATA, PASSES, STEP)
+        return self._updates_seen <= _EXEMPT and self._phase in (DATA, PASSES, STEP)
 
     def _give_up(self, lasted: float) -> None:
         self._request_stacks()
@@ -161,18 +177,18 @@ class Watch:
         self._write_stacks()
 
     def _stacks_requested(self) -> bool:
-        """Whether any rank has asked for stacks since this one wrote them last."""
+        """Whether any rank has requested stacks since this one wrote them last."""
         with contextlib.suppress(OSError):
-            return (self._folder / _REQUEST).stat().st_mtime > self._answered
+            return (self._folder / _REQUEST).stat().st_mtime > self._stacks_written_at
         return False
 
     def _write_requested_stacks(self) -> None:
         if self._stacks_requested():
-            self._warned |= self._is_first()  # whoever asked reports
+            self._warned |= self._is_first()  # the rank that requested them reports
             self._write_stacks()
 
     def _write_stacks(self) -> None:
-        self._answered = time.time()
+        self._stacks_written_at = time.time()
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
 
     def _file(self, rank: int) -> Path:
@@ -202,7 +218,7 @@ class Watch:
                 silent = time.time() - beat["at"]
             except (OSError, ValueError, TypeError, KeyError):
                 continue
-            word = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
-            line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{word}"
-            rows.append((not word, beat["update"], line))
+            silence = f"  silent for {silent:.0f} s: stopped or dead" if silent > seconds else ""
+            line = f"  {self._called(rank)}: {beat['phase']} of update {beat['update']}{silence}"
+            rows.append((not silence, beat["update"], line))
         return [(line, not alive) for alive, _, line in sorted(rows)]

@@ -9,7 +9,6 @@ stands what a save costs in all: the updates made while it is written may be slo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -59,7 +58,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
 
     from megagpt.checkpoint.async_saver import Saver
     from megagpt.checkpoint.store import Store
-    from megagpt.cluster import Agreement, from_environment
+    from megagpt.cluster import Collectives, from_environment
     from megagpt.config import deepspeed as ds_config
     from megagpt.config import recipe
     from megagpt.data.loader import Batch
@@ -72,8 +71,8 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
         ROOT / f"ds_configs/{config}.json", loaded, rank.world_size, deepspeed_keys.known_keys(), overrides
     )
     init_deepspeed.start(rank)
-    agreement = Agreement(rank.world_size)
-    engine = build.build(resolved, 1000, rank, agreement)
+    collectives = Collectives(rank.world_size)
+    engine = build.build(resolved, 1000, rank, collectives)
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(300, (resolved.layout.micro_batch, resolved.recipe.model.seq_len), generator=generator)
 
@@ -81,7 +80,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
         """Seconds of one update, the exchange after it included."""
         begin = time.perf_counter()
         engine.train_update([Batch(ids, ids)] * resolved.layout.accumulation)
-        agreement.any(False, False)
+        collectives.any(False)
         return time.perf_counter() - begin
 
     def save(way: str, number: int) -> dict[str, float]:
@@ -92,13 +91,13 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
         while ended is None:
             engine.train_update([Batch(ids, ids)] * resolved.layout.accumulation)
             made += 1
-            ended = None if any(agreement.any(saver.writing)) else saver.proceed()
+            ended = saver.advance()
         whole = time.perf_counter() - begin
         plain = statistics.median(update() for _ in range(BETWEEN))
         assert ended.published, ended.problem
-        return {"stall": ended.stall_seconds, "cost": whole - made * plain, "write": ended.write_seconds}
+        return {"stall": ended.blocking_seconds, "cost": whole - made * plain, "write": ended.write_seconds}
 
-    store = Store(Path(os.environ["MEGAGPT_BENCHMARK"]), rank, agreement, keep_last=2)
+    store = Store(Path(os.environ["MEGAGPT_BENCHMARK"]), rank, collectives, keep_last=2)
     savers = {
         way: Saver(store, engine.save_state, {}, way == "asynchronous") for way in ("synchronous", "asynchronous")
     }
@@ -108,7 +107,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
     for number in range(1, saves + 1):
         for turn, way in enumerate(savers):
             mine = save(way, 2 * number + turn)
-            everyone = [json.loads(text) for text in agreement.gather(json.dumps(mine))]
+            everyone = collectives.all_gather_object(mine)
             results[way].append({key: max(one[key] for one in everyone) for key in mine})
     found, _ = store.newest_valid()
     if rank.main and found is not None:

@@ -84,8 +84,8 @@ def test_two_jobs_on_the_same_hosts_come_back_from_their_time_limits(slurm, runs
     assert [job.ends() for job in jobs] == [("COMPLETED", "0:0", "1")] * 2
     for recipe in recipes.values():
         log = recipe.with_suffix(".log").read_text()
-        assert log.count("requeue: stopped and saved; the same command goes on\n") == 1, log
-        assert log.endswith("done: the last checkpoint was read back\n")
+        assert log.count("stopped: checkpoint saved after megagpt stop; run the same command to resume\n") == 1, log
+        assert log.endswith("done: the last checkpoint was saved and verified\n")
         assert len(resumes(recipe)) == 1
         same(recipe)
 
@@ -124,7 +124,7 @@ def test_a_job_ends_as_its_run_stands(slurm, runs, same, tmp_path):
     logs = [recipe.with_suffix(".log").read_text() for recipe in recipes]
     assert ended == [("FAILED", "2:0", "0"), ("FAILED", "1:0", "0"), ("COMPLETED", "0:0", "1")], logs
     assert "the launcher ended with 137\n" in logs[2], logs[2]
-    assert "stopped by megagpt stop" in logs[2]
+    assert "Stopped by megagpt stop" in logs[2]
     same(lost)
 
 

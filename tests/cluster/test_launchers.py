@@ -50,9 +50,9 @@ def test_deepspeed_by_mpich_loses_the_exit_code_and_status_has_it(cluster, deeps
     mpirun.chmod(0o755)
     env["PATH"] = f"{mpirun.parent}:{cluster.env['PATH']}"
     printed = cluster.run(1, *launcher, "--launcher", "mpich", *ranks(recipe, "--max-minutes", "0"), code=0, **env)
-    assert "stopped by the time limit, saved at update 1" in printed
+    assert "Stopped by the time limit; checkpoint saved at update 1" in printed
     said = cluster.run(1, "megagpt", "status", run, code=75)
-    assert said == "requeue: stopped and saved; the same command goes on\n"
+    assert said == "stopped: checkpoint saved after the time limit; run the same command to resume\n"
 
 
 def test_deepspeed_by_slurm(slurm, deepspeed, recipe, same):

@@ -20,18 +20,18 @@ def position_off_by_one() -> None:
     """The first sample of the resumed run is the second one."""
     from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
+    def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         run, state = real(*arguments)
         return run, replace(state, position=state.position + 1)
 
-    loop.assemble = assemble
+    loop.build_run = build_run
 
 
 def moments_not_restored() -> None:
     """Weights come back, the optimizer's averages begin anew."""
     from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
+    def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401  # first, as in a real start
         from megagpt.engine.state.partitions import WEIGHT, _Flat
 
@@ -42,7 +42,7 @@ def moments_not_restored() -> None:
         _Flat.put = put
         return real(*arguments)
 
-    loop.assemble = assemble
+    loop.build_run = build_run
 
 
 def moments_not_restored_nor_verified() -> None:
@@ -50,14 +50,14 @@ def moments_not_restored_nor_verified() -> None:
     moments_not_restored()
     from megagpt.training import loop
 
-    def assemble(*arguments: Any, real: Callable[..., Any] = loop.assemble) -> Any:
+    def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401
         from megagpt.engine.state.portable import Portable
 
         Portable._verify = lambda *_: None
         return real(*arguments)
 
-    loop.assemble = assemble
+    loop.build_run = build_run
 
 
 def metrics_not_truncated() -> None:

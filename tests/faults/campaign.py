@@ -210,7 +210,7 @@ class Campaign:
         repeated, lost = repeated_and_lost([update["position"] for update in curve], GLOBAL_BATCH, left_out)
         out.tokens_repeated, out.tokens_lost, out.updates = SEQ_LEN * repeated, SEQ_LEN * lost, len(curve)
         out.faults[self._poison["name"]] = len(left_out)
-        out.effective = str(time_breakdown.of(training.events(self._run)))
+        out.effective = str(time_breakdown.add_up(training.events(self._run)))
         if repeated or lost or left_out != set(self._poison["positions"]):
             out.wrong.append("the data positions are not the closed form's")
         if [update["update"] for update in curve] != list(range(1, self._total + 1)):

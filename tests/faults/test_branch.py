@@ -46,7 +46,7 @@ def trunk(tmp_path):
 
 
 def branch(trunk, at, total=100, run="branch"):
-    return resume.branch(f"{trunk}@{at}", "recipe.yaml:1  init_from", Store(trunk.parent / run), total)
+    return resume.find_branch_point(f"{trunk}@{at}", "recipe.yaml:1  init_from", Store(trunk.parent / run), total)
 
 
 @pytest.mark.parametrize(("at", "update"), [("20", 20), ("latest", 30)])

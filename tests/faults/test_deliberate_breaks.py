@@ -42,17 +42,17 @@ def renamed_first(monkeypatch):
 
 
 def sizes_only(monkeypatch):
-    def check(folder, *_):
-        found, wrong = checkpoint.read(folder)
-        return found, wrong or checkpoint.incomplete(found)
+    def verify(folder, *_):
+        found, problem = checkpoint.read_manifest(folder)
+        return found, problem or checkpoint.find_incomplete(found)
 
-    monkeypatch.setattr(checkpoint, "check", check)
+    monkeypatch.setattr(checkpoint, "verify", verify)
 
 
 def chosen_by_latest(monkeypatch):
     def newest(store):
         folder = store.root / (store.root / "latest").read_text().strip()
-        return checkpoint.read(folder)[0], []
+        return checkpoint.read_manifest(folder)[0], []
 
     monkeypatch.setattr(Store, "newest_valid", newest)
 

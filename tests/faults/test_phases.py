@@ -50,7 +50,7 @@ def test_a_signal_to_one_rank_in_any_phase_stops_both_in_that_update_and_loses_n
             assert {fault["name"] for fault in ranks.fired()} == {"signal", "clock"}
             printed = ranks.printed()
         answered = update + 1 if phase == "save" else update  # the save of 25 ends; the next update is not begun twice
-        assert f"stopped by a signal to another rank, saved at update {answered}." in printed
+        assert f"Stopped by a signal to another rank; checkpoint saved at update {answered}." in printed
         assert newest(run) == curve(run)[-1]["update"] == answered
     left = [event["event"] for event in events(run) if event["update"] == 30]
     assert "validation_left" in left  # after 3 of 8 batches, and nothing half is on record
@@ -78,9 +78,9 @@ def test_no_start_that_answers_75_is_in_vain(recipe, tmp_path):
     codes, _, _, said = start(faults=[signal])
     assert codes == [2, 2]
     assert said.endswith(
-        "megagpt: 3 starts did nothing but begin the evaluation of update 1\n"
+        "megagpt: 3 starts got no further than the evaluation of update 1\n"
         "  this one was stopped by a signal to another rank\n"
-        "  do: give a job more time, or evaluation.samples fewer\n"
+        "  do: give the job more time, or lower evaluation.samples\n"
     )
     codes, update, validated, said = start("--max-minutes", "0")
     assert (codes, update, len(validated)) == ([75, 75], 2, 1), said

@@ -41,7 +41,7 @@ def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
     assert code == 75
     saved, time = events(run)[-2:]
     assert (saved["event"], saved["update"], time["event"]) == ("checkpoint", 4, "time")
-    assert "stopped by signal SIGTERM, saved at update 4." in printed
+    assert "Stopped by SIGTERM; checkpoint saved at update 4." in printed
     assert curve(run)[-1]["update"] == 4
     assert "resumed  at update 4," in finish(recipe)
     same_run(run, uninterrupted)
@@ -49,7 +49,7 @@ def test_a_signal_saves_that_very_update_and_exits_75(recipe, uninterrupted):
 
 def test_the_time_limit_saves_and_exits_75(recipe):
     printed = finish(recipe, "--max-minutes", "0", code=75)
-    assert "stopped by the time limit, saved at update 1." in printed
+    assert "Stopped by the time limit; checkpoint saved at update 1." in printed
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp_path):
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp
     weights = newest / "state/rank-00000-000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     printed = finish(recipe)
-    assert f"note     damaged, passed over: {newest.name}: state/rank-00000-000.safetensors has" in printed
+    assert f"note     skipped damaged checkpoint {newest.name}: state/rank-00000-000.safetensors has" in printed
     same_run(run, uninterrupted)
 
 
@@ -72,7 +72,7 @@ def copy(uninterrupted, recipe):
 def test_a_run_that_is_done_says_so(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     before = (run / "metrics.jsonl").read_bytes()
-    assert finish(recipe) == f"{run} is done: 100 of 100 updates. A longer length goes on from there.\n"
+    assert finish(recipe) == "Run already complete (100 of 100 updates). To continue, increase `length`.\n"
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -104,7 +104,7 @@ def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
         assert cli.main(["stop", str(run)]) == 0
         assert alone.wait(180) == [75]
         printed = alone.printed()
-    assert "stopped by megagpt stop, saved at update" in printed
+    assert "Stopped by megagpt stop; checkpoint saved at update" in printed
     assert cli.main(["stop", str(run)]) == 75  # it is not running: this is no request to the next start
     (run / "STOP").touch()  # nor is one that was left by whatever means
     finish(recipe)
@@ -117,7 +117,7 @@ REFUSED = {
         "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
         "  model.n_layer  2 then, 1 now\n"
         "  optimizer.lr  0.003 then, 0.01 now\n"
-        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start over, "
         "or allow each change by name: --allow-change KEY\n",
     ),
     "another number of ranks": (
@@ -130,7 +130,7 @@ REFUSED = {
         ["optimizer.lr=0.01", "schedule.min_lr=0.001", "--allow-change", "schedule.min_lr"],
         "megagpt: the recipe is not the one that this run was trained with: update_00000100\n"
         "  optimizer.lr  0.003 then, 0.01 now\n"
-        "  do: train with {run}/recipe.yaml, choose another run_dir to start anew, "
+        "  do: train with {run}/recipe.yaml, choose another run_dir to start over, "
         "or allow each change by name: --allow-change KEY\n",
     ),
     "a change allowed of what there is not": (
@@ -141,9 +141,9 @@ REFUSED = {
     ),
     "never": (
         ["--resume", "never"],
-        "megagpt: this run has checkpoints already, and --resume never would train over them\n"
+        "megagpt: this run already has checkpoints, and --resume never would overwrite them\n"
         "  {run}/checkpoints\n"
-        "  do: choose another run_dir, remove this one, or go on with --resume auto\n",
+        "  do: choose another run_dir, remove this one, or resume with --resume auto\n",
     ),
     "a word that is none": (
         ["--resume", "perhaps"],
@@ -165,7 +165,7 @@ def test_another_stage_and_offload_go_on_and_say_so(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     shutil.rmtree(run / "checkpoints/update_00000100")
     printed = finish(recipe, "ds.zero_optimization.stage=3")
-    assert "note     moved to another layout: zero_stage  1 then, 3 now\n" in printed
+    assert "note     layout changed: zero_stage  1 then, 3 now\n" in printed
     assert curve(run)[:90] == curve(uninterrupted)[:90]
     for now, then in zip(curve(run)[90:], curve(uninterrupted)[90:], strict=True):
         assert now["position"] == then["position"]
@@ -187,5 +187,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(uninterrupt
     for folder in (run / "checkpoints").glob("update_*"):
         (folder / "manifest.json").unlink()
     printed = finish(recipe, code=2)
-    assert printed.startswith("megagpt: this run has checkpoints, but none is whole\n  update_00000100: manifest.json")
+    expected = "megagpt: this run has checkpoints, but all are damaged\n  update_00000100: manifest.json"
+    assert printed.startswith(expected)
     assert len(curve(run)) == LAST

@@ -9,7 +9,7 @@ from tests.faults.launches import launch
 from tests.training import finish, ranks, wait_for_update
 
 
-def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
+def test_status_of_a_run_that_trains_stops_dies_and_is_done(recipe):
     run = recipe.with_suffix("")
     with ranks(recipe, "length.updates=100000", world=2) as (first, second):
         wait_for_update(run, 2)
@@ -33,7 +33,7 @@ def test_a_run_that_lives_stops_dies_and_ends_is_told_as_such(recipe):
 
 
 def test_no_rank_ends_with_75_before_rank_0_has_said_so(recipe, tmp_path):
-    slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:Note.end", "seconds": 1}
+    slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:StatusFile.end", "seconds": 1}
     with launch(recipe, "length.updates=100000", folder=tmp_path, faults=[slow]) as both:
         wait_for_update(recipe.with_suffix(""), 2)
         os.kill(both.pids()[1], signal.SIGUSR1)

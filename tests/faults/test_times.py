@@ -25,12 +25,12 @@ def test_what_is_slow_is_where_the_time_went(recipe, part, tmp_path):
         assert ranks.wait(120) == [0]
         begun, end = ranks.fired()[0]["at"], time.monotonic()
         said = next(line for line in ranks.printed().splitlines() if line.startswith("time     "))
-    spent = metrics.spent(tmp_path / "run")
-    assert sum(spent.shares.values()) == pytest.approx(1)
-    assert max((share, name) for name, share in spent.shares.items() if name != "restart")[1] == part
+    spent = metrics.time_breakdown(tmp_path / "run")
+    assert sum(spent.fractions.values()) == pytest.approx(1)
+    assert max((share, name) for name, share in spent.fractions.items() if name != "startup")[1] == part
     assert getattr(spent, part) > 6 * 1.0
     assert 0.8 * (end - begun) < spent.total < end - ranks.started  # closing, after the last event, is not among it
-    assert f"{part} {spent.shares[part]:.1%}"[:-2] in said
+    assert f"{part} {spent.fractions[part]:.1%}"[:-2] in said
 
 
 def test_work_that_a_kill_has_lost_is_counted_though_its_record_is_gone(recipe, tmp_path):
@@ -39,9 +39,9 @@ def test_work_that_a_kill_has_lost_is_counted_though_its_record_is_gone(recipe, 
     for faults, code in (([slow, kill], -9), ([slow], 0)):
         with launch(recipe, *WORDS, folder=tmp_path, world=1, faults=faults) as ranks:
             assert ranks.wait(120) == [code]
-    spent = metrics.spent(tmp_path / "run")
-    assert spent.lost > 3 * 0.2  # updates 6 to 8
-    assert spent.lost + spent.compute > 23 * 0.2
+    spent = metrics.time_breakdown(tmp_path / "run")
+    assert spent.lost_work > 3 * 0.2  # updates 6 to 8
+    assert spent.lost_work + spent.compute > 23 * 0.2
     assert [event["update"] for event in events(tmp_path / "run") if event["event"] == "update"] == list(range(1, 21))
 
 
@@ -57,6 +57,8 @@ def test_each_event_counts_once():
         {"event": "skip", "seconds": 0.25},
         {"event": "time", "spent": {}},
     ]
-    spent = time_breakdown.of(events)
-    assert spent == time_breakdown.Times(data=0.5, compute=1.5, save=1.0, evaluate=5.0, restart=17.0, lost=9.75)
-    assert str(spent).startswith("35s: restart 48.9%, lost work 28.1%, evaluate 14.4%")
+    spent = time_breakdown.add_up(events)
+    assert spent == time_breakdown.TimeBreakdown(
+        data=0.5, compute=1.5, save=1.0, evaluate=5.0, startup=17.0, lost_work=9.75
+    )
+    assert str(spent).startswith("35s: startup 48.9%, lost work 28.1%, evaluate 14.4%")

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.recipe import Recipe
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
@@ -121,8 +121,8 @@ def _hang(*_: Any) -> None:
 
 
 def _train(part: Part, resolved: Any, rank: Rank) -> dict[str, Any]:
-    agreement = Agreement(rank.world_size)
-    engine: Any = build(resolved, part.total, rank, agreement)
+    collectives = Collectives(rank.world_size)
+    engine: Any = build(resolved, part.total, rank, collectives)
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     if part.load is not None:
         engine.load_state(part.load)
@@ -133,7 +133,7 @@ def _train(part: Part, resolved: Any, rank: Rank) -> dict[str, Any]:
         record.append((kind, number, *_step(engine, kind, batches, planted)))
     if part.save is not None:
         engine.save_state(folder_writer(part.save))
-        agreement.barrier()
+        collectives.barrier()
     weights = dict(engine.weights())
     differing = engine.replicas_differ()
     engine.release()

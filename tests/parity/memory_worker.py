@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.deepspeed import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
@@ -50,7 +50,7 @@ def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
 def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     """Save into FOLDER/saved after two updates, or load it then; what training and loading take."""
     resolved = resolve(job.get("save", job.get("load")), LARGER, folder)
-    engine: Any = build(resolved, 100, rank, Agreement(rank.world_size))
+    engine: Any = build(resolved, 100, rank, Collectives(rank.world_size))
     engine.train_update(data(resolved, rank, 0))  # makes the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:

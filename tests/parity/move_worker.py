@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.files import folder_writer
@@ -41,13 +41,13 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    agreement, folder = Agreement(rank.world_size), Path(job["folder"])
+    collectives, folder = Collectives(rank.world_size), Path(job["folder"])
     for source, kind in job["save"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
-        save(case(source, kind), folder / f"{source}-{kind}", rank, agreement)
+        save(case(source, kind), folder / f"{source}-{kind}", rank, collectives)
     for source, target, kind in job["load"]:
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
-        load(folder / f"{source}-{kind}", case(target, kind), rank, agreement, job["after"][kind])
+        load(folder / f"{source}-{kind}", case(target, kind), rank, collectives, job["after"][kind])
     faulthandler.cancel_dump_traceback_later()
     stop()
 
@@ -58,11 +58,11 @@ def case(name: str, kind: str) -> layouts.Case:
     return replace(found, recipe=RECIPES[kind], config=found.config | (_SCALING if kind == "fp16" else {}))
 
 
-def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> None:
+def save(source: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) -> None:
     """Train a few updates, and save into a folder."""
     needs.provide(source)
     resolved = layouts.resolve(source, folder.parent)
-    engine: Any = build(resolved, TOTAL, rank, agreement)
+    engine: Any = build(resolved, TOTAL, rank, collectives)
     for update in range(BEFORE):
         engine.train_update(data(resolved, rank, update))
     engine.save_state(folder_writer(folder))
@@ -71,14 +71,14 @@ def save(source: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -
     gc.collect()
 
 
-def load(saved: Path, target: layouts.Case, rank: Rank, agreement: Agreement, after: int) -> None:
+def load(saved: Path, target: layouts.Case, rank: Rank, collectives: Collectives, after: int) -> None:
     """Go on from what another layout saved; write what the updates did, with the loss scales, and the weights.
 
     Where nothing was saved the layout makes the first updates itself.
     """
     needs.provide(target)
     resolved = layouts.resolve(target, saved.parent)
-    engine: Any = build(resolved, TOTAL, rank, agreement)
+    engine: Any = build(resolved, TOTAL, rank, collectives)
     if saved.exists():
         engine.load_state(saved)
     else:

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start
 from megagpt.engine.optim.muon_all_to_all import Exchange
@@ -49,7 +49,7 @@ def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
     resolved = layouts.resolve(case, folder)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-        engine: Any = build(resolved, 100, rank, Agreement(1))
+        engine: Any = build(resolved, 100, rank, Collectives(1))
         made = [engine.train_update(data(resolved, rank, 0), _accept).made]
         gc.collect()
         begun = time.time_ns()

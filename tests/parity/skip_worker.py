@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.engine.state import loss_scale
@@ -44,10 +44,10 @@ class Calls:
         """The step begins."""
         self._order.append("step")
 
-    def on_all_ranks(self, loss: float, agreement: Agreement) -> list[dict[str, Any]]:
+    def on_all_ranks(self, loss: float, collectives: Collectives) -> list[dict[str, Any]]:
         """Per rank the calls, and the loss in the result; collective."""
         mine = {"order": self._order, "losses": list(map(repr, self._losses)), "loss": repr(loss)}
-        return [json.loads(line) for line in agreement.gather(json.dumps(mine))]
+        return collectives.all_gather_object(mine)
 
 
 class Planted:
@@ -85,18 +85,18 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    agreement, planted = Agreement(rank.world_size), Planted(rank.rank == rank.world_size - 1)
+    collectives, planted = Collectives(rank.world_size), Planted(rank.rank == rank.world_size - 1)
     for case in layouts.CASES:
         if case.id in job["cases"]:
             faulthandler.dump_traceback_later(job["seconds"], exit=True)
-            answer = run(case, Path(job["folder"]), rank, agreement, planted)
+            answer = run(case, Path(job["folder"]), rank, collectives, planted)
             faulthandler.cancel_dump_traceback_later()
             if rank.main:
                 (Path(job["folder"]) / f"{case.id}.json").write_text(json.dumps(answer))
     stop()
 
 
-def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, planted: Planted) -> dict[str, Any]:
+def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, planted: Planted) -> dict[str, Any]:
     """What held for one layout."""
     needs.provide(case)
     dropout = replace(case, recipe=(*case.recipe, "model.dropout=0.1"))
@@ -104,13 +104,13 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     saved = folder / f"{case.id}-saved"
     if rank.main:
         saved.mkdir()
-    agreement.barrier()
+    collectives.barrier()
 
     def update(engine: Any, number: int, **words: Any) -> Any:
         samples = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, number * layouts.GLOBAL_BATCH)
         return engine.train_update(layouts.share(samples, resolved.layout, rank), **words)
 
-    engine: Any = build(resolved, 100, rank, agreement)
+    engine: Any = build(resolved, 100, rank, collectives)
     straight = []
     for number in GOOD:
         if number == SAVED:
@@ -124,7 +124,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     healed = [update(engine, number) for number in GOOD[SAVED:]]
     engine.release()
 
-    engine = build(resolved, 100, rank, agreement)
+    engine = build(resolved, 100, rank, collectives)
     planted.choose_layer(engine)
     good, bad, reported = [], {}, {}
     for number, (kind, position) in zip(GOOD, (*BAD.items(), ("", 0)), strict=True):
@@ -134,7 +134,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
             calls = Calls(refuse="refused" in kind)
             result = update(engine, position, accept=calls.accept, at_step=calls.at_step)
             bad[kind] = result.made
-            reported[kind] = calls.on_all_ranks(result.loss, agreement)
+            reported[kind] = calls.on_all_ranks(result.loss, collectives)
             planted.bad = ""
     same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
     scale = loss_scale.numbers(engine._engine.optimizer)
@@ -153,16 +153,16 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement, plan
     }
     engine.release()
     if "precision=fp16" in case.recipe:
-        answer |= overflowing(dropout, folder, straight, update, rank, agreement)
+        answer |= overflowing(dropout, folder, straight, update, rank, collectives)
     return answer
 
 
 def overflowing(
-    case: layouts.Case, folder: Path, straight: list[Any], update: Any, rank: Rank, agreement: Agreement
+    case: layouts.Case, folder: Path, straight: list[Any], update: Any, rank: Rank, collectives: Collectives
 ) -> dict[str, Any]:
     """The same from a loss scale at which the first gradients overflow; each update is made again until it is made."""
     config = {**case.config, "fp16": {"initial_scale_power": 30}}
-    engine: Any = build(layouts.resolve(replace(case, config=config), folder), 100, rank, agreement)
+    engine: Any = build(layouts.resolve(replace(case, config=config), folder), 100, rank, collectives)
     attempts = []
     for number in GOOD:
         while True:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.data.loader import Batch
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
@@ -30,25 +30,25 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    agreement = Agreement(rank.world_size)
+    collectives = Collectives(rank.world_size)
     for case in layouts.CASES:
         if case.id in job["cases"]:
             faulthandler.dump_traceback_later(job["seconds"], exit=True)
-            answer = run(case, Path(job["folder"]), rank, agreement)
+            answer = run(case, Path(job["folder"]), rank, collectives)
             faulthandler.cancel_dump_traceback_later()
             if rank.main:
                 (Path(job["folder"]) / f"{case.id}.json").write_text(json.dumps(answer))
     stop()
 
 
-def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> dict[str, Any]:
+def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) -> dict[str, Any]:
     """What held for one layout."""
     resolved = layouts.resolve(case, folder)
     saved = folder / f"{case.id}-saved"
     if rank.main:
         saved.mkdir()
-    agreement.barrier()
-    engine: Any = build(resolved, 100, rank, agreement)
+    collectives.barrier()
+    engine: Any = build(resolved, 100, rank, collectives)
     for update in BEFORE:
         engine.train_update(data(resolved, rank, update))
     engine.save_state(folder_writer(saved))
@@ -57,7 +57,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, agreement: Agreement) -> d
     tied, tensor = tied_matrices(engine), resolved.layout.tensor_parallel  # each tensor part has rows of its own
     engine.release()
 
-    again: Any = build(resolved, 100, rank, agreement)
+    again: Any = build(resolved, 100, rank, collectives)
     again.load_state(saved)
     results, held_out = [], ragged(resolved, rank)
     for update in AFTER:

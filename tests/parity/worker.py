@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megagpt.cluster import Agreement, Rank, from_environment
+from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.parity.curve import Curve
@@ -26,26 +26,26 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
-    agreement = Agreement(rank.world_size)
+    collectives = Collectives(rank.world_size)
     cases = {case.id: case for case in (*layouts.CASES, *mutants.SEEDS)}
     for id in job["cases"]:
         # one rank of a group may fail while the others wait for it: a limit for each case
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
         if id in mutants.MUTANTS:
             with mutants.MUTANTS[id].planted():
-                run(mutants.MUTANTS[id].case, job, rank, agreement)
+                run(mutants.MUTANTS[id].case, job, rank, collectives)
         else:
-            run(cases[id], job, rank, agreement)
+            run(cases[id], job, rank, collectives)
         faulthandler.cancel_dump_traceback_later()
     stop()
 
 
-def run(case: layouts.Case, job: dict[str, Any], rank: Rank, agreement: Agreement) -> None:
+def run(case: layouts.Case, job: dict[str, Any], rank: Rank, collectives: Collectives) -> None:
     """Train one layout and write what it did."""
     folder = Path(job["folder"])
     needs.provide(case)
     resolved = layouts.resolve(case, folder)
-    engine = build(resolved, job["total"], rank, agreement)
+    engine = build(resolved, job["total"], rank, collectives)
     initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
     held_out = layouts.share(
         layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank

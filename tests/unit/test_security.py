@@ -187,14 +187,14 @@ def test_a_checkpoints_manifest_that_names_files_outside(tmp_path, state, name):
     (folder / "link").symlink_to(outer)
     name = name.format(absolute=outer)
     write_manifest(folder, {"state": state, "files": {name: {"bytes": 5, "crc32": zlib.crc32(b"outer")}}})
-    assert store.check(folder) == (None, f"{name} leads out of the checkpoint")
+    assert store.verify(folder) == (None, f"{name} leads out of the checkpoint")
     assert outer.read_bytes() == b"outer"
 
 
 @pytest.mark.parametrize("listed", [[], 5, {"x": 5}, {"x": {"bytes": "5", "crc32": 0}}, {"x": {"bytes": 5}}, None])
 def test_a_checkpoints_manifest_of_another_form(tmp_path, state, listed):
     write_manifest(tmp_path, {"state": state, "files": listed})
-    found, wrong = store.check(tmp_path)
+    found, wrong = store.verify(tmp_path)
     assert found is None
     assert "cannot be read" in wrong
 
@@ -231,7 +231,7 @@ def test_links_out_of_a_run_directory_are_not_written_through(tmp_path):
         target = outside if inside == "checkpoints" else outside / "file"
         (run / inside).symlink_to(target)
         with pytest.raises(UserError, match="leads out of the run directory") as caught:
-            Console(run, 0)
+            Console(run, 0).__enter__()
         assert f"{run / inside} -> {target}" in str(caught.value)
         (run / inside).unlink()
     (run / "metrics.jsonl").symlink_to(outside / "file")
@@ -395,12 +395,12 @@ def test_deep_json_in_the_files_of_a_run(tmp_path, state):
         list(metrics.read(tmp_path))
     for text in (DEEP, "[1]", "5", '"x"', "[[1, 2, 3]]", '{"at": {}}'):
         (tmp_path / status.DONE).write_text(text)
-        assert setup.done(tmp_path) == 0
+        assert setup.update_of_done(tmp_path) == 0
         (tmp_path / status.FILE).write_text(text)
-        assert isinstance(status._json(tmp_path / status.FILE), dict)
+        assert isinstance(status._read_json(tmp_path / status.FILE), dict)
     body = f'"state": {DEEP}}}'
     (tmp_path / store.MANIFEST).write_text(f'{{"checksum": {zlib.crc32(body.encode())},{body}')
-    found, wrong = store.check(tmp_path)
+    found, wrong = store.verify(tmp_path)
     assert found is None
     assert "nested too deeply" in wrong
 

@@ -32,7 +32,8 @@ from megagpt.config.recipe import Recipe
 from megagpt.config.syntax.hjson_reader import read_hjson
 from megagpt.errors import Problem, UserError
 
-_FILLED = (MICRO_BATCH_KEY, ACCUMULATION_KEY, "data_types.grad_accum_dtype", RECOMPUTED_BLOCKS_KEY, *PRECISION_KEYS)
+FILLED_KEYS = (MICRO_BATCH_KEY, ACCUMULATION_KEY, "data_types.grad_accum_dtype", RECOMPUTED_BLOCKS_KEY, *PRECISION_KEYS)
+"""keys that may be "auto" in addition to the owned keys of ownership.py"""
 _NEVER_PRINT = 10**9
 
 
@@ -57,7 +58,7 @@ def load(
         if argument.startswith("ds."):
             tree.override(argument, prefix="ds.")
     values = owned_keys(recipe)
-    auto_allowed = frozenset([*_FILLED, *(value.key for value in values)])
+    auto_allowed = frozenset([*FILLED_KEYS, *(value.key for value in values)])
     problems, broken = KeyChecker(tree, known, auto_allowed).check()
     view = ConfigView(tree, broken)
     recipe, precision_problems = resolve_precision(view, recipe)

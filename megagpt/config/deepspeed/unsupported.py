@@ -34,7 +34,7 @@ class _UnsupportedSetting:
 
 
 _RECIPE_PRECISION = "state precision in the recipe, which keeps fp32 master weights"
-_UNSUPPORTED = (
+UNSUPPORTED_SETTINGS = (
     _UnsupportedSetting(
         f"{_ZERO}.zenflow", (None,), "ZenFlow trains different weights: its steps were ten times as large as AdamW's"
     ),
@@ -135,7 +135,7 @@ def unsupported_settings(view: ConfigView, world_size: int) -> Iterator[Problem]
         view: the DeepSpeed config.
         world_size: number of ranks.
     """
-    for setting in _UNSUPPORTED:
+    for setting in UNSUPPORTED_SETTINGS:
         value = view.get(setting.key, setting.harmless[0])
         if not any(value is harmless or value == harmless for harmless in setting.harmless):
             yield view.problem(f"{setting.key} is not supported: {setting.reason}", [setting.key], setting.do)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megagpt.checkpoint import tensor_files
 from megagpt.checkpoint.tensor_files import FOLDER, WEIGHT, ShardIndex, TensorFiles, TensorSlice
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
 from megagpt.engine.optim import lr_schedule
@@ -49,7 +49,7 @@ class Portable:
     section: ModelSection
     layout: Layout
     rank: Rank
-    agreement: Agreement
+    collectives: Collectives
     copies: frozenset[str] = frozenset()
 
     def save(self, sink: WriteFile) -> None:
@@ -61,7 +61,7 @@ class Portable:
         if part == 0:  # tensor parts draw the same numbers
             sink(_random_file(number), to_bytes(random_state()))
         sums, _ = self._checksums(shares, mine)
-        steps = [int(step) for step in self.agreement.gather(str(_adam_step(shares)))]
+        steps = self.collectives.all_gather_object(_adam_step(shares))
         if self.rank.main:
             summary = {
                 "adam_step": max(steps),
@@ -152,7 +152,7 @@ class Portable:
             for kind in (WEIGHT, *shares.kinds(share)):
                 sums[f"{kind}:{share.name}"] += tensor_files.checksum(shares.get(share, kind), places)
                 counts[f"{kind}:{share.name}"] += share.numel
-        totals = self.agreement.totals([*sums.values(), *counts.values()])
+        totals = self.collectives.all_reduce_sum_integers([*sums.values(), *counts.values()])
         sums, counts = dict(zip(keys, totals, strict=False)), dict(zip(keys, totals[len(keys) :], strict=True))
         return {key: sums[key] for key in keys if counts[key]}, counts
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 
 from megagpt.checkpoint import tensor_files
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
-from megagpt.files import parse_json
 from megagpt.model.gpt import GPT
 from megagpt.model.sharding import shard_spec
 
@@ -22,7 +20,7 @@ _SHOWN = 10
 
 
 def differences(
-    names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, agreement: Agreement
+    names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, collectives: Collectives
 ) -> list[str]:
     """A line for each weight that several ranks should hold alike and do not; collective, the same on every rank.
 
@@ -36,10 +34,10 @@ def differences(
             for name, _ in GPT(section).named_parameters()
             for part in _parts(name, section, layout.tensor_parallel)
         ]
-    largest = agreement.largest([mine.get(key, _ABSENT) for key in keys])
-    smallest = agreement.largest([-mine.get(key, _PRIME) for key in keys])
+    largest = collectives.all_reduce_max([mine.get(key, _ABSENT) for key in keys])
+    smallest = collectives.all_reduce_max([-mine.get(key, _PRIME) for key in keys])
     wrong = [key for key, high, low in zip(keys, largest, smallest, strict=True) if high not in (_ABSENT, -low)]
-    held = [parse_json(text) for text in agreement.gather(json.dumps({key: mine.get(key) for key in wrong[:_SHOWN]}))]
+    held = collectives.all_gather_object({key: mine.get(key) for key in wrong[:_SHOWN]})
     return [_line(key, [values[key] for values in held]) for key in wrong[:_SHOWN]]
 
 

@@ -11,18 +11,15 @@ from unittest.mock import patch
 
 import torch.distributed
 
-from megagpt.checkpoint.store import Report, SaveFailed, Store
-from megagpt.cluster import Agreement, Rank
+from megagpt.checkpoint.store import Outcome, Store
+from megagpt.cluster import Collectives, Rank
 from tests.protocol import Place, a_failing_call_harms_nothing
 from tests.protocol import what_one_rank_cannot_write_is_published_by_none as one_part_fails
 
 
-def alone(store: Store, report: Report) -> list:
-    """The break: a rank waits for no other before it goes on."""
-    problem, told = report
-    if problem:
-        raise SaveFailed(f"rank {store.rank.rank}: {problem}")
-    return [told]
+def without_other_ranks(store: Store, outcome: Outcome) -> tuple[str, list]:
+    """Plant a bug: a rank does not wait for the others, and does not learn of their errors."""
+    return f"rank {store.rank.rank}: {outcome.error}" if outcome.error else "", [outcome.value]
 
 
 def said(kind: str, place: Place, on_rank: int, check: Callable[[], None]) -> None:
@@ -34,22 +31,26 @@ def said(kind: str, place: Place, on_rank: int, check: Callable[[], None]) -> No
         wrong = f"AssertionError: {error}"
     case = {"kind": kind, "asynchronous": place.asynchronous, "on_rank": on_rank, "wrong": wrong}
     print(json.dumps(case), flush=True)
-    place.agreement.barrier()
+    place.collectives.barrier()
 
 
 def main(folder: Path) -> None:
     """Every case, in the same order on all ranks."""
     torch.distributed.init_process_group("gloo")
     world = torch.distributed.get_world_size()
-    rank, agreement = Rank(torch.distributed.get_rank(), world_size=world), Agreement(world)
+    rank, collectives = Rank(torch.distributed.get_rank(), world_size=world), Collectives(world)
     for asynchronous in (False, True):
         for on_rank in range(world):
-            place = Place(folder / f"{asynchronous}-{on_rank}", asynchronous, rank, agreement)
+            place = Place(folder / f"{asynchronous}-{on_rank}", asynchronous, rank, collectives)
             said("any call", place, on_rank, partial(a_failing_call_harms_nothing, place, errno.EIO, on_rank))
             for kind in ("one part", "no barrier"):
                 run = place.folder / kind
                 place.two_saved(run)
-                with patch.object(Store, "_agree", alone) if kind == "no barrier" else nullcontext():
+                with (
+                    patch.object(Store, "gather_outcomes", without_other_ranks)
+                    if kind == "no barrier"
+                    else nullcontext()
+                ):
                     said(kind, place, on_rank, partial(one_part_fails, place, run, on_rank))
     torch.distributed.destroy_process_group()
 

@@ -1,30 +1,30 @@
 """A save that is written beside training publishes what was at its beginning, and training does go on meanwhile."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 
 from megagpt import files
 from megagpt.checkpoint import store
 from megagpt.checkpoint.async_saver import Saver
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from tests.protocol import attempt, names, save, state_of
 
 
-class Side(Agreement):
+class Side(Collectives):
     """One of two ranks that are threads of this process."""
 
-    def __init__(self, rank, texts, barrier):
+    def __init__(self, rank, values, barrier):
         super().__init__(1)
-        self._rank, self._texts, self._barrier = rank, texts, barrier
+        self._rank, self._values, self._barrier = rank, values, barrier
 
-    def gather(self, text):
-        self._texts[self._rank] = text
+    def all_gather_object(self, value):
+        self._values[self._rank] = json.dumps(value)
         self._barrier.wait(timeout=60)
-        answer = [self._texts[0], self._texts[1]]
+        answer = [json.loads(self._values[rank]) for rank in (0, 1)]
         self._barrier.wait(timeout=60)
         return answer
 
@@ -51,7 +51,7 @@ def test_two_ranks_publish_one_checkpoint_of_all_their_files(tmp_path, asynchron
 def test_ranks_that_do_not_see_the_same_folder_publish_nothing(tmp_path):
     for ended in save_on_two([tmp_path / "host-0", tmp_path / "host-1"], False):
         assert not ended.published
-        said = "rank 0: shard-1 is missing where rank 0 looks: all ranks need the same run directory"
+        said = "rank 0: shard-1 is missing on rank 0's host: all ranks need the same run directory"
         assert ended.problem == said
 
 
@@ -90,12 +90,12 @@ def test_training_goes_on_while_a_file_is_written_and_what_is_published_is_the_o
 
 def test_a_save_is_published_step_by_step_between_updates(tmp_path):
     one = saver(tmp_path, b"then")
-    assert one.proceed() is None
+    assert one.advance() is None
     assert one.save(state_of(10)) is None
     ended, updates = None, 0
     while ended is None:
         updates += 1
-        ended = None if one.writing else one.proceed()
+        ended = one.advance()
     assert updates >= 2  # the files, then the manifest: each may take as long as it likes
     assert store.newest_valid(tmp_path)[0].state == state_of(10)
 
@@ -129,9 +129,9 @@ def test_the_stall_ends_when_the_state_is_copied(tmp_path, gate, monkeypatch):
     one = saver(tmp_path, b"then")
     one.save(state_of(10))
     gate.set()
-    while not (ended := None if one.writing else one.proceed()):
+    while not (ended := one.advance()):
         pass
-    assert (ended.stall_seconds, ended.write_seconds) == (0.0, 300.0)  # the weights, the manifest, `latest`
+    assert (ended.blocking_seconds, ended.write_seconds) == (0.0, 300.0)  # the weights, the manifest, `latest`
 
 
 def test_a_save_begun_before_the_last_one_has_ended_is_a_bug(tmp_path):
@@ -142,7 +142,13 @@ def test_a_save_begun_before_the_last_one_has_ended_is_a_bug(tmp_path):
     assert one.finish().published
 
 
-@pytest.mark.parametrize("end", [partial(Saver.proceed), partial(Saver.finish)], ids=["proceed", "finish"])
+def advance_when_written(saver):
+    while saver.writing:
+        time.sleep(0.001)
+    saver.advance()
+
+
+@pytest.mark.parametrize("end", [advance_when_written, Saver.finish])
 def test_a_bug_on_the_thread_is_not_lost(tmp_path, monkeypatch, end):
     def broken(path, data):
         raise ZeroDivisionError
@@ -152,3 +158,18 @@ def test_a_bug_on_the_thread_is_not_lost(tmp_path, monkeypatch, end):
     one.save(state_of(1))
     with pytest.raises(ZeroDivisionError):
         end(one)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_closed_saver_accepts_no_more_work_but_finishes_what_it_has(tmp_path, gate, asynchronous):
+    one = saver(tmp_path, b"then", asynchronous)
+    if asynchronous:
+        one.save(state_of(10))
+    one.close()
+    gate.set()
+    if asynchronous:
+        while one.writing:
+            time.sleep(0.001)
+        assert names(tmp_path) == [".partial_update_00000010"]
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            one.advance()

@@ -91,7 +91,7 @@ def test_an_error_inside_one_ranks_part_is_a_failed_save(tmp_path):
 
 def test_too_little_room_is_found_before_a_byte_is_written(tmp_path):
     save(tmp_path, 1)
-    ended = attempt(tmp_path, 2, needed=10**18)
+    ended = attempt(tmp_path, 2, min_bytes=10**18)
     assert not ended.published
     assert ended.problem.endswith("MB free, a checkpoint needs 1,200,000,000,000 MB")
     assert store.newest_valid(tmp_path)[0].state.update == 1
@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     folder = save(tmp_path, 1)
     monkeypatch.setattr(files, "crc32", bad_sector)
-    found, wrong = store.check(folder)
+    found, wrong = store.verify(folder)
     assert found is None
     assert wrong == f"shard-0 cannot be read (Input/output error ({folder / 'shard-0'}))"
 
@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_ranks_share_the_reading_and_between_them_read_every_byte(tmp_path):
     folder = save(tmp_path, 1)
     (folder / "deep/moments-0").write_bytes(bytes(999) + b"\x01")
-    answers = [store.check(folder, part, 2)[1] for part in (0, 1)]
+    answers = [store.verify(folder, part, 2)[1] for part in (0, 1)]
     assert sorted(answers) == ["", "deep/moments-0 is damaged: its checksum differs"]
 
 

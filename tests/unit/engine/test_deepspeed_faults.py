@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from megagpt.cluster import free_port
 from megagpt.engine import deepspeed_patches, grad_norm
 
-pytestmark = pytest.mark.usefixtures("agreement")
+pytestmark = pytest.mark.usefixtures("collectives")
 
 
 def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():

@@ -28,13 +28,13 @@ POWER, HYSTERESIS, WINDOW, UPDATES = 30, 2, 5, 16  # the scale begins at 2^30 an
 
 
 @pytest.fixture
-def make(tmp_path, agreement, fp16):
+def make(tmp_path, collectives, fp16):
     def engine(stage):
         (tmp_path / "r.yaml").write_text(RECIPE)
         scale = {"initial_scale_power": POWER, "hysteresis": HYSTERESIS, "loss_scale_window": WINDOW}
         (tmp_path / "d.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
         resolved = ds_config.load(tmp_path / "d.json", recipe.load(tmp_path / "r.yaml"), 1, deepspeed_keys.known_keys())
-        return build.build(resolved, 30, Rank(), agreement), resolved.recipe
+        return build.build(resolved, 30, Rank(), collectives), resolved.recipe
 
     return engine
 

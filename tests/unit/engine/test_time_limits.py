@@ -13,7 +13,7 @@ def limits():
     return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
-def test_groups_that_deepspeed_makes_have_our_limit(agreement):
+def test_groups_that_deepspeed_makes_have_our_limit(collectives):
     before = len(distributed_c10d._world.pg_map)
     deepspeed.comm.new_group([0])
     torch.distributed.new_group([0])

@@ -29,7 +29,7 @@ RATES = [0.5, 1.0, 6 / 7, 5 / 7]  # of the peak, updates 1 to 4 of 8 after a war
 
 
 @pytest.fixture
-def make(tmp_path, agreement):
+def make(tmp_path, collectives):
     def engine(stage, micro=2, tied="true", clip="0.5"):
         path = tmp_path / "r.yaml"
         path.write_text(RECIPE % (tied, clip))
@@ -37,7 +37,7 @@ def make(tmp_path, agreement):
             f'{{"train_micro_batch_size_per_gpu": {micro}, "zero_optimization": {{"stage": {stage}}}}}'
         )
         resolved = ds_config.load(tmp_path / "d.json", recipe.load(path), 1, deepspeed_keys.known_keys())
-        return build.build(resolved, 8, Rank(), agreement), resolved.recipe
+        return build.build(resolved, 8, Rank(), collectives), resolved.recipe
 
     return engine
 

@@ -40,7 +40,8 @@ def run(tmp_path_factory):
     initialize(model, 1)
     store = checkpoint.Store(path)
     Saver(store, lambda sink: weights.save(model.named_parameters(), sink), {}, False).save(TrainState(12, 48, 1536))
-    metrics = Metrics(path, True, 0, window=1)
+    metrics = Metrics(path, True, window=1)
+    metrics.truncate(0)
     for update in range(1, 13):
         metrics.write("update", update=update, loss=6.0 / update, tokens=128 * update)
     metrics.write("validation", update=12, loss=0.75)

@@ -49,7 +49,7 @@ def run(monkeypatch, tmp_path):
     def put(precision="fp32", **changes):
         model = model_of(**changes)
         recipe = Space(precision=precision, model=model.section, data=Space(tokenizer=None))
-        found = loaded_model.Trained(recipe, Space(state=Space(update=7)), model)
+        found = loaded_model.LoadedModel(recipe, Space(state=Space(update=7)), model)
         monkeypatch.setattr(loaded_model, "load", lambda _: found)
         return model
 

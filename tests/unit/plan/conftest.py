@@ -2,12 +2,12 @@
 
 import pytest
 
-from megagpt.cluster import Agreement, Rank
+from megagpt.cluster import Collectives, Rank
 from megagpt.engine import init_deepspeed
 
 
 @pytest.fixture(scope="session")
-def agreement():
+def collectives():
     init_deepspeed.start(Rank())
-    yield Agreement(1)
+    yield Collectives(1)
     init_deepspeed.stop()

@@ -75,7 +75,7 @@ def test_a_recomputed_block_saves_only_its_input():
     assert activations.recomputed_block(shape(given, 4)) == measured_block(given, 4, "yes")
 
 
-@pytest.mark.usefixtures("agreement")
+@pytest.mark.usefixtures("collectives")
 @pytest.mark.parametrize(("activation", "qk_norm"), [("gelu", False), ("swiglu", True)])
 def test_a_tensor_parallel_shard_saves_what_is_planned(activation, qk_norm):
     given = section(activation=activation, qk_norm=qk_norm, position="rope", n_kv_head=2)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.cluster import Agreement
+from megagpt.cluster import Collectives
 from megagpt.config.recipe.sections import HealthSection
 from megagpt.state import LossScale, UpdateResult
-from megagpt.training.anomalies import Health, Remedy
+from megagpt.training.anomalies import Action, Health
 from megagpt.training.metrics import Metrics
 
 LOSSES = st.floats(0.5, 12)
@@ -20,7 +20,7 @@ LOSSES = st.floats(0.5, 12)
 def health(losses=(), norms=None, **section):
     result = Health(HealthSection(**section))
     for update, (loss, norm) in enumerate(zip(losses, norms or losses, strict=True), start=1):
-        result.note("update", update=update, loss=loss, grad_norm=norm)
+        result.observe("update", update=update, loss=loss, grad_norm=norm)
     return result
 
 
@@ -56,34 +56,34 @@ def test_a_loss_that_is_not_finite_is_never_accepted(loss):
 
 
 def test_so_many_are_skipped_in_a_row_and_the_next_rolls_back():
-    watched, remedies = health(skips=2), []
+    watched, actions = health(skips=2), []
     for position in (40, 44, 48):
-        found = watched.judge(10, skipped(math.nan))
-        remedies.append(found.remedy)
-        watched.note(found.remedy.value, update=10, position=position, samples=4)
-    assert remedies == [Remedy.SKIP, Remedy.SKIP, Remedy.ROLL_BACK]
-    assert watched.start(40) == 52
-    assert watched.judge(10, skipped(math.nan)).remedy is Remedy.SKIP  # it begins anew
+        found = watched.check(10, skipped(math.nan))
+        actions.append(found.action)
+        watched.observe(found.action.value, update=10, position=position, samples=4)
+    assert actions == [Action.SKIP, Action.SKIP, Action.ROLL_BACK]
+    assert watched.next_position(40) == 52
+    assert watched.check(10, skipped(math.nan)).action is Action.SKIP  # it begins anew
 
 
 def test_a_good_update_ends_the_row():
     watched = health(skips=1)
-    watched.note("skip", update=10, position=40, samples=4)
-    watched.note("update", update=11, loss=3.0, grad_norm=1.0)
-    assert watched.judge(11, skipped(math.nan)).remedy is Remedy.SKIP
+    watched.observe("skip", update=10, position=40, samples=4)
+    watched.observe("update", update=11, loss=3.0, grad_norm=1.0)
+    assert watched.check(11, skipped(math.nan)).action is Action.SKIP
 
 
 def test_only_a_dynamic_scale_and_a_good_loss_make_an_overflow():
     scale = LossScale(1024.0, 1.0)
-    assert health().judge(3, skipped(3.0, scale)).remedy is Remedy.AGAIN
-    assert health().judge(3, skipped(math.nan, scale)).remedy is Remedy.SKIP
-    assert health().judge(3, skipped(3.0)).reason == "the gradient is not finite"
+    assert health().check(3, skipped(3.0, scale)).action is Action.RETRY
+    assert health().check(3, skipped(math.nan, scale)).action is Action.SKIP
+    assert health().check(3, skipped(3.0)).reason == "the gradient is not finite"
 
 
 def test_a_spike_of_the_norm_rolls_back_though_the_update_is_made():
     watched = health([3.0, 3.1] * 4, [1.0, 1.1] * 4, norm_spike=5, window=8)
-    assert watched.judge(8, UpdateResult(3.0, 9.0, 1e-3, 100)).remedy is Remedy.ROLL_BACK
-    assert watched.judge(8, UpdateResult(99.0, 1.2, 1e-3, 100)) is None
+    assert watched.check(8, UpdateResult(3.0, 9.0, 1e-3, 100)).action is Action.ROLL_BACK
+    assert watched.check(8, UpdateResult(99.0, 1.2, 1e-3, 100)) is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,50 +92,54 @@ def test_a_run_that_reads_its_record_again_decides_the_same(tmp_path_factory, lo
     """Updates, skips, rollbacks and checkpoints as a run makes them; the process may be another at any time."""
     folder, other = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("other")
     section = HealthSection(loss_spike=3, window=8, skips=skips)
-    metrics = Metrics(folder, True, 0, section.window)
+    metrics = Metrics(folder, True, section.window)
+    metrics.truncate(0)
     live, update, position, saved = Health(section), 0, 0, (0, 0)
     for loss in losses:
         shutil.copy(folder / "metrics.jsonl", other)
-        again, record = Health(section), Metrics(other, True, update, section.window)
+        again, record = Health(section), Metrics(other, True, section.window)
+        record.truncate(update)
         record.close()
-        again.recall(record.decisive, Agreement(1))
-        position = live.start(position)
-        assert again.start(position) == position
+        again.replay(record.replayable, Collectives(1))
+        position = live.next_position(position)
+        assert again.next_position(position) == position
         made = live.accepts(loss)
         result = UpdateResult(loss, 1.0, 1e-3, 100, made=made)
-        found = live.judge(update, result)
-        assert again.judge(update, result) == found
+        found = live.check(update, result)
+        assert again.check(update, result) == found
         assert again.rollbacks == live.rollbacks
         if found is None:
             update, position = update + 1, position + 4
             values = {"update": update, "loss": loss, "grad_norm": 1.0, "position": position}
             metrics.write("update", **values)
-            live.note("update", **values)
+            live.observe("update", **values)
             if update % every == 0:
                 saved = (update, position)
                 metrics.write("checkpoint", update=update)
-                live.note("checkpoint", update=update)
-        elif found.remedy is Remedy.SKIP:
+                live.observe("checkpoint", update=update)
+        elif found.action is Action.SKIP:
             metrics.write("skip", update=update, position=position, samples=4)
-            live.note("skip", update=update, position=position, samples=4)
+            live.observe("skip", update=update, position=position, samples=4)
         else:
-            metrics.go_back(saved[0])
+            metrics.truncate(saved[0])
             values = {"update": saved[0], "position": position, "samples": 4}
             metrics.write("rollback", **values)
             update, position = saved
-            live.recall(metrics.decisive, Agreement(1))
-            live.note("rollback", **values)
+            live.replay(metrics.replayable, Collectives(1))
+            live.observe("rollback", **values)
     metrics.close()
 
 
 def test_decisions_outlive_the_updates_after_which_they_were_made(tmp_path):
-    metrics = Metrics(tmp_path, True, 0, 100)
+    metrics = Metrics(tmp_path, True, 100)
+    metrics.truncate(0)
     for update in range(1, 21):
         metrics.write("update", update=update, loss=3.0, grad_norm=1.0)
     metrics.write("skip", update=20, position=80, samples=4)
     metrics.close()
-    record = Metrics(tmp_path, True, 10, 100)  # resumed from an earlier checkpoint
+    record = Metrics(tmp_path, True, 100)
+    record.truncate(10)  # resumed from an earlier checkpoint
     record.close()
     watched = Health(HealthSection())
-    watched.recall(record.decisive, Agreement(1))
-    assert watched.start(80) == 84
+    watched.replay(record.replayable, Collectives(1))
+    assert watched.next_position(80) == 84

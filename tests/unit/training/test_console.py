@@ -14,14 +14,14 @@ NOISY = """
 import logging, os, sys, warnings
 from pathlib import Path
 from megagpt.training.console import Console
-console = Console(Path(sys.argv[1]), rank=int(sys.argv[2]))
+console = Console(Path(sys.argv[1]), rank=int(sys.argv[2])).__enter__()
 console.say("ours")
 print("a library prints")
 os.write(1, b"a C library prints\\n")
 os.write(2, b"and complains\\n")
 warnings.warn("a warning")
 logging.getLogger("DeepSpeed").warning("a logger")
-console.close()
+console.__exit__(None, None, None)
 print("after")
 """
 
@@ -56,7 +56,7 @@ def test_lines_of_a_run_are_aligned():
     progress = Progress(total=1200, tokens_per_update=1024)
     lines = []
     for update, loss in ((1, 10.5), (20, 7.25), (1200, 3.0625)):
-        progress.update()
+        progress.end_update()
         lines.append(progress.line(TrainState(update), UpdateResult(loss, 1.5, 6e-4, 1024)))
     assert len({line.index("tokens/s") for line in lines}) == 1
     assert lines[0].startswith("   1/1200  loss 10.5000  lr 6.00e-04  grad norm  1.500")

@@ -42,16 +42,19 @@ def nobody():
     ("code", "state", "answer"), [(0, "done", 1), (75, "requeue", 75), (1, "failed", 1), (2, "failed", 2)]
 )
 def test_what_rank_0_said_last_holds_but_done_needs_its_file(tmp_path, code, state, answer):
-    note = status.Note(tmp_path, Rank())
+    record = status.StatusFile(tmp_path, Rank())
+    record.start()
     assert status.read(tmp_path).state == "running"
-    note.end(code, "a reason")
+    record.end(code, "a reason")
     assert (status.read(tmp_path).state, status.read(tmp_path).code) == (state if code else "failed", answer)
     (tmp_path / "DONE").touch()
     assert (status.read(tmp_path).state, status.read(tmp_path).code) == ("done", 0)
 
 
 def test_other_ranks_say_nothing(tmp_path):
-    status.Note(tmp_path, Rank(1, 1, 2)).end(1)
+    other = status.StatusFile(tmp_path, Rank(1, 1, 2))
+    other.start()
+    other.end(1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,7 +65,7 @@ def test_a_heartbeat_tells_life_from_death_on_another_host(tmp_path):
     assert re.fullmatch("running: save of update 7 on elsewhere, seen 2[0-9] s ago", str(status.read(tmp_path)))
     beat(tmp_path, 70)
     assert status.read(tmp_path).code == 1
-    assert "elsewhere) ended without a word" in status.read(tmp_path).why
+    assert "elsewhere) ended without recording why" in status.read(tmp_path).why
     started(tmp_path, host="elsewhere", seconds_ago=10)  # again, and it has not come to its first heartbeat
     assert str(status.read(tmp_path)) == "running: starting on elsewhere, seen 10 s ago"
 
@@ -86,13 +89,16 @@ def test_a_start_that_never_came_is_a_failure_and_half_a_file_too(tmp_path):
 
 
 def test_a_disk_that_takes_nothing_does_not_stop_the_run(tmp_path):
-    status.Note(tmp_path / "not/there", Rank()).end(0)
+    record = status.StatusFile(tmp_path / "not/there", Rank())
+    record.start()
+    record.end(0)
 
 
 def test_the_command_exits_with_the_matching_code(tmp_path, capsys):
-    status.Note(tmp_path, Rank()).end(75)
+    status.StatusFile(tmp_path, Rank()).end(75, "SIGINT")
     assert main(["status", str(tmp_path)]) == 75
-    assert capsys.readouterr().out == "requeue: stopped and saved; the same command goes on\n"
+    stopped = "stopped: checkpoint saved after SIGINT; run the same command to resume\n"
+    assert capsys.readouterr().out == stopped
     assert main(["status", str(tmp_path), "--json"]) == 75
     assert json.loads(capsys.readouterr().out)["state"] == "requeue"
 
@@ -102,7 +108,7 @@ def test_a_job_script_says_that_ranks_will_come(tmp_path):
     assert str(status.read(tmp_path)).startswith(f"running: starting on {HERE}, seen ")
     gone = nobody()
     started(tmp_path, pid=gone, state="starting")
-    assert status.read(tmp_path).why == f"the launcher (process {gone} of {HERE}) ended without a word"
+    assert status.read(tmp_path).why == f"the launcher (process {gone} on {HERE}) ended without recording why"
 
 
 def test_a_request_to_stop_goes_to_a_run_that_is_running_or_that_a_job_script_starts(tmp_path, capsys):
@@ -110,20 +116,20 @@ def test_a_request_to_stop_goes_to_a_run_that_is_running_or_that_a_job_script_st
         started(tmp_path, state=state)
         assert main(["stop", str(tmp_path)]) == 0
         assert capsys.readouterr().out == (
-            f"stop requested: {tmp_path} will save and exit with 75. Start it again to resume.\n"
+            f"Stop requested: {tmp_path} will save a checkpoint and exit with 75. Run the same command to resume.\n"
         )
-        status.Note(tmp_path, Rank())
+        status.StatusFile(tmp_path, Rank()).start()
         assert (tmp_path / "STOP").exists() == (state == "starting")  # else it was made to the start before this one
 
 
 @pytest.mark.parametrize(
     ("ended", "code", "said"),
     [
-        ({"state": "done"}, 0, "done: the last checkpoint was read back"),
-        ({"state": "requeue"}, 75, "requeue: stopped and saved; the same command goes on"),
+        ({"state": "done"}, 0, "done: the last checkpoint was saved and verified"),
+        ({"state": "requeue"}, 75, "stopped: checkpoint saved; run the same command to resume"),
         ({"state": "failed", "code": 2, "why": "no such data"}, 2, "failed: no such data"),
         ({"state": "running", "pid": 0, "host": "elsewhere"}, 1,
-         "failed: rank 0 (process 0 of elsewhere) ended without a word"),
+         "failed: rank 0 (process 0 on elsewhere) ended without recording why"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("meanwhile", [False, True])
@@ -152,7 +158,7 @@ def test_a_run_that_is_not_running_is_told_as_such_and_its_next_start_is_not_sto
         end()
     if meanwhile and ended["state"] == "running":  # it has died, and is given up in a minute
         assert main(["stop", str(tmp_path)]) == 0
-        status.Note(tmp_path, Rank())
+        status.StatusFile(tmp_path, Rank()).start()
     else:
         assert main(["stop", str(tmp_path)]) == code
         assert capsys.readouterr().out == f"{tmp_path} is not running. {said}\n"

@@ -1,4 +1,4 @@
-"""A signal or the clock asks to stop; the verdict is that of any rank; a second, later signal ends at once."""
+"""Signals, the clock and the stop file request a stop; all ranks agree on it; a second, later signal ends at once."""
 
 import os
 import signal
@@ -8,117 +8,123 @@ import time
 
 import pytest
 
-from megagpt.training.stop_signals import Stopping
+from megagpt.training.stop_signals import StopSignals
 
 
-def alone(*flags):
-    return [*flags]
+def single_rank(flag):
+    return flag
 
 
 @pytest.fixture
-def stopping():
-    made = []
+def enter():
+    """Return a function that enters a StopSignals."""
+    entered = []
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
-    def make(max_minutes=None, any_rank=alone, request=None):
-        made.append(Stopping(max_minutes, any_rank, request))
-        return made[-1]
+    def enter(max_minutes=None, any_rank=single_rank, stop_file=None):
+        entered.append(StopSignals(max_minutes, any_rank, stop_file).__enter__())
+        return entered[-1]
 
-    yield make
-    for one in reversed(made):
-        one.close()
+    yield enter
+    for signals in reversed(entered):
+        signals.__exit__(None, None, None)
     signal.signal(signal.SIGHUP, before)
 
 
-def test_nothing_asked_nothing_done(stopping):
-    assert stopping().verdict().stop is None
+def test_without_a_request_training_continues(enter):
+    signals = enter()
+    assert signals.agree() is None
+    assert signals.reason is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_each_signal_is_named(stopping, number):
-    one = stopping()
+def test_the_reason_names_the_signal(enter, number):
+    signals = enter()
     signal.raise_signal(number)
-    assert one.verdict().stop == f"signal {number.name}"
+    assert signals.agree() == number.name
+    assert signals.reason == number.name
 
 
-def test_a_terminal_that_was_closed_under_nohup_stops_nothing(stopping):
+def test_a_closed_terminal_does_not_stop_a_run_under_nohup(enter):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        one = stopping()
+        signals = enter()
         signal.raise_signal(signal.SIGHUP)
-        assert one.verdict().stop is None
+        assert signals.agree() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_is_answered_at_once_and_once():
-    said = []
-    one = Stopping(None, alone, tell=said.append)
-    try:
+def test_only_the_first_signal_is_announced():
+    messages = []
+    with StopSignals(None, single_rank, notify=messages.append):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        one.close()
-    assert said == ["\nSIGINT: this update is finished and saved first; once more, after 5 s, ends at once"]
+    assert messages == [
+        "\nSIGINT: finishing this update and saving. Send it again after 5 s to stop at once without saving."
+    ]
 
 
-def test_one_request_that_comes_twice_in_a_row_is_one(stopping):
-    one = stopping()
+def test_two_signals_in_quick_succession_are_one_request(enter):
+    signals = enter()
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGTERM)  # a launcher passes on what the terminal has already sent
-    assert one.verdict().stop == "signal SIGINT"
+    assert signals.agree() == "SIGINT"
 
 
-def test_the_time_limit_stops(stopping):
-    assert stopping(max_minutes=0.0).verdict().stop == "the time limit"
-    assert stopping(max_minutes=1.0).verdict().stop is None
+def test_the_time_limit_stops_unless_it_is_ignored(enter):
+    assert enter(max_minutes=1.0).agree() is None
+    signals = enter(max_minutes=0.0)
+    assert signals.agree(ignore_time_limit=True) is None
+    assert signals.agree() == "the time limit"
 
 
-def test_a_request_is_heard_once_and_also_where_it_was_made_before_the_run_was_ready(stopping, tmp_path):
-    request = tmp_path / "STOP"
-    request.touch()
-    one = stopping(request=request)
-    assert one.verdict().stop == "megagpt stop"
-    one.close()
-    other = stopping(request=request)  # the run that goes on
-    assert other.verdict().stop is None
-    request.touch()
-    assert other.verdict().stop == "megagpt stop"
+def test_a_stop_file_is_seen_once_even_if_it_exists_before_the_run_is_ready(enter, tmp_path):
+    stop_file = tmp_path / "STOP"
+    stop_file.touch()
+    signals = enter(stop_file=stop_file)
+    assert signals.agree() == "megagpt stop"
+    signals.__exit__(None, None, None)
+    resumed = enter(stop_file=stop_file)
+    assert resumed.agree() is None
+    stop_file.touch()
+    assert resumed.agree() == "megagpt stop"
 
 
-def test_a_signal_to_another_rank_stops_this_one(stopping):
-    assert stopping(any_rank=lambda stop, writing: [True, writing]).verdict().stop == "a signal to another rank"
+def test_a_signal_to_another_rank_stops_this_one(enter):
+    signals = enter(any_rank=lambda flag: True)
+    assert signals.agree() == signals.reason == "a signal to another rank"
 
 
-def test_the_same_exchange_tells_whether_any_rank_still_writes(stopping):
-    assert not stopping().verdict().writing
-    assert stopping().verdict(writing=True).writing
-    assert stopping(any_rank=lambda stop, writing: [stop, True]).verdict().writing
-
-
-def test_close_gives_the_signals_back(stopping):
+def test_leaving_restores_the_signal_handlers(enter):
     before = signal.getsignal(signal.SIGTERM)
-    one = stopping()
+    signals = enter()
     assert signal.getsignal(signal.SIGTERM) != before
-    one.close()
+    signals.__exit__(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_construction_alone_changes_no_signal_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    StopSignals(None, single_rank)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_signal_later_ends_the_process():
     code = (
         "import megagpt.training.stop_signals as s, time\n"
-        "s._SAME = 0.1\n"
-        "one = s.Stopping(None, lambda *flags: [*flags])\n"
-        "print('ready', flush=True)\n"
-        "while one.verdict().stop is None: time.sleep(0.01)\n"
-        "print('asked', flush=True)\n"
-        "time.sleep(60)\n"
+        "s._SAME_REQUEST = 0.1\n"
+        "with s.StopSignals(None, lambda flag: flag) as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while signals.agree() is None: time.sleep(0.01)\n"
+        "    print('stopping', flush=True)\n"
+        "    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
         os.kill(process.pid, signal.SIGTERM)
-        assert process.stdout.readline() == "asked\n"
+        assert process.stdout.readline() == "stopping\n"
         time.sleep(0.5)
         assert process.poll() is None
         os.kill(process.pid, signal.SIGTERM)
