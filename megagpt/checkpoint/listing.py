@@ -65,7 +65,9 @@ def checkpoints(run: Path, verify: bool) -> CheckpointList:
     """
     folders = store.Store(run).folders()
     if not folders:
-        raise UserError("there is no checkpoint here", str(run / "checkpoints"), "give a run directory that has checkpoints")
+        raise UserError(
+            "there is no checkpoint here", str(run / "checkpoints"), "give a run directory that has checkpoints"
+        )
     return CheckpointList(str(run), verify, tuple(_inspect(folder, verify) for folder in folders))
 
 

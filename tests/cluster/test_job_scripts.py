@@ -123,7 +123,7 @@ def test_a_job_ends_as_its_run_stands(slurm, runs, same, tmp_path):
         ended = [job.ends() for job in jobs]
     logs = [recipe.with_suffix(".log").read_text() for recipe in recipes]
     assert ended == [("FAILED", "2:0", "0"), ("FAILED", "1:0", "0"), ("COMPLETED", "0:0", "1")], logs
-    assert "the launcher ended with 137\n" in logs[2], logs[2]
+    assert "the launcher exited with 137\n" in logs[2], logs[2]
     assert "Stopped by megagpt stop" in logs[2]
     same(lost)
 

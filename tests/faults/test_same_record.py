@@ -1,4 +1,4 @@
-"""metrics.jsonl has the same events with the same numbers on every layout, a skipped update among them."""
+"""metrics.jsonl has the same events with the same numbers on every layout, including a skipped update."""
 
 import re
 
@@ -18,7 +18,7 @@ SPIKE = {
     "token": 100,
 }  # update 25; a byte that the text has not
 LAYOUTS = (("zero0", 1), ("zero0", 2), ("zero2", 2), ("zero3", 2), ("tensor2", 2), ("pipeline2", 2))
-# how long it took, how much memory, and where
+# durations, memory and host names
 MEASURED = {
     "seconds", "data_seconds", "stall_seconds", "write_seconds", "tokens_per_second", "mfu", "device_bytes", "spent",
     "shares", "path", "time",
@@ -27,7 +27,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def recorded(run):
-    """Events from the first update on; the event before it describes the layout."""
+    """Return the events from the first update on. Earlier ones describe the layout."""
     found = events(run)
     first = next(number for number, event in enumerate(found) if event["event"] == "update")
     return [{key: value for key, value in event.items() if key not in MEASURED} for event in found[first:]]
@@ -39,7 +39,7 @@ def close(value):
 
 @pytest.fixture(scope="module")
 def records(data, tmp_path_factory):
-    """The record of each layout."""
+    """Record of each layout."""
     from tests import training
 
     found = {}
@@ -67,7 +67,7 @@ def test_every_layout_writes_the_same_record(records, layout):
     for event, other in zip(found, expected, strict=True):
         assert event.keys() == other.keys()
         for key, value in event.items():
-            if key == "reason":  # its last digits are rounded
+            if key == "reason":  # rounded in the message
                 assert NUMBER.sub("#", value) == NUMBER.sub("#", other[key])
                 numbers = [list(map(float, NUMBER.findall(text))) for text in (value, other[key])]
                 assert numbers[0] == pytest.approx(numbers[1], rel=1e-2)
@@ -75,13 +75,13 @@ def test_every_layout_writes_the_same_record(records, layout):
                 assert value == close(other[key]), (event["event"], event["update"], key)
 
 
-def test_the_quickstart_trains_on_the_pipeline_that_is_shipped(data, tmp_path):
-    words = (
+def test_the_quickstart_trains_with_the_shipped_pipeline_config(data, tmp_path):
+    overrides = (
         f"run_dir={tmp_path / 'run'}", f"data.tokenizer={data}/text.model", f"data.train={data}/text.train",
         f"data.validation={data}/text.validation", "length.updates=4", "evaluation.samples=4", "evaluation.prompt=null",
         "schedule.warmup_updates=2", "batch.global_size=4", "model.seq_len=32",
     )  # fmt: skip
     recipe = ROOT / "launch/recipes/quickstart.yaml"
-    with launch(recipe, *words, folder=tmp_path, world=4, config="pipeline4-zero1") as ranks:
+    with launch(recipe, *overrides, folder=tmp_path, world=4, config="pipeline4-zero1") as ranks:
         assert ranks.wait(240) == [0] * 4, ranks.printed()
     assert events(tmp_path / "run")[-1]["event"] == "done"

@@ -1,4 +1,4 @@
-"""The structure that ARCHITECTURE.md draws is the structure of the code."""
+"""The code has the structure that ARCHITECTURE.md describes."""
 
 import ast
 import re
@@ -24,18 +24,18 @@ LEVELS = {  # a room imports rooms of lower levels only
     "doctor": 10,
     "parity": 11,
     "cli": 12,
-    "__main__": 13,
+    **dict.fromkeys(("__main__", "__init__"), 13),  # the package's public functions import when they are called
 }
 
 
 def room(dotted: str) -> str:
-    """The room of `megagpt.x.y`; the package itself counts as its lowest room."""
+    """Return the room of `megagpt.x.y`. The package itself counts as its lowest room."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "megagpt"
 
 
 def imports(path: Path):
-    """(line, dotted name) of every import in a file, also inside functions."""
+    """Yield (line, dotted name) of every import in a file, also of those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -49,7 +49,7 @@ def name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def test_imports_go_one_way():
+def test_rooms_import_only_lower_rooms():
     wrong = []
     for path in MODULES:
         here = room(name(path))
@@ -64,7 +64,7 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize("here", sorted({room(name(path)) for path in MODULES}))
-def test_modules_of_a_room_do_not_import_each_other_in_a_circle(here):
+def test_rooms_have_no_import_cycles(here):
     """Imports under TYPE_CHECKING and inside functions count, too."""
     modules = {name(path).removesuffix(".__init__"): path for path in MODULES if room(name(path)) == here}
     edges = {}
@@ -77,7 +77,7 @@ def test_modules_of_a_room_do_not_import_each_other_in_a_circle(here):
     assert edges == {}
 
 
-def test_only_the_engine_room_knows_deepspeed():
+def test_only_the_engine_imports_deepspeed():
     users = {room(name(path)) for path in MODULES for _, target in imports(path) if target.split(".")[0] == "deepspeed"}
     assert users == {"engine"}
 
@@ -104,6 +104,7 @@ def test_no_file_and_no_function_is_too_long():
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
+        ("import megagpt", ("torch", "deepspeed", "numpy", "pydantic")),
         ("import megagpt.cli", ("torch", "deepspeed", "numpy", "sentencepiece")),
         ("import megagpt.config.recipe", ("torch", "deepspeed")),
         ("import megagpt.config.deepspeed", ("torch", "deepspeed")),
@@ -113,10 +114,45 @@ def test_no_file_and_no_function_is_too_long():
         ("import megagpt.training.loop", ("deepspeed",)),
     ],
 )
-def test_what_needs_no_torch_loads_none(code, absent):
+def test_light_modules_do_not_import_heavy_packages(code, absent):
     program = f"import sys; {code}; print([m for m in {absent!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def _table_rows(heading):
+    """Cells of the rows of the first table under a heading of ARCHITECTURE.md, without the head."""
+    section = (ROOT / "ARCHITECTURE.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_table_of_packages_has_all_of_them_in_the_order_of_imports():
+    rows = [re.findall(r"`([\w/]+)`", row[0]) for row in _table_rows("Packages")]
+    names = [name.rstrip("/") for row in rows for name in row]
+    assert sorted(names) == sorted(LEVELS.keys() - {"megagpt", "__main__", "__init__"})
+    levels = [LEVELS[name] for name in names]
+    assert levels == sorted(levels)
+
+
+def test_every_question_of_a_newcomer_is_answered_by_files_that_exist():
+    rows = _table_rows("Where is …?")
+    assert len(rows) >= 20
+    for question, answer in rows:
+        files = re.findall(r"`([^`]+)`", answer)
+        assert files, question
+        assert [file for file in files if not (ROOT / file).is_file()] == [], question
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_documents_name_and_link_to_files_that_exist(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    named = re.findall(r"\b((?:tests|megagpt|launch|docs|ds_configs)/[\w./-]*\w\.(?:py|sh|md|yaml|json))", text)
+    rooms = "|".join(LEVELS.keys() - {"megagpt"})
+    inner = re.findall(rf"`((?:{rooms})/[\w./]*\.py)`", text)  # a path inside the package
+    wanted = [*links, *named, *(f"megagpt/{path}" for path in inner)]
+    assert [path for path in wanted if not (ROOT / path).exists()] == []
 
 
 def test_each_decision_names_a_test_that_exists():
@@ -130,10 +166,10 @@ def test_each_decision_names_a_test_that_exists():
             assert (ROOT / proof).exists(), proof
 
 
-def test_the_repository_names_no_machine_and_no_absolute_path():
+def test_the_repository_contains_no_absolute_paths():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     found = []
     for file in tracked:
         text = (ROOT / file).read_text(errors="replace")
-        found += [f"{file}: {word}" for word in re.findall(r"(?<![\w.])/(?:home|root|work|Users)/\S+", text)]
+        found += [f"{file}: {path}" for path in re.findall(r"(?<![\w.])/(?:home|root|work|Users)/\S+", text)]
     assert found == []
