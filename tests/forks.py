@@ -20,3 +20,8 @@ _CONTEXT.set_forkserver_preload([  # the imports of a training process; torch's 
 def process(target: Any, *arguments: Any) -> BaseProcess:
     """Return a process that calls a module-level function with these arguments once it is started."""
     return _CONTEXT.Process(target=target, args=arguments)
+
+
+def fresh_process(target: Any, *arguments: Any) -> BaseProcess:
+    """The same as a new interpreter, which shares no memory with any other process."""
+    return multiprocessing.get_context("spawn").Process(target=target, args=arguments)

@@ -19,9 +19,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megagpt.checkpoint import listing, store
+from megagpt.checkpoint import store
 from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
-from megagpt.training import time_breakdown
+from megagpt.training import stop_signals, time_breakdown
 from tests import training
 from tests.faults import drawn
 from tests.faults.drawn import ENDS, INSIDE, SAVING, Plan, repeated_and_lost
@@ -184,7 +184,7 @@ class Campaign:
     def _hit(self, ranks: Launch, made: Plan) -> None:
         """Send the signal, or the request to stop, that ends a launch."""
         if made.act == "stop":
-            listing.stop(self._run)
+            stop_signals.stop(self._run)
             return
         for rank in made.ranks:
             if ranks.codes()[rank] is None:

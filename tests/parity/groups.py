@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megagpt.cluster import free_port
+from tests import forks
 from tests.parity.layouts import Case
 
 SECONDS = 300  # per case; a rank that takes longer prints its stack and exits
-ROOT = Path(__file__).parents[2]
 
 
 def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict[str, str]:
@@ -69,48 +69,53 @@ def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case]
     return answer
 
 
-def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float) -> str:
-    """Run a program of this folder on `world` ranks until all end or one fails, and return the end of their logs."""
+def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float, fresh: bool = False) -> str:
+    """Run a program of this folder on `world` ranks, until all end or one fails, and return the end of their logs.
+
+    With `fresh` each rank is a new interpreter, not a fork of one that has imported torch: slower, but its memory is
+    its own.
+    """
     path = folder / "job.json"
     path.write_text(json.dumps({"seconds": SECONDS, **job}))
     environment = {
         **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TORCHDYNAMO_DISABLE": "1",
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": str(ROOT),
     }
     logs = [folder / f"rank-{rank}.log" for rank in range(world)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", f"tests.parity.{program}", str(path)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+    start = forks.fresh_process if fresh else forks.process
+    ranks = [
+        start(_run, program, path, log, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
     try:
+        for process in ranks:
+            process.start()
         _wait(ranks, seconds)
     finally:
         for process in ranks:
-            process.kill()
-            process.wait()
-    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:] if log.exists() else ''}" for log in logs)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+def _run(program: str, job: Path, log: Path, environment: dict[str, str]) -> None:
+    """One rank, in the new process; what it prints goes to a file."""
+    os.environ.update(environment)
+    with log.open("w") as output:
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+    importlib.import_module(f"tests.parity.{program}").main(json.loads(job.read_text()))
+
+
+def _wait(ranks: Sequence[BaseProcess], seconds: float) -> None:
     """Wait until all ranks have ended or the time is up. After one has failed, the others get 5 s to report errors."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        codes = [process.poll() for process in ranks]
+        codes = [process.exitcode for process in ranks]
         if None not in codes:
             return
         if any(codes):

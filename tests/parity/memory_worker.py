@@ -1,7 +1,6 @@
 """One rank that saves a larger model, or measures the memory of building or loading it. Started by groups.py.
 
-python -m tests.parity.memory_worker JOB.json
-JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
+The job: {"folder", "seconds", and one of "save", "load", "build": case id}
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,7 +90,3 @@ def anonymous() -> int:
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
     raise OSError("/proc/self/status has no RssAnon")
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

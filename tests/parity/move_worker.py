@@ -1,7 +1,6 @@
 """One rank that trains layouts and saves them, or resumes from checkpoints of other layouts. Started by groups.py.
 
-python -m tests.parity.move_worker JOB.json
-JOB: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
+The job: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import faulthandler
 import gc
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +96,3 @@ def load(saved: Path, target: layouts.Case, rank: Rank, collectives: Collectives
     engine.release()
     del engine
     gc.collect()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

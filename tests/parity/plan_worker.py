@@ -1,7 +1,6 @@
 """One rank of four that trains two updates of each case, and records the memory of its tensors. Started by groups.py.
 
-python -m tests.parity.plan_worker JOB.json
-JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+The job: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 
 The engine and all of its allocations are real. The other ranks do not exist: torch's fake process group returns copies
 of what this rank sends. With real ranks, gloo's threads would free tensors without the profiler noticing.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +72,3 @@ def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
 
 def _accept(loss: float) -> bool:
     return True  # any loss: with the fake process group, the first stage of a pipeline does not receive it
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

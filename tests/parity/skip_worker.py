@@ -1,7 +1,6 @@
 """One rank that trains layouts, with and without bad updates among the good ones. Started by groups.py.
 
-python -m tests.parity.skip_worker JOB.json
-JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+The job: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import faulthandler
 import json
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,7 +204,3 @@ def flip(engine: Any, rank: Rank, resolved: Any) -> str:
             width = torch.int32 if parameter.element_size() == 4 else torch.int16
             parameter.data.view(-1)[:1].view(width).bitwise_xor_(1)
     return name
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

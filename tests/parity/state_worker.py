@@ -1,7 +1,6 @@
 """One rank that trains layouts with a save, then repeats the updates after the save from it. Started by groups.py.
 
-python -m tests.parity.state_worker JOB.json
-JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
+The job: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +110,3 @@ def tied_matrices(engine: Any) -> list[torch.Tensor]:
     copies: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(copies, mine)
     return [matrix for matrices in copies for matrix in matrices]
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

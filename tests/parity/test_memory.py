@@ -20,7 +20,7 @@ def return_freed_memory(monkeypatch):
 @pytest.mark.parametrize(("source", "target"), [("tensor2-zero1", "zero3-2ranks"), ("zero3-2ranks", "pipeline2")])
 def test_loading_on_another_layout_takes_little_more_memory_than_training(tmp_path, source, target):
     logs = [
-        launch("memory_worker", 2, {"folder": str(tmp_path), work: case}, tmp_path, SECONDS)
+        launch("memory_worker", 2, {"folder": str(tmp_path), work: case}, tmp_path, SECONDS, fresh=True)
         for work, case in (("save", source), ("load", target))
     ]
     for rank in range(2):
@@ -36,7 +36,7 @@ def test_loading_on_another_layout_takes_little_more_memory_than_training(tmp_pa
 def test_at_stage_3_each_rank_builds_only_its_partition(tmp_path):
     section = ModelSection(n_layer=16, n_head=4, d_model=384, vocab_size=512, seq_len=32)
     whole, largest = 4 * flops.parameters(section), 4 * section.d_model * section.d_ff
-    log = launch("memory_worker", 2, {"folder": str(tmp_path), "build": "zero3-2ranks"}, tmp_path, SECONDS)
+    log = launch("memory_worker", 2, {"folder": str(tmp_path), "build": "zero3-2ranks"}, tmp_path, SECONDS, fresh=True)
     for rank in range(2):
         path = tmp_path / f"memory-{rank}.json"
         assert path.exists(), log

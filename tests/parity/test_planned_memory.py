@@ -18,7 +18,8 @@ REST = 0.02  # allowed relative difference between updates, for padding and toke
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    log = launch("plan_worker", 1, {"folder": str(folder), "cases": [case.id for case in CASES]}, folder, 4 * SECONDS)
+    job = {"folder": str(folder), "cases": [case.id for case in CASES]}
+    log = launch("plan_worker", 1, job, folder, 4 * SECONDS, fresh=True)
 
     def answer(case):
         """Return the resolved case, and the memory of rank 0."""

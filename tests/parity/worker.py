@@ -1,16 +1,13 @@
 """One rank of a process group that runs many layouts one after another. Started by groups.py.
 
-python -m tests.parity.worker JOB.json
-JOB: {"folder", "updates", "total", "seconds", "cases": [ids]}
+The job: {"folder", "updates", "total", "seconds", "cases": [ids]}
 """
 
 from __future__ import annotations
 
 import faulthandler
 import gc
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +78,3 @@ def check_moved(engine: Any) -> None:
     assert moments
     for moment in moments:
         assert not moment.numel() or moment.abs().max() > 0
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
