@@ -89,7 +89,18 @@ def require_linux(what: str) -> None:
         )
 
 
-def closest_match(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most similar to `name`, or None if none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 rank" or "2 ranks"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def closest_match(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
+    """Return the known name most similar to `name`, or None if none is similar: a wrong remedy is worse than none.
+
+    Args:
+        name: a name that does not exist.
+        known: the names that do.
+        cutoff: least likeness, from 0 to 1; 0.75 allows one wrong letter of four.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

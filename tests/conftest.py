@@ -1,4 +1,4 @@
-"""Options of the whole test suite, what a skipped test means, and the tiny corpus that training processes use."""
+"""Options of the whole test suite, the treatment of skipped tests, and the tiny corpus of training processes."""
 
 import os
 from collections import Counter
@@ -14,16 +14,20 @@ from tests import training
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--allow-missing", action="store_true", help="pass where this machine cannot prove all, and say what"
+        "--allow-missing",
+        action="store_true",
+        help="pass even if tests were skipped on this machine, and list the reasons",
     )
     parser.addoption(
-        "--full", action="store_true", help="also what takes long: 100 updates of each layout, other examples each time"
+        "--full",
+        action="store_true",
+        help="also run what takes long: 100 updates of each layout, new random examples each time",
     )
     parser.addoption("--parity-table", type=Path, help="write each layout's largest differences to this file")
 
 
 def pytest_configure(config):
-    """The same examples in every run, however slow the machine; with --full others each time."""
+    """Use the same random examples in every run, without a time limit. With --full they are different each time."""
     fresh = config.getoption("--full")
     settings.register_profile(
         "megagpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not fresh
@@ -33,29 +37,29 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def state_home(tmp_path_factory):
-    """Keys of jobs that tests start, on any host, lie in a folder of the tests'."""
+    """Keep the key files of jobs that tests start, on any host, in a temporary folder."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 def pytest_runtest_setup():
-    torch.manual_seed(0)  # whatever ran before, in whichever process
+    torch.manual_seed(0)  # independent of the tests that ran before in this process
 
 
 def not_proven(config):
-    """Why tests were skipped, by reason: each is a promise that this machine could not prove."""
+    """Count skipped tests by reason. Each is a property that could not be tested on this machine."""
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workerinput"):  # one of several processes (run.sh): the first one judges
+    if hasattr(session.config, "workerinput"):  # one of several processes (run.sh), of which the first one decides
         return
     if session.exitstatus == 0 and not_proven(session.config) and not session.config.getoption("--allow-missing"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say aloud what this machine could not prove."""
+    """Print what could not be tested on this machine."""
     for reason, count in sorted(not_proven(config).items()):
         terminalreporter.line(f"NOT PROVEN ({count} tests): {reason}", red=True)
     if not_proven(config) and not config.getoption("--allow-missing"):
@@ -74,10 +78,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def fp16(tmp_path_factory, monkeypatch):
-    """fp16 where the processor has none, here and in all processes that are started: slower, by the same rules."""
+    """Compute fp16 in software if the processor does not support it, here and in all processes that are started."""
     site = tmp_path_factory.mktemp("fp16")
     (site / "sitecustomize.py").write_text(
-        "import torch\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: True  # DeepSpeed asks it\n"
+        "import torch\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: True  # DeepSpeed calls it\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)

@@ -1,6 +1,6 @@
-"""Processes that start quickly: forked from one process that has imported torch, DeepSpeed and megagpt already.
+"""Starts processes quickly, by forking one that has already imported torch, DeepSpeed and megagpt.
 
-All else is as it is for a launcher's process: each has a pid and an environment of its own, and is killed alone.
+In all other respects they are like a launcher's processes: each has its own pid and environment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([  # what a start of training imports; torch's optimizers import dynamo
+_CONTEXT.set_forkserver_preload([  # the imports of a training process; torch's optimizers import dynamo
     "torch._dynamo", "megagpt.engine.build", "megagpt.engine.deepspeed_keys", "megagpt.engine.init_deepspeed",
     "megagpt.training.loop", "megagpt.prepare.command",
     "megagpt.checkpoint.listing", "tests.training", "tests.faults.hooks", "tests.parity.fuzz_rank",
@@ -18,5 +18,5 @@ _CONTEXT.set_forkserver_preload([  # what a start of training imports; torch's o
 
 
 def process(target: Any, *arguments: Any) -> BaseProcess:
-    """A process that calls a function of a module with these arguments, once started."""
+    """Return a process that calls a module-level function with these arguments once it is started."""
     return _CONTEXT.Process(target=target, args=arguments)

@@ -1,4 +1,4 @@
-"""Starts real training processes on a tiny corpus, and cleans up exactly what it started."""
+"""Starts real training processes on a tiny corpus, and ends exactly those that it started."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ checkpoint: {{every: 10, keep_last: 3}}
 
 
 def write_text(folder: Path) -> Path:
-    """Some documents of random common words, the same at every call."""
+    """Write documents of random common words, the same ones at every call."""
     rng = np.random.default_rng(5)
     for number in range(40):
         lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(20)]
@@ -45,14 +45,14 @@ def write_text(folder: Path) -> Path:
 
 
 def write_recipe(run: Path, data: Path) -> Path:
-    """A recipe that trains 100 updates in a few seconds."""
+    """Write a recipe that trains 100 updates in a few seconds."""
     path = run.with_suffix(".yaml")
     path.write_text(RECIPE.format(run=run, data=data))
     return path
 
 
 def command(recipe: Path, *arguments: str, config: str = "zero1") -> list[str]:
-    """The command line of one rank."""
+    """Return the command line of one rank."""
     path = ROOT / "ds_configs" / f"{config}.json"
     return [sys.executable, str(ROOT / "launch/pretrain.py"), "--recipe", str(recipe), *(
         "--deepspeed_config", str(path)), *arguments]  # fmt: skip
@@ -62,12 +62,12 @@ def command(recipe: Path, *arguments: str, config: str = "zero1") -> list[str]:
 def ranks(
     recipe: Path, *arguments: str, world: int = 1, config: str = "zero1"
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start `world` ranks as a launcher would; whatever is left of them at the end is killed."""
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """Start `world` ranks as a launcher would. Ranks that still run at the end of the `with` block are killed."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started: list[subprocess.Popen[str]] = []
     try:
         for rank in range(world):
-            env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+            env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
             started.append(
                 subprocess.Popen(
                     command(recipe, *arguments, config=config),
@@ -85,7 +85,7 @@ def ranks(
 
 
 def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0, config: str = "zero1") -> str:
-    """Run to the end, insist on the exit code of every rank, and return what rank 0 printed."""
+    """Run to the end, check the exit code of every rank, and return what rank 0 printed."""
     with ranks(recipe, *arguments, world=world, config=config) as started:
         printed = [process.communicate(timeout=400) for process in started]
         assert [process.returncode for process in started] == [code] * world, printed
@@ -93,34 +93,34 @@ def finish(recipe: Path, *arguments: str, world: int = 1, code: int = 0, config:
 
 
 def wait_for_update(run: Path, update: int, seconds: float = 240) -> None:
-    """Return when `update` is on record."""
+    """Wait until `update` is recorded."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (run / "metrics.jsonl").exists() and curve(run)[-1:] and curve(run)[-1]["update"] >= update:
             return
         time.sleep(0.01)
-    raise TimeoutError(f"{run} has not come to update {update}")
+    raise TimeoutError(f"{run} has not reached update {update}")
 
 
 def events(run: Path) -> list[dict[str, object]]:
-    """All whole lines of metrics.jsonl."""
+    """Return the events of all complete lines of metrics.jsonl."""
     lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 def curve(run: Path) -> list[dict[str, object]]:
-    """Every update on record, without what may differ between two runs of the same numbers (time)."""
+    """Return all recorded updates, without durations, which may differ between two equal runs."""
     keep = ("update", "loss", "lr", "grad_norm", "tokens", "position")
     return [{key: event[key] for key in keep} for event in events(run) if event["event"] == "update"]
 
 
 def named_weights(run: Path) -> dict[str, np.ndarray]:
-    """The newest checkpoint's weights by name, whatever files they lie in."""
+    """Return the weights of the newest checkpoint by parameter name, independently of the layout of its files."""
     newest = sorted((run / "checkpoints").glob("update_*"))[-1]
     model = weights.load(newest, recipes.load(run / "recipe.yaml").model)
     return {name: value.detach().numpy() for name, value in model.named_parameters()}
 
 
 def final_weights(run: Path) -> bytes:
-    """The bytes of the newest checkpoint's weights."""
+    """Return the bytes of all weights of the newest checkpoint."""
     return b"".join(value.tobytes() for _, value in sorted(named_weights(run).items()))

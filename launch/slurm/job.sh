@@ -26,7 +26,7 @@ ranks() {
   cat "$work/status"
   [ $code -eq 75 ] || exit $code
   local shown
-  until shown=$(scontrol show job "$SLURM_JOB_ID"); do sleep 5; done # SLURM's controller may be down for a while
+  until shown=$(scontrol show job "$SLURM_JOB_ID"); do sleep 5; done # SLURM's controller may be down temporarily
   case $shown in
     *Requeue=0*) exit 1 ;; # with exit 75, a cluster whose RequeueExit has 75 would requeue even this job
   esac

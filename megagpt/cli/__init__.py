@@ -8,6 +8,7 @@ also returns 3 for a run that is still training.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -19,7 +20,7 @@ import typer
 
 from megagpt import __version__
 from megagpt.cli import cluster, config, data, run, train
-from megagpt.cli.options import CommandsInOrderOfUse
+from megagpt.cli.options import CommandsInOrderOfUse, expand_home
 from megagpt.errors import EXIT_DONE, UserError
 
 app = typer.Typer(
@@ -52,8 +53,11 @@ def megagpt(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` is printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without some character shows "?" instead of failing
     try:
-        app(arguments)
+        app(expand_home(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         sys.stderr.write(f"{error}\n")  # one write, because other ranks write to the same stream
         return error.exit_code

@@ -48,10 +48,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Find what would stop training here, or on a cluster. Each finding comes with a fix; exits with 1 if any."""
-    from megagpt import doctor as implementation
+    from megagpt.doctor import command
 
-    options = implementation.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
-    result = implementation.doctor(options, os.environ)
+    options = command.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
+    result = command.doctor(options, os.environ)
     if result:  # with --as-rank, only rank 0 has the result
         print_result(result, as_json)
         raise typer.Exit(result.code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +51,22 @@ class CommandsInOrderOfUse(typer.core.TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the subcommands; hidden ones come last."""
         return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+_TEXT_OPTIONS = ("--prompt", "--text-key", "--text_key")
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Expand `~` in arguments such as `--output=~/x`, which bash passes on as they are.
+
+    Without this the command would create a folder that is really named `~`.
+    """
+    expanded = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        is_path = option.startswith("--") and option not in _TEXT_OPTIONS and value.startswith("~")
+        expanded.append(f"{option}{equals}{os.path.expanduser(value)}" if is_path else argument)
+    return expanded
 
 
 def print_result(result: Any, as_json: bool) -> None:

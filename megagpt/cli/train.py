@@ -56,5 +56,5 @@ def parity(
     """Check that a layout trains the same as one process. Start it the way you will start training."""
     from megagpt import parity as implementation
 
-    options = implementation.Options(recipe, deepspeed_config, tuple(overrides or ()), updates)
+    options = implementation.ParityOptions(recipe, deepspeed_config, tuple(overrides or ()), updates)
     raise typer.Exit(implementation.parity(options))

@@ -6,7 +6,8 @@
 
 Fresh nonces make a recorded handshake worthless, and the role in each HMAC keeps a proof from being reflected to its
 author. Every later message has a length limit and an HMAC with a sequence number, under a key per direction that
-is derived from both nonces, so that whoever takes over the TCP stream can neither insert, repeat nor drop a message.
+is derived from both nonces, so that an attacker who takes over the TCP stream can neither insert, repeat
+nor drop a message.
 Messages are authenticated and not encrypted. Nothing that arrives is unpickled or evaluated.
 """
 
@@ -21,11 +22,11 @@ import struct
 import time
 from collections.abc import Callable
 
-MOST_BYTES = 1 << 30  # in one message; memory is taken only as bytes arrive
+MAX_MESSAGE_BYTES = 1 << 30  # memory is allocated only as bytes arrive
 _MAGIC = b"megagpt 1\n"
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
-_REFUSAL = bytes(_MAC_BYTES)  # in place of a proof, so that a process of another job need not guess
+_REFUSAL = bytes(_MAC_BYTES)  # sent instead of a proof, so that a process of another job gets a clear answer
 _NUMBER = struct.Struct(">I")
 _SEQUENCE_AND_LENGTH = struct.Struct(">QQ")
 _LENGTH = struct.Struct(">Q")
@@ -37,14 +38,14 @@ class Rejected(Exception):
 
 
 class ForgedMessage(ConnectionError):
-    """A message that the authenticated other end has not sent like this, or that is beyond the limit."""
+    """A message that was not sent by the authenticated other end, was changed, or is larger than the limit."""
 
 
 class Channel:
     """An authenticated connection: whole messages of bytes, in both directions.
 
     Args:
-        connection: The connection, which the channel owns from here on.
+        connection: The connection, owned by the channel from now on.
         send_key: Key of the HMAC of each message sent.
         receive_key: Key of the HMAC of each message received.
     """
@@ -56,7 +57,7 @@ class Channel:
         self._sent = self._received = 0
 
     def send(self, message: bytes) -> None:
-        """Send a message. Raises OSError if the other end has gone."""
+        """Send a message. Raises OSError if the other end is gone."""
         self._connection.sendall(_LENGTH.pack(len(message)))
         self._connection.sendall(message)
         self._connection.sendall(_message_mac(self._send_key, self._sent, message))
@@ -65,12 +66,12 @@ class Channel:
     def receive(self) -> bytes:
         """Return the next message. Raises EOFError if the other end has closed, ForgedMessage, or OSError."""
         (length,) = _LENGTH.unpack(_exactly(self._connection, _LENGTH.size))
-        if length > MOST_BYTES:
-            raise ForgedMessage(f"a message of {length:,} bytes, where {MOST_BYTES:,} are the limit")
+        if length > MAX_MESSAGE_BYTES:
+            raise ForgedMessage(f"a message of {length:,} bytes, more than the limit of {MAX_MESSAGE_BYTES:,}")
         message = _exactly(self._connection, length)
         mac = _exactly(self._connection, _MAC_BYTES)
         if not hmac.compare_digest(mac, _message_mac(self._receive_key, self._received, message)):
-            raise ForgedMessage("a message does not carry the proof of its sender")
+            raise ForgedMessage("a message does not have the HMAC of its sender")
         self._received += 1
         return message
 
@@ -90,14 +91,14 @@ def accept(connection: socket.socket, key: bytes, size: int, end: float) -> tupl
         connection: A connection that a caller has made.
         key: Key derived from the secret of the job, see `derive`.
         size: Number of processes of the job; callers are 1 to `size - 1`.
-        end: Time (`time.monotonic`) at which the caller must be done.
+        end: Time (`time.monotonic`) by which the caller must be done.
 
     Returns:
         Number of the caller, and the channel to it.
 
     Raises:
         Rejected: The caller does not have the key.
-        OSError, EOFError: The caller has gone, or is slow.
+        OSError, EOFError: The caller is gone, or is slow.
     """
     ours = secrets.token_bytes(_NONCE_BYTES)
     connection.settimeout(_left(end))
@@ -120,10 +121,10 @@ def prove(connection: socket.socket, key: bytes, number: int, end: float) -> Cha
     """Prove to rank 0 that this process has the key, and let rank 0 prove the same.
 
     Args:
-        connection: A connection to where rank 0 should listen.
+        connection: A connection to the address of rank 0.
         key: Key derived from the secret of the job, see `derive`.
         number: Number of this process in the job.
-        end: Time (`time.monotonic`) at which rank 0 must be done.
+        end: Time (`time.monotonic`) by which rank 0 must be done.
 
     Returns:
         The channel to rank 0.
@@ -155,8 +156,8 @@ def derive(key: bytes, purpose: bytes, context: bytes) -> bytes:
 
 
 def close(connection: socket.socket) -> None:
-    """Close a connection, and wake a thread that waits in it."""
-    with contextlib.suppress(OSError):  # the other end has gone already
+    """Close a connection, and wake up a thread that waits for data on it."""
+    with contextlib.suppress(OSError):  # the other end is already gone
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
 

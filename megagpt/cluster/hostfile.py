@@ -1,4 +1,4 @@
-"""DeepSpeed's hostfile, read as strictly as it will be read once the job starts, with line numbers."""
+"""DeepSpeed's hostfile, with line numbers in the errors."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from megagpt.errors import Problem, UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
-_FORM = "write `HOST slots=NUMBER`, one host a line; `#` begins a comment line"
+_FORMAT = "write `HOST slots=NUMBER`, one host per line; `#` starts a comment line"
 
 
 def read(path: Path) -> dict[str, int]:
-    """The number of ranks of each host, in the file's order.
+    """Return the number of ranks per host, in the order of the file.
 
-    Raises UserError with every mistake and its line. Stricter than DeepSpeed, which drops what follows the number.
+    Stricter than DeepSpeed, which ignores whatever follows the number. Raises UserError with every mistake and its
+    line.
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise UserError(f"the hostfile cannot be read: {error.strerror}", str(path), "give its path") from None
+        raise UserError(f"the hostfile cannot be read: {error.strerror}", str(path), "pass its path") from None
     slots: dict[str, int] = {}
-    first: dict[str, int] = {}
+    first_line: dict[str, int] = {}
     problems: list[Problem] = []
     for number, line in enumerate(map(str.strip, lines), 1):
         where = f"{path}:{number}: {line}"
@@ -29,16 +30,16 @@ def read(path: Path) -> dict[str, int]:
         if not line or line.startswith("#"):
             continue
         if not found:
-            problems.append(Problem("this line is no host", where, _FORM))
+            problems.append(Problem("not a line of a hostfile", where, _FORMAT))
         elif found[1] in slots:
-            problems.append(Problem(f"{found[1]} stands here twice, first in line {first[found[1]]}", where,
-                                    "give each host one line, with all its slots"))  # fmt: skip
+            what = f"{found[1]} is listed twice, first in line {first_line[found[1]]}"
+            problems.append(Problem(what, where, "give each host one line, with all its slots"))
         elif not int(found[2]):
-            problems.append(Problem(f"{found[1]} has no slots", where, "leave the host out, or give it slots"))
+            problems.append(Problem(f"{found[1]} has no slots", where, "remove the host, or give it slots"))
         else:
-            slots[found[1]], first[found[1]] = int(found[2]), number
+            slots[found[1]], first_line[found[1]] = int(found[2]), number
     if problems:
         raise UserError.from_problems(problems)
     if not slots:
-        raise UserError("the hostfile names no host", str(path), _FORM)
+        raise UserError("the hostfile has no hosts", str(path), _FORMAT)
     return slots

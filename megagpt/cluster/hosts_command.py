@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt import files
-from megagpt.cluster import env_forwarding, hostfile
+from megagpt.cluster import env_forwarding, hostfile, reachability
+from megagpt.errors import Problem, UserError, plural
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class HostList:
 
     def __str__(self) -> str:
         width = max(map(len, self.hosts))
-        lines = [f"{host:<{width}}  {slots} ranks" for host, slots in self.hosts.items()]
-        lines.append(f"{len(self.hosts)} hosts, {self.world_size} ranks")
+        lines = [f"{host:<{width}}  {plural(slots, 'rank')}" for host, slots in self.hosts.items()]
+        lines.append(f"{plural(len(self.hosts), 'host')}, {plural(self.world_size, 'rank')}")
         if self.environment:
             file = shlex.quote(self.environment)
             lines.append(f"wrote {self.environment}; before `deepspeed --hostfile`, run:")
@@ -32,7 +35,7 @@ class HostList:
 
 
 def hosts(file: Path, write: Path | None, env: dict[str, str]) -> HostList:
-    """Check a hostfile.
+    """Check a hostfile: its format, and that the names of its hosts resolve.
 
     Args:
         file: the hostfile.
@@ -43,6 +46,25 @@ def hosts(file: Path, write: Path | None, env: dict[str, str]) -> HostList:
         UserError: with every mistake in the hostfile.
     """
     slots = hostfile.read(file)
+    with ThreadPoolExecutor(64) as pool:
+        found = dict(zip(slots, pool.map(_resolves, slots), strict=True))
+    do = "correct the name, or add it to DNS, /etc/hosts or ~/.ssh/config"
+    if problems := [Problem(f"the name {host} does not resolve", str(file), do) for host in slots if not found[host]]:
+        raise UserError.from_problems(problems)
     if write is not None:
-        files.replace_text(write, env_forwarding.deepspeed_env({**env, env_forwarding.HOSTS: "/".join(slots)}))
+        files.replace_text(write, env_forwarding.deepspeed_env({**env, env_forwarding.HOSTS_VARIABLE: "/".join(slots)}))
     return HostList(slots, sum(slots.values()), str(write.absolute()) if write else None)
+
+
+def _resolves(host: str) -> bool:
+    """Return True if ssh would find the address of a host, which may be an alias of ssh's configuration."""
+    if reachability.resolves(host):
+        return True
+    try:
+        printed = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout
+    except OSError:  # no ssh here
+        return False
+    settings = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
+    return (
+        "proxycommand" in settings or "proxyjump" in settings or reachability.resolves(settings.get("hostname", host))
+    )

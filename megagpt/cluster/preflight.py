@@ -1,6 +1,7 @@
-"""Is this the job that was asked for? The real ranks and hosts against what was promised, before anything is built.
+"""Preflight checks at launch: compare the actual ranks and hosts with what the launcher was given.
 
-A mistyped hostfile starts DeepSpeed on one host, a wrong MPI makes N worlds of one rank: both would train in silence.
+With a mistyped hostfile DeepSpeed starts on one host only, and with the wrong MPI every rank is a world of its own.
+Both would train without an error.
 """
 
 from __future__ import annotations
@@ -15,175 +16,220 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.cluster import env_forwarding, slurm_nodelist
-from megagpt.cluster.launch_env import Rank, in_step
+from megagpt.cluster.launch_env import Rank, is_slurm_step
 from megagpt.cluster.reachability import own_address
-from megagpt.errors import Problem, UserError
+from megagpt.errors import Problem, UserError, plural
 from megagpt.files import parse_json
 
 
 def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Sequence[str]] = ()) -> None:
-    """Refuse to train on other ranks than were promised.
+    """Refuse to train with another number of ranks than intended.
 
-    `ancestors` are the command lines of the processes that started this one: `deepspeed --hostfile` with a file that
-    is not there goes on, on this host alone.
+    Args:
+        rank: This rank.
+        expected: The number of ranks of --expect-world-size, None if it was not given.
+        ancestors: Command lines of the processes above this one: `deepspeed --hostfile` with a file that does not
+            exist starts on this host only.
+
+    Raises:
+        UserError: The number of ranks is not the expected one, or the hostfile does not exist.
     """
     if expected is not None:
         if expected != rank.world_size:
             raise UserError(
-                f"{expected} ranks were expected, {rank.world_size} came",
+                f"expected {expected} ranks, but {rank.world_size} started",
                 f"launcher: {rank.launcher}, --expect-world-size {expected}",
                 "check the hostfile's path and slots, or the launcher's number of processes",
             )
         return
-    for words in ancestors:
-        file = hostfile_of(words)
+    for command_line in ancestors:
+        file = hostfile_of(command_line)
         if file is not None and not Path(file).exists():
+            ranks = plural(rank.world_size, "rank")
             raise UserError(
-                f"the hostfile is not there, so that DeepSpeed took this host alone: {rank.world_size} ranks on 1 host",
+                f"the hostfile does not exist, so DeepSpeed started {ranks} on this host only",
                 f"deepspeed --hostfile {file}",
-                "give the path of the hostfile; to train on this host alone, leave --hostfile out",
+                "correct the path of the hostfile; to train on this host only, leave out --hostfile",
             )
 
 
-HAND_ON = "hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+HOW_TO_FORWARD = (
+    "forward it (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+)
 
 
 @dataclass(frozen=True)
-class Host:
-    """Where a rank is: the name of its host, and the address by which other hosts reach it."""
+class RankLocation:
+    """Host of a rank: its name, and the address by which other hosts reach it."""
 
     name: str
     address: str
 
 
-def check_hosts(rank: Rank, facts: Sequence[str], env: Mapping[str, str], expected: int | None) -> list[str]:
-    """Compare what all ranks said of themselves (`facts_here`); what is worth a note.
+def check_hosts(rank: Rank, descriptions: Sequence[str], env: Mapping[str, str], expected: int | None) -> list[str]:
+    """Compare the descriptions of all ranks.
 
-    Raises UserError, the same on every rank, where SLURM or DeepSpeed's launcher promised other hosts, or where what
-    must be the same differs.
+    Args:
+        rank: This rank.
+        descriptions: What `describe_rank` returned on each rank, in their order.
+        env: Environment of this process.
+        expected: The number of ranks of --expect-world-size, None if it was not given.
+
+    Returns:
+        Differences that are allowed, but worth a note.
+
+    Raises:
+        UserError: SLURM or DeepSpeed's launcher was given other hosts, or ranks differ where they must not. The same
+            on every rank.
     """
-    told = [parse_json(fact) for fact in facts]
-    _check_where(rank, told, env, expected)
-    problems = [problem for name in told[0]["same"] if (problem := _difference(name, told))]
-    names = sorted({name for fact in told for name in fact["environment"]})
-    unlike = {name: line for name in names if (line := _unlike(name, told))}
-    if wrong := [line for name, line in unlike.items() if not env_forwarding.of_a_host(name)]:
-        what = f"{len(wrong)} variables are" if len(wrong) > 1 else "a variable is"
-        problems.append(Problem(f"{what} not alike on all ranks", "\n".join(wrong), HAND_ON))
+    ranks = [parse_json(text) for text in descriptions]
+    _check_number_of_hosts(rank, ranks, env, expected)
+    problems = [problem for name in ranks[0]["same"] if (problem := _difference(name, ranks))]
+    names = sorted({name for one in ranks for name in one["environment"]})
+    different = {name: line for name in names if (line := _variable_difference(name, ranks))}
+    if wrong := [line for name, line in different.items() if not env_forwarding.may_differ_per_host(name)]:
+        what = f"{len(wrong)} environment variables differ" if len(wrong) > 1 else "an environment variable differs"
+        problems.append(Problem(f"{what} between ranks", "\n".join(wrong), HOW_TO_FORWARD))
     if problems:
         raise UserError.from_problems(problems)
-    return list(unlike.values())
+    return list(different.values())
 
 
-def _check_where(rank: Rank, told: Sequence[dict[str, Any]], env: Mapping[str, str], expected: int | None) -> None:
-    """Refuse to run on fewer hosts than the launcher was given, or on others than SLURM gave."""
-    hosts = sorted({(fact["host"], fact["boot"]) for fact in told})
-    here = f"but the job's {rank.world_size} ranks run on {len(hosts)}: {', '.join(name for name, _ in hosts)}"
-    named = max((fact["promised"] for fact in told), key=len)
+def _check_number_of_hosts(
+    rank: Rank, ranks: Sequence[dict[str, Any]], env: Mapping[str, str], expected: int | None
+) -> None:
+    """Refuse to run on fewer hosts than the launcher was given, or on another number than SLURM allocated."""
+    hosts = sorted({(one["host"], one["boot"]) for one in ranks})
+    count = "only rank runs" if rank.world_size == 1 else f"{rank.world_size} ranks run"
+    here = f"but the job's {count} on {len(hosts)}: {', '.join(name for name, _ in hosts)}"
+    named = max((one["launcher_hosts"] for one in ranks), key=len)
     if len(named) > len(hosts):
         raise UserError(
             f"deepspeed was given {len(named)} hosts, {', '.join(named)}, {here}",
             "the hostfile",
-            "see what each name of the hostfile means (`ssh NAME hostname`); --launcher slurm needs --num_nodes too, "
-            "--no_ssh one launcher on each host",
+            "check which host each name of the hostfile leads to (`ssh NAME hostname`); --launcher slurm also needs "
+            "--num_nodes, --no_ssh needs one launcher on each host",
         )
     given = _slurm_hosts(env)
     if expected is None and given and len(given) != len(hosts):
         raise UserError(
-            f"SLURM gave {len(given)} hosts, {', '.join(given)}, {here}",
-            "the nodes of the step" if in_step(env) else "the nodes of the job",
-            "start one task per device with srun, or say --expect-world-size "
-            f"{rank.world_size} if these are all that you want",
+            f"SLURM allocated {len(given)} hosts, {', '.join(given)}, {here}",
+            "the nodes of the step" if is_slurm_step(env) else "the nodes of the job",
+            "start one task per device with srun, or pass --expect-world-size "
+            f"{rank.world_size} if these ranks are intended",
         )
 
 
-def hosts_of(facts: Sequence[str]) -> list[Host]:
-    """Where each rank is, by what it said of itself."""
-    return [Host(told["host"], told["address"]) for told in map(parse_json, facts)]
+def locations_of_ranks(descriptions: Sequence[str]) -> list[RankLocation]:
+    """Return the location of each rank from the descriptions of all ranks."""
+    return [RankLocation(one["host"], one["address"]) for one in map(parse_json, descriptions)]
 
 
-def facts_here(same: Mapping[str, str], environment: Mapping[str, str], ancestors: Sequence[Sequence[str]] = ()) -> str:
-    """What this rank says of itself: its host, the hosts that its launcher was given (`ancestors`: the command lines
-    above this process), what must be the same everywhere, and variables that should be alike.
+def describe_rank(
+    same: Mapping[str, str], environment: Mapping[str, str], ancestors: Sequence[Sequence[str]] = ()
+) -> str:
+    """Return a description of this rank as JSON, to be compared with those of the others.
+
+    Args:
+        same: Values that must be the same on every rank, such as versions and checksums.
+        environment: Environment variables that should be the same.
+        ancestors: Command lines of the processes above this one, from which the launcher's hosts are read.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # two hosts may have one name
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # two hosts may have the same name
     except OSError:
         boot = ""
     return json.dumps({
         "host": socket.gethostname(), "boot": boot, "address": own_address(),
-        "promised": hosts_given(ancestors, environment), "same": dict(same), "environment": dict(environment),
+        "launcher_hosts": hosts_of_launcher(ancestors, environment), "same": dict(same),
+        "environment": dict(environment),
     })  # fmt: skip
 
 
-def hosts_given(ancestors: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[str]:
-    """The hosts of the whole job, as DeepSpeed's launcher on each host is told, or else as the file of variables that
-    `megagpt hosts` wrote says; none under other launchers.
+def hosts_of_launcher(ancestors: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[str]:
+    """Return the hosts that the launcher was given for the whole job; empty if that is not known.
+
+    Args:
+        ancestors: Command lines of the processes above this one, which include DeepSpeed's launcher.
+        environment: Environment of this process, with the variable of `megagpt hosts --write-environment`.
     """
-    for word in (word for words in ancestors for word in words):
-        if word.startswith("--world_info="):
-            return list(parse_json(base64.urlsafe_b64decode(word.partition("=")[2])))
-    return [name for name in environment.get(env_forwarding.HOSTS, "").split("/") if name]
+    return list(_world_info(ancestors)) or [
+        name for name in environment.get(env_forwarding.HOSTS_VARIABLE, "").split("/") if name
+    ]
+
+
+def host_per_rank(ancestors: Sequence[Sequence[str]]) -> list[str]:
+    """Return the host on which DeepSpeed's launcher starts each rank; empty under other launchers."""
+    return [host for host, devices in _world_info(ancestors).items() for _ in devices]
+
+
+def _world_info(ancestors: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Return the devices per host, as DeepSpeed's launcher on each host gets them on its command line."""
+    for argument in (argument for command_line in ancestors for argument in command_line):
+        if argument.startswith("--world_info="):
+            return dict(parse_json(base64.urlsafe_b64decode(argument.partition("=")[2])))
+    return {}
 
 
 def ancestors(pid: int | None = None) -> list[list[str]]:
-    """The command lines of the processes above this one, the nearest first; none where /proc is not there."""
+    """Return the command lines of the processes above this one, parent first; empty on systems without /proc."""
     lines: list[list[str]] = []
     current = os.getppid() if pid is None else pid
     while current > 1 and len(lines) < 16:
         try:
-            words = Path(f"/proc/{current}/cmdline").read_bytes().split(b"\0")
+            arguments = Path(f"/proc/{current}/cmdline").read_bytes().split(b"\0")
             stat = Path(f"/proc/{current}/stat").read_text()
         except OSError:
             break
-        lines.append([word.decode(errors="replace") for word in words])
-        current = int(stat.rpartition(")")[2].split()[1])  # the name, in brackets, may hold anything
+        lines.append([argument.decode(errors="replace") for argument in arguments])
+        current = int(stat.rpartition(")")[2].split()[1])  # the name, in parentheses, may contain anything
     return lines
 
 
-def hostfile_of(words: Sequence[str]) -> str | None:
-    """The hostfile that a command line of DeepSpeed's launcher names, before the script that it starts."""
-    names = [Path(word).name for word in words]
-    if "deepspeed" not in names[:3] and "deepspeed.launcher.runner" not in words:
+def hostfile_of(command_line: Sequence[str]) -> str | None:
+    """Return the hostfile on a command line of DeepSpeed's launcher; None if there is none, or it is no such line."""
+    names = [Path(argument).name for argument in command_line]
+    if "deepspeed" not in names[:3] and "deepspeed.launcher.runner" not in command_line:
         return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in ("--hostfile", "-H"):
+    for argument, following in zip(command_line, [*command_line[1:], ""], strict=True):
+        if argument in ("--hostfile", "-H"):
             return following
-        if word.startswith("--hostfile="):
-            return word.partition("=")[2]
-        if word.endswith(".py"):
+        if argument.startswith("--hostfile="):
+            return argument.partition("=")[2]
+        if argument.endswith(".py"):  # the script; what follows are its arguments
             return None
     return None
 
 
 def _slurm_hosts(env: Mapping[str, str]) -> list[str]:
-    """The hosts that SLURM gave this step or allocation; none where torchrun goes on with fewer."""
+    """Return the hosts of this SLURM step or allocation; empty if torchrun has restarted with fewer."""
     if int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return []
-    names = ("SLURM_STEP_NODELIST",) if in_step(env) else ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    return next((slurm_nodelist.hosts(env[name]) for name in names if name in env), [])
+    names = ("SLURM_STEP_NODELIST",) if is_slurm_step(env) else ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    return next((slurm_nodelist.expand_hosts(env[name]) for name in names if name in env), [])
 
 
-def _difference(name: str, told: Sequence[dict[str, Any]]) -> Problem | None:
-    """How what must be the same differs from rank 0's."""
-    values = [fact["same"].get(name) for fact in told]
-    if (other := _another(values)) is None:
+def _difference(name: str, ranks: Sequence[dict[str, Any]]) -> Problem | None:
+    """Return the problem if a value that must be the same differs between ranks."""
+    values = [one["same"].get(name) for one in ranks]
+    if (other := _first_different(values)) is None:
         return None
     return Problem(
-        f"rank 0 and rank {other} do not have the same {name}: {values[0]} and {values[other]}",
-        f"hosts {told[0]['host']} and {told[other]['host']}",
-        "install and copy the same to every host",
+        f"rank 0 and rank {other} have different {name}: {values[0]} and {values[other]}",
+        f"hosts {ranks[0]['host']} and {ranks[other]['host']}",
+        "install and copy the same files to every host",
     )
 
 
-def _unlike(name: str, told: Sequence[dict[str, Any]]) -> str | None:
-    """A variable that is not alike on all ranks."""
-    values = [fact["environment"].get(name, "not set") for fact in told]
-    if (other := _another(values)) is None:
+def _variable_difference(name: str, ranks: Sequence[dict[str, Any]]) -> str | None:
+    """Return a line about an environment variable that differs between ranks."""
+    values = [one["environment"].get(name, "not set") for one in ranks]
+    if (other := _first_different(values)) is None:
         return None
-    return f"{name}: {values[0]} on rank 0 ({told[0]['host']}), {values[other]} on rank {other} ({told[other]['host']})"
+    hosts = ranks[0]["host"], ranks[other]["host"]
+    return f"{name}: {values[0]} on rank 0 ({hosts[0]}), {values[other]} on rank {other} ({hosts[1]})"
 
 
-def _another(values: Sequence[str | None]) -> int | None:
-    """The first rank whose value is not rank 0's."""
+def _first_different(values: Sequence[str | None]) -> int | None:
+    """Return the first rank whose value differs from rank 0's."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)

@@ -1,48 +1,60 @@
-"""The ranks of a job meet, and nobody else: before anything is built they compare what job they are of.
+"""Rendezvous of the ranks of a job. Before anything is built they compare which job they belong to.
 
-Without this, rank 1 of a second job on the same port becomes a rank of the first one, and waits there for ever.
+Without this, rank 1 of a second job on the same port becomes a rank of the first one, and waits there forever.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from megagpt.cluster import tcp
+from megagpt.cluster import preflight, reachability, tcp
 from megagpt.cluster.launch_env import Rank, free_port
-from megagpt.cluster.reachability import own_address
 from megagpt.errors import MachineError, UserError
 
-JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts read their Python from a slow disk
-_ANSWER_LIMIT = timedelta(seconds=30)  # rank 0 says its job at once
+JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts may read their Python from a slow disk
+_ANSWER_LIMIT = timedelta(seconds=30)  # rank 0 publishes its job at once
+_REPORT_INTERVAL = timedelta(seconds=30)  # between two lines about missing ranks
 
 
 @contextmanager
-def meeting(rank: Rank, name: str, limit: timedelta = JOIN_LIMIT) -> Iterator[Rank]:
-    """Meet the other ranks, and yield this one with its address and port known. Leave it when the job ends.
+def rendezvous(rank: Rank, name: str, limit: timedelta = JOIN_LIMIT) -> Iterator[Rank]:
+    """Wait for the other ranks of the job. Leave the context when the job ends.
 
-    `name` is what the job is called by all its ranks and by no other job, such as its run directory. Raises
-    MachineError where the port is in use or another job's, or where ranks do not come within `limit`.
+    Args:
+        rank: This rank.
+        name: Name of the job, the same on all its ranks and different for every other job, such as its run directory.
+        limit: Time for all ranks to start.
+
+    Yields:
+        This rank, with the address and port of rank 0.
+
+    Raises:
+        UserError: The address of rank 0 does not resolve, or MPI does not work.
+        MachineError: The port is in use or belongs to another job, or not all ranks have started within `limit`.
     """
     if not rank.address:
-        rank = _ask_mpi(rank)
+        rank = _address_from_mpi(rank)
     store = None
     if rank.world_size > 1:
+        tcp.check_address(rank)
         store = _store(rank, limit)
-        _compare(store, rank, f"{name} (job {rank.job})" if rank.job else name)
+        _compare_jobs(store, rank, f"{name} (job {rank.job})" if rank.job else name)
         if not _agent_listens():
             _check_in(store, rank, limit)
     yield rank
-    del store  # where rank 0 holds it, torch's own one on the same port is the same
+    del store  # on rank 0 it keeps torch's own store on the same port alive
 
 
 def _agent_listens() -> bool:
-    """Whether torchrun's agent listens instead of rank 0. It also keeps two jobs apart, and outlives its ranks."""
+    """Return True if torchrun's agent listens instead of rank 0. It also separates jobs, and outlives its ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -55,13 +67,13 @@ def _store(rank: Rank, limit: timedelta) -> Any:
             rank.address, rank.port, is_master=listens, timeout=limit, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
-        if listens and (told := re.search(r"name: E\w+, message: (.+)", str(error))):
-            raise tcp.not_free(rank, rank.port, told[1]) from None
-        raise tcp.unreachable(rank, rank.port, str(error).splitlines()[0]) from None
+        if listens and (reason := re.search(r"name: E\w+, message: (.+)", str(error))):
+            raise tcp.port_in_use(rank, rank.port, reason[1]) from None
+        raise tcp.rank_0_unreachable(rank, rank.port, str(error).splitlines()[0]) from None
 
 
-def _compare(store: Any, rank: Rank, job: str) -> None:
-    """Say, or hear from rank 0, what job meets here. A rank of another job leaves no trace."""
+def _compare_jobs(store: Any, rank: Rank, job: str) -> None:
+    """Publish the job on rank 0; on other ranks compare it. A rank of another job leaves no trace in the store."""
     if rank.main:
         store.set("megagpt/job", job)
         return
@@ -69,49 +81,83 @@ def _compare(store: Any, rank: Rank, job: str) -> None:
     try:
         theirs = store.get("megagpt/job").decode()
     except RuntimeError:
-        theirs = "a program that is not megagpt"
+        theirs = "a program other than megagpt"
     if theirs != job:
-        raise tcp.two_jobs(rank, rank.port, theirs, job)
+        raise tcp.port_shared_by_jobs(rank, rank.port, theirs, job)
 
 
 def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
-    """Note that this rank came, once; rank 0 waits for all."""
-    if store.add(f"megagpt/came/{rank.rank}", 1) > 1:
+    """Record once that this rank has started; rank 0 waits for all."""
+    if store.add(f"megagpt/started/{rank.rank}", 1) > 1:
         raise MachineError(
             f"two processes are rank {rank.rank} of the job at {rank.address}:{rank.port}",
             f"launcher: {rank.launcher}",
-            f"see whether the same job was started twice; else {tcp.OTHER_PORT}",
+            f"check whether the same job was started twice; otherwise {tcp.USE_OTHER_PORT}",
         )
-    if not rank.main:
-        return
-    keys = {number: f"megagpt/came/{number}" for number in range(rank.world_size)}
-    try:
-        store.wait(list(keys.values()), limit)
-    except RuntimeError:
-        absent = [str(number) for number, key in keys.items() if not store.check([key])]
-        raise MachineError(
-            f"{len(absent)} of {rank.world_size} ranks have not come in {limit.total_seconds():.0f} s",
-            f"rank {', '.join(absent)}",
-            "see what the launcher or the logs of their hosts say",
-        ) from None
+    if rank.main:
+        _wait_for_ranks(store, rank, limit)
 
 
-def _ask_mpi(rank: Rank) -> Rank:
-    """The address and port that rank 0 chooses, told by MPI, which started us."""
-    help_ = (
-        "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): MPI is not asked then"
+def _wait_for_ranks(store: Any, rank: Rank, limit: timedelta) -> None:
+    """Wait until all ranks have started; meanwhile print which are missing, on which host, and why if that is known."""
+    keys = {number: f"megagpt/started/{number}" for number in range(rank.world_size)}
+    hosts = preflight.host_per_rank(preflight.ancestors())
+    started, missing = time.monotonic(), list(keys)
+    while missing:
+        elapsed = timedelta(seconds=time.monotonic() - started)
+        if elapsed > limit:
+            raise MachineError(
+                f"{len(missing)} of {rank.world_size} ranks have not started within {limit.total_seconds():.0f} s",
+                "\n".join(_describe_missing(missing, hosts)),
+                "see the launcher's output, or the logs of their hosts",
+            )
+        if elapsed > _REPORT_INTERVAL / 2:
+            for line in _describe_missing(missing, hosts, f" for {elapsed.total_seconds():.0f} s"):
+                print(f"megagpt: waiting for {line}", file=sys.stderr, flush=True)
+        try:
+            store.wait(list(keys.values()), min(_REPORT_INTERVAL, limit - elapsed + timedelta(milliseconds=1)))
+        except RuntimeError:  # not all within that time
+            missing = [number for number, key in keys.items() if not store.check([key])]
+        else:
+            missing = []
+
+
+def _describe_missing(missing: Sequence[int], hosts: Sequence[str], duration: str = "") -> list[str]:
+    """Return a line per host with its missing ranks, such as "rank 1 on node2: the name does not resolve"."""
+    by_host: dict[str, list[str]] = {}
+    for number in missing:
+        by_host.setdefault(hosts[number] if number < len(hosts) else "", []).append(str(number))
+    lines = []
+    for host, numbers in by_host.items():
+        ranks = f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+        if not host:
+            lines.append(ranks + duration)
+        elif not reachability.resolves(host):
+            lines.append(f"{ranks} on {host}{duration}: the name does not resolve")
+        elif reachability.unreachable_addresses([host]):
+            lines.append(f"{ranks} on {host}{duration}: the host does not answer")
+        else:
+            lines.append(f"{ranks} on {host}{duration}")
+    return lines
+
+
+def _address_from_mpi(rank: Rank) -> Rank:
+    """Let rank 0 choose address and port, and broadcast them with MPI, which started the ranks."""
+    do = (
+        "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): then MPI is not needed"
     )
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"{rank.launcher} started {rank.world_size} ranks, but mpi4py does not work: "
-                        f"{str(error).splitlines()[0]}", "MASTER_ADDR is not set", help_) from None  # fmt: skip
+        reason = str(error).splitlines()[0]
+        what = f"{rank.launcher} started {rank.world_size} ranks, but mpi4py does not work: {reason}"
+        raise UserError(what, "MASTER_ADDR is not set", do) from None
     world = MPI.COMM_WORLD
     if world.Get_size() != rank.world_size:
         raise UserError(
-            f"{rank.launcher} started {rank.world_size} ranks, but mpi4py sees a world of {world.Get_size()}",
+            f"{rank.launcher} started {rank.world_size} ranks, but mpi4py sees a world size of {world.Get_size()}",
             f"mpi4py has loaded {MPI.Get_library_version().splitlines()[0]}",
-            help_,
+            do,
         )
-    address, port = world.bcast((own_address(), free_port()) if rank.main else None, root=0)
+    address, port = world.bcast((reachability.own_address(), free_port()) if rank.main else None, root=0)
     return replace(rank, address=address, port=port)

@@ -1,8 +1,8 @@
 """The secret of a job, which its processes share and nobody else can read; it is never on a command line.
 
 Either the environment variable MEGAGPT_JOB_SECRET, which srun and mpirun forward and which only the user (and root) can
-read from a process, or a key file that rank 0 writes into a folder that all hosts see: mode 0600, of this user, gone as
-soon as all processes have come. The key file also says at which address and port rank 0 listens.
+read from a process, or a key file that rank 0 writes into a folder that all hosts can read: mode 0600, owned by this
+user, and removed as soon as all processes have connected. It also contains the address and port of rank 0.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from megagpt.errors import MachineError, UserError
 from megagpt.files import parse_json
 
 VARIABLE = "MEGAGPT_JOB_SECRET"
-SET = f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
-_FEWEST = 32  # characters of the variable: whoever listens on the network could try all secrets that are shorter
-_MOST = 4096  # bytes of a key file
+HOW_TO_SET = (
+    f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
+)
+_MIN_LENGTH = 32  # characters of the variable: an eavesdropper could guess shorter secrets by trying all of them
+_MAX_BYTES = 4096  # bytes of a key file
 
 
 @dataclass(frozen=True)
 class JobKey:
-    """The secret of a job, and where its rank 0 listens."""
+    """The secret of a job, and the address and port of its rank 0."""
 
     secret: bytes
     address: str
@@ -39,8 +41,10 @@ def from_environment(env: Mapping[str, str]) -> bytes | None:
     text = env.get(VARIABLE, "")
     if not text:
         return None
-    if len(text) < _FEWEST:
-        raise UserError(f"{VARIABLE} has {len(text)} characters, at least {_FEWEST} are needed", VARIABLE, SET)
+    if len(text) < _MIN_LENGTH:
+        raise UserError(
+            f"{VARIABLE} has {len(text)} characters, at least {_MIN_LENGTH} are needed", VARIABLE, HOW_TO_SET
+        )
     return text.encode()
 
 
@@ -50,13 +54,13 @@ def state_folder(env: Mapping[str, str]) -> Path:
     return Path(base if base.startswith("/") else Path.home() / ".local" / "state") / "megagpt"
 
 
-def file_name(purpose: str, job: str, port: int) -> str:
+def key_file_name(purpose: str, job: str, port: int) -> str:
     """Return the name of a job's key file: the same for all its processes, another one for other jobs."""
     return f"{purpose}.{re.sub(r'[^A-Za-z0-9_.-]', '_', job)[:100]}.{port}.key"
 
 
-def publish(path: Path, key: JobKey) -> None:
-    """Write the key file, replacing what a dead job of this name has left.
+def publish_key(path: Path, key: JobKey) -> None:
+    """Write the key file, replacing one that a dead job of this name has left.
 
     Args:
         path: The key file.
@@ -74,7 +78,7 @@ def publish(path: Path, key: JobKey) -> None:
         try:
             with os.fdopen(descriptor, "w") as file:
                 if why := _unsafe(os.fstat(descriptor)):
-                    raise UserError(f"a file here cannot be kept from others: {why}", str(path.parent), SET)
+                    raise UserError(f"a file here cannot be kept from others: {why}", str(path.parent), HOW_TO_SET)
                 json.dump(content, file)
                 file.flush()
                 os.fsync(descriptor)
@@ -82,22 +86,22 @@ def publish(path: Path, key: JobKey) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise MachineError(f"cannot write the key of this job: {error.strerror}", str(path), SET) from None
+        raise MachineError(f"cannot write the key of this job: {error.strerror}", str(path), HOW_TO_SET) from None
 
 
-def find(path: Path) -> JobKey | str:
-    """Return what a key file says, or the reason why there is none that can be trusted (yet)."""
+def read_key(path: Path) -> JobKey | str:
+    """Return the content of a key file, or the reason why there is none that can be trusted (yet)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return "it is not there"
+        return "it does not exist"
     except OSError as error:
         return str(error.strerror)
     with os.fdopen(descriptor, "rb") as file:
         if why := _unsafe(os.fstat(descriptor)):
             return why
         try:
-            content = parse_json(file.read(_MOST))
+            content = parse_json(file.read(_MAX_BYTES))
             secret, address, port = bytes.fromhex(content["secret"]), content["address"], content["port"]
         except (OSError, ValueError, TypeError, KeyError):
             return "it is not a key file"
@@ -106,13 +110,13 @@ def find(path: Path) -> JobKey | str:
     return JobKey(secret, address, port)
 
 
-def remove(path: Path) -> None:
+def remove_key(path: Path) -> None:
     """Remove the key file, if it is still there."""
     path.unlink(missing_ok=True)
 
 
 def _unsafe(status: os.stat_result) -> str:
-    """Return why a key file may have been written or read by somebody else, "" if it cannot."""
+    """Return why somebody else may have written or read a key file; "" if nobody can."""
     if not stat.S_ISREG(status.st_mode):
         return "it is not a regular file"
     if status.st_uid != os.geteuid():

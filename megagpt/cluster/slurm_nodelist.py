@@ -1,4 +1,4 @@
-"""SLURM's short forms of hosts and counts, without asking scontrol, which a container may not have."""
+"""SLURM's compact lists of hosts and counts, expanded without calling scontrol, which a container may not have."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import itertools
 import re
 
 
-def hosts(text: str) -> list[str]:
-    """The hosts of a SLURM list such as `node[01-03,7],login`, in its order.
+def expand_hosts(text: str) -> list[str]:
+    """Return the hosts of a SLURM list such as `node[01-03,7],login`, in order.
 
-    Form: slurm.schedmd.com/sbatch.html, SLURM_JOB_NODELIST; zeros in front are kept, several brackets multiply.
+    Format of SLURM_JOB_NODELIST (slurm.schedmd.com/sbatch.html): leading zeros are kept, and a name may have several
+    brackets.
     """
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
-        pieces = re.split(r"\[([^\]]*)\]", part)  # every second piece stood in brackets
-        choices = [_numbers(piece) if odd % 2 else [piece] for odd, piece in enumerate(pieces)]
+        alternating = re.split(r"\[([^\]]*)\]", part)  # text outside and inside of brackets
+        choices = [_expand_numbers(one) if index % 2 else [one] for index, one in enumerate(alternating)]
         names += ["".join(choice) for choice in itertools.product(*choices)]
     return names
 
 
-def counts(text: str) -> list[int]:
-    """The count of each host of a SLURM list such as `2(x3),1`: 2, 2, 2, 1."""
+def expand_counts(text: str) -> list[int]:
+    """Return the count per host of a SLURM list: `2(x3),1` is 2, 2, 2, 1."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
-def _numbers(text: str) -> list[str]:
-    """`01-03,7` in full: 01, 02, 03, 7."""
+def _expand_numbers(text: str) -> list[str]:
+    """`01-03,7` is 01, 02, 03, 7."""
     numbers: list[str] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

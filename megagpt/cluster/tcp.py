@@ -1,7 +1,8 @@
-"""Rank 0 listens, the other processes of the job call it, and both ends prove that they are of one job.
+"""Authenticated TCP connections: rank 0 listens, the other processes of the job connect, and both prove that they
+belong to it.
 
-Plain sockets: the ranks of `megagpt doctor` must reach rank 0 even where torch is broken, and `prepare` needs no torch.
-Also the error messages of whatever goes wrong there, the same for torch's rendezvous.
+Plain sockets, because the ranks of `megagpt doctor` must reach rank 0 even if torch is broken, and `prepare` needs no
+torch. The error messages are shared with the rendezvous over torch's store.
 """
 
 from __future__ import annotations
@@ -21,143 +22,152 @@ from pathlib import Path
 from megagpt.cluster import handshake, secret
 from megagpt.cluster.handshake import Channel
 from megagpt.cluster.launch_env import Rank
-from megagpt.cluster.reachability import own_address
+from megagpt.cluster.reachability import own_address, resolves
 from megagpt.cluster.secret import JobKey
-from megagpt.errors import MachineError
+from megagpt.errors import MachineError, UserError
 
-_PAUSE = 0.1  # seconds between two calls
+_PAUSE = 0.1  # seconds between two attempts
 _CONNECT = 10.0  # seconds for one attempt to connect
-_PROOF = 5.0  # seconds in which a caller proves that it is of this job
-_ANSWER = 30.0  # seconds in which rank 0 answers
-_FEWEST_PENDING = 64  # unproven callers served at a time; beyond that, the one that has waited longest is dropped
-OTHER_PORT = "give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
+_PROOF = 5.0  # seconds in which a caller must prove that it belongs to this job
+_ANSWER = 30.0  # seconds in which rank 0 must answer
+_MIN_PENDING = 64  # unproven callers served at a time; if there are more, the oldest is dropped
+USE_OTHER_PORT = "give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where the processes of a job meet: with the secret of the environment, or else with the key file.
+class Endpoint:
+    """Where the processes of a job connect to rank 0, and where they find the job's secret.
 
     Args:
         rank: This process.
         port: Port on which rank 0 listens. If it is in use, rank 0 chooses another and writes it into the key file.
-        purpose: Command that meets here; two commands of one job have different keys.
-        folder: Folder of the key file, which all hosts of the job see.
-        given: The secret of the environment, None if there is none.
+        purpose: Command whose processes connect here; two commands of one job have different keys.
+        folder: Folder of the key file, which all hosts of the job can read.
+        env_secret: The secret from the environment; if None, the key file is used.
     """
 
     rank: Rank
     port: int
     purpose: str
     folder: Path
-    given: bytes | None
+    env_secret: bytes | None
 
     @property
-    def file(self) -> Path:
-        """The key file."""
-        return self.folder / secret.file_name(self.purpose, self.rank.job, self.port)
+    def key_file(self) -> Path:
+        """Path of the key file."""
+        return self.folder / secret.key_file_name(self.purpose, self.rank.job, self.port)
 
-    def key(self, of_job: bytes) -> bytes:
-        """Derive this meeting's key from the secret of the job."""
+    def key(self, job_secret: bytes) -> bytes:
+        """Derive the key of these connections from the secret of the job."""
         context = f"{self.rank.job}\0{self.rank.world_size}"
-        return handshake.derive(of_job, self.purpose.encode(), context.encode())
+        return handshake.derive(job_secret, self.purpose.encode(), context.encode())
 
 
-def call(door: Door, limit: float) -> Channel:
-    """Connect to rank 0, which may not listen yet.
+def connect(endpoint: Endpoint, limit: float) -> Channel:
+    """Connect to rank 0, which may not be listening yet.
 
     Args:
-        door: Where rank 0 listens, and this process.
+        endpoint: Address of rank 0, and this process.
         limit: Seconds after which to give up.
 
     Returns:
-        The channel to rank 0, which has proved that it is of this job.
+        The channel to rank 0, which has proved that it belongs to this job.
 
     Raises:
         MachineError: Rank 0 was not found within `limit`, or another program listens there.
+        UserError: The address of rank 0 does not resolve.
     """
+    if endpoint.env_secret:
+        check_address(endpoint.rank)
     end = time.monotonic() + limit
     while True:
-        where = JobKey(door.given, door.rank.address, door.port) if door.given else secret.find(door.file)
+        where = (
+            JobKey(endpoint.env_secret, endpoint.rank.address, endpoint.port)
+            if endpoint.env_secret
+            else secret.read_key(endpoint.key_file)
+        )
         if isinstance(where, str):
-            error = _no_key(door, where, limit)
+            error = _no_key_file(endpoint, where, limit)
         else:
             try:
-                return _called(door, where, end)
+                return _connect_once(endpoint, where, end)
             except handshake.Rejected:
-                error = _stranger(door, where)
-                if door.given:
+                error = _not_of_this_job(endpoint, where)
+                if endpoint.env_secret:
                     raise error from None
             except (OSError, EOFError) as reason:
                 at = f"{where.address}:{where.port}"
-                error = _unreachable(door.rank, at, f"{reason}, for {limit:g} s")
+                error = _unreachable(endpoint.rank, at, f"{reason}, for {limit:g} s")
         if time.monotonic() >= end:
             raise error
         time.sleep(_PAUSE)
 
 
-def _called(door: Door, where: JobKey, end: float) -> Channel:
+def _connect_once(endpoint: Endpoint, where: JobKey, end: float) -> Channel:
     left = max(end - time.monotonic(), _PAUSE)
     connection = socket.create_connection((where.address, where.port), timeout=min(left, _CONNECT))
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         proof_end = time.monotonic() + min(max(left, 1.0), _ANSWER)
-        return handshake.prove(connection, door.key(where.secret), door.rank.rank, proof_end)
+        return handshake.prove(connection, endpoint.key(where.secret), endpoint.rank.rank, proof_end)
     except BaseException:
         handshake.close(connection)
         raise
 
 
 @contextlib.contextmanager
-def callers(door: Door, limit: float) -> Iterator[Iterator[tuple[int, Channel]]]:
+def listen(endpoint: Endpoint, limit: float) -> Iterator[Iterator[tuple[int, Channel]]]:
     """Listen on rank 0 for the other processes of the job.
 
-    Strangers are heard side by side with them, each for a limited time, and can neither delay nor replace them.
+    Strangers are served concurrently, each for a limited time, and can neither delay nor replace them.
 
     Args:
-        door: Where to listen.
+        endpoint: Where to listen.
         limit: Seconds after which no more callers are yielded.
 
     Yields:
-        Iterator of the callers that have proved to be of this job: number and channel, in the order in which they
-        come. A process that calls twice is yielded twice; the later channel is the one it uses.
+        Iterator of the callers that have proved that they belong to this job: number and channel, in the order of
+        arrival. A process that connects twice is yielded twice; it uses the later channel.
 
     Raises:
         MachineError: Rank 0 cannot listen, or cannot write the key file.
+        UserError: The address of rank 0 does not resolve.
     """
+    check_address(endpoint.rank)
     end = time.monotonic() + limit
-    server = _listen(door)
-    of_job = door.given or secrets.token_bytes(32)
-    reception = _Reception(server, door.key(of_job), door.rank.world_size)
+    server = _listen(endpoint)
+    job_secret = endpoint.env_secret or secrets.token_bytes(32)
+    listener = _Listener(server, endpoint.key(job_secret), endpoint.rank.world_size)
     try:
-        if not door.given:
+        if not endpoint.env_secret:
             address, port = server.getsockname()[:2]
-            secret.publish(door.file, JobKey(of_job, address, port))
-        reception.start()
-        yield reception.proven_until(end)
+            secret.publish_key(endpoint.key_file, JobKey(job_secret, address, port))
+        listener.start()
+        yield listener.proven_until(end)
     finally:
-        reception.close()
-        if not door.given:
-            secret.remove(door.file)
+        listener.close()
+        if not endpoint.env_secret:
+            secret.remove_key(endpoint.key_file)
 
 
-class _Reception:
-    """Hears each caller on a thread of its own until it has proved itself, a limited number at a time."""
+class _Listener:
+    """Serves each caller on a thread of its own until it has proved that it belongs to the job."""
 
     def __init__(self, server: socket.socket, key: bytes, size: int) -> None:
         self._server, self._key, self._size = server, key, size
-        self._most = max(_FEWEST_PENDING, 2 * size)
-        self._pending: dict[socket.socket, None] = {}  # in the order in which they came
+        self._most = max(_MIN_PENDING, 2 * size)
+        self._pending: dict[socket.socket, None] = {}  # in the order of arrival
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._proven: queue.Queue[tuple[int, Channel]] = queue.Queue()
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def start(self) -> None:
-        """Start to accept callers."""
+        """Start accepting callers."""
         self._thread.start()
 
     def proven_until(self, end: float) -> Iterator[tuple[int, Channel]]:
-        """Yield callers that have proved themselves, until the clock (`time.monotonic`) shows `end`."""
+        """Yield callers that have proved that they belong to the job, until the time (`time.monotonic`) is `end`."""
         while (left := end - time.monotonic()) > 0:
             try:
                 yield self._proven.get(timeout=left)
@@ -165,7 +175,7 @@ class _Reception:
                 return
 
     def close(self) -> None:
-        """Stop listening, and close the connections that nobody has taken."""
+        """Stop listening, and close the connections that were not yielded."""
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -185,7 +195,7 @@ class _Reception:
                 connection, _ = self._server.accept()
             except TimeoutError:
                 continue
-            except OSError:  # too many open files, or a caller that has gone already
+            except OSError:  # too many open files, or the caller is gone
                 time.sleep(_PAUSE)
                 continue
             with self._lock:
@@ -195,9 +205,9 @@ class _Reception:
                 self._pending[connection] = None
             if oldest:
                 handshake.close(oldest)
-            threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    def _hear(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket) -> None:
         proven = None
         with contextlib.suppress(OSError, EOFError, handshake.Rejected):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -211,24 +221,24 @@ class _Reception:
             handshake.close(connection)
 
 
-def _listen(door: Door) -> socket.socket:
-    """Listen at the job's address only; on another port than the job's if that one is in use and can be published."""
-    ports = (door.port,) if door.given else (door.port, 0)
+def _listen(endpoint: Endpoint) -> socket.socket:
+    """Listen on the job's address only. If its port is in use, take another one, which the key file can publish."""
+    ports = (endpoint.port,) if endpoint.env_secret else (endpoint.port, 0)
     for port in ports:
         try:
-            return _bound(door.rank, port)
+            return _listen_on_address(endpoint.rank, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or port == ports[-1]:
-                raise not_free(door.rank, port, os.strerror(error.errno or 0)) from None
+                raise port_in_use(endpoint.rank, port, os.strerror(error.errno or 0)) from None
     raise AssertionError
 
 
-def _bound(rank: Rank, port: int) -> socket.socket:
+def _listen_on_address(rank: Rank, port: int) -> socket.socket:
     """Listen on a port of the address by which the other processes reach this host."""
     one_host = rank.local_world_size == rank.world_size or rank.address == "localhost"
-    addresses = _resolved(rank.address)
+    addresses = _addresses_of(rank.address)
     if not one_host and all(_is_loopback(address) and address != rank.address for _, address in addresses):
-        addresses = _resolved(own_address())  # the host's own name is the loopback to itself, as on Debian
+        addresses = _addresses_of(own_address())  # the host's own name resolves to the loopback, as on Debian
     backlog = max(128, rank.world_size)
     family, address = addresses[0]
     try:
@@ -236,11 +246,13 @@ def _bound(rank: Rank, port: int) -> socket.socket:
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
-    family, address = _resolved(own_address())[0]  # the job's address is translated on its way to this host
+    family, address = _addresses_of(own_address())[
+        0
+    ]  # the job's address is translated (NAT) before it reaches this host
     return socket.create_server((address, port), family=family, backlog=backlog)
 
 
-def _resolved(name: str) -> list[tuple[socket.AddressFamily, str]]:
+def _addresses_of(name: str) -> list[tuple[socket.AddressFamily, str]]:
     """Return the addresses of a name, IPv4 first."""
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return sorted((entry[0], str(entry[4][0])) for entry in found)
@@ -250,8 +262,21 @@ def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def unreachable(rank: Rank, port: int, why: str) -> MachineError:
-    """Rank 0 does not answer."""
+def check_address(rank: Rank) -> None:
+    """Raise UserError if the address of rank 0 does not resolve.
+
+    Not under Kubernetes, where the name of a pod resolves only once the pod has started.
+    """
+    if not resolves(rank.address) and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        raise UserError(
+            f"the address of rank 0 does not resolve on {socket.gethostname()}: {rank.address}",
+            f"MASTER_ADDR, launcher: {rank.launcher}",
+            "correct the name, or add it to DNS or /etc/hosts",
+        )
+
+
+def rank_0_unreachable(rank: Rank, port: int, why: str) -> MachineError:
+    """Return the error for a rank 0 that does not answer."""
     return _unreachable(rank, f"{rank.address}:{port}", why)
 
 
@@ -259,47 +284,47 @@ def _unreachable(rank: Rank, at: str, why: str) -> MachineError:
     return MachineError(
         f"rank {rank.rank} on {socket.gethostname()} could not reach rank 0 at {at}",
         why,
-        "see whether rank 0 has ended, whether its host's name means the same here, and for a firewall",
+        "check whether rank 0 has ended, whether its host's name resolves to the same address here, and for a firewall",
     )
 
 
-def _no_key(door: Door, why: str, limit: float) -> MachineError:
-    """Rank 0 has not written a key file that this process can see and trust."""
+def _no_key_file(endpoint: Endpoint, why: str, limit: float) -> MachineError:
+    """Return the error for a missing key file, or one that this process cannot trust."""
     return MachineError(
-        f"rank {door.rank.rank} on {socket.gethostname()} found no key of its job within {limit:g} s: {why}",
-        str(door.file),
-        f"see whether rank 0 has started; if hosts do not share this folder, {secret.SET}",
+        f"rank {endpoint.rank.rank} on {socket.gethostname()} found no key file of its job within {limit:g} s: {why}",
+        str(endpoint.key_file),
+        f"check whether rank 0 has started; if hosts do not share this folder, {secret.HOW_TO_SET}",
     )
 
 
-def _stranger(door: Door, where: JobKey) -> MachineError:
-    """Whoever listens does not have the secret of this job."""
+def _not_of_this_job(endpoint: Endpoint, where: JobKey) -> MachineError:
+    """Return the error for a listening program that does not have the secret of this job."""
     return MachineError(
         f"another program listens at {where.address}:{where.port}: it does not have the secret of this job"
-        + (f" ({door.rank.job})" if door.rank.job else ""),
-        f"rank {door.rank.rank}, launcher: {door.rank.launcher}",
-        f"{OTHER_PORT}; all processes of a job need the same {secret.VARIABLE}",
+        + (f" ({endpoint.rank.job})" if endpoint.rank.job else ""),
+        f"rank {endpoint.rank.rank}, launcher: {endpoint.rank.launcher}",
+        f"{USE_OTHER_PORT}; all processes of a job need the same {secret.VARIABLE}",
     )
 
 
-def not_free(rank: Rank, port: int, why: str) -> MachineError:
-    """Rank 0 cannot listen."""
-    used = "is in use on this host: by another job, or by what is left of an earlier one"
+def port_in_use(rank: Rank, port: int, why: str) -> MachineError:
+    """Return the error for a port on which rank 0 cannot listen."""
+    used = "is in use on this host, by another job or by processes left from an earlier one"
     return MachineError(
         f"port {port} {used if 'in use' in why else f'cannot be listened on: {why}'}",
-        f"rank 0, launcher: {rank.launcher}, {_variable(rank, port)}",
-        f"{OTHER_PORT}; `ss -ltnp` shows who listens",
+        f"rank 0, launcher: {rank.launcher}, {_port_variable(rank, port)}",
+        f"{USE_OTHER_PORT}; `ss -ltnp` shows which program listens",
     )
 
 
-def two_jobs(rank: Rank, port: int, theirs: str, ours: str) -> MachineError:
-    """Rank 0 of another job has answered."""
+def port_shared_by_jobs(rank: Rank, port: int, theirs: str, ours: str) -> MachineError:
+    """Return the error for a port on which rank 0 of another job has answered."""
     return MachineError(
         f"two jobs share the port {port} of {rank.address}: {theirs} listens there, this is {ours}",
         f"rank {rank.rank}, launcher: {rank.launcher}",
-        OTHER_PORT,
+        USE_OTHER_PORT,
     )
 
 
-def _variable(rank: Rank, port: int) -> str:
+def _port_variable(rank: Rank, port: int) -> str:
     return "MASTER_PORT" if port == rank.port else "the port after MASTER_PORT"

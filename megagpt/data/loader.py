@@ -22,7 +22,7 @@ from megagpt.errors import UserError
 from megagpt.state import IGNORE_INDEX
 
 _LOCATED_SAMPLES = 4096  # located at a time, which costs hardly more than locating a few
-_CACHE_PROBES = 64  # samples of those that are tested for being in the page cache
+_CACHE_PROBES = 64  # number of these samples that are tested for being in the page cache
 _CHECKED_DOCUMENTS = 64  # documents whose last token is compared with the end-of-document token
 _CHECKED_LENGTHS = 1024  # sequences whose lengths are compared to recognize packed corpora
 _Reads = tuple[list[int], list[int], list[int]]  # file descriptors, bytes, offsets: the arguments of os.pread
@@ -163,7 +163,7 @@ class Loader:
         return int(self._skipped.to_positions(np.array([last]))[0]) + 1 - position
 
     def _reads_of_update(self, start: int) -> _Reads:
-        """Return where this rank's samples of the update are that starts at a kept index."""
+        """Return the locations of this rank's samples for the update that starts at a kept index."""
         if start not in self._planned:
             self._plan_updates(start)
         return self._planned[start]
@@ -190,7 +190,7 @@ class Loader:
             content = b"".join(map(os.pread, *reads))
         except OSError:
             content = b""
-        if len(content) != sum(sizes):  # read again with the reader, which diagnoses the failure
+        if len(content) != sum(sizes):  # read again through the reader, whose errors explain the failure
             content = b"".join(
                 self._reader_by_fd[fd].read_range(offset * length // size, length)
                 for fd, size, offset in zip(fds, sizes, offsets, strict=True)

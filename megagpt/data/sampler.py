@@ -19,7 +19,7 @@ from megagpt.data.permutation import UInt64Array, as_uint64, derive_keys, fast_d
 from megagpt.errors import UserError
 
 _MIN_BLOCK, _MAX_BLOCK = 1 << 10, 1 << 30  # slots of a blend's pattern
-_OFFSET_KEY, _SAMPLE_KEY, _SLOT_KEY = 1, 2, 3  # separate the purposes of keys
+_OFFSET_KEY, _SAMPLE_KEY, _SLOT_KEY = 1, 2, 3  # so that keys for different purposes differ
 
 
 class SampleLocations(NamedTuple):

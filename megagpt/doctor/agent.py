@@ -1,121 +1,172 @@
-"""The doctor's part on each host: takes orders and gives answers, a line of JSON each, until the other end is gone."""
+"""The doctor's agent on each host: receives requests and sends results, one line of JSON each."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megagpt.doctor import facts
-from megagpt.doctor.children import Child
-from megagpt.doctor.token import Token
+from megagpt.doctor import host_facts
 from megagpt.files import parse_json
 
-MARK = "megagpt-doctor "
-"""Each line of the talk begins so: what a shell's start-up prints is passed over."""
+PREFIX = "megagpt-doctor "
+"""start of each line of the protocol; other lines, such as what a login shell prints, are ignored"""
 
-
-ORDERS = ("hello", "facts", "clock", "look", "tidy", "probe", "reduce")
-"""The methods of Agent that may be ordered, and no others."""
-
-
-class Sink(Protocol):
-    """Takes lines of text."""
-
-    def write(self, line: str, /) -> object:
-        """Take a line."""
-
-    def flush(self) -> object:
-        """Have it on its way."""
+REQUESTS = ("hello", "facts", "clock", "visible_markers", "remove_marker", "remove_folders", "probe_torch",
+            "all_reduce")  # fmt: skip
+"""methods of Agent that may be requested; no other can be"""
 
 
 class Agent:
-    """Does what it is ordered to; each order is the name of a method, with its arguments."""
+    """Handles requests: each is the name of a method, with its arguments.
 
-    def __init__(self, say: Callable[[dict[str, Any]], None], who: dict[str, Any]) -> None:
-        self._say, self._who = say, who
-        self._token: Token | None = None
+    Args:
+        progress: Called with a description of what this agent does next.
+        identity: Returned by `hello`: rank and local rank, if this process is a rank.
+    """
+
+    def __init__(self, progress: Callable[[str], None], identity: dict[str, Any]) -> None:
+        self._progress, self._identity = progress, identity
+        self._marker: host_facts.RunDirectoryMarker | None = None
 
     def hello(self, limit: float) -> dict[str, Any]:
-        """Who this is. After `limit` seconds it ends by itself."""
+        """Return the host's name and this agent's identity; the agent exits by itself after `limit` seconds."""
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(round(limit))
-        return {"host": socket.gethostname(), **self._who}
+        return {"host": socket.gethostname(), **self._identity}
 
-    def facts(self, needs: dict[str, Any], name: str, number: int) -> dict[str, Any]:
-        """Everything that needs no torch; and a token in the run directory, if there is one."""
-        found = facts.gather(needs, self._doing)
-        if needs["run_dir"]:
-            self._doing(f"run directory, writing into {needs['run_dir']}")
-            self._token = Token(Path(needs["run_dir"]), name, number)
-            found["run"] = self._token.write()
+    def facts(self, requirements: dict[str, Any], session: str, number: int) -> dict[str, Any]:
+        """Return all facts about this host, and write a marker into the run directory if there is one."""
+        found = host_facts.collect(requirements, self._progress)
+        if run_dir := requirements["run_dir"]:
+            self._progress(f"run directory, writing into {run_dir}")
+            self._marker = host_facts.RunDirectoryMarker(Path(run_dir), session, number)
+            found["run"] = self._marker.write()
         return found
 
     def clock(self) -> dict[str, Any]:
-        """The time of day here."""
+        """Return the time of day on this host."""
         return {"time": time.time()}
 
-    def look(self) -> dict[str, Any]:
-        """Whose tokens are seen here."""
-        return {"seen": self._token.seen() if self._token else []}
+    def visible_markers(self) -> dict[str, Any]:
+        """Return the numbers of the hosts whose markers this host sees in the run directory."""
+        return {"hosts": self._marker.visible() if self._marker else []}
 
-    def tidy(self, folders: bool) -> dict[str, Any]:
-        """Take the token away, or the folders that were made for it."""
-        if self._token and folders:
-            self._token.remove_folders()
-        elif self._token:
-            self._token.remove()
+    def remove_marker(self) -> dict[str, Any]:
+        """Remove this host's marker."""
+        if self._marker:
+            self._marker.remove()
         return {}
 
-    def probe(self, limit: float, **words: Any) -> dict[str, Any]:
-        """What torch and DeepSpeed say of this host, by a process of its own."""
-        return Child("probe", {**words, "limit": limit}).answers(limit, self._doing)
+    def remove_folders(self) -> dict[str, Any]:
+        """Remove the folders that were created for the marker."""
+        if self._marker:
+            self._marker.remove_folders()
+        return {}
 
-    def reduce(self, limit: float, ranks: list[list[int]], **words: Any) -> dict[str, Any]:
-        """An all-reduce with the ranks of all hosts; what each of these (rank, local rank) says of it."""
-        words["limit"] = limit
-        children = [Child("reduce", {**words, "rank": rank, "local_rank": local}) for rank, local in ranks]
+    def probe_torch(self, limit: float, **arguments: Any) -> dict[str, Any]:
+        """Return what torch and DeepSpeed report about this host (probes.probe_torch)."""
+        return ProbeProcess("torch", {**arguments, "limit": limit}).result(limit)
+
+    def all_reduce(self, limit: float, ranks: list[list[int]], **arguments: Any) -> dict[str, Any]:
+        """Take part in an all-reduce over the ranks of all hosts; `ranks` are the (rank, local rank) started here."""
+        arguments["limit"] = limit
+        probes = [ProbeProcess("all-reduce", {**arguments, "rank": rank, "local_rank": local}) for rank, local in ranks]
         end = time.monotonic() + limit
-        return {"ranks": [child.answers(end - time.monotonic(), self._doing) for child in children]}
-
-    def _doing(self, what: str) -> None:
-        self._say({"doing": what})
+        return {"ranks": [probe.result(end - time.monotonic()) for probe in probes]}
 
 
-def serve(source: Iterable[str], sink: Sink, **who: Any) -> None:
-    """Take orders from `source` until it ends, or until it says so. `who` is what this process says of itself."""
+class ProbeProcess:
+    """A process that runs one of the probes (probes.py)."""
 
-    def say(answer: dict[str, Any]) -> None:
-        sink.write(f"{MARK}{json.dumps(answer)}\n")
-        sink.flush()
+    def __init__(self, probe: str, arguments: dict[str, Any]) -> None:
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        command = [sys.executable, "-m", "megagpt.doctor.probes", probe, json.dumps(arguments)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._errors, start_new_session=True
+        )
 
-    agent = Agent(say, who)
+    def result(self, limit: float) -> dict[str, Any]:
+        """Wait for the probe, then kill it and its children, and return all parts of its result.
+
+        If the probe failed, `died` has the last line of its errors. If it did not end within `limit` seconds, `hung`
+        has the limit. In both cases `at` is the step at which that happened.
+        """
+        failure: dict[str, Any] = {}
+        try:
+            if code := self._process.wait(max(limit, 0)):
+                failure = {"died": f"exit code {code}"}
+        except subprocess.TimeoutExpired:
+            failure = {"hung": limit}
+        finally:
+            self._kill()
+        with self._output, self._errors:
+            self._output.seek(0)
+            self._errors.seek(0)
+            found = {"at": "the start"}
+            for line in self._output:
+                if line.startswith("{") and line.endswith("\n"):
+                    found.update(parse_json(line))
+            errors = [line.strip() for line in self._errors if line.strip()]
+        if "died" in failure and errors:
+            failure["died"] = errors[-1]
+        if not failure:
+            del found["at"]
+        return found | failure
+
+    def _kill(self) -> None:
+        """Kill the whole session of the process, and remove its build locks: the next build would wait forever."""
+        locks = [Path(lock["path"]) for lock in host_facts.build_locks()]
+        held = [lock for lock in locks if self._process.pid in host_facts.lock_holders(lock)]
+        for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getsid(pid) == self._process.pid:  # ninja gives each compiler a process group of its own
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        for lock in held:
+            lock.unlink(missing_ok=True)
+
+
+def serve(requests: Iterable[str], send: Callable[[str], object], **identity: Any) -> None:
+    """Handle requests until there are no more, or the other end is gone.
+
+    Args:
+        requests: Lines of the protocol.
+        send: Sends a line of the protocol.
+        identity: What `hello` returns about this process.
+    """
+
+    def send_message(message: dict[str, Any]) -> None:
+        send(f"{PREFIX}{json.dumps(message)}\n")
+
+    agent = Agent(lambda step: send_message({"doing": step}), identity)
     try:
-        for line in source:
-            if not line.startswith(MARK):
-                continue
-            order = dict(parse_json(line[len(MARK) :]))
-            name = order.pop("order")
-            if name == "end":
-                break
-            if name not in ORDERS:
-                raise ValueError(f"no such order: {name!r:.40}")
-            say({"answer": getattr(agent, name)(**order)})
+        for line in requests:
+            if line.startswith(PREFIX):
+                arguments = dict(parse_json(line[len(PREFIX) :]))
+                name = arguments.pop("request")
+                if name not in REQUESTS:
+                    raise ValueError(f"unknown request: {name!r:.40}")
+                send_message({"result": getattr(agent, name)(**arguments)})
     except (BrokenPipeError, ConnectionError):
-        pass  # nobody is there to be told
+        pass  # nobody is left to report to
     finally:
-        agent.tidy(folders=False)
-        agent.tidy(folders=True)
+        agent.remove_marker()
+        agent.remove_folders()
 
 
 def main() -> None:
-    """Talk through standard input and output; what else is printed goes to standard error."""
-    sink = os.fdopen(os.dup(1), "w")
+    """Serve standard input and output; whatever else is printed goes to standard error."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    serve(sys.stdin, sink)
+    serve(sys.stdin, output.write)

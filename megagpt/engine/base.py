@@ -1,4 +1,4 @@
-"""The face of an engine: all that the training loop knows of DeepSpeed."""
+"""The interface of an engine: all that the training loop knows about DeepSpeed."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def never_stop() -> bool:
 
 
 class Engine(Protocol):
-    """Trains one model on one layout. Every method is called by all ranks, in the same order."""
+    """Trains one model on one layout. Every method is called on all ranks, in the same order."""
 
     def train_update(
         self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
     ) -> UpdateResult:
-        """Make one update over this rank's micro-batches: forward, backward, clip, step, schedule.
+        """Run one update on this rank's micro-batches: forward, backward, clipping, optimizer step, schedule.
 
-        An update whose loss `accept` refuses, or whose gradient is not finite, is not made. Everything is then as
-        before, except for fp16's loss scale, which an accepted loss with an infinite gradient lowers.
+        The update is skipped if `accept` rejects its loss or if its gradient is not finite. All state is then as
+        before, except for fp16's loss scale, which decreases if the loss was accepted but the gradient was infinite.
 
         Args:
-            batches: this rank's micro-batches, equally many on every rank.
-            accept: decides by the loss over the global batch whether the update may be made. It is called once
-                before the step, on the ranks that compute the loss: of a pipeline, those of the last stage. It must
-                depend on the loss alone.
-            at_step: called once on every rank when it begins the step: with the last backward pass, in which
-                gradients are reduced, or on a pipeline after it.
+            batches: This rank's micro-batches; their number is the same on every rank.
+            accept: Decides from the loss of the global batch whether to make the update. It is called once before
+                the step, on the ranks that compute the loss (in a pipeline, those of the last stage), and must depend
+                on the loss alone.
+            at_step: Called once on every rank when the step begins. That is in the last backward pass, in which
+                gradients are reduced, or in a pipeline after it.
         """
         ...
 
     def replicas_differ(self) -> list[str]:
-        """A line for each weight that several ranks should hold alike and do not; collective, the same on all."""
+        """Describe each weight that differs between ranks that replicate it. Collective, the same on every rank."""
         ...
 
     def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
-        """Return the loss in nats per valid token over the batches of all ranks. Changes no state.
+        """Return the loss in nats per valid token over all ranks' batches, without changing any state.
 
         Args:
-            batches: this rank's batches, equally many on every rank.
-            should_stop: called on every rank before each forward pass, so it may be collective; all ranks must get
-                the same answer.
+            batches: This rank's batches; their number is the same on every rank.
+            should_stop: Called on every rank before each forward pass, so it may be collective. All ranks must get the
+                same answer.
 
         Returns:
             The loss, the same on every rank, or None if `should_stop` ended the evaluation early.
@@ -66,21 +66,21 @@ class Engine(Protocol):
         ...
 
     def save_state(self, sink: WriteFile) -> None:
-        """Write all that `load_state` needs, file by file, through `sink`; the weights by name are among it."""
+        """Write everything that `load_state` needs through `sink`, file by file, including the weights by name."""
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Restore weights, optimizer, schedule and random state, whatever layout saved them."""
+        """Restore weights, optimizer, schedule and RNG state, whatever layout saved them."""
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter whole, by its name in `GPT`, in fp32 on the host. Tied ones come once."""
+        """Yield each whole parameter with its name in `GPT`, in fp32 on the host. A tied parameter comes once."""
         ...
 
     def release(self) -> None:
-        """Free what the engine holds; the process group stays, for another engine."""
+        """Free what the engine holds. The process group remains, for another engine."""
         ...
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Release the engine and leave the process group."""
         ...

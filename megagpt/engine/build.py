@@ -1,4 +1,4 @@
-"""The engine that a layout asks for."""
+"""Build the engine for a layout."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from megagpt.engine.zero import ZeroEngine
 
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> Engine:
-    """Build the model with the recipe's initial weights, and the engine around it; seed what is left to chance."""
-    # for dropout, where torch by itself begins differently each time; what tensor parts hold alike stays alike
+    """Build the model with the recipe's initial weights and its engine, and seed dropout.
+
+    Args:
+        resolved: The DeepSpeed config with the recipe and the layout.
+        total_updates: Number of updates of the whole run, for the learning rate schedule.
+        rank: This rank.
+        collectives: The collectives of the job.
+    """
+    # torch seeds every process differently; tensor-parallel ranks need equal random numbers to stay equal
     torch.manual_seed(resolved.recipe.seed + rank.rank // resolved.layout.tensor_parallel)
     if resolved.layout.pipeline_stages > 1:
         return PipelineEngine(resolved, total_updates, rank, collectives)

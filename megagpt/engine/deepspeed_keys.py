@@ -1,7 +1,7 @@
-"""What DeepSpeed knows: every key of its JSON, read from DeepSpeed itself, as plain data.
+"""Every key of DeepSpeed's JSON config, extracted from DeepSpeed itself, as plain data.
 
-Sections that are pydantic models are described by their fields. For the others DeepSpeedConfig is built
-on a dictionary that notes which keys it is asked for, and with what default.
+Sections that are pydantic models are described by their fields. For all others, DeepSpeedConfig is constructed from a
+dictionary that records which keys are read, and with which defaults.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MODELS: Mapping[str, type[BaseModel]] = {
     "tensor_parallel": TPTrainingConfig,
     "weight_quantization": WeightQuantConfig,
 }
-# Read by deepspeed.initialize and by the pipeline's engine, past DeepSpeedConfig (0.19.8).
+# Read by deepspeed.initialize and by PipelineEngine directly, not by DeepSpeedConfig (0.19.8).
 _READ_ELSEWHERE = ("sequence_parallel_size", "data_parallel_size", "pipeline.use_reentrant")
-# What the resolver itself computes with must have the right type, and DeepSpeed gives these no default.
+# The resolver computes with these keys, so that their type must be right; DeepSpeed has no default to derive it from.
 _TYPES: Mapping[str, Node] = {
     "train_batch_size": {"type": "integer", "minimum": 1},
     "train_micro_batch_size_per_gpu": {"type": "integer", "minimum": 1},
@@ -48,87 +48,96 @@ _TYPES: Mapping[str, Node] = {
     "activation_checkpointing.number_checkpoints": {"type": "integer", "minimum": 1},
     "pipeline.stages": {"type": "integer", "minimum": 1},
 }
-_SPIED = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers", "torch_autocast")
-_OPAQUE = ("autotuning", "data_efficiency", "datastates_ckpt", "expert_parallel")  # refused where switched on
+_RECORDED = (
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "data_types",
+    "flops_profiler",
+    "timers",
+    "torch_autocast",
+)
+_OPAQUE = ("autotuning", "data_efficiency", "datastates_ckpt", "expert_parallel")  # rejected if enabled
 
 
-class _Spy(dict[str, Any]):
-    """A dictionary that notes, per section, each key it is asked for and the default given with it."""
+class _RecordingDict(dict[str, Any]):
+    """A dictionary that records each key that is read from a section, with the type of its default."""
 
-    def __init__(self, values: Mapping[str, Any], section: str, seen: dict[str, Node]) -> None:
+    def __init__(self, values: Mapping[str, Any], section: str, recorded: dict[str, Node]) -> None:
         super().__init__(values)
-        self._section, self._seen = section, seen
+        self._section = section
+        self._recorded = recorded
 
-    def _note(self, key: str, default: Any) -> None:
+    def _record(self, key: str, default: Any) -> None:
         names = {bool: "boolean", int: "integer", float: "number"}
         node = {"type": names[type(default)]} if type(default) in names else {}
         if self._section not in _OPAQUE and key not in _OPAQUE:
-            self._seen.setdefault(f"{self._section}.{key}".lstrip("."), node)
+            self._recorded.setdefault(f"{self._section}.{key}".lstrip("."), node)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self._note(key, default)
+        self._record(key, default)
         return super().get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        self._note(str(key), None)
+        self._record(str(key), None)
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self._note(key, None)
+        self._record(key, None)
         return super().__getitem__(key)
 
-    def keys(self) -> Any:  # DeepSpeed writes `key in d.keys()`
+    def keys(self) -> Any:  # DeepSpeed tests `key in d.keys()`
         return self
 
-    def __copy__(self) -> _Spy:
+    def __copy__(self) -> _RecordingDict:
         return self
 
 
 def known_keys() -> Node:
-    """DeepSpeed's keys as nested {"properties": {name: node}}.
+    """Return DeepSpeed's keys as nested {"properties": {name: node}}.
 
-    A leaf is a JSON schema ({} where DeepSpeed names no type); "removed" marks keys that DeepSpeed
-    refuses, "deprecated" carries the name to write instead.
+    A leaf is a JSON schema, which is {} if DeepSpeed declares no type. "removed" marks keys that DeepSpeed rejects, and
+    "deprecated" contains the name of the replacement.
     """
     root: Node = {"properties": {}}
-    for key, node in _spied().items():
-        _put(root, key, node)
+    for key, node in _recorded_keys().items():
+        _add(root, key, node)
     for key in _READ_ELSEWHERE:
-        _put(root, key, {})
+        _add(root, key, {})
     for name, model in _MODELS.items():
-        _put(root, name, _section(model))
+        _add(root, name, _section_node(model))
     for name, info in DeepSpeedMonitorConfig.model_fields.items():
-        _put(root, name, _section(info.annotation))
-    _put(root, "timers.throughput", _section(DeepSpeedThroughputTimerConfig))
+        _add(root, name, _section_node(info.annotation))
+    _add(root, "timers.throughput", _section_node(DeepSpeedThroughputTimerConfig))
     for name in ds.get_pipeline_config({}):
-        _put(root, f"pipeline.{name}", {})
+        _add(root, f"pipeline.{name}", {})
     for key, node in _TYPES.items():
-        _put(root, key, node)
+        _add(root, key, node)
     for key in _OPAQUE:
-        _put(root, key, {})
-    _put(root, "bfloat16", {"deprecated": "bf16"})
+        _add(root, key, {})
+    _add(root, "bfloat16", {"deprecated": "bf16"})
     for key in getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}):
-        _put(root, key, {"removed": True})
+        _add(root, key, {"removed": True})
     for key in getattr(ds, "_REMOVED_ZERO_CONFIG_KEYS", {}):
-        _put(root, f"zero_optimization.{key}", {"removed": True})
+        _add(root, f"zero_optimization.{key}", {"removed": True})
     return root
 
 
-def _spied() -> dict[str, Node]:
-    seen: dict[str, Node] = {}
-    top = _Spy({"train_micro_batch_size_per_gpu": 1}, "", seen)  # holds in a world of any size
-    for name in (*_SPIED, *_OPAQUE):
-        top[name] = _Spy({}, name, seen)
-    top["checkpoint"]["writer"] = _Spy({}, "checkpoint.writer", seen)
-    top["checkpoint"]["parallel_write"] = _Spy({}, "checkpoint.parallel_write", seen)
-    top["optimizer"] = _Spy({"type": "AdamW"}, "optimizer", seen)
-    top["scheduler"] = _Spy({"type": "WarmupDecayLR"}, "scheduler", seen)
+def _recorded_keys() -> dict[str, Node]:
+    recorded: dict[str, Node] = {}
+    top = _RecordingDict({"train_micro_batch_size_per_gpu": 1}, "", recorded)  # valid for every world size
+    for name in (*_RECORDED, *_OPAQUE):
+        top[name] = _RecordingDict({}, name, recorded)
+    top["checkpoint"]["writer"] = _RecordingDict({}, "checkpoint.writer", recorded)
+    top["checkpoint"]["parallel_write"] = _RecordingDict({}, "checkpoint.parallel_write", recorded)
+    top["optimizer"] = _RecordingDict({"type": "AdamW"}, "optimizer", recorded)
+    top["scheduler"] = _RecordingDict({"type": "WarmupDecayLR"}, "scheduler", recorded)
     ds.DeepSpeedConfig(top)
-    return seen
+    return recorded
 
 
-def _put(root: Node, key: str, node: Node) -> None:
-    """Place a node; a section keeps the keys that it has already."""
+def _add(root: Node, key: str, node: Node) -> None:
+    """Add a node to the tree, and keep the keys that a section already has."""
     *sections, name = key.split(".")
     inner = root
     for section in sections:
@@ -137,11 +146,11 @@ def _put(root: Node, key: str, node: Node) -> None:
     inner["properties"][name] = {**inner["properties"].get(name, {}), **node}
 
 
-def _section(model: type[BaseModel]) -> Node:
-    """The fields of a pydantic model, under every name that it accepts."""
+def _section_node(model: type[BaseModel]) -> Node:
+    """Describe the fields of a pydantic model under all names that it accepts."""
     properties: Node = {}
     for name, info in model.model_fields.items():
-        node = _field(info.annotation, info.metadata)
+        node = _field_node(info.annotation, info.metadata)
         extra = info.json_schema_extra
         if isinstance(extra, dict) and extra.get("deprecated"):
             node["deprecated"] = extra.get("new_param", "")
@@ -150,12 +159,12 @@ def _section(model: type[BaseModel]) -> Node:
     return {"properties": properties}
 
 
-def _field(annotation: Any, metadata: list[Any]) -> Node:
-    """A model becomes a section; anything else the JSON schema of its type, if it has one."""
-    options = list(_options(annotation))
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return {**_section(option), "nullable": type(None) in options}
+def _field_node(annotation: Any, metadata: list[Any]) -> Node:
+    """Describe a field: a pydantic model as a section, anything else by the JSON schema of its type, if it has one."""
+    types = list(_union_members(annotation))
+    for member in types:
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return {**_section_node(member), "nullable": type(None) in types}
     annotated: Any = Annotated
     parts = (annotation, *metadata)
     try:
@@ -165,7 +174,7 @@ def _field(annotation: Any, metadata: list[Any]) -> Node:
     return _inlined(schema, schema.get("$defs", {}))
 
 
-def _options(annotation: Any) -> Iterator[Any]:
+def _union_members(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) in (Union, UnionType):
         yield from get_args(annotation)
     else:
@@ -173,7 +182,7 @@ def _options(annotation: Any) -> Iterator[Any]:
 
 
 def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """Replace references by what they refer to, so that a node stands alone."""
+    """Replace references by their definitions, so that the node is self-contained."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators that training can need, by its own names for them, and the device it will run on."""
+"""DeepSpeed's compiled operators that training may need, and the type of device that DeepSpeed runs on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ _BUILDERS = {"async_io": "AsyncIOBuilder", "fused_adam": "FusedAdamBuilder", "qu
 
 
 def load(name: str) -> Any:
-    """Load an operator, built first if it has not been. Raises whatever its builder does."""
+    """Load the operator that DeepSpeed calls `name`, and compile it first if needed.
+
+    Raises:
+        Exception: whatever DeepSpeed's builder raises if the operator cannot be compiled.
+    """
     return getattr(op_builder, _BUILDERS[name])().load(verbose=False)
 
 
 def device() -> str:
-    """The kind of device that DeepSpeed has chosen: cpu, cuda or another."""
+    """Return the type of device that DeepSpeed has chosen: "cpu", "cuda" or another."""
     return str(get_accelerator().device_name())

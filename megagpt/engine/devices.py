@@ -1,4 +1,4 @@
-"""Which device a rank trains on, and what it may ask of it. The decisions are pure functions, as no test has a GPU."""
+"""Which device a rank trains on, and what it supports. All decisions are pure functions, testable without a GPU."""
 
 from __future__ import annotations
 
@@ -10,78 +10,107 @@ from deepspeed.accelerator import get_accelerator
 
 from megagpt.errors import MachineError
 
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-_HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES by which people and SLURM say: none
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_NO_DEVICES = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES with which people and SLURM hide all GPUs
 
 
-def place(env: Mapping[str, str], local_rank: int, visible: int) -> int:
-    """Which of the `visible` devices is this rank's. Raises MachineError where there are fewer than ranks.
+def device_index(env: Mapping[str, str], local_rank: int, visible: int) -> int:
+    """Return the index of this rank's device among the visible ones.
 
-    One alone is this rank's own if a variable says so: `srun --gpus-per-task=1` and wrappers of mpirun show each rank
-    no other.
+    A single visible device belongs to this rank if an environment variable restricts the process to it:
+    `srun --gpus-per-task=1` and some wrappers of mpirun hide the devices of the other ranks.
+
+    Args:
+        env: The environment of the process.
+        local_rank: Index of the rank on its host.
+        visible: Number of devices that the process sees.
+
+    Raises:
+        MachineError: If there are fewer devices than ranks on this host.
     """
-    if visible == 1 and any(name in env for name in _VISIBLE):
+    if visible == 1 and any(name in env for name in _VISIBLE_DEVICES):
         return 0
     if local_rank < visible:
         return local_rank
     raise MachineError(
-        f"local rank {local_rank} has no device of its own: {visible} visible here",
-        "CUDA_VISIBLE_DEVICES, the slots of the hostfile, or what the launcher was told",
+        f"local rank {local_rank} has no device of its own: it sees {visible}",
+        "CUDA_VISIBLE_DEVICES, the slots of the hostfile, or the number of ranks given to the launcher",
         "start as many ranks on each host as it has devices",
     )
 
 
-def variables(env: Mapping[str, str], place: int) -> dict[str, str]:
-    """What DeepSpeed and torch take this rank's device from: ZeRO 3, pipelines and NCCL read LOCAL_RANK themselves."""
-    mpi = "OMPI_COMM_WORLD_LOCAL_RANK"  # DeepSpeed insists that the two agree
-    return {name: str(place) for name in ("LOCAL_RANK", mpi) if name != mpi or mpi in env}
+def device_env(env: Mapping[str, str], index: int) -> dict[str, str]:
+    """Return the variables from which DeepSpeed and torch read the index of this rank's device.
 
-
-def threads(env: Mapping[str, str], cores: int, ranks: int) -> int:
-    """Threads for what a rank beside a GPU computes on the host, such as an offloaded optimizer.
-
-    `cores` are those that it may use, with the other `ranks` of its host. What people set is kept; torchrun sets 1.
+    ZeRO-3, pipelines and NCCL read LOCAL_RANK themselves. DeepSpeed also requires that OpenMPI's variable, if there is
+    one, has the same value (deepspeed/comm/comm.py).
     """
-    said = env.get("OMP_NUM_THREADS", "")
-    if said.isdecimal() and not (said == "1" and "TORCHELASTIC_RUN_ID" in env):
-        return max(1, int(said))
-    own = env.get("SLURM_CPUS_PER_TASK", "")  # SLURM has divided them already
-    return max(1, int(own) if own.isdecimal() else cores // max(1, ranks))
+    changed = {"LOCAL_RANK": str(index)}
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in env:
+        changed["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+    return changed
 
 
-def check_unused(env: Mapping[str, str], folder: Path = Path("/dev")) -> None:
-    """Raises MachineError where GPUs are here that torch does not see, unless they are left idle on purpose."""
-    idle = "DS_ACCELERATOR" in env or env.get("CUDA_VISIBLE_DEVICES", "all") in _HIDDEN
-    here = [] if idle else list(folder.glob("nvidia[0-9]*"))
-    if here:
+def host_threads(env: Mapping[str, str], cores: int, ranks: int) -> int:
+    """Return the number of threads for host computation of a rank with a GPU, such as an offloaded optimizer.
+
+    An explicit OMP_NUM_THREADS is respected, except for torchrun's default of 1.
+
+    Args:
+        env: The environment of the process.
+        cores: Cores that the process may use, shared by all ranks of the host.
+        ranks: Number of ranks on this host.
+    """
+    explicit = env.get("OMP_NUM_THREADS", "")
+    if explicit.isdecimal() and not (explicit == "1" and "TORCHELASTIC_RUN_ID" in env):
+        return max(1, int(explicit))
+    per_task = env.get("SLURM_CPUS_PER_TASK", "")  # SLURM has already divided the cores
+    return max(1, int(per_task) if per_task.isdecimal() else cores // max(1, ranks))
+
+
+def check_unused_gpus(env: Mapping[str, str], folder: Path = Path("/dev")) -> None:
+    """Check that no GPU is left idle by mistake when training runs on the CPU.
+
+    Args:
+        env: The environment of the process; DS_ACCELERATOR or CUDA_VISIBLE_DEVICES can leave GPUs idle on purpose.
+        folder: Folder with the device files of the GPUs.
+
+    Raises:
+        MachineError: If there are GPUs that torch does not see.
+    """
+    if "DS_ACCELERATOR" in env or env.get("CUDA_VISIBLE_DEVICES", "all") in _NO_DEVICES:
+        return
+    gpus = list(folder.glob("nvidia[0-9]*"))
+    if gpus:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
         raise MachineError(
-            f"{len(here)} × NVIDIA are here, but torch {torch.__version__}, {build}, sees none",
-            "a driver older than torch's CUDA, or another build of torch",
-            "install a torch that fits (launch/install.sh tells how), or export DS_ACCELERATOR=cpu to train on the CPU",
+            f"this host has {len(gpus)} NVIDIA {'GPU' if len(gpus) == 1 else 'GPUs'}, "
+            f"but torch {torch.__version__}, {build}, sees none",
+            "the driver is older than torch's CUDA, or this is the wrong build of torch",
+            "install a matching torch (see launch/install.sh), or export DS_ACCELERATOR=cpu to train on the CPU",
         )
 
 
-def name() -> str:
-    """This rank's device, for people."""
+def device_name() -> str:
+    """Return the name of this rank's device, for people."""
     kind = str(get_accelerator().device_name())
     if kind == "cpu":
         return f"CPU with {torch.get_num_threads()} threads"
     return str(torch.cuda.get_device_name()) if kind == "cuda" else kind
 
 
-def computes(precision: str) -> bool:
-    """Whether the device has units for this precision; what is done in software instead is many times slower."""
+def supports_precision(precision: str) -> bool:
+    """Return whether the device computes in this precision in hardware; emulation is many times slower."""
     if precision == "fp16":
         return bool(get_accelerator().is_fp16_supported())
     if precision == "bf16" and get_accelerator().device_name() == "cuda":
-        # DeepSpeed and torch say yes to any GPU: they count what the compiler emulates
+        # DeepSpeed and torch answer yes for every GPU, since they count emulation by the compiler
         return bool(torch.version.hip) or torch.cuda.get_device_capability() >= (8, 0)
     return True
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this rank's tensors have taken on its device; None on a CPU."""
+    """Return the peak number of bytes allocated for tensors on this rank's device, or None on a CPU."""
     if get_accelerator().device_name() == "cpu":
         return None
     return int(get_accelerator().max_memory_allocated())

@@ -1,4 +1,4 @@
-"""The model of a recipe with its initial weights, where the layout keeps it: the same bits on every layout."""
+"""Build the model with its initial weights, which are bitwise the same on every layout."""
 
 from __future__ import annotations
 
@@ -21,38 +21,53 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Raises UserError where this device cannot do what recipe and config ask for."""
+    """Check that this rank's device supports the precision and the communication that are configured.
+
+    Args:
+        recipe: The recipe, for the precision.
+        config: The resolved DeepSpeed config, for quantized communication.
+
+    Raises:
+        UserError: If it does not, or if a required operator cannot be built.
+    """
     precision = recipe.precision or "fp32"
-    if not devices.computes(precision):
+    if not devices.supports_precision(precision):
         raise UserError(
-            f"this device ({devices.name()}) has no units for {precision}",
+            f"this device ({devices.device_name()}) does not support {precision}",
             f"{recipe.location('precision')}  precision".strip(),
             f"set precision to {'fp16' if precision == 'bf16' else 'bf16'} or fp32",
         )
     quantized = [key for key, on in config.get("zero_optimization", {}).items() if on and "zero_quantized_" in key]
     if not quantized:
         return
+    key = f"zero_optimization.{quantized[0]}"
     if deepspeed_ops.device() == "cpu":
-        raise UserError("a CPU does not quantize ZeRO's traffic", f"zero_optimization.{quantized[0]}", "take it away")
+        raise UserError("quantized communication of ZeRO is not supported on CPUs", key, "remove this key")
     try:
         deepspeed_ops.load("quantizer")
     except Exception as error:
         raise UserError(
-            "ZeRO's quantized traffic needs DeepSpeed's operator quantizer, which cannot be built here",
-            f"zero_optimization.{quantized[0]}\n{str(error).strip().splitlines()[0]}",
-            "install nvcc of the CUDA that torch is built for, and export CUDA_HOME, or take the quantized keys away",
+            "quantized communication of ZeRO needs DeepSpeed's operator quantizer, which cannot be built here",
+            f"{key}\n{str(error).strip().splitlines()[0]}",
+            "install nvcc of torch's CUDA version and export CUDA_HOME, or remove the quantized keys",
         ) from error
 
 
-def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, parallel: ParallelLayers) -> GPT:
-    """A GPT in the recipe's precision, on this rank's device; at ZeRO stage 3 only this rank's share of it.
+def init_model(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, parallel: ParallelLayers) -> GPT:
+    """Build a GPT in the recipe's precision on this rank's device; at ZeRO stage 3 only this rank's partition of it.
 
-    Masters in fp32 are made from these weights later, so that in low precision they start at rounded values.
+    The fp32 master weights are copied from these weights, so that in low precision they start at rounded values.
+
+    Args:
+        recipe: The recipe with the model and the seed.
+        config: The config for deepspeed.initialize.
+        zero_stage: The ZeRO stage.
+        parallel: How the layers take part in sequence parallelism.
     """
     if zero_stage == 3:
-        return _sharded(recipe, config, parallel)
+        return _init_partitioned(recipe, config, parallel)
     dtype = _DTYPES[recipe.precision or "fp32"]
-    with torch.device("meta"):  # no memory and no time for the values that the layers would draw
+    with torch.device("meta"):  # saves memory and the time for the layers' default initialization
         model = GPT(recipe.model, recipe.document_end, parallel)
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
@@ -60,7 +75,13 @@ def materialise(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, para
 
 
 def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
-    """Let `number` of the blocks, spread evenly, compute their activations again in the backward pass."""
+    """Let blocks, spread evenly over the layers, recompute their activations in the backward pass.
+
+    Args:
+        layers: The layers of the model.
+        number: Number of blocks that recompute.
+        on_host: Whether the inputs of these blocks are kept in host memory.
+    """
     blocks = [layer for layer in layers if isinstance(layer, Block)]
     for index, block in enumerate(blocks):
         if (index + 1) * number // len(blocks) > index * number // len(blocks):
@@ -68,16 +89,18 @@ def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter before ZeRO stage 3 sharded it."""
+    """Return the shape of a parameter before ZeRO stage 3 partitioned it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 @torch.no_grad()
-def _sharded(recipe: Recipe, config: Mapping[str, Any], parallel: ParallelLayers) -> GPT:
-    """Each parameter is split as soon as its layer makes it, and gathered alone to be given its value.
+def _init_partitioned(recipe: Recipe, config: Mapping[str, Any], parallel: ParallelLayers) -> GPT:
+    """Build a model whose parameters are partitioned as soon as their layer has created them.
 
-    Precision comes from the config: a dtype that is given, DeepSpeed takes for bf16 on devices without fp16.
+    Each is then gathered alone to be set to its initial value. The precision comes from the config: on devices without
+    fp16, zero.Init takes every explicit dtype for bf16 (runtime/zero/partition_parameters.py:409;
+    test_a_dtype_given_to_zero_init_is_taken_for_bf16_without_fp16).
     """
     with deepspeed.zero.Init(config_dict_or_path=dict(config)):
         model = GPT(recipe.model, recipe.document_end, parallel)

@@ -1,4 +1,4 @@
-"""What lies outside the device: parameters and optimizer on the host or on NVMe."""
+"""Offloading of parameters and optimizer states to host memory or NVMe."""
 
 from __future__ import annotations
 
@@ -18,65 +18,76 @@ from megagpt.engine import deepspeed_ops
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 
-_KINDS = ("optimizer", "float32params", "bfloat16params", "float16params")  # DeepSpeed's names
-_BUFFERS = 16  # of parameters read ahead: a layer's own, and those of the next block
+_SWAP_FOLDERS = ("optimizer", "float32params", "bfloat16params", "float16params")  # DeepSpeed's names
+_PARAMETER_BUFFERS = 16  # for parameters read ahead: those of a block and of the next one
 
 
-def offloaded(config: Mapping[str, Any], what: str) -> str:
-    """Where the "param" or "optimizer" lies: cpu, nvme, or none if it stays on the device."""
+def offload_device(config: Mapping[str, Any], what: str) -> str:
+    """Return where `what` ("param" or "optimizer") is offloaded to: "cpu", "nvme" or "none"."""
     section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
     return str(section.get("device") or "none")
 
 
 def steps_on_gpu(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer steps on a GPU, or whatever accelerator there is, and not on the host."""
-    return deepspeed_ops.device() != "cpu" and offloaded(config, "optimizer") == "none"
+    """Return whether the optimizer's step runs on a GPU or another accelerator instead of on the host."""
+    return deepspeed_ops.device() != "cpu" and offload_device(config, "optimizer") == "none"
 
 
-def ready(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
-    """The config with what NVMe needs: a folder of the run's own, and buffers that fit the model if it names none.
+def configure_nvme(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """Complete a config for offloading to NVMe: a separate folder per run, and buffers that fit the model.
 
-    DeepSpeed's default buffers are a gigabyte for any model, and too small for a large embedding on few ranks; its
-    folder is one for all runs on a machine, and each run's files stay. Raises UserError where NVMe cannot be used.
+    DeepSpeed's default buffers take a gigabyte for every model, and are still too small for a large embedding on few
+    ranks. All runs on a machine would share its default folder, and leave their files there.
+
+    Args:
+        config: The resolved DeepSpeed config, which is not modified.
+        recipe: The recipe, for the size of the model and the run directory.
+        ranks: Number of ranks over which ZeRO partitions parameters.
+
+    Returns:
+        A copy of the config. Buffer sizes that the config states are kept.
+
+    Raises:
+        UserError: If the operator for NVMe cannot be built.
     """
-    filled = copy.deepcopy(dict(config))
-    on_nvme = [f"offload_{what}" for what in ("param", "optimizer") if offloaded(config, what) == "nvme"]
+    completed = copy.deepcopy(dict(config))
+    on_nvme = [f"offload_{what}" for what in ("param", "optimizer") if offload_device(config, what) == "nvme"]
     if on_nvme:
         _check_operator()
     run = hashlib.blake2b(os.path.abspath(recipe.run_dir).encode(), digest_size=4).hexdigest()
     for name in on_nvme:
-        section = filled["zero_optimization"][name]
+        section = completed["zero_optimization"][name]
         section["nvme_path"] = os.path.join(section["nvme_path"], f"megagpt-{run}")
     if "offload_param" in on_nvme:
         with torch.device("meta"):
             largest = max(parameter.numel() for parameter in GPT(recipe.model).parameters())
-        parameters = filled["zero_optimization"]["offload_param"]
+        parameters = completed["zero_optimization"]["offload_param"]
         parameters.setdefault("buffer_size", -(-largest // ranks))
-        parameters.setdefault("buffer_count", _BUFFERS)
-    return filled
+        parameters.setdefault("buffer_count", _PARAMETER_BUFFERS)
+    return completed
 
 
-def swap_folders(config: Mapping[str, Any], rank: int) -> list[Path]:
-    """The folders on NVMe that hold this rank's files; emptied, if a run before this one was killed."""
+def clear_swap_folders(config: Mapping[str, Any], rank: int) -> list[Path]:
+    """Delete and return this rank's folders on NVMe, which a killed run may have left."""
     sections = [config.get("zero_optimization", {}).get(f"offload_{what}") or {} for what in ("param", "optimizer")]
     roots = {Path(section["nvme_path"]) for section in sections if section.get("device") == "nvme"}
-    folders = [root / "zero_stage_3" / kind / f"rank{rank}" for root in roots for kind in _KINDS]
+    folders = [root / "zero_stage_3" / name / f"rank{rank}" for root in roots for name in _SWAP_FOLDERS]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     return folders
 
 
-def clear(folders: Sequence[Path]) -> None:
-    """Remove this rank's folders, and those above them that are then empty. Only when no rank makes new ones."""
+def remove_swap_folders(folders: Sequence[Path]) -> None:
+    """Remove this rank's folders and their empty parents. Call only when no rank creates new ones."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-        for above in list(folder.parents)[:3]:
-            with contextlib.suppress(OSError):  # not empty: another rank's
-                above.rmdir()
+        for parent in list(folder.parents)[:3]:
+            with contextlib.suppress(OSError):  # not empty: it holds another rank's folders
+                parent.rmdir()
 
 
 def _check_operator() -> None:
-    """Build or load DeepSpeed's asynchronous I/O now, and say what is missing if that fails."""
+    """Load DeepSpeed's operator for asynchronous I/O now, so that an error explains what is missing."""
     try:
         deepspeed_ops.load("async_io")
     except Exception as error:

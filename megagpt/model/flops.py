@@ -101,7 +101,7 @@ def _boundaries(costs: tuple[float, ...], stages: int) -> list[int]:
 
 
 def layer_kinds(section: ModelSection) -> list[str]:
-    """Return the kind of each of `gpt.layers(section)`: embedding, positions, block, norm or head."""
+    """Return the kind of each of `gpt.build_layers(section)`: embedding, positions, block, norm or head."""
     positions = ["positions"] if section.position == "learned" else []
     return ["embedding", *positions, *["block"] * section.n_layer, "norm", "head"]
 

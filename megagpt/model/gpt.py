@@ -99,7 +99,7 @@ class Output(dict[str, Tensor | None]):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameters are named `layers.{i}.…` by their place in `build_layers(section)`.
+    """A decoder-only transformer. Parameters are named `layers.{i}.…` by their index in `build_layers(section)`.
 
     Args:
         section: the model

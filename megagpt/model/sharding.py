@@ -53,7 +53,7 @@ class ShardSpec:
 def shard_spec(name: str, section: ModelSection, degree: int) -> ShardSpec | None:
     """Return how a parameter is sharded.
 
-    The blocks' linear layers are split as `linear_shapes` says. The rows of the vocabulary are split, too, if their
+    `linear_shapes` defines the split of the blocks' linear layers. The rows of the vocabulary are split, too, if their
     number is divisible by the degree.
 
     Args:

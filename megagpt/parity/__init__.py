@@ -1,4 +1,4 @@
-"""`megagpt parity`: does this layout, on these machines, train the same as one process? Before months are spent."""
+"""`megagpt parity`: checks, before a long run, that a layout trains the same as one process on these machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.cluster import Collectives, Rank, from_environment, preflight
-from megagpt.cluster.rendezvous import meeting
+from megagpt.cluster.rendezvous import rendezvous
 from megagpt.config import deepspeed as ds_config
 from megagpt.config import recipe as recipes
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE
@@ -27,13 +27,20 @@ if TYPE_CHECKING:
     from megagpt.parity.curve import Curve
     from megagpt.state import UpdateResult
 
-_HELD_OUT_FROM = 1_000_000  # a data position far from what is trained on
-_REAL_LENGTH = 8  # updates of the schedule of which the real shape makes one
+_HELD_OUT_FROM = 1_000_000  # a data position far from those that are trained on
+_REAL_LENGTH = 8  # updates in the schedule of the real shape, of which only the first is made
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line says; see `megagpt parity --help`."""
+class ParityOptions:
+    """Arguments of the command; see `megagpt parity --help`.
+
+    Attributes:
+        recipe: path of the recipe.
+        deepspeed_config: path of the DeepSpeed config.
+        overrides: `key=value` arguments for either file.
+        updates: number of updates of the shrunk run.
+    """
 
     recipe: Path
     deepspeed_config: Path
@@ -41,30 +48,35 @@ class Options:
     updates: int = 20
 
 
-def parity(options: Options) -> int:
-    """Print a certificate for this layout, or what is wrong with it.
+def parity(options: ParityOptions) -> int:
+    """Print a certificate for a layout, or what is wrong with it. Collective.
 
-    The stages of the real shape are built on the meta device, the shrunk recipe is trained on this layout and in one
-    process, and one update of the real shape is made if it fits. Every rank calls it. Exit code 0 for the same curve,
-    1 for another. What libraries say goes to logs in the run
-    directory's folder `parity`. Raises UserError where the recipe and the config do not fit together.
+    The stages of the real model are built on the meta device, a shrunk recipe is trained both on this layout and in
+    one process, and one update of the real model is made if it fits. Output of libraries goes to log files in the
+    folder `parity` of the run directory.
+
+    Returns:
+        The exit code: 0 if the loss curves are the same, else 1.
+
+    Raises:
+        UserError: The recipe and the DeepSpeed config do not fit together.
     """
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
-    with meeting(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
+    with rendezvous(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
         return _certify(options, rank, run_dir)
 
 
-def _certify(options: Options, rank: Rank, run_dir: str) -> int:
+def _certify(options: ParityOptions, rank: Rank, run_dir: str) -> int:
     with Console(Path(run_dir) / "parity", rank.rank) as console:  # before DeepSpeed is imported, which prints
-        certificate = _prove(options, _resolve(options, rank, ()), rank, console)
+        certificate = _test_layout(options, _resolve(options, rank, ()), rank, console)
         console.say(str(certificate))
-    return EXIT_DONE if certificate.good else EXIT_FAILURE
+    return EXIT_DONE if certificate.passed else EXIT_FAILURE
 
 
-def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Certificate:
-    """Check the stages of the real shape, train the small run, then make one update of the real shape if it fits.
+def _test_layout(options: ParityOptions, real: Resolved, rank: Rank, console: Console) -> Certificate:
+    """Check the stages of the real model, train the shrunk model, then make one update of the real model if it fits.
 
-    The stages come first: a pipeline whose stages do not fit together would hang instead of answering.
+    The stages are checked first, because a pipeline whose stages do not fit together would hang.
     """
     from megagpt.engine import build
     from megagpt.engine import init_deepspeed as start
@@ -73,126 +85,135 @@ def _prove(options: Options, real: Resolved, rank: Rank, console: Console) -> Ce
 
     start.start(rank)
     collectives = Collectives(rank.world_size)
-    small = _resolve(options, rank, shrink.overrides(real, options.updates, None))
-    proof = Certificate(real, small, options.updates, real_shape.build_stages(real))
-    if proof.good:
-        small, updates, held_out, expected = _reference(options, real, rank, collectives)
+    small = _resolve(options, rank, shrink.shrinking_overrides(real, options.updates, None))
+    certificate = Certificate(real, small, options.updates, real_shape.build_stages(real))
+    if certificate.passed:
+        small, updates, held_out, expected = _train_reference(options, real, rank, collectives)
         engine = build.build(small, options.updates, rank, collectives)
         with _watched(real, rank, collectives, console) as watch:
-            got = _train(engine, small, updates, held_out, rank, watch)
+            got = _train_layout(engine, small, updates, held_out, rank, watch)
         engine.release()
-        tolerance = curve.allowed(small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True))
-        proof = replace(proof, small=small, differences=curve.compare(small.recipe, expected, got, tolerance))
-        if not collectives.any(not proof.good):
-            proof = _real_update(options, proof, rank, collectives, console)
+        tolerance = curve.calibrated_tolerance(
+            small.recipe, expected, reference.train(small.recipe, updates, held_out, exact=True)
+        )
+        certificate = replace(
+            certificate, small=small, differences=curve.compare(small.recipe, expected, got, tolerance)
+        )
+        if not collectives.any(not certificate.passed):
+            certificate = _real_shape_update(options, certificate, rank, collectives, console)
     start.stop()
-    return proof
+    return certificate
 
 
 @contextlib.contextmanager
 def _watched(real: Resolved, rank: Rank, collectives: Collectives, console: Console) -> Iterator[Watch]:
-    """Watch the updates made in this context: a hang ends the process, with the ranks' phases and stacks."""
-    hosts = preflight.hosts_of(collectives.all_gather_object(preflight.facts_here({}, {})))
+    """End the process if updates in this context hang, after printing the phase and stack of each rank."""
+    hosts = preflight.locations_of_ranks(collectives.all_gather_object(preflight.describe_rank({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
     with Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm) as watch:
         yield watch
 
 
-def _real_update(
-    options: Options, proof: Certificate, rank: Rank, collectives: Collectives, console: Console
+def _real_shape_update(
+    options: ParityOptions, certificate: Certificate, rank: Rank, collectives: Collectives, console: Console
 ) -> Certificate:
-    """Make one update of the real model on the real layout if it fits, and add to the certificate what came of it.
+    """Make one update of the real model on the real layout if it fits, and add the result to the certificate.
 
-    Rank 0 also repeats the loss in one process if a CPU can.
+    If a single CPU process can compute the same update, rank 0 does, for comparison.
     """
     from megagpt.engine import build
     from megagpt.parity import curve, real_shape, reference, shrink
     from megagpt.parity.certificate import RealUpdate
 
-    number = real_shape.micro_batches(proof.real.layout)
-    one = _resolve(options, rank, shrink.one_update(proof.real, number, _REAL_LENGTH))
-    if obstacle := real_shape.obstacle(one, collectives):
-        return replace(proof, obstacle=obstacle)
-    batch = shrink.samples(one.recipe.model, one.recipe.batch.global_size, 0)
+    number = real_shape.micro_batches(certificate.real.layout)
+    one = _resolve(options, rank, shrink.single_update_overrides(certificate.real, number, _REAL_LENGTH))
+    if obstacle := real_shape.find_obstacle(one, collectives):
+        return replace(certificate, obstacle=obstacle)
+    batch = shrink.synthetic_samples(one.recipe.model, one.recipe.batch.global_size, 0)
     engine = build.build(one, _REAL_LENGTH, rank, collectives)
     with _watched(one, rank, collectives, console) as watch:
         watch.enter(PASSES, 1)
-        result = _update(engine, _share(batch, one, rank))
+        result = _train_update(engine, _rank_batches(batch, one, rank))
     engine.release()
     made = RealUpdate(number, result.loss, result.grad_norm, result.made)
-    if real_shape.comparable(one):
-        alone = reference.train(one.recipe, [batch], batch) if rank.main else None
-        loss, norm = (
-            collectives.all_reduce_sum(values[0]) for values in ([alone.losses, alone.norms] if alone else [[0.0]] * 2)
-        )
-        made = replace(made, differences=curve.of_update(one.recipe, (made.loss, made.norm), (loss, norm)))
-    return replace(proof, update=made)
+    if real_shape.can_repeat_in_one_process(one):
+        loss = norm = 0.0
+        if rank.main:
+            alone = reference.train(one.recipe, [batch], batch)
+            loss, norm = alone.losses[0], alone.norms[0]
+        expected = collectives.all_reduce_sum(loss), collectives.all_reduce_sum(norm)
+        made = replace(made, differences=curve.compare_update(one.recipe, (made.loss, made.norm), expected))
+    return replace(certificate, update=made)
 
 
-def _resolve(options: Options, rank: Rank, more: Sequence[str]) -> Resolved:
+def _resolve(options: ParityOptions, rank: Rank, extra: Sequence[str]) -> Resolved:
     from megagpt.engine import deepspeed_keys
 
-    words = (*options.overrides, *more)
-    recipe = recipes.load(options.recipe, words)
-    return ds_config.load(options.deepspeed_config, recipe, rank.world_size, deepspeed_keys.known_keys(), words)
+    overrides = (*options.overrides, *extra)
+    recipe = recipes.load(options.recipe, overrides)
+    return ds_config.load(options.deepspeed_config, recipe, rank.world_size, deepspeed_keys.known_keys(), overrides)
 
 
-def _reference(
-    options: Options, real: Resolved, rank: Rank, collectives: Collectives
+def _train_reference(
+    options: ParityOptions, real: Resolved, rank: Rank, collectives: Collectives
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
-    """The small run, its batches, and what one process makes of them. Clipping acts in about half of the updates."""
+    """Train the shrunk run in one process. The clipping limit is chosen so that about half of the updates are clipped.
+
+    Returns:
+        The shrunk run, its batches, the held-out samples, and the curve.
+    """
     from megagpt.parity import reference, shrink
 
     clip = None
     for attempt in ("without clipping", "with"):
-        small = _resolve(options, rank, shrink.overrides(real, options.updates, clip))
+        small = _resolve(options, rank, shrink.shrinking_overrides(real, options.updates, clip))
         size, model = small.recipe.batch.global_size, small.recipe.model
-        updates = [shrink.samples(model, size, number * size) for number in range(options.updates)]
-        held_out = shrink.samples(model, size, _HELD_OUT_FROM)
+        updates = [shrink.synthetic_samples(model, size, number * size) for number in range(options.updates)]
+        held_out = shrink.synthetic_samples(model, size, _HELD_OUT_FROM)
         expected = reference.train(small.recipe, updates, held_out)
         if attempt == "with" or real.recipe.optimizer.clip is None:
             break
-        # rank 0's, so that different machines do not clip at limits that differ by a rounding
+        # Every rank uses the limit of rank 0, because rounding could give another one on another machine.
         clip = collectives.all_reduce_sum(statistics.median(expected.norms) if rank.main else 0.0)
     return small, updates, held_out, expected
 
 
-def _train(
+def _train_layout(
     engine: Engine, small: Resolved, updates: Sequence[Batch], held_out: Batch, rank: Rank, watch: Watch
 ) -> Curve:
-    """Train the layout on the same batches."""
+    """Train the shrunk run on the layout, with the same batches as the reference."""
     from megagpt.parity.curve import Curve
 
-    initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
-    before = _evaluate(engine, _share(held_out, small, rank))
+    initial = {name: value.clone() for name, value in engine.weights()}  # cloned: stage 0 returns the live tensors
+    before = _evaluate(engine, _rank_batches(held_out, small, rank))
     results = []
     for number, batch in enumerate(updates, start=1):
         watch.enter(PASSES, number)
-        results.append(_update(engine, _share(batch, small, rank)))
+        results.append(_train_update(engine, _rank_batches(batch, small, rank)))
     watch.enter(EVALUATE, len(updates))
-    after = _evaluate(engine, _share(held_out, small, rank))
+    after = _evaluate(engine, _rank_batches(held_out, small, rank))
     final = {name: value.clone() for name, value in engine.weights()}
     rows = ([row.loss, row.grad_norm, row.lr, row.tokens] for row in results)
     losses, norms, rates, tokens = (list(column) for column in zip(*rows, strict=True))
     return Curve(losses, norms, rates, [int(number) for number in tokens], [before, after], initial, final)
 
 
-def _update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
-    """One update; where fp16's gradient overflows it is made again at a lower scale, as in a run."""
+def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
+    loss = engine.evaluate(batches)
+    assert loss is not None  # None only if an evaluation is stopped early
+    return loss
+
+
+def _train_update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
+    """Make one update. If the fp16 gradient overflows, repeat it with a lower loss scale, as in a run."""
     result = engine.train_update(batches)
     while not result.made and math.isfinite(result.loss) and result.scale and result.scale.value > result.scale.minimum:
         result = engine.train_update(batches)
     return result
 
 
-def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
-    loss = engine.evaluate(batches)
-    assert loss is not None  # nothing asks this evaluation to stop
-    return loss
-
-
-def _share(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:
-    """This rank's micro-batches, as the loader gives them."""
+def _rank_batches(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:
+    """Return this rank's micro-batches of a global batch, in the order of `Loader`."""
     layout = small.layout
     first, step = layout.data_rank(rank.rank) * layout.micro_batch, layout.micro_batch * layout.data_parallel
     starts = range(first, len(batch.labels), step)

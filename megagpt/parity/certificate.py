@@ -1,4 +1,4 @@
-"""The certificate of a layout: what was compared, what was tried on the real shape, and what was not proven."""
+"""The certificate of a layout: what was compared, what was run on the real shape, and what was not proven."""
 
 from __future__ import annotations
 
@@ -14,58 +14,71 @@ from megagpt.parity.curve import KINDS, Difference, worst
 
 @dataclass(frozen=True)
 class RealUpdate:
-    """One update of the real model on the real layout."""
+    """Result of one update of the real model on the real layout.
+
+    Attributes:
+        micro_batches: number of micro-batches per rank.
+        loss: nats per token.
+        norm: gradient norm before clipping.
+        made: False if the gradient was not finite, so that the weights did not change.
+        differences: loss and norm compared with one process; empty if they were not computed there.
+    """
 
     micro_batches: int
-    """per rank"""
     loss: float
     norm: float
     made: bool
     differences: tuple[Difference, ...] = ()
-    """loss and norm compared with one process; empty if that was not computed"""
 
     @property
-    def good(self) -> bool:
-        """Whether the update was made, with finite numbers, and with those of one process if they are known."""
+    def passed(self) -> bool:
+        """True if the update was made with finite numbers that match those of one process, if those are known."""
         finite = math.isfinite(self.loss) and math.isfinite(self.norm)
         return self.made and finite and not any(row.too_far for row in self.differences)
 
     def __str__(self) -> str:
         numbers = f"loss {self.loss:.9g}, gradient norm {self.norm:.9g}{'' if self.made else ', not made'}"
-        off = " and ".join(f"{row.kind} by {row.off:.1e}" for row in self.differences)
-        return f"{numbers}; off from one process: {off}" if off else numbers
+        differences = " and ".join(f"{row.kind} {row.off:.1e}" for row in self.differences)
+        return f"{numbers}; relative difference to one process: {differences}" if differences else numbers
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """All that was found about a layout; its text is what people read."""
+    """Everything that was found about a layout. `str` formats it for a terminal.
+
+    Attributes:
+        real: the real recipe and its DeepSpeed config.
+        small: the shrunk ones.
+        updates: number of updates of the shrunk run.
+        stages: pipeline stages of the real model.
+        differences: every number of the shrunk run compared with one process; empty before that run.
+        update: the update of the real model; None if it was not made.
+        obstacle: why no update of the real model was made; "" if it was.
+    """
 
     real: Resolved
     small: Resolved
     updates: int
     stages: list[real_shape.Stage]
-    """of the real shape"""
     differences: Sequence[Difference] = ()
-    """every number of the small run compared with one process; empty before the small run"""
     update: RealUpdate | None = None
     obstacle: str = ""
-    """why no update of the real shape was made"""
 
     @property
-    def faults(self) -> list[str]:
-        """A line for each way in which the stages of the real shape do not fit together."""
-        return real_shape.faults(self.stages, self.real)
+    def stage_problems(self) -> list[str]:
+        """One line per way in which the stages of the real model do not fit together."""
+        return real_shape.stage_problems(self.stages, self.real)
 
     @property
-    def cut_alike(self) -> bool:
-        """Whether the shrunk model has the same layers and parameter groups on each stage as the real one."""
-        return real_shape.alike(self.stages, real_shape.build_stages(self.small))
+    def has_same_stages(self) -> bool:
+        """True if the shrunk model has the same kinds of layer and parameter groups on each stage as the real one."""
+        return real_shape.same_stages(self.stages, real_shape.build_stages(self.small))
 
     @property
-    def good(self) -> bool:
-        """Whether nothing that was tried went wrong."""
-        wrong = self.faults or any(row.too_far for row in self.differences)
-        return not wrong and (self.update is None or self.update.good)
+    def passed(self) -> bool:
+        """True if every check that was made succeeded."""
+        wrong = self.stage_problems or any(row.too_far for row in self.differences)
+        return not wrong and (self.update is None or self.update.passed)
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *self._numbers(), *self._real(), "", *self._verdict()])
@@ -79,8 +92,8 @@ class Certificate:
             f"{model.vocab_size:,}; {self.updates} updates"
         )
         if layout.pipeline_stages > 1:
-            same = "the same" if self.cut_alike else "OTHERS"
-            kinds = real_shape.described([stage.kinds for stage in self.stages])
+            same = "the same" if self.has_same_stages else "DIFFERENT"
+            kinds = real_shape.format_stage_kinds([stage.kinds for stage in self.stages])
             yield f"stages   {kinds}; {same} in the shrunk model"
         yield f"versions {versions}"
 
@@ -91,7 +104,7 @@ class Certificate:
             yield ""
 
     def _real(self) -> Iterator[str]:
-        if not self.faults:
+        if not self.stage_problems:
             groups = ", ".join(str(len(stage.groups)) for stage in self.stages)
             sent = f", {self.stages[0].output} from each stage to the next" if len(self.stages) > 1 else ""
             yield f"real shape: built on the meta device: parameter groups {groups}; even shards{sent}"
@@ -102,11 +115,11 @@ class Certificate:
             yield f"not proven: {line}"
 
     def _not_proven(self) -> Iterator[str]:
-        """What nobody should read into this certificate."""
+        """Yield what this certificate does not prove."""
         if not self.differences:
             return
-        if not self.cut_alike:
-            yield "the curve of these stages: no small model is cut alike"
+        if not self.has_same_stages:
+            yield "the curve with these stages: no small model is split in the same way"
         if self.obstacle:
             yield f"that an update of the real shape can be made: {self.obstacle}"
         elif self.update is not None and not self.update.differences:
@@ -119,12 +132,15 @@ class Certificate:
 
     def _verdict(self) -> list[str]:
         wrong = [row for row in self.differences if row.too_far]
-        if self.faults:
-            return ["THIS LAYOUT DOES NOT RUN: its stages do not fit together", *(f"  {row}" for row in self.faults)]
+        if self.stage_problems:
+            return [
+                "THIS LAYOUT DOES NOT RUN: its stages do not fit together",
+                *(f"  {row}" for row in self.stage_problems),
+            ]
         if wrong:
             first = (f"  {row}" for row in wrong[:3])
-            return [f"ANOTHER CURVE than one process; {len(wrong)} numbers differ, first:", *first]
-        if self.update is not None and not self.update.good:
+            return [f"NOT THE SAME CURVE as one process: {len(wrong)} numbers differ, the first of them:", *first]
+        if self.update is not None and not self.update.passed:
             rows = [f"  {row}" for row in self.update.differences if row.too_far] or [f"  {self.update}"]
-            return ["ANOTHER UPDATE of the real shape than one process:", *rows]
+            return ["NOT THE SAME UPDATE of the real shape as one process:", *rows]
         return ["the same curve as one process, update by update"]

@@ -1,4 +1,4 @@
-"""What can be proven about the real shape of a run: its stages on the meta device, and one update where it fits."""
+"""Checks of the real model: its pipeline stages on the meta device, and whether one update of it fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from megagpt.cluster import Collectives
 from megagpt.config.deepspeed import Layout, Resolved
-from megagpt.doctor import facts
+from megagpt.doctor import host_facts
 from megagpt.engine import deepspeed_ops
 from megagpt.engine.optim import build as optimizers
 from megagpt.engine.parallel import pipeline_stages, tensor
@@ -26,20 +26,24 @@ from megagpt.plan.verdict import fit
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_FLOPS = 2e12
-"""Arithmetic that the CPUs of all ranks do in one or two minutes, in fp32; low precision takes ten times as long."""
+"""FLOPs that the CPUs of all ranks compute in one or two minutes in fp32; low precision takes ten times as long"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage of the real model, built on the meta device as one tensor-parallel rank holds it."""
+    """One pipeline stage of the real model, built on the meta device as one tensor-parallel rank holds it.
+
+    Attributes:
+        kinds: kinds of its layers.
+        groups: names of the parameters in each parameter group, with the kind of layer in place of its number.
+        wrong_shards: one line per parameter whose shard does not have the shape that the rank must hold.
+        output: shape and dtype of the tensor that it sends to the next stage.
+    """
 
     kinds: tuple[str, ...]
     groups: list[frozenset[str]]
-    """names of the parameters of each group, with the kind of layer in place of its number"""
-    uneven: list[str]
-    """a line for each parameter whose shard does not have the shape that its rank must hold"""
+    wrong_shards: list[str]
     output: str
-    """shape and dtype of what a stage sends to the next one"""
 
 
 def build_stages(resolved: Resolved) -> list[Stage]:
@@ -52,29 +56,32 @@ def build_stages(resolved: Resolved) -> list[Stage]:
         held = nn.ModuleDict({str(index): shards[index] for index in local})
         last = number == layout.pipeline_stages - 1
         output = "the loss" if last else _output(resolved, [whole[index] for index in local], number)
-        built.append(Stage(kinds, _groups(resolved, held), _uneven(resolved, held), output))
+        built.append(Stage(kinds, _groups(resolved, held), _wrong_shards(resolved, held), output))
     return built
 
 
-def alike(built: list[Stage], others: list[Stage]) -> bool:
-    """Return whether two models are cut alike: the same kinds of layer and the same parameter groups on each stage."""
+def same_stages(built: list[Stage], others: list[Stage]) -> bool:
+    """Return True if two models have the same kinds of layer and the same parameter groups on each stage."""
     return [(stage.kinds, stage.groups) for stage in built] == [(stage.kinds, stage.groups) for stage in others]
 
 
-def faults(built: list[Stage], resolved: Resolved) -> list[str]:
-    """Return a line for each way in which stages do not fit together; an empty list if they do.
+def stage_problems(built: list[Stage], resolved: Resolved) -> list[str]:
+    """Check that stages fit together.
 
     Args:
         built: The stages, from `build_stages`.
         resolved: The recipe and the DeepSpeed config from which they were built.
+
+    Returns:
+        One line per problem.
     """
     layout, section = resolved.layout, resolved.recipe.model
-    lines = [line for stage in built for line in stage.uneven]
+    lines = [line for stage in built for line in stage.wrong_shards]
     layers = enumerate(_layers(resolved, layout.tensor_parallel))
     whole = _groups(resolved, nn.ModuleDict({str(index): layer for index, layer in layers}))
     for number, stage in enumerate(built):
-        places = [[place for place, group in enumerate(whole) if mine <= group] for mine in stage.groups]
-        if not places or places != sorted(places) or any(len(place) != 1 for place in places):
+        matches = [[index for index, group in enumerate(whole) if mine <= group] for mine in stage.groups]
+        if not matches or matches != sorted(matches) or any(len(match) != 1 for match in matches):
             lines.append(f"stage {number} ({', '.join(stage.kinds)}) has other parameter groups than the whole model")
     hidden = [layout.micro_batch, section.seq_len // layout.sequence_parallel, section.d_model]
     expected = f"{hidden} {resolved.recipe.precision or 'fp32'}"
@@ -86,21 +93,21 @@ def faults(built: list[Stage], resolved: Resolved) -> list[str]:
     return lines
 
 
-def described(kinds: list[tuple[str, ...]]) -> str:
-    """Return the kinds of layer of all stages on one line; equal neighbors are counted."""
+def format_stage_kinds(kinds: list[tuple[str, ...]]) -> str:
+    """Return the kinds of layer of all stages on one line; equal neighboring stages are combined, with their number."""
     runs = [(" + ".join(kind), len(list(run))) for kind, run in groupby(kinds)]
     return " | ".join(f"{text} (×{number})" if number > 1 else text for text, number in runs)
 
 
 def micro_batches(layout: Layout) -> int:
-    """Return how many micro-batches the update of the real shape takes: enough to fill a pipeline, and to add up."""
+    """Return how many micro-batches the update of the real model has: enough to fill a pipeline, and at least two."""
     return min(layout.accumulation, max(layout.pipeline_stages, 2))
 
 
-def obstacle(one: Resolved, collectives: Collectives) -> str:
-    """Return why an update of the real shape cannot be made on these machines, or "" if it can be.
+def find_obstacle(one: Resolved, collectives: Collectives) -> str:
+    """Return why an update of the real model cannot be made on these machines, or "" if it can be. Collective.
 
-    Collective; every rank returns the same text.
+    Every rank returns the same text.
 
     Args:
         one: The real recipe with an update of a few micro-batches.
@@ -108,7 +115,7 @@ def obstacle(one: Resolved, collectives: Collectives) -> str:
     """
     ranks = collectives.all_gather_object(socket.gethostname()).count(socket.gethostname())
     on_cpu = deepspeed_ops.device() == "cpu"
-    needed, available = memory(one, on_cpu), facts.memory()["available"]
+    needed, available = memory(one, on_cpu), host_facts.memory()["available"]
     if on_cpu:
         found = fit(needed, Device("cpu", available // ranks), ranks, available)
     else:
@@ -119,23 +126,23 @@ def obstacle(one: Resolved, collectives: Collectives) -> str:
             f"a rank needs {_gb(found.device_wanted)} of {_gb(found.device_memory or 0)} of its device, and a host "
             f"{_gb(found.host_wanted)} of {_gb(found.host_memory or 0)} of its memory"
         )
-    elif on_cpu and (work := arithmetic(one)) > _affordable(one):
+    elif on_cpu and (work := update_flops(one)) > _affordable_flops(one):
         mine = f"an update takes {work / 1e12:,.0f} TFLOP, too many for CPUs"
     return next((text for text in collectives.all_gather_object(mine) if text), "")
 
 
-def arithmetic(one: Resolved) -> float:
-    """Return the FLOPs of one update of all ranks."""
+def update_flops(one: Resolved) -> float:
+    """Return the FLOPs of one update, on all ranks together."""
     section = one.recipe.model
     return flops.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
 
 
-def comparable(one: Resolved) -> bool:
-    """Return whether one process on a CPU can repeat the loss of an update of the real shape."""
-    return one.recipe.model.dropout == 0 and arithmetic(one) <= _affordable(one)
+def can_repeat_in_one_process(one: Resolved) -> bool:
+    """Return True if one process on a CPU can compute the same update of the real model in reasonable time."""
+    return one.recipe.model.dropout == 0 and update_flops(one) <= _affordable_flops(one)
 
 
-def _affordable(one: Resolved) -> float:
+def _affordable_flops(one: Resolved) -> float:
     return CPU_FLOPS if one.recipe.precision in (None, "fp32") else CPU_FLOPS / 10
 
 
@@ -144,14 +151,14 @@ def _gb(size: int) -> str:
 
 
 def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
-    """All layers on the meta device, as a rank of `degree` tensor-parallel ones holds them."""
+    """Build all layers on the meta device, as one rank holds them with this tensor-parallel degree."""
     with torch.device("meta"):
-        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.Parts(degree=degree))
+        parallel = tensor.parallel_layers(resolved.recipe.model, tensor.TensorParallelGroup(degree=degree))
         return list(gpt.build_layers(resolved.recipe.model, parallel))
 
 
 def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
-    """The parameter groups of the recipe's optimizer over these layers."""
+    """Return the parameter groups of the recipe's optimizer for these layers."""
     kinds = flops.layer_kinds(resolved.recipe.model)
     names = {parameter: name.split(".", 1) for name, parameter in held.named_parameters()}
     groups = optimizers.build(resolved.recipe.optimizer, held, on_gpu=False).param_groups
@@ -159,8 +166,8 @@ def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
     return [frozenset(f"{kinds[int(index)]}.{name}" for index, name in group) for group in found]
 
 
-def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
-    """A line for each parameter whose shard does not have the shape that its rank must hold."""
+def _wrong_shards(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
+    """Return one line per parameter whose shard does not have the shape that the rank must hold."""
     section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
     shapes = {name: list(shape) for layer in layer_shapes(section) for name, shape in layer.items()}
     lines = []
@@ -175,7 +182,7 @@ def _uneven(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
 
 
 def _output(resolved: Resolved, layers: Sequence[nn.Module], number: int) -> str:
-    """Shape and dtype after these whole layers: what travels between stages is not cut by tensor-parallel ranks."""
+    """Return shape and dtype of the output of these layers. It is not sharded, and so the layers are whole."""
     layout, section = resolved.layout, resolved.recipe.model
     dtype = _DTYPES[resolved.recipe.precision or "fp32"]
     size = (layout.micro_batch, section.seq_len // layout.sequence_parallel)

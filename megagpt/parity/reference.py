@@ -1,4 +1,4 @@
-"""The run that a layout must repeat: one process, plain PyTorch, the global batch in one go."""
+"""The reference that a layout must reproduce: training in one process with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,22 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: bool = False) -> Curve:
-    """Train on one global batch per update. Low precision: fp32 masters beside a model that is cast from them.
+    """Train on one global batch per update, and return the curve.
 
-    There the batch comes in micro-batches, as sums over many tokens lose what is small; gradients are added up in fp32.
-    `exact` computes in fp32 with the same cast weights: what low precision is off is told by the difference.
+    In low precision, the model is cast from fp32 master weights after each update. Its batch is split into
+    micro-batches whose gradients are accumulated in fp32, because sums over many tokens in low precision lose small
+    terms.
+
+    Args:
+        recipe: The recipe.
+        updates: The global batch of each update.
+        held_out: Samples to evaluate on before and after training.
+        exact: Compute in fp32 with the same cast weights, to measure the error of low precision.
     """
     dtype, total = _DTYPES[recipe.precision or "fp32"], len(updates)
     arithmetic = torch.float32 if exact else dtype
     micro = MICRO if arithmetic != torch.float32 else None
-    scale = 2.0**16 if arithmetic == torch.float16 else 1.0  # lest small gradients vanish
+    scale = 2.0**16 if arithmetic == torch.float16 else 1.0  # otherwise small gradients would underflow
     masters = GPT(recipe.model, recipe.document_end)
     initialize(masters, recipe.seed)
     masters.to(dtype).float()
@@ -41,11 +48,11 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
     losses, norms, rates, tokens = [], [], [], []
     evaluations = [_loss(model, held_out, _valid(held_out)).item()]
     for number, batch in enumerate(updates, start=1):
-        share = factor(recipe.schedule, number, total, recipe.schedule.min_lr / recipe.optimizer.lr)
+        fraction = factor(recipe.schedule, number, total, recipe.schedule.min_lr / recipe.optimizer.lr)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * fraction
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
-        # in fp64: in fp32 the norm of a long vector is off by more than layouts may differ
+        # in fp64: the rounding error of a long vector's norm in fp32 is larger than the tolerance
         gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
         norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
@@ -54,7 +61,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         with torch.no_grad():
             for master, parameter in zip(masters.parameters(), model.parameters(), strict=True):
                 parameter.copy_(master.to(dtype))
-        rates.append(peaks[0] * share)
+        rates.append(peaks[0] * fraction)
         tokens.append(_valid(batch))
     evaluations.append(_loss(model, held_out, _valid(held_out)).item())
     final = {name: value.detach() for name, value in masters.named_parameters()}
@@ -62,7 +69,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
 
 
 def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float) -> float:
-    """The loss, and its gradient at the masters, `micro` samples at a time."""
+    """Compute the loss and the gradients of the master weights, `micro` samples at a time. Returns the loss."""
     total, valid = 0.0, _valid(batch)
     sums = [torch.zeros_like(master) for master in masters.parameters()]
     for part in zip(*(torch.split(tensor, micro) for tensor in batch), strict=True):
@@ -79,7 +86,7 @@ def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float)
 
 
 def _loss(model: GPT, batch: Batch, valid: int) -> torch.Tensor:
-    """The sum over the valid tokens of these samples, by the number of all valid ones."""
+    """Return the loss summed over the valid tokens of these samples, divided by `valid`."""
     logits = model(batch.input_ids).logits.float()
     every = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return every / valid

@@ -1,4 +1,4 @@
-"""A run small enough to be repeated by one process, with every switch of the real one, and its samples."""
+"""Shrinks a recipe so far that one process can train it too, with every switch unchanged, and makes its samples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _SEQ_LEN = 64, 32
 _VOCAB_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
-MICRO = 2  # samples of a micro-batch
-_EOD = 5  # one token of many: some sequences hold it, others do not
+MICRO = 2  # samples per micro-batch
+_EOD = 5  # an ordinary token, which some sequences contain and others do not
 
 
-def overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ...]:
-    """Return overrides that shrink a recipe, and the batch sizes of its DeepSpeed config, to seconds.
+def shrinking_overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ...]:
+    """Return overrides that shrink a recipe, and the batch sizes of its DeepSpeed config, so that it trains in seconds.
 
-    Kept are all switches, the ratio of query heads to key heads, the fraction of recomputed blocks, how the layout
-    cuts everything, and the kinds of layer on each pipeline stage (`model`). Changed is what would hide a fault or
-    enlarge rounding: dropout is off, ZeRO-3 keeps no small parameter whole, eps is large enough for weights whose
-    gradient is rounding alone, and clipping acts in some updates only.
+    All switches stay the same, as do the ratio of query heads to key heads, the fraction of recomputed blocks, how
+    the layout splits the model, and the kinds of layer on each pipeline stage (see `shrunk_model`). Settings that
+    would hide a fault or magnify rounding errors are changed: dropout is off, ZeRO-3 shards even small parameters,
+    eps is large enough for weights whose gradient is only rounding, and clipping acts in some updates only.
 
     Args:
         resolved: The real recipe and its DeepSpeed config.
@@ -32,10 +32,10 @@ def overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str
         clip: The largest gradient norm of the small run; None for no clipping.
     """
     recipe, layout = resolved.recipe, resolved.layout
-    small = model(recipe.model, layout)
+    small = shrunk_model(recipe.model, layout)
     recomputed = -(-layout.recomputed_blocks * small.n_layer // recipe.model.n_layer)
     accumulation = max(min(layout.accumulation, 3), layout.pipeline_stages)
-    # larger models have steeper slopes, and rounding grows with them
+    # Larger models have larger curvature, which magnifies rounding errors.
     rate = (3e-3 if small.n_layer == 2 else 1e-3) * _WIDTH / small.d_model
     floor = recipe.schedule.min_lr / recipe.optimizer.lr * rate
     shape = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "seq_len")
@@ -43,17 +43,17 @@ def overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str
         **{f"model.{name}": getattr(small, name) for name in shape},
         "model.dropout": 0.0, "batch.global_size": layout.data_parallel * accumulation * MICRO,
         "optimizer.lr": rate, "optimizer.eps": 1e-6, "optimizer.clip": clip, "schedule.min_lr": floor,
-        **_length(resolved, updates), **_batch(MICRO),
+        **_length_overrides(resolved, updates), **_batch_overrides(MICRO),
     }  # fmt: skip
     if layout.zero_stage == 3:
         values["ds.zero_optimization.stage3_param_persistence_threshold"] = 0
     if recomputed:
         values["ds.activation_checkpointing.number_checkpoints"] = recomputed
-    return _written(values)
+    return _as_overrides(values)
 
 
-def one_update(resolved: Resolved, micro_batches: int, updates: int) -> tuple[str, ...]:
-    """Return overrides that keep the real model and layout, and shorten an update to a few micro-batches.
+def single_update_overrides(resolved: Resolved, micro_batches: int, updates: int) -> tuple[str, ...]:
+    """Return overrides that keep the real model and layout, but reduce an update to a few micro-batches.
 
     Args:
         resolved: The real recipe and its DeepSpeed config.
@@ -61,19 +61,19 @@ def one_update(resolved: Resolved, micro_batches: int, updates: int) -> tuple[st
         updates: The number of updates of the schedule.
     """
     layout = resolved.layout
-    return _written({
+    return _as_overrides({
         "batch.global_size": layout.data_parallel * micro_batches * layout.micro_batch,
-        **_length(resolved, updates), **_batch(layout.micro_batch),
+        **_length_overrides(resolved, updates), **_batch_overrides(layout.micro_batch),
     })  # fmt: skip
 
 
-def model(real: ModelSection, layout: Layout) -> ModelSection:
-    """Return a small model that a layout cuts in the same way as the real one.
+def shrunk_model(real: ModelSection, layout: Layout) -> ModelSection:
+    """Return a small model that a layout splits in the same way as the real one.
 
     Each pipeline stage holds the same kinds of layer, and the vocabulary divides by the tensor-parallel degree if
     and only if the real one does: a vocabulary that does not divide is kept whole on every rank. Heads, d_ff and the
-    sequence always divide, as they do in every layout that is accepted. If no small model is cut alike, the smallest
-    one is returned; callers compare `cost.stage_kinds`.
+    sequence always divide, as they do in every valid layout. If no small model is split in the same way, the smallest
+    one is returned. Callers compare `flops.stage_kinds`.
     """
     smallest, *others = _candidates(real, layout)
     kinds = flops.stage_kinds(real, layout.pipeline_stages)
@@ -82,12 +82,12 @@ def model(real: ModelSection, layout: Layout) -> ModelSection:
 
 
 def _candidates(real: ModelSection, layout: Layout) -> Iterator[ModelSection]:
-    """Two blocks per stage and a small vocabulary first, then every other number and size, the cheapest first.
+    """Yield two blocks per stage with a small vocabulary, then all other numbers and sizes, the cheapest first.
 
-    Few blocks and a large vocabulary put the head on a stage of its own.
+    With few blocks and a large vocabulary, the head gets a stage of its own.
     """
     stages, degree = layout.pipeline_stages, layout.tensor_parallel
-    small = _narrow(real, layout)
+    small = _narrow_model(real, layout)
 
     def of(blocks: int, vocab_size: int) -> ModelSection:
         while (vocab_size % degree == 0) != (real.vocab_size % degree == 0):
@@ -101,8 +101,8 @@ def _candidates(real: ModelSection, layout: Layout) -> Iterator[ModelSection]:
         yield from sorted(every, key=flops.flops_per_token)
 
 
-def _narrow(real: ModelSection, layout: Layout) -> ModelSection:
-    """The real model with few and narrow heads, a feed-forward part in proportion, and short sequences."""
+def _narrow_model(real: ModelSection, layout: Layout) -> ModelSection:
+    """Return the real model with few and narrow heads, an MLP in the same proportion, and short sequences."""
     degree = layout.tensor_parallel * layout.sequence_parallel
     group = real.n_head // real.n_kv_head
     kv_heads = degree * -(-4 // (degree * group))
@@ -115,8 +115,8 @@ def _narrow(real: ModelSection, layout: Layout) -> ModelSection:
     })  # fmt: skip
 
 
-def _length(resolved: Resolved, updates: int) -> dict[str, object]:
-    """The schedule over so many updates, and the token that ends a document if attention keeps within documents."""
+def _length_overrides(resolved: Resolved, updates: int) -> dict[str, object]:
+    """Return the length and schedule for a number of updates, and an end-of-document token if documents are masked."""
     recipe = resolved.recipe
     return {
         "schedule.warmup_updates": updates // 4,
@@ -126,22 +126,30 @@ def _length(resolved: Resolved, updates: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _batch(micro_batch: int) -> dict[str, object]:
+def _batch_overrides(micro_batch: int) -> dict[str, object]:
     return {
         "ds.train_micro_batch_size_per_gpu": micro_batch, "ds.gradient_accumulation_steps": "auto",
         "ds.train_batch_size": "auto",
     }  # fmt: skip
 
 
-def _written(values: dict[str, object]) -> tuple[str, ...]:
+def _as_overrides(values: dict[str, object]) -> tuple[str, ...]:
     return tuple(f"{key}={'null' if value is None else value}" for key, value in values.items())
 
 
-def samples(section: ModelSection, number: int, first: int) -> Batch:
-    """Token ids and labels [number, seq] of the data positions from `first` on; there is something to learn.
+def synthetic_samples(section: ModelSection, number: int, first: int) -> Batch:
+    """Generate samples from which a model can learn something.
 
-    Each sequence counts upwards in steps of its own, with one token in eight replaced by chance, and ignores the
-    labels of a tail of its own length, so that ranks and micro-batches have unequally many.
+    Each sequence counts upwards in steps of a random size, with one token in eight replaced at random. Labels at its
+    end are ignored, a random number of them, so that ranks and micro-batches have different numbers of valid labels.
+
+    Args:
+        section: The model, for its vocabulary and sequence length.
+        number: The number of samples.
+        first: The data position of the first one, which determines it.
+
+    Returns:
+        Token ids and labels [number, seq].
     """
     size, length = section.vocab_size, section.seq_len
     rows, tails = [], []

@@ -58,7 +58,7 @@ class MicroBatchShape:
 
 def block(shape: MicroBatchShape) -> int:
     """Return the bytes that a block saves if it is not recomputed, including its input."""
-    norms = 2 * (2 * shape.hidden + _norm_statistics(shape))  # input and output of both
+    norms = 2 * (2 * shape.hidden + _norm_statistics(shape))  # input and output of both norms
     return norms + _attention(shape) + _mlp(shape)
 
 
@@ -124,7 +124,7 @@ def _attention(shape: MicroBatchShape) -> int:
     keys = section.n_kv_head * head // shape.tensor_parallel
     saved = queries + 2 * keys  # q, k and v
     if (section.position == "rope" or section.qk_norm) and shape.sequence_parallel == 1:
-        saved += queries + keys  # q and k are new tensors then, and v is a view of the tensor from which they came
+        saved += queries + keys  # q and k are then copies, and v is a view of the fused projection
     saved += queries * (2 if shape.sequence_parallel > 1 else 1)  # output of attention, before and after the all-to-all
     if section.qk_norm and shape.sequence_parallel > 1:
         saved += queries + keys  # the norm saves its output, and the all-to-all copies it

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config import recipe as recipes
+from megagpt.config.recipe.optimizers import OPTIMIZERS
 from megagpt.corpus.metadata import read_sidecar
 from megagpt.model import flops as cost
 from megagpt.model.shapes import FP32_BYTES, layer_shapes
@@ -114,7 +115,7 @@ def traffic(resolved: Resolved) -> Traffic:
     zero = ZeroSettings(resolved)
     ranks = [local_parameters(section, layout, stage) for stage in range(layout.pipeline_stages)]
     between_zero_ranks = between_tensor_ranks = 0
-    if zero.uses_muon:
+    if zero.optimizer.steps_on_whole_matrices:
         between_zero_ranks, between_tensor_ranks = max(muon.traffic(zero, rank) for rank in ranks)
     hidden = layout.micro_batch * section.seq_len // layout.sequence_parallel * section.d_model * zero.element
     blocks = -(-section.n_layer // layout.pipeline_stages)
@@ -160,8 +161,9 @@ def disk(resolved: Resolved, tokens: int | None) -> Disk:
     """
     recipe = resolved.recipe
     checkpoint = cost.checkpoint_bytes(recipe.model)
-    if recipe.optimizer.type == "muon":  # its matrices have one moment
-        checkpoint -= FP32_BYTES * sum(map(muon.elements, layer_shapes(recipe.model)))
+    facts = OPTIMIZERS[recipe.optimizer.type]
+    states_saved = OPTIMIZERS["adamw"].matrix_states - facts.matrix_states
+    checkpoint -= states_saved * FP32_BYTES * sum(map(muon.elements, layer_shapes(recipe.model)))
     kept = recipe.checkpoint.keep_last
     checkpoints = None
     if kept is not None and recipe.checkpoint.keep_every is None:

@@ -59,7 +59,7 @@ class Utilization:
 
 
 _FOUNDRY = "llm-foundry scripts/train/benchmarking (FSDP)"
-# Model FLOPs as counted by cost.flops_per_token, without recomputation, rounded outwards to whole percent.
+# Model FLOPs as counted by flops.flops_per_token, without recomputation, rounded outwards to whole percent.
 # Keys: device, whether there is tensor or pipeline parallelism, whether most blocks are recomputed.
 _REACHED = {
     ("H100", False, False): Utilization(0.33, 0.47, f"{_FOUNDRY}, 7B and 13B; torchtitan, Llama 3.1 8B"),

@@ -97,7 +97,7 @@ def _workspace(zero: ZeroSettings, local: LocalParameters, shards: int) -> int:
 
 
 def iteration_bytes(size: int, short: int, long: int) -> int:
-    """Return the peak bytes of `engine.muon.updates`, including its input.
+    """Return the peak bytes of `engine.optim.muon.updates`, including its input.
 
     Args:
         size: number of elements of all matrices
@@ -106,9 +106,9 @@ def iteration_bytes(size: int, short: int, long: int) -> int:
 
     """
     squares = size * short // long  # elements of all X·Xᵀ
-    if 2 * long >= 3 * short:  # through X·Xᵀ alone: six of them, or three and the result
+    if 2 * long >= 3 * short:  # iterates on matrices of the size of X·Xᵀ: six exist at once, or three and the result
         return FP32_BYTES * (2 * size + max(6 * squares, size + 3 * squares))
-    return FP32_BYTES * (4 * size + 2 * squares)  # the input and the intermediate results
+    return FP32_BYTES * (4 * size + 2 * squares)  # iterates on X itself: the input and the intermediate results
 
 
 def _count_by_shape(section: ModelSection, local: LocalParameters, degree: int) -> Counter[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megagpt.config.recipe.optimizers import OPTIMIZERS
 from megagpt.model import flops
 from megagpt.model.shapes import ADAMW_BYTES, FP32_BYTES, Shapes, layer_shapes
 from megagpt.model.sharding import shard_spec
@@ -98,9 +99,9 @@ class ZeroSettings:
         self._keys: Mapping[str, Any] = resolved.config.get("zero_optimization", {})
         self.layout = resolved.layout
         self.precision = resolved.recipe.precision or "fp32"
-        self.uses_muon = resolved.recipe.optimizer.type == "muon"
+        self.optimizer = OPTIMIZERS[resolved.recipe.optimizer.type]
         self.section = resolved.recipe.model
-        self.shards = resolved.layout.data_parallel * resolved.layout.sequence_parallel
+        self.shards = resolved.layout.zero_partitions
         self.accumulates = resolved.layout.accumulation > 1
         self.element = _BYTES_PER_ELEMENT[self.precision]
         """bytes per weight"""

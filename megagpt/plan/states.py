@@ -36,7 +36,7 @@ def state_bytes(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
         state = _stage1_bf16(zero, local)
     else:
         state = _stage1_2(zero, local)
-    return muon.adjust(state, zero, local) if zero.uses_muon else state
+    return muon.adjust(state, zero, local) if zero.optimizer.steps_on_whole_matrices else state
 
 
 def _stage0(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
@@ -91,7 +91,7 @@ def _stage1_2(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 def _stage1_2_offloaded(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
     """Stages 1 and 2 with the optimizer on the host, and a buffer there for the largest gradient."""
     host = _per_shard(zero.offloaded_bytes[0] * local.total, zero) + zero.element * local.largest
-    sums_in_fp32 = zero.accumulator != zero.element  # bf16, whose fp32 sums stay on the device
+    sums_in_fp32 = zero.accumulator != zero.element  # True for bf16; these sums stay on the device
     gradients = zero.accumulator * local.total
     if zero.layout.zero_stage == 2:
         gradients = _per_shard(zero.accumulator * local.total, zero) if sums_in_fp32 else 0

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from megagpt.errors import UserError
 from megagpt.prepare.corpus import CorpusJob, PrepareOptions, write_corpus
-from megagpt.prepare.process_group import Ranks, joined_ranks
+from megagpt.prepare.process_group import ProcessGroup, process_group
 from megagpt.prepare.readers.inputs import InputFile, find_input_files
 from megagpt.prepare.summary import PreparedCorpora, PrepareSummary, TokenizerSummary
 from megagpt.prepare.train_tokenizer import TokenizedText, inspect_tokenizer, train_tokenizer_command
@@ -54,7 +54,9 @@ def prepare_command(
         UserError: An input cannot be read, or a part would be empty.
         MachineError: The disk is full.
     """
-    prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), Ranks(), None)
+    prepared = _prepare(
+        inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), ProcessGroup(), None
+    )
     (summary,) = prepared.corpora
     return summary
 
@@ -84,13 +86,18 @@ def prepare_corpora(
         UserError: As `prepare_command`.
         MachineError: As `prepare_command`.
     """
-    with joined_ranks(work_directory(os.fspath(output)).parent) as ranks:
+    with process_group(work_directory(os.fspath(output)).parent) as ranks:
         prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), ranks, out)
         return prepared if ranks.rank == 0 else None
 
 
 def _prepare(
-    inputs: Sequence[str], tokenizer: Tokenizer, output: str, options: PrepareOptions, ranks: Ranks, out: TextIO | None
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    output: str,
+    options: PrepareOptions,
+    ranks: ProcessGroup,
+    out: TextIO | None,
 ) -> PreparedCorpora:
     folder = work_directory(output)
     with ExitStack() as stack:

@@ -23,7 +23,7 @@ from megagpt.prepare.engines import check_engine
 from megagpt.prepare.input_warnings import LocatedError, WarningCount, locate_error, summarize_warnings
 from megagpt.prepare.merge_shards import DocumentSelection, merge_shards, report_write_errors
 from megagpt.prepare.pack import pack
-from megagpt.prepare.process_group import Ranks
+from megagpt.prepare.process_group import ProcessGroup
 from megagpt.prepare.progress import show_progress
 from megagpt.prepare.readers.default_corpus import default_corpus
 from megagpt.prepare.readers.documents import DEFAULT_VALIDATION_FRACTION
@@ -81,7 +81,7 @@ class CorpusJob:
     folder: Path
 
 
-def write_corpus(job: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSummary:
+def write_corpus(job: CorpusJob, ranks: ProcessGroup, out: TextIO | None) -> PrepareSummary:
     """Write OUTPUT.train.* and OUTPUT.validation.*. Collective: each rank encodes some chunks, and merges some shards.
 
     If the ranks do not share a file system, all shards are sent to the first rank, which merges them alone.
@@ -108,7 +108,7 @@ def write_corpus(job: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSum
         strict=options.strict,
         engine=options.engine,
     )
-    is_shared = ranks.see_one(job.folder.parent)
+    is_shared = ranks.is_shared(job.folder.parent)
     chunks = ranks.first(lambda: _start(job))
     done_by_rank = ranks.each(lambda: _completed(job, chunks, create_folder=not is_shared))
     done = set().union(*done_by_rank)
@@ -118,7 +118,7 @@ def write_corpus(job: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSum
     records, failure = _encode(encode_job, remaining[ranks.rank :: ranks.size], options.workers, ranks, out)
     failures = [error for error in ranks.each(lambda: failure) if error]
 
-    def finish(group: Ranks) -> PrepareSummary:
+    def finish(group: ProcessGroup) -> PrepareSummary:
         if failures:
             raise _user_error(job, chunks, failures)
         _verify_shards(encode_job, job, chunks, group, out)
@@ -128,7 +128,7 @@ def write_corpus(job: CorpusJob, ranks: Ranks, out: TextIO | None) -> PrepareSum
         return finish(ranks)
     numbers = [*done_by_rank[ranks.rank], *(record.number for record in records)]
     ranks.gather_files(job.folder, [f"{number}.{suffix}" for number in numbers for suffix in SUFFIXES])
-    return ranks.first(lambda: finish(Ranks()))
+    return ranks.first(lambda: finish(ProcessGroup()))
 
 
 def _start(job: CorpusJob) -> list[Chunk]:
@@ -149,7 +149,7 @@ def _completed(job: CorpusJob, chunks: Sequence[Chunk], create_folder: bool) -> 
 
 
 def _encode(
-    job: EncodeJob, chunks: Sequence[Chunk], workers: int | None, ranks: Ranks, out: TextIO | None
+    job: EncodeJob, chunks: Sequence[Chunk], workers: int | None, ranks: ProcessGroup, out: TextIO | None
 ) -> tuple[list[ShardRecord], ChunkError | None]:
     """Encode this rank's chunks. Returns the records of their shards, or the error of the first chunk that failed."""
     if workers is None:
@@ -174,7 +174,7 @@ def _user_error(job: CorpusJob, chunks: Sequence[Chunk], failures: Sequence[Chun
 
 
 def _verify_shards(
-    encode_job: EncodeJob, job: CorpusJob, chunks: Sequence[Chunk], ranks: Ranks, out: TextIO | None
+    encode_job: EncodeJob, job: CorpusJob, chunks: Sequence[Chunk], ranks: ProcessGroup, out: TextIO | None
 ) -> None:
     """Compare all shards with their checksums, and encode the chunks of damaged ones again. Collective.
 
@@ -186,7 +186,7 @@ def _verify_shards(
         return
     for chunk in damaged:
         _print(f"shard {chunk.number} is damaged and is encoded again: {chunk}", ranks, out)
-    own = ranks.share(damaged)
+    own = ranks.local_part(damaged)
 
     def encode_again() -> ChunkError | None:
         for chunk in own:
@@ -201,19 +201,19 @@ def _verify_shards(
         raise MachineError("shards are damaged, also after they were encoded again", where, "check the disk and memory")
 
 
-def _find_damaged(folder: Path, chunks: Sequence[Chunk], ranks: Ranks) -> list[Chunk]:
+def _find_damaged(folder: Path, chunks: Sequence[Chunk], ranks: ProcessGroup) -> list[Chunk]:
     """Return the chunks whose shards do not have the checksums of their records. Collective."""
-    own = ranks.share(chunks)
+    own = ranks.local_part(chunks)
     found = ranks.each(lambda: [chunk for chunk in own if not is_intact(folder, chunk.number)])
     return [chunk for damaged in found for chunk in damaged]
 
 
-def _print(message: str, ranks: Ranks, out: TextIO | None) -> None:
+def _print(message: str, ranks: ProcessGroup, out: TextIO | None) -> None:
     if out and ranks.rank == 0:
         out.write(f"prepare: {message}\n")
 
 
-def _finish(job: CorpusJob, ranks: Ranks, chunks: int, begin: float) -> PrepareSummary:
+def _finish(job: CorpusJob, ranks: ProcessGroup, chunks: int, begin: float) -> PrepareSummary:
     """Merge the shards, publish the parts, and return the summary."""
     records = list(ranks.first(lambda: workdir.completed_records(job.folder, chunks)).values())
     warnings = summarize_warnings([record.warnings for record in records], job.files)
@@ -241,7 +241,7 @@ class _Published(NamedTuple):
 
 
 def _merge(
-    job: CorpusJob, ranks: Ranks, records: Sequence[ShardRecord], warnings: Sequence[WarningCount]
+    job: CorpusJob, ranks: ProcessGroup, records: Sequence[ShardRecord], warnings: Sequence[WarningCount]
 ) -> _Published:
     options, tokenizer = job.options, job.tokenizer
     keep = None

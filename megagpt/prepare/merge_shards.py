@@ -18,7 +18,7 @@ from megagpt.corpus.writer import CorpusWriter, partial_bin_path
 from megagpt.data.permutation import as_uint64, derive_keys, permute, radices
 from megagpt.errors import MachineError
 from megagpt.prepare.encode import write_error
-from megagpt.prepare.process_group import Ranks
+from megagpt.prepare.process_group import ProcessGroup
 from megagpt.prepare.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class DocumentSelection:
 
 @contextmanager
 def merge_shards(
-    prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: Ranks
+    prefixes: Mapping[bool, str], tokenizer: Tokenizer, selection: DocumentSelection, ranks: ProcessGroup
 ) -> Iterator[tuple[Mapping[bool, CorpusWriter], int]]:
     """Write the selected documents to the parts of a corpus. Collective.
 
@@ -125,7 +125,7 @@ def merge_shards(
 
         ranks.first(open_writers)
         blocks = selection.blocks()
-        own = ranks.share(blocks)
+        own = ranks.local_part(blocks)
         starts = {part: ranks.sum_before(partial(selection.total_id_bytes, own, part)) for part in prefixes}
 
         def copy_own() -> tuple[dict[bool, ChecksummedRanges], int]:

@@ -71,7 +71,7 @@ def best_fit(counts: Sequence[int]) -> list[SampleGroup]:
             # The fullest sample with room stays the fullest until it has no room for this length, so that it receives
             # as many segments as fit at once.
             fitting = room // length
-            full = min(samples, remaining // fitting)  # samples that receive so many
+            full = min(samples, remaining // fitting)  # samples that receive `fitting` segments
             rest = remaining - full * fitting if full < samples else 0  # segments for one more sample
             put(room - fitting * length, full, (content, length, fitting))
             if rest:

@@ -1,6 +1,6 @@
-"""Values that the tasks of `megagpt prepare` exchange, as plain data: bytes, or JSON with a fixed list of types.
+"""Serialization of what the tasks of `megagpt prepare` exchange: bytes, or JSON with a fixed list of types.
 
-Nothing but the types listed here can be made by a message: no code runs, no name is imported, no file is opened.
+A message can only create values of the types listed here: no code runs, no name is imported, no file is opened.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class BadMessage(ValueError):
 
 
 def dumps(value: Any) -> bytes:
-    """Return the message that `loads` turns into `value` again. Raises TypeError for a type that is not listed."""
+    """Return the message from which `loads` restores `value`. Raises TypeError for a type that is not listed."""
     if isinstance(value, bytes):
         return _BYTES + value
     return _JSON + json.dumps(_plain(value), separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def loads(message: bytes) -> Any:
-    """Return the value of a message. Raises BadMessage."""
+    """Return the value in a message. Raises BadMessage if it is not one that `dumps` produces."""
     kind, content = message[:1], message[1:]
     if kind == _BYTES:
         return content
@@ -69,13 +69,13 @@ def loads(message: bytes) -> Any:
 
 
 def register(kind: type[Any]) -> type[Any]:
-    """Add a NamedTuple to the listed types; a class decorator."""
+    """Add a NamedTuple to the listed types. A class decorator."""
     _TUPLES[kind.__name__] = kind
     return kind
 
 
 def _plain(value: Any) -> Any:
-    """A scalar stays; everything else becomes a list that begins with the name of its kind."""
+    """Return JSON-compatible data: scalars unchanged, everything else as a list that starts with the type's name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
 def _value(plain: Any) -> Any:
     if not isinstance(plain, list):
         if isinstance(plain, dict):
-            raise BadMessage("a JSON object, where lists are used")
+            raise BadMessage("a JSON object instead of a list")
         return plain
     name, *parts = plain
     if (make := _MAKERS.get(name)) is not None:
@@ -117,7 +117,7 @@ def _value(plain: Any) -> Any:
     if name in _RECORDS or name in _TUPLES:
         kind = _RECORDS.get(name) or _TUPLES[name]
         return kind(*map(_value, parts))
-    raise BadMessage(f"type {str(name)[:40]!r} is not one that tasks exchange")
+    raise BadMessage(f"type {str(name)[:40]!r} may not be exchanged between tasks")
 
 
 _MAKERS: dict[str, Callable[[list[Any]], Any]] = {

@@ -1,4 +1,4 @@
-"""The processes that prepare together: this one alone, or those that mpirun or srun started, which talk by MPI."""
+"""Process group of `megagpt prepare`: one process, or those that mpirun (over MPI) or srun (over sockets) started."""
 
 from __future__ import annotations
 
@@ -15,64 +15,66 @@ from megagpt.cluster import from_mpi_or_slurm, secret
 from megagpt.errors import MachineError, UserError
 
 _T = TypeVar("_T")
-_BLOCK = 1 << 24  # bytes sent at a time
+_BLOCK = 1 << 24  # bytes per message
 
 
-class Ranks:
-    """Ranks that take turns and share work. This is the only rank, and every call is its own answer."""
+class ProcessGroup:
+    """Single-process stand-in for a group of ranks: every collective returns its own input."""
 
     rank, size = 0, 1
 
     def first(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives on the first rank, for all; its error is every rank's."""
+        """Run `work` on the first rank and return its result on every rank; if it raises UserError, every rank does."""
         return work()
 
     def each(self, work: Callable[[], _T]) -> list[_T]:
-        """What `work` gives on each rank, in their order, for all; the first error of any is every rank's."""
+        """Run `work` on every rank and return all results on every rank. The first UserError is raised on all."""
         return [work()]
 
-    def share(self, things: Sequence[_T]) -> Sequence[_T]:
-        """This rank's part of things in a row: the first rank has the first of them."""
-        count = len(things)
-        return things[count * self.rank // self.size : count * (self.rank + 1) // self.size]
+    def local_part(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Return this rank's contiguous part of a sequence; the first rank has the first items."""
+        count = len(items)
+        return items[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
     def sum_before(self, count: Callable[[], int]) -> int:
-        """The sum of what `count` gives on the ranks before this one (MPI's Exscan)."""
+        """Return the sum of `count()` over the ranks before this one (MPI's Exscan)."""
         return 0
 
-    def see_one(self, folder: Path) -> bool:
-        """Whether the `folder` of each rank is the first one's."""
+    def is_shared(self, folder: Path) -> bool:
+        """Return True if `folder` is the same folder on every rank."""
         return True
 
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
-        """Have the first rank hold the files in `folder` that each rank names."""
+        """Copy the files in `folder` that each rank names to the first rank, unless it has them."""
 
 
-class _Joined(Ranks):
-    """Several ranks, which talk through a `world`: mpi4py's communicator, or what has some of its words."""
+class _CommunicatingGroup(ProcessGroup):
+    """Several ranks that communicate through mpi4py's communicator, or through one with the same methods."""
 
-    def __init__(self, world: Any) -> None:
-        self._world, self.rank, self.size = world, world.rank, world.size
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+        self.rank = communicator.rank
+        self.size = communicator.size
 
     def first(self, work: Callable[[], _T]) -> _T:
-        outcome: _T | UserError = self._world.bcast(_outcome(work) if self.rank == 0 else None)
-        return self._agreed(outcome)
+        outcome: _T | UserError = self._communicator.bcast(_outcome(work) if self.rank == 0 else None)
+        return self._result_of(outcome)
 
     def each(self, work: Callable[[], _T]) -> list[_T]:
-        return [self._agreed(outcome) for outcome in self._world.allgather(_outcome(work))]
+        return [self._result_of(outcome) for outcome in self._communicator.allgather(_outcome(work))]
 
     def sum_before(self, count: Callable[[], int]) -> int:
         return sum(self.each(count)[: self.rank])
 
-    def see_one(self, folder: Path) -> bool:
-        token = folder / f"token.{self.first(lambda: secrets.token_hex(8))}"
-        self.first(token.touch)
-        one = all(self.each(token.exists))
-        self.first(token.unlink)
-        return one
+    def is_shared(self, folder: Path) -> bool:
+        marker = folder / f"marker.{self.first(lambda: secrets.token_hex(8))}"
+        self.first(marker.touch)
+        shared = all(self.each(marker.exists))
+        self.first(marker.unlink)
+        return shared
 
     @staticmethod
-    def _agreed(outcome: _T | UserError) -> _T:
+    def _result_of(outcome: _T | UserError) -> _T:
         if isinstance(outcome, UserError):
             raise outcome
         return outcome
@@ -80,9 +82,9 @@ class _Joined(Ranks):
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
         for owner, theirs in enumerate(self.each(lambda: list(names))):
             if unsafe := [name for name in theirs if Path(name).name != name]:
-                raise MachineError("a rank names files outside of the folder of shards", ", ".join(unsafe[:3]))
-            lacking = self.first(lambda theirs=theirs: [name for name in theirs if not (folder / name).exists()])  # type: ignore[misc]
-            for name in lacking if owner else ():
+                raise MachineError("a rank names files outside the folder of shards", ", ".join(unsafe[:3]))
+            missing = self.first(lambda theirs=theirs: [name for name in theirs if not (folder / name).exists()])  # type: ignore[misc]
+            for name in missing if owner else ():
                 if self.rank == owner:
                     self._send(folder / name)
                 elif self.rank == 0:
@@ -91,13 +93,13 @@ class _Joined(Ranks):
     def _send(self, path: Path) -> None:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                self._world.send(block, 0)
-        self._world.send(b"", 0)
+                self._communicator.send(block, 0)
+        self._communicator.send(b"", 0)
 
     def _receive(self, path: Path, owner: int) -> None:
         partial = path.with_name(path.name + ".partial")
         with partial.open("wb") as file:
-            while block := self._world.recv(source=owner):
+            while block := self._communicator.recv(source=owner):
                 file.write(block)
         partial.replace(path)
 
@@ -108,30 +110,33 @@ def _outcome(work: Callable[[], _T]) -> _T | UserError:
     except UserError as error:
         return error
     except OSError as error:
-        do = "see that all hosts can read and write there, then run the command again: it resumes where it stopped"
+        do = (
+            "make sure that all hosts can read and write there, then run the command again: it resumes where it stopped"
+        )
         return MachineError(f"a file cannot be used: {error.strerror}", str(error.filename or ""), do)
 
 
 @contextmanager
-def joined_ranks(folder: Path) -> Iterator[Ranks]:
-    """All ranks of this command. One that fails by surprise ends them all; a user's mistake is told by the first.
+def process_group(folder: Path) -> Iterator[ProcessGroup]:
+    """Connect all ranks of this command.
 
-    `folder` is the output's, in which tasks of SLURM find the key of their job.
+    An unexpected error on one rank ends all of them; a UserError is printed by the first rank only. `folder` is that
+    of the output, in which SLURM tasks find the key of their job.
     """
-    place = from_mpi_or_slurm(os.environ)
-    if place.world_size == 1:
-        yield Ranks()
-    elif place.launcher == "slurm":
+    rank = from_mpi_or_slurm(os.environ)
+    if rank.world_size == 1:
+        yield ProcessGroup()
+    elif rank.launcher == "slurm":
         from megagpt.prepare.sockets import connected
 
-        given = secret.from_environment(os.environ)
-        with _told_once(place.rank), connected(place, folder, given) as tasks:
-            yield _Joined(tasks)
+        env_secret = secret.from_environment(os.environ)
+        with _errors_on_first_rank_only(rank.rank), connected(rank, folder, env_secret) as tasks:
+            yield _CommunicatingGroup(tasks)
     else:
-        with _told_once(place.rank):
-            world = _mpi(place.world_size)
+        with _errors_on_first_rank_only(rank.rank):
+            world = _mpi(rank.world_size)
             try:
-                yield _Joined(world)
+                yield _CommunicatingGroup(world)
             except UserError:
                 raise
             except BaseException:
@@ -141,21 +146,21 @@ def joined_ranks(folder: Path) -> Iterator[Ranks]:
 
 
 def _mpi(size: int) -> Any:
-    """The communicator of all ranks."""
+    """Return MPI's communicator of all ranks."""
     try:
         from mpi4py import MPI
     except ImportError:
-        what = "several processes were started, which need mpi4py to work together"
+        what = "several processes were started, but mpi4py is not installed"
         raise UserError(what, "mpirun", 'pip install "megagpt[mpi]", or start one process') from None
     if MPI.COMM_WORLD.size != size:
-        what = f"{size} processes were started, and MPI knows of {MPI.COMM_WORLD.size}"
-        raise UserError(what, MPI.Get_library_version().splitlines()[0], "start them by the mpirun of this MPI")
+        what = f"{size} processes were started, but MPI sees {MPI.COMM_WORLD.size}"
+        raise UserError(what, MPI.Get_library_version().splitlines()[0], "start them with the mpirun of this MPI")
     return MPI.COMM_WORLD
 
 
 @contextmanager
-def _told_once(rank: int) -> Iterator[None]:
-    """Within it, the first rank alone says what the user's mistake is."""
+def _errors_on_first_rank_only(rank: int) -> Iterator[None]:
+    """Print a UserError on the first rank only; others exit without a message."""
     try:
         yield
     except UserError as error:

@@ -51,6 +51,7 @@ class Console:
         self._main = rank == 0
         self._original: tuple[int, int] | None = None  # file descriptors of the real stdout and stderr
         self._out: TextIO | None = None
+        self._encodings: list[tuple[io.TextIOWrapper, str, str | None]] = []  # of Python's streams, to restore them
 
     def __enter__(self) -> Console:
         """Redirect file descriptors 1 and 2. Raises UserError if the run directory has a link that leads out of it."""
@@ -66,6 +67,7 @@ class Console:
         os.close(log)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
+                self._encodings.append((stream, stream.encoding, stream.errors))
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # logs are UTF-8 in every locale
         logging.basicConfig(
             level=logging.INFO,
@@ -84,6 +86,9 @@ class Console:
         with display_only():
             sys.stdout.flush()
             sys.stderr.flush()
+        for stream, encoding, errors in self._encodings:
+            with display_only():
+                stream.reconfigure(encoding=encoding, errors=errors)
         for number, original in zip((1, 2), self._original, strict=True):
             os.dup2(original, number)
             os.close(original)
@@ -91,6 +96,7 @@ class Console:
             self._out.close()
         self._original = None
         self._out = None
+        self._encodings = []
 
     def say(self, text: str = "") -> None:
         """Print a line on rank 0, and write it to the log of every rank. Never raises."""

@@ -15,7 +15,7 @@ from megagpt import files
 from megagpt.checkpoint.async_saver import SaveFailed, SaveResult
 from megagpt.checkpoint.store import read_manifest
 from megagpt.cluster import Rank, from_environment, preflight
-from megagpt.cluster.rendezvous import meeting
+from megagpt.cluster.rendezvous import rendezvous
 from megagpt.config import recipe as recipes
 from megagpt.data.evaluation_batches import combine_losses, perplexity
 from megagpt.data.loader import Batch
@@ -273,7 +273,7 @@ def train(options: TrainOptions) -> int:
     try:
         preflight.check_world_size(rank, options.expect_world_size, preflight.ancestors())
         recipe = recipes.load(options.recipe, options.overrides)
-        with meeting(rank, str(Path(recipe.run_dir).absolute())) as met:
+        with rendezvous(rank, str(Path(recipe.run_dir).absolute())) as met:
             return _train(options, met, recipe)
     except UserError as error:
         if rank.local_rank == 0 or isinstance(error, MachineError):

@@ -243,14 +243,14 @@ def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[bl
     return usage
 
 
-def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[preflight.Host], list[str]]:
+def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[preflight.RankLocation], list[str]]:
     """Compare the ranks' hosts, recipes and versions. Returns the host of each rank, and notes on differences."""
-    mine = preflight.facts_here(
-        _must_be_same(inputs.facts), env_forwarding.passed_on(os.environ), preflight.ancestors()
+    mine = preflight.describe_rank(
+        _must_be_same(inputs.facts), env_forwarding.forwarded_variables(os.environ), preflight.ancestors()
     )
     everyone = inputs.collectives.all_gather_object(mine)
     notes = preflight.check_hosts(inputs.rank, everyone, os.environ, options.expect_world_size)
-    return preflight.hosts_of(everyone), notes
+    return preflight.locations_of_ranks(everyone), notes
 
 
 def _find_checkpoint(

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megagpt.cluster import reachability
-from megagpt.cluster.preflight import Host
+from megagpt.cluster.preflight import RankLocation
 from megagpt.errors import EXIT_FAILURE
 from megagpt.files import parse_json
 
@@ -56,7 +56,7 @@ class Watch:
         self,
         folder: Path,
         rank: int,
-        hosts: Sequence[Host],
+        hosts: Sequence[RankLocation],
         seconds: float,
         alarm: Callable[[str], None],
         warn: Callable[[str], None],
@@ -203,7 +203,7 @@ class Watch:
         names = {host.address: host.name for host in self._hosts if host.address != here}
         return [
             f"  host {names[address]} ({address}) does not answer: its network is cut, or it is down"
-            for address in reachability.silent(list(names))
+            for address in reachability.unreachable_addresses(list(names))
         ]
 
     def _beats(self, seconds: float) -> list[tuple[str, bool]]:

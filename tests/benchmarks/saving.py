@@ -1,9 +1,9 @@
-"""How long training stands still for a save, synchronous and asynchronous, turn by turn in the same processes.
+"""Benchmark of how long a save blocks training, synchronous and asynchronous alternately in the same processes.
 
 python tests/benchmarks/saving.py [--saves 10] [--config zero0] [key=value …]      never collected by pytest
 
-Two CPU ranks train the quickstart's model on random tokens. Of each save the slowest rank counts. Beside the stall
-stands what a save costs in all: the updates made while it is written may be slower than the others.
+Two CPU ranks train the quickstart's model on random tokens. The slowest rank of each save counts. The total cost of a
+save is also shown, since updates that are made while it is written may be slower than others.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-INTERVAL = 60.0  # seconds between saves, of which the share is taken
-WARM_UP, BETWEEN = 3, 4  # updates before the first save, and without one after each
+INTERVAL = 60.0  # assumed seconds between saves, for the fraction of time that a save blocks
+WARM_UP, BETWEEN = 3, 4  # updates before the first save, and after each save for comparison
 
 
 def main() -> None:
-    """Start two ranks of this file, or be one of them."""
+    """Start this file on two ranks, or run one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saves", type=int, default=10, help="of each way")
+    parser.add_argument("--saves", type=int, default=10, help="number of saves of each kind")
     parser.add_argument("--config", default="zero0")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(saves: int, config: str, overrides: list[str]) -> None:
-    """One rank's work."""
+    """Measure all saves on one rank."""
     import torch
 
     from megagpt.checkpoint.async_saver import Saver
@@ -77,14 +77,14 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
     ids = torch.randint(300, (resolved.layout.micro_batch, resolved.recipe.model.seq_len), generator=generator)
 
     def update() -> float:
-        """Seconds of one update, the exchange after it included."""
+        """Return the seconds of one update, with the collective after it."""
         begin = time.perf_counter()
         engine.train_update([Batch(ids, ids)] * resolved.layout.accumulation)
         collectives.any(False)
         return time.perf_counter() - begin
 
     def save(way: str, number: int) -> dict[str, float]:
-        """One save: its stall, and what it cost in all beside updates made without one."""
+        """Save once. Returns the seconds that it blocks, its total cost in seconds, and those of writing."""
         saver = savers[way]
         begin, made = time.perf_counter(), 0
         ended = saver.save(TrainState(number))
@@ -116,7 +116,7 @@ def measure(saves: int, config: str, overrides: list[str]) -> None:
 
 
 def show(results: dict[str, list[dict[str, float]]], size: int, config: str) -> None:
-    """The table, and where it was measured."""
+    """Print the table, and where it was measured."""
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch {version('torch')}, "
           f"deepspeed {version('deepspeed')}; 2 ranks, {config}, a checkpoint of {size / 1e6:.1f} MB, "
           f"{len(results['synchronous'])} saves each")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces with own names, processes, ssh servers, SLURM daemons (cluster.sh)."""
+"""Two hosts on one machine: network namespaces with their own names, processes, ssh and SLURM daemons (cluster.sh)."""
 
 import contextlib
 import os
@@ -22,10 +22,10 @@ TOOLS = ("ip", "nsenter", "unshare", "pgrep", "ssh", "/usr/sbin/sshd", "pdsh", "
          "mpirun", "mpirun.mpich")  # fmt: skip
 OPENMPI = ("mpirun", "--allow-run-as-root", "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include",
            "eth0", "-host", "node1,node2", "-n", "2")  # fmt: skip
-KEPT = ("unshare", "sshd", "slurmctld", "slurmd")  # of a host: they live as long as it does
+KEPT = ("unshare", "sshd", "slurmctld", "slurmd")  # processes of a host itself, which run as long as it does
 UPDATES = 100
 LENGTH = (f"length.updates={UPDATES}", "evaluation.every=1000", "checkpoint.every=50", "log.every=100")
-SECONDS = 480  # of one command: no test waits for ever
+SECONDS = 480  # per command, so that no test waits forever
 REPORT = pytest.StashKey()
 
 
@@ -37,7 +37,9 @@ class Cluster:
         self.folder = folder / "c"
         self._prefix = f"m{owner}x"
         self.env = {
-            **{name: value for name, value in os.environ.items() if name not in Rank().variables()},  # of other tests
+            **{
+                name: value for name, value in os.environ.items() if name not in Rank().env_variables()
+            },  # of other tests
             "CLUSTER_DIR": str(self.folder),
             "CLUSTER_OWNER": str(owner),
             "SLURM_CONF": str(self.folder / "slurm/slurm.conf"),
@@ -46,11 +48,11 @@ class Cluster:
         }
 
     def make(self, *words):
-        """Change the cluster itself: up, slurm, cut, heal, off, boot, down; or sweep away those of dead owners."""
+        """Change the cluster itself: up, slurm, cut, heal, off, boot, down, or sweep (remove those of dead owners)."""
         subprocess.run(["bash", SCRIPT, *words], env=self.env, check=True, timeout=180, cwd=training.ROOT)
 
     def start(self, host, *words, seconds=SECONDS, **env):
-        """Start a command on a host. It has so many seconds; all that it has started ends with its test."""
+        """Start a command on a host, with a time limit. All processes that it starts end with its test."""
         return subprocess.Popen(
             ["bash", SCRIPT, "on", str(host), "timeout", "-k", "5", str(seconds), *map(str, words)],
             env={**self.env, **env}, cwd=training.ROOT,
@@ -58,18 +60,18 @@ class Cluster:
         )  # fmt: skip
 
     def run(self, host, *words, code=0, **more):
-        """Run a command on a host to its end, and insist on its exit code; what it printed."""
+        """Run a command on a host, check its exit code, and return what it printed."""
         with self.start(host, *words, **more) as process:
             printed, _ = process.communicate()
         assert process.returncode == code, printed
         return printed
 
     def ranks(self, host):
-        """The ids of the ranks that live on a host, as the host counts them."""
+        """Return the process ids of the ranks on a host, as seen on that host."""
         return self.start(host, "pgrep", "-f", "launch/[p]retrain.py", seconds=30).communicate()[0].split()
 
     def processes(self):
-        """The ids of all processes on both hosts but the hosts' own, as this process counts them."""
+        """Return the ids of all processes on both hosts except the hosts' own, as seen by this process."""
         ids = []
         for host in (1, 2):
             listed = subprocess.run(["ip", "netns", "pids", f"{self._prefix}{host}"], capture_output=True, text=True)
@@ -77,7 +79,7 @@ class Cluster:
         return ids
 
     def logs(self, run):
-        """The ends of what the hosts, SLURM and the ranks of a run have written, by file."""
+        """Return the last lines of the logs of hosts, SLURM and the ranks of a run, by file."""
         files = sorted([*self.folder.glob("*/*log"), *run.glob("logs/*.log"), *run.parent.glob("*.log")])
         return {file.name: "\n".join(file.read_text(errors="replace").splitlines()[-40:]) for file in files}
 
@@ -90,8 +92,9 @@ def _name(pid):
 
 
 def said(printed):
-    """Our messages in what a launcher printed, each once. Those of several ranks are told apart by what stands in
-    front: pdsh's name of the host, or mpirun's number of the rank.
+    """Return megagpt's messages in the output of a launcher, without duplicates.
+
+    Messages of several ranks are separated by their prefix: the host name of pdsh, or the rank number of mpirun.
     """
     streams = defaultdict(list)
     for line in printed.splitlines():
@@ -104,7 +107,7 @@ def said(printed):
 
 
 def lacking():
-    """Why this machine cannot be two hosts; "" where it can."""
+    """Return why this machine cannot act as two hosts; "" if it can."""
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (tests/install.sh)"
@@ -118,7 +121,7 @@ def lacking():
 
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory):
-    """Two hosts for all tests; what test runs that were killed have left goes first."""
+    """Two hosts for all tests. Clusters left by killed test runs are removed first."""
     if reason := lacking():
         pytest.skip(f"several hosts: {reason}")
     hosts = Cluster(tmp_path_factory.mktemp("cluster"), os.getpid())
@@ -132,7 +135,7 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture
 def cluster(hosts, tmp_path, request):
-    """The hosts, without what this test has started when it is over; its logs are shown where it fails."""
+    """The hosts. Processes that a test has started are killed at its end; if it fails, the logs are shown."""
     yield hosts
     for pid in hosts.processes():
         with contextlib.suppress(ProcessLookupError):
@@ -163,9 +166,9 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def deepspeed(cluster, tmp_path):
-    """Of how many ranks a host, the start of a command line of DeepSpeed's launcher, and its environment.
+    """Return the start of a command line of DeepSpeed's launcher for a number of ranks per host, and its environment.
 
-    The environment is what `megagpt hosts` says to type.
+    The environment is that of the `export` line that `megagpt hosts` prints.
     """
 
     def words(slots=1):
@@ -182,7 +185,7 @@ def deepspeed(cluster, tmp_path):
 
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory):
-    """The curve of one process on this machine, never stopped."""
+    """The loss curve of one process on this machine that was never stopped."""
     recipe = training.write_recipe(tmp_path_factory.mktemp("straight") / "run", data)
     training.finish(recipe, *LENGTH)
     return training.curve(recipe.with_suffix(""))
@@ -190,7 +193,7 @@ def straight(data, tmp_path_factory):
 
 @pytest.fixture
 def same(straight, recipe):
-    """Whether a run of two ranks has come to its end with that curve, each update made once."""
+    """Check that a run of two ranks is done, with that curve, and every update recorded once."""
 
     def check(recipe=recipe):
         run = recipe.with_suffix("")
@@ -198,7 +201,7 @@ def same(straight, recipe):
         assert status.read(run).code == 0
         assert [row["update"] for row in curve] == list(range(1, UPDATES + 1))
         assert [row["position"] for row in curve] == [row["position"] for row in straight]
-        # fp32, summed in another order: after 300 updates, not 100, they would have drifted apart
+        # fp32 sums in another order: after 300 updates instead of 100 they would differ by more
         assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in straight], rel=1e-3)
         assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
 

@@ -1,4 +1,4 @@
-"""What happens to hosts while they train: a disk that is slow for a while, a host that loses power and comes back."""
+"""Faults of hosts during training: a disk that is temporarily slow, a host that loses power and boots again."""
 
 import os
 import time
@@ -20,7 +20,7 @@ if "launch/pretrain.py" in " ".join(sys.orig_argv):
 
 
 class SlowDisk:
-    """Reading a sample takes 0.1 s, on all hosts, until `quick` is called: training stays long enough to be hit."""
+    """Make reading a sample take 0.1 s on all hosts until `quick` is called, so that a fault hits during training."""
 
     def __init__(self, folder, seconds=0.1):
         site, self._file = folder / "site", folder / "slow"
@@ -34,7 +34,7 @@ class SlowDisk:
 
 
 def power_on(cluster, host):
-    """Boot a host; its SLURM daemon starts too where there is one."""
+    """Boot a host, and start its SLURM daemon if there is one."""
     cluster.make("boot", str(host))
     until(lambda: answers(cluster, host, "true"), 30)
     if Path(cluster.env["SLURM_CONF"]).exists():
@@ -43,9 +43,9 @@ def power_on(cluster, host):
 
 @contextmanager
 def without_controller(cluster):
-    """SLURM's controller is down for a while; jobs are not."""
+    """Stop SLURM's controller temporarily; jobs keep running."""
     cluster.run(1, "pkill", "-x", "slurmctld")
-    # its state is saved at once; after that SLURM 22.05 now and then waits for itself for ever
+    # its state is saved at once; after that SLURM 22.05 sometimes deadlocks
     gone = "for t in $(seq 100); do pgrep -x slurmctld || exit 0; sleep .1; done; pkill -9 -x slurmctld; exit 0"
     cluster.run(1, "sh", "-c", gone)
     try:
@@ -57,14 +57,14 @@ def without_controller(cluster):
 
 
 def answers(cluster, host, *words):
-    """Whether a command on a host goes well."""
+    """Return True if a command on a host succeeds."""
     with cluster.start(host, *words, seconds=30) as process:
         process.communicate()
     return process.returncode == 0
 
 
 def until(holds, seconds):
-    """Wait until something holds."""
+    """Wait until `holds` returns True."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""The hosts of these tests: two clusters never meet, and what a killed test run leaves is taken down, nothing else."""
+"""The test hosts themselves: two clusters are isolated, and only what a killed test run has left is removed."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ def spaces(cluster, host, other):
     return [cluster.run(host, *look).strip(), cluster.run(host, "ssh", f"node{other}", *look).strip()]
 
 
-def test_two_clusters_do_not_meet_and_one_is_swept_away_when_its_owner_is_dead(cluster, tmp_path):
+def test_two_clusters_are_isolated_and_one_is_removed_when_its_owner_is_dead(cluster, tmp_path):
     with subprocess.Popen(["sleep", "600"]) as owner:
         second = Cluster(tmp_path, owner.pid)
         try:

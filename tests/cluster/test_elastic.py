@@ -1,4 +1,4 @@
-"""torchrun over two hosts: with fixed ranks, and with hosts that go and come back, always the curve of one process."""
+"""torchrun on two hosts, with fixed ranks and with hosts that leave and return: always the curve of one process."""
 
 import re
 
@@ -8,7 +8,7 @@ from tests.cluster.faults import SlowDisk, power_on, until
 
 
 class Agents:
-    """torchrun's agents on the hosts; what they have printed."""
+    """torchrun's agents on the hosts, and their output."""
 
     def __init__(self, cluster, recipe, *options, **env):
         self._cluster, self._recipe, self._options, self._env = cluster, recipe, options, env
@@ -22,7 +22,7 @@ class Agents:
         return self._started[-1]
 
     def end(self, agent):
-        """Wait until an agent ends by itself, and insist that all went well; what it has printed."""
+        """Wait until an agent ends by itself, check that it succeeded, and return its output."""
         printed, _ = agent.communicate(timeout=480)
         assert agent.returncode == 0, printed
         return printed
@@ -30,11 +30,11 @@ class Agents:
     def close(self):
         for process in self._started:
             process.kill()
-            print(process.communicate()[0])  # shown where the test fails
+            print(process.communicate()[0])  # shown if the test fails
 
 
 def elastic(cluster, recipe, disk):
-    """Agents that go on with one host or two, and wait 15 s for others when there is one.
+    """Agents that continue with one host or two, and wait 15 s for others when there is one.
 
     While they share a store, torch 2.13 does not tell an agent that comes later where rank 0 is.
     """
@@ -64,14 +64,14 @@ def test_torchrun_with_fixed_ranks(cluster, recipe, same):
     same()
 
 
-def test_a_host_that_loses_power_is_left_out_and_taken_in_again_when_it_is_back(cluster, recipe, same, tmp_path):
+def test_a_host_that_loses_power_is_left_out_and_rejoins_after_booting(cluster, recipe, same, tmp_path):
     run, disk = recipe.with_suffix(""), SlowDisk(tmp_path)
     agents = elastic(cluster, recipe, disk)
     try:
         first = agents.start(1)
         agents.start(2)
         training.wait_for_update(run, 11, 180)
-        cluster.make("off", "2")  # the other one is told nothing
+        cluster.make("off", "2")  # the other host is not notified
         until(lambda: len(resumes(recipe)) == 1, 180)
         power_on(cluster, 2)
         second = agents.start(2)
@@ -84,14 +84,14 @@ def test_a_host_that_loses_power_is_left_out_and_taken_in_again_when_it_is_back(
     same()
 
 
-def test_an_agent_that_was_killed_is_followed_by_another_and_nothing_is_made_twice(cluster, recipe, same, tmp_path):
+def test_a_killed_agent_is_replaced_and_no_update_is_repeated(cluster, recipe, same, tmp_path):
     run, disk = recipe.with_suffix(""), SlowDisk(tmp_path)
     agents = elastic(cluster, recipe, disk)
     try:
         first = agents.start(1)
         agents.start(2)
         training.wait_for_update(run, 11, 180)
-        cluster.run(2, "pkill", "-9", "-f", "bin/[t]orchrun")  # its rank lives on, and the run does
+        cluster.run(2, "pkill", "-9", "-f", "bin/[t]orchrun")  # its rank and the run continue
         second = agents.start(2)
         until(lambda: len(resumes(recipe)) == 1, 180)
         disk.quick()

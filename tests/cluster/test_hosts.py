@@ -1,4 +1,4 @@
-"""What goes wrong over two real hosts is refused or ends the job everywhere, with the rank and host named."""
+"""Problems on two real hosts are refused, or end the job everywhere, and the rank and host are named."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from tests.training import command, events, wait_for_update
 
 
 def ranks(recipe, *words):
-    """The command line of a rank, without its Python."""
+    """Return the command line of a rank, without its Python."""
     return command(recipe, *words)[1:]
 
 
@@ -20,17 +20,17 @@ def test_a_mistyped_hostfile_trains_nothing(cluster, deepspeed, recipe):
     (name, option, hosts, *more), env = deepspeed()
     printed = cluster.run(1, name, option, f"{hosts}x", *more, *ranks(recipe, *LENGTH), code=2, **env)
     assert said(printed) == [
-        "megagpt: the hostfile is not there, so that DeepSpeed took this host alone: 1 ranks on 1 host\n"
+        "megagpt: the hostfile does not exist, so DeepSpeed started 1 rank on this host only\n"
         f"  deepspeed --hostfile {hosts}x\n"
-        "  do: give the path of the hostfile; to train on this host alone, leave --hostfile out"
+        "  do: correct the path of the hostfile; to train on this host only, leave out --hostfile"
     ]
     assert not recipe.with_suffix("").exists()
 
 
 ON_ONE = (
     "megagpt: deepspeed was given 2 hosts, node1, node2, but the job's 2 ranks run on 1: node1\n"
-    "  the hostfile\n  do: see what each name of the hostfile means (`ssh NAME hostname`); "
-    "--launcher slurm needs --num_nodes too, --no_ssh one launcher on each host"
+    "  the hostfile\n  do: check which host each name of the hostfile leads to (`ssh NAME hostname`); "
+    "--launcher slurm also needs --num_nodes, --no_ssh needs one launcher on each host"
 )
 
 
@@ -51,17 +51,17 @@ def test_slurm_that_puts_both_ranks_on_one_host_is_refused_with_both_names(slurm
 
 
 def test_variables_that_do_not_reach_the_other_host_are_named(cluster, recipe):
-    """mpirun hands on what it is told to, and no more."""
-    unset = [word for name in env_forwarding.passed_on(cluster.env) for word in ("-u", name)]
+    """mpirun forwards only the variables of its -x options."""
+    unset = [word for name in env_forwarding.forwarded_variables(cluster.env) for word in ("-u", name)]
     environment = ("env", *unset, "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
     printed = cluster.run(
         1, *environment, *OPENMPI, "--tag-output", "-x", "PYTHONPATH", sys.executable, *ranks(recipe), code=2
     )
     assert said(printed) == [
-        "megagpt: 2 variables are not alike on all ranks\n"
+        "megagpt: 2 environment variables differ between ranks\n"
         "  DS_ACCELERATOR: cpu on rank 0 (node1), not set on rank 1 (node2)\n"
         "  OMP_NUM_THREADS: 1 on rank 0 (node1), not set on rank 1 (node2)\n"
-        "  do: hand it on (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
+        "  do: forward it (`megagpt hosts --write-environment`, `mpirun -x`, `srun --export`), or set it on each host"
     ]
 
 
@@ -73,8 +73,8 @@ def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, dee
     printed = cluster.run(1, *launcher, "--master_port", "29700", *ranks(other, *LENGTH), code=1, **env)
     do = "  do: give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
     assert said(printed) == [
-        "megagpt: port 29700 is in use on this host: by another job, or by what is left of an earlier one\n"
-        f"  rank 0, launcher: deepspeed, MASTER_PORT\n{do}; `ss -ltnp` shows who listens",
+        "megagpt: port 29700 is in use on this host, by another job or by processes left from an earlier one\n"
+        f"  rank 0, launcher: deepspeed, MASTER_PORT\n{do}; `ss -ltnp` shows which program listens",
         f"megagpt: two jobs share the port 29700 of 10.77.0.1: {run} listens there, this is {tmp_path}/other\n"
         f"  rank 1, launcher: deepspeed\n{do}",
     ]
@@ -89,7 +89,7 @@ def test_two_jobs_on_one_port_never_join_and_a_killed_rank_is_named(cluster, dee
     assert [cluster.ranks(1), cluster.ranks(2)] == [[], []]
 
 
-def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoint(cluster, deepspeed, recipe):
+def test_a_cut_cable_ends_the_job_on_every_host_and_it_resumes_from_its_checkpoint(cluster, deepspeed, recipe):
     (launcher, env), run = deepspeed(), recipe.with_suffix("")
     limit = 5
     words = ("length.updates=1000000", "checkpoint.every=20", f"log.hang_after={limit}")
@@ -102,7 +102,7 @@ def test_a_cut_cable_ends_the_job_on_every_host_and_it_goes_on_from_its_checkpoi
         printed, _ = training.communicate()
         while cluster.processes():
             time.sleep(0.1)
-        assert time.monotonic() - begun < limit + 30  # the promise, and no measure of speed: 20 s are seen
+        assert time.monotonic() - begun < limit + 30  # the time limit that is promised; usually it takes 20 s
     finally:
         cluster.make("heal", "2")
     assert training.returncode != 0, printed

@@ -12,11 +12,11 @@ HANDED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TOKENIZERS_PARA
 
 
 def ranks(recipe, *words):
-    """The command line of a rank, without its Python."""
+    """Return the command line of a rank, without its Python."""
     return command(recipe, *LENGTH, *words)[1:]
 
 
-def test_deepspeed_with_a_hostfile_and_a_cable_that_is_out_for_a_moment(cluster, deepspeed, recipe, same):
+def test_deepspeed_with_a_hostfile_and_a_short_network_failure(cluster, deepspeed, recipe, same):
     launcher, env = deepspeed()
     training = cluster.start(1, *launcher, *ranks(recipe, "--expect-world-size", "2", "checkpoint.every=10"), **env)
     wait_for_update(recipe.with_suffix(""), 20, SECONDS)
@@ -29,7 +29,7 @@ def test_deepspeed_with_a_hostfile_and_a_cable_that_is_out_for_a_moment(cluster,
     same()
 
 
-def test_deepspeed_with_two_ranks_a_host(cluster, deepspeed, recipe, same):
+def test_deepspeed_with_two_ranks_per_host(cluster, deepspeed, recipe, same):
     launcher, env = deepspeed(slots=2)
     assert "4 × CPU" in cluster.run(1, *launcher, *ranks(recipe), **env)
     same()
@@ -44,7 +44,7 @@ def test_deepspeed_by_openmpi(cluster, deepspeed, recipe, same):
 
 def test_deepspeed_by_mpich_loses_the_exit_code_and_status_has_it(cluster, deepspeed, recipe, tmp_path):
     (launcher, env), run = deepspeed(), recipe.with_suffix("")
-    mpirun = tmp_path / "bin/mpirun"  # a script, and no link: MPICH's looks for its parts beside itself
+    mpirun = tmp_path / "bin/mpirun"  # a script instead of a link: MPICH's mpirun looks for its parts in its own folder
     mpirun.parent.mkdir()
     mpirun.write_text('#!/bin/sh\nexec mpirun.mpich "$@"\n')
     mpirun.chmod(0o755)
@@ -71,7 +71,7 @@ def test_deepspeed_without_ssh_once_on_each_host(cluster, deepspeed, recipe, sam
     same()
 
 
-def test_openmpi_tells_where_rank_0_is(cluster, recipe, same):
+def test_openmpi_broadcasts_the_address_of_rank_0(cluster, recipe, same):
     variables = [word for name in HANDED_ON for word in ("-x", name)]
     cluster.run(1, *OPENMPI, *variables, sys.executable, *ranks(recipe))
     same()
@@ -84,12 +84,12 @@ def test_mpich(cluster, recipe, same):
 
 
 def test_two_worlds_of_one_rank_under_mpich_are_refused(cluster, recipe):
-    """mpi4py's wheel finds no MPICH by the name that it looks for, and takes OpenMPI, which knows of no other rank."""
+    """mpi4py's wheel does not find MPICH under the name that it expects, and loads OpenMPI, which sees one rank."""
     printed = cluster.run(1, *MPICH, "-prepend-rank", sys.executable, *ranks(recipe), code=2)
     assert [re.sub(r"(Open MPI v).+", r"\1…", message) for message in said(printed)] == [
-        "megagpt: mpich started 2 ranks, but mpi4py sees a world of 1\n"
+        "megagpt: mpich started 2 ranks, but mpi4py sees a world size of 1\n"
         "  mpi4py has loaded Open MPI v…\n"
         "  do: export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): "
-        "MPI is not asked then"
+        "then MPI is not needed"
     ]
     assert not recipe.with_suffix("").exists()

@@ -1,4 +1,4 @@
-"""Real SLURM: tasks of srun prepare text together, and a stranger on the network is sent away."""
+"""Real SLURM: srun tasks prepare text together, and a stranger on the network is rejected."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from megagpt.prepare.readers.default_corpus import default_corpus
 
 
 def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):
-    source = tmp_path / "text.jsonl"  # 12 MB are three pieces of work
+    source = tmp_path / "text.jsonl"  # 12 MB are three chunks
     source.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in default_corpus().documents))
     model = train_tokenizer_command([str(source)], 500, tmp_path / "t", 0.0).path
     prepare_command([str(source)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1))
@@ -25,8 +25,8 @@ def test_tasks_on_two_hosts_prepare_the_bytes_of_one_process(slurm, tmp_path):
             assert three.read_bytes() == one.read_bytes()
 
 
-# A stranger on the other host, who comes before task 1 does: connections that claim to be task 1 and send a pickle of
-# a command, in the frames of multiprocessing.connection, and connections that stay open and say nothing.
+# A stranger on the other host, who connects before task 1: some connections claim to be task 1 and send a pickle of a
+# command, framed as multiprocessing.connection does it, and others stay open and send nothing.
 ATTACK = """\
 import os, pickle, socket, struct, sys, time
 from megagpt.cluster.launch_env import job_port
@@ -53,7 +53,7 @@ time.sleep(3)
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_stranger_who_calls_first_with_a_pickle_runs_nothing_and_the_job_completes(slurm, tmp_path, given):
+def test_a_stranger_who_connects_first_and_sends_a_pickle_runs_nothing_and_the_job_completes(slurm, tmp_path, given):
     source, owned, attacked = (tmp_path / name for name in ("text.txt", "owned", "attacked"))
     source.write_text("".join(one.text for one in default_corpus().documents)[:200_000])
     (tmp_path / "attack.py").write_text(ATTACK)

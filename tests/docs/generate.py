@@ -38,23 +38,23 @@ schedule: {warmup_updates: 10}
 length: {updates: 100}
 """
 
-RULE_EXAMPLES = {  # one violation of each rule between keys, by the name of the rule's function
-    "_init_from": ["init_from=runs/b"],
-    "_preset": ["model.preset=gpt2-125m"],
-    "_head_dimension": ["model.n_head=7", "model.n_kv_head=7"],
-    "_query_groups": ["model.n_kv_head=3"],
-    "_rotary_head_dimension": ["model.position=rope", "model.d_model=60"],
-    "_sources": ["data.train=data/x.bin"],
-    "_eod": ["data.eod=2"],
-    "_skip": ["data.skip=[[200, 100]]"],
-    "_muon_lr": ["optimizer.type=muon"],
-    "_muon_momentum": ["optimizer.muon_momentum=0.9"],
-    "_min_lr": ["schedule.min_lr=1.0e-3"],
-    "_decay": ["schedule.type=wsd"],
-    "_one_length": ["length.tokens=1e9"],
-    "check_schedule_fits": ["schedule.warmup_updates=100"],
-    "_validation": ["evaluation.every=10", "data.validation=null"],
-    "_prompt": ["evaluation.prompt=Once"],
+RULE_EXAMPLES = {  # one violation of each rule between keys, by these keys
+    "init_from": ["init_from=runs/b"],
+    "model.preset": ["model.preset=gpt2-125m"],
+    "model.d_model, model.n_head": ["model.n_head=7", "model.n_kv_head=7"],
+    "model.n_head, model.n_kv_head": ["model.n_kv_head=3"],
+    "model.d_model, model.n_head, model.position": ["model.position=rope", "model.d_model=60"],
+    "data.train, data.validation": ["data.train=data/x.bin"],
+    "data.document_mask, data.eod, model.vocab_size": ["data.eod=2"],
+    "data.skip": ["data.skip=[[200, 100]]"],
+    "optimizer.type, optimizer.muon_lr": ["optimizer.type=muon"],
+    "optimizer.type, optimizer.muon_momentum": ["optimizer.muon_momentum=0.9"],
+    "schedule.min_lr, optimizer.lr": ["schedule.min_lr=1.0e-3"],
+    "schedule.type, schedule.decay_updates": ["schedule.type=wsd"],
+    "length.updates, length.tokens, length.epochs": ["length.tokens=1e9"],
+    "schedule.warmup_updates, schedule.decay_updates, length.updates": ["schedule.warmup_updates=100"],
+    "evaluation.every, data.validation": ["evaluation.every=10", "data.validation=null"],
+    "evaluation.prompt, evaluation.every, data.tokenizer": ["evaluation.prompt=Once"],
 }
 
 _OFFLOAD = {"device": "cpu"}
@@ -62,6 +62,7 @@ COMBINATIONS = (  # (overrides of the recipe, DeepSpeed config, ranks) that are 
     ([], {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, 2),
     (["precision=fp32"], {"bf16": {"enabled": True}}, 2),
     (["batch.global_size=9"], {}, 2),
+    ([], {"gradient_clipping": 2.0}, 2),
     ([], {"train_micro_batch_size_per_gpu": 3}, 2),
     ([], {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}, 2),
     ([], {"zero_optimization": {"stage": 2, "offload_param": _OFFLOAD}}, 2),
@@ -230,8 +231,8 @@ def _recipe_presets():
 
 def _recipe_rules():
     rows = []
-    for function, involved in RULES:
-        first = problems(RULE_EXAMPLES[function.__name__])[0]
+    for _, involved in RULES:
+        first = problems(RULE_EXAMPLES[", ".join(involved)])[0]
         rows.append((", ".join(map(code, involved)), first.what, first.do))
     return [
         "",

@@ -1,4 +1,4 @@
-"""docs/recipe.md and docs/deepspeed-config.md are what their sources say, and leave no refusal out."""
+"""docs/recipe.md and docs/deepspeed-config.md are fresh, and show every combination that is refused."""
 
 import ast
 import sys

@@ -47,16 +47,16 @@ def commands(line):
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         lexer.commenters = "#"
-        words = list(lexer)
+        tokens = list(lexer)
     except ValueError:  # an apostrophe in a code span
         return
-    for index, word in enumerate(words):
-        before = words[index - 1] if index else ""
-        is_command = word == "megagpt" and before not in ("install", "but")  # pip install megagpt; a quoted message
-        if is_command or word in SCRIPTS:
-            rest = words[index + 1 :]
+    for index, token in enumerate(tokens):
+        before = tokens[index - 1] if index else ""
+        is_command = token == "megagpt" and before not in ("install", "but")  # pip install megagpt; a quoted message
+        if is_command or token in SCRIPTS:
+            rest = tokens[index + 1 :]
             end = next((place for place, other in enumerate(rest) if re.fullmatch(r"[|&;<>()]+", other)), len(rest))
-            first = [SCRIPTS[word]] if word in SCRIPTS else []
+            first = [SCRIPTS[token]] if token in SCRIPTS else []
             if first or rest[:end]:
                 yield first + rest[:end]
 
@@ -64,17 +64,17 @@ def commands(line):
 def mistakes(arguments):
     """What is wrong with the arguments of `megagpt`."""
     command = typer.main.get_command(app)
-    arguments = [word for word in arguments if word not in ("…", "")]
+    arguments = [token for token in arguments if token not in ("…", "")]
     while arguments and hasattr(command, "commands") and not arguments[0].startswith("-"):
         name = arguments.pop(0).rstrip(",.:")
         if name not in command.commands:
             return [f"no command {name}"]
         command = command.commands[name]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    options = [token.partition("=")[0] for token in arguments if token.startswith("--")]
     wrong = [f"{command.name} has no option {option}" for option in options if option not in {*known, "--help", "--"}]
     if command.name in ("train", "plan", "parity", "doctor"):
-        overrides = [word.partition("=")[0] for word in arguments if "=" in word and not word.startswith("-")]
+        overrides = [token.partition("=")[0] for token in arguments if "=" in token and not token.startswith("-")]
         wrong += [f"no key {key}" for key in overrides if not is_key(key)]
     return wrong
 

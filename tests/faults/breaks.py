@@ -1,6 +1,6 @@
-"""Bugs to plant in a run that resumes: each would train on, and end with other numbers or another record.
+"""Bugs planted in a run that resumes, which then trains on but ends with other numbers or another record.
 
-A process that finds one's name in MEGAGPT_TEST_BREAK plants it when it starts: see `planting`.
+A process plants the bug that the environment variable MEGAGPT_TEST_BREAK names when it starts, see `planting`.
 """
 
 from __future__ import annotations
@@ -28,47 +28,53 @@ def position_off_by_one() -> None:
 
 
 def moments_not_restored() -> None:
-    """Weights come back, the optimizer's averages begin anew."""
+    """The weights are restored, but the moments of the optimizer start from zero."""
     from megagpt.training import loop
 
     def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401  # first, as in a real start
-        from megagpt.engine.state.partitions import WEIGHT, _Flat
+        from megagpt.engine.state.partitions import WEIGHT, _FlatPartitions
 
-        def put(shares: _Flat, share: Any, kind: str, value: Any, real_put: Callable[..., None] = _Flat.put) -> None:
+        def put(
+            partitions: _FlatPartitions,
+            partition: Any,
+            kind: str,
+            value: Any,
+            real_put: Callable[..., None] = _FlatPartitions.put,
+        ) -> None:
             if kind == WEIGHT:
-                real_put(shares, share, kind, value)
+                real_put(partitions, partition, kind, value)
 
-        _Flat.put = put
+        _FlatPartitions.put = put
         return real(*arguments)
 
     loop.build_run = build_run
 
 
 def moments_not_restored_nor_verified() -> None:
-    """The same, with the check that follows a load switched off."""
+    """The same, without the check that follows a load."""
     moments_not_restored()
     from megagpt.training import loop
 
     def build_run(*arguments: Any, real: Callable[..., Any] = loop.build_run) -> Any:
         from megagpt.engine import init_deepspeed  # noqa: F401
-        from megagpt.engine.state.portable import Portable
+        from megagpt.engine.state.portable import PortableState
 
-        Portable._verify = lambda *_: None
+        PortableState._verify = lambda *_: None
         return real(*arguments)
 
     loop.build_run = build_run
 
 
 def metrics_not_truncated() -> None:
-    """What was recorded after the resumed update stays."""
+    """Records after the resumed update are kept."""
     from megagpt.training import metrics
 
     metrics._truncate = lambda path, _: (list(metrics.read(path.parent)), 0.0)
 
 
 def nothing() -> None:
-    """No bug: to show that planting as such changes nothing."""
+    """No bug, to test that planting itself changes nothing."""
 
 
 BREAKS = {
@@ -84,7 +90,13 @@ BREAKS = {
 
 
 def planting(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes that are started from here on plant a bug; `folder` takes what Python imports at its start."""
+    """Make processes that are started from now on plant a bug.
+
+    Args:
+        name: Key of BREAKS.
+        folder: Folder for a `sitecustomize.py`, which Python imports when it starts.
+        monkeypatch: Sets the environment variables.
+    """
     (folder / "sitecustomize.py").write_text(
         "import os\nfrom tests.faults.breaks import BREAKS\nBREAKS[os.environ['MEGAGPT_TEST_BREAK']]()\n"
     )

@@ -1,6 +1,6 @@
-"""Trains under a stream of random faults, started again after each, and compares with the uninterrupted run.
+"""Trains under a series of random faults, restarting after each, and compares the result with an uninterrupted run.
 
-python -m tests.faults.campaign --faults N --seed S      prints what was lost, and how long it took to go on
+python -m tests.faults.campaign --faults N --seed S      prints what was lost, and how long each restart took
 """
 
 from __future__ import annotations
@@ -27,16 +27,31 @@ from tests.faults import drawn
 from tests.faults.drawn import ENDS, INSIDE, SAVING, Plan, repeated_and_lost
 from tests.faults.launches import Launch, launch
 
-GLOBAL_BATCH, SEQ_LEN, EVERY, SPACING = 4, 32, 5, 8  # samples, tokens, updates a checkpoint, updates a launch
-ROOM = 4 * EVERY  # updates behind the last fault, which comes some hundredths of a second late, or more where much runs
-PATIENCE = 240.0  # seconds; who takes longer is wrong
+GLOBAL_BATCH, SEQ_LEN, EVERY, SPACING = 4, 32, 5, 8  # samples, tokens, updates per checkpoint, updates per launch
+ROOM = 4 * EVERY  # updates after the last fault, which can happen some hundredths of a second late, or more under load
+PATIENCE = 240.0  # seconds that a launch may take
 LAYOUTS = (("zero1", 2), ("zero3", 1), ("zero2", 2), ("zero3", 2), ("zero1", 1))
 FIRST = {"kind": "phase", "name": "first", "phase": "data", "update": 0, "nth": 2, "act": "note"}
 
 
 @dataclass
 class Outcome:
-    """What a campaign did. `lost` updates were made twice; `wrong` lists what is not as without faults."""
+    """Result of a campaign.
+
+    Attributes:
+        faults: number of faults of each kind.
+        launches: number of launches.
+        updates: number of updates of the run.
+        lost: number of updates that each fault of a kind lost, which were repeated.
+        tokens_lost: number of tokens never trained on, except those of skipped updates.
+        tokens_repeated: number of tokens trained on twice.
+        notice: seconds from a fault to the end of all ranks, by kind.
+        go_on: seconds from each start to the first update.
+        seconds: duration.
+        effective: time breakdown of the run.
+        history: one line per launch.
+        wrong: all differences from the uninterrupted run.
+    """
 
     faults: Counter[str] = field(default_factory=Counter)
     launches: int = 0
@@ -53,7 +68,7 @@ class Outcome:
 
 
 class Campaign:
-    """One run under faults, in `folder`, and the same run left alone."""
+    """A run under faults, and the same run without faults, both in `folder`."""
 
     def __init__(self, faults: int, seed: int, data: Path, folder: Path, layouts: bool = False) -> None:
         self._chance, self._folder, self._layouts = random.Random(seed), folder, layouts
@@ -63,13 +78,15 @@ class Campaign:
         self._run, self._alone = folder / "run", folder / "alone"
         self._recipes = {run: training.write_recipe(run, data) for run in (self._run, self._alone)}
         bad = self._kinds.count("data that yields NaN")
-        room = (self._total - 4 * EVERY) // max(bad, 1)  # one in each stretch, none before the first checkpoint
+        room = (self._total - 4 * EVERY) // max(
+            bad, 1
+        )  # one in each range of updates, none before the first checkpoint
         at = [2 * EVERY + room * number + self._chance.randrange(room) for number in range(bad)]
         self._poison = {"kind": "poison", "name": "data that yields NaN", "rank": 0,
                         "positions": [GLOBAL_BATCH * update for update in at]}  # fmt: skip
 
     def make(self) -> Outcome:
-        """Train both, and compare them."""
+        """Train both runs, and compare them."""
         begun, waiting = time.monotonic(), []
         self._to_the_end(self._alone)
         for kind in self._kinds:
@@ -88,18 +105,18 @@ class Campaign:
         self._out.seconds = time.monotonic() - begun
         return self._out
 
-    def _start(self, stack: ExitStack, run: Path, faults: list[dict], *words: str) -> Launch:
+    def _start(self, stack: ExitStack, run: Path, faults: list[dict], *overrides: str) -> Launch:
         config, world = self._layout() if run == self._run else LAYOUTS[0]
-        words = (f"length.updates={self._total}", f"checkpoint.every={EVERY}", "evaluation.every=10",
-                 "evaluation.samples=16", "log.every=100", *words)  # fmt: skip
+        overrides = (f"length.updates={self._total}", f"checkpoint.every={EVERY}", "evaluation.every=10",
+                 "evaluation.samples=16", "log.every=100", *overrides)  # fmt: skip
         self._out.launches += run == self._run
         faults = [self._poison, FIRST, *faults]
         return stack.enter_context(
-            launch(self._recipes[run], *words, folder=self._folder, world=world, config=config, faults=faults)
+            launch(self._recipes[run], *overrides, folder=self._folder, world=world, config=config, faults=faults)
         )
 
     def _layout(self) -> tuple[str, int]:
-        """The config and the number of ranks of the next launch under faults."""
+        """Return the config and the number of ranks of the next launch under faults."""
         return LAYOUTS[self._out.launches % len(LAYOUTS)] if self._layouts else LAYOUTS[0]
 
     def _to_the_end(self, run: Path) -> None:
@@ -111,7 +128,7 @@ class Campaign:
                 self._note(ranks)
 
     def _launch_until(self, kind: str, inside: list[str]) -> list[str]:
-        """Launch until the end of this kind has really come; the faults inside that have not happened yet."""
+        """Launch until this kind of fault has ended a launch. Returns the inner faults that have not happened yet."""
         for _ in range(20):
             was = self._saved()
             left = (self._total - ROOM - 2 * EVERY - was) / self._ends
@@ -119,7 +136,7 @@ class Campaign:
             world = self._layout()[1]
             made = drawn.plan(kind, update, world, self._chance)
             inside = [name for name in inside if name != self._poison["name"]]
-            once = dict.fromkeys(inside)  # two of a kind in one launch could not be told apart
+            once = dict.fromkeys(inside)  # two of a kind in one launch could not be distinguished
             happened = self._under(made, [drawn.inside(name, update, world, self._chance) for name in once])
             for name in happened & set(inside):
                 inside.remove(name)
@@ -129,15 +146,15 @@ class Campaign:
         return []
 
     def _under(self, made: Plan, faults: list[dict]) -> set[str]:
-        """One launch: let its faults happen, wait for its end, see what is left; the names of what happened."""
+        """Run one launch with its faults, and check how it ends. Returns the names of the faults that happened."""
         act = "raise" if made.act == "raise" else "note"
         mark = {"kind": "phase", "name": made.kind, "phase": made.phase, "update": made.update, "act": act,
                 "rank": made.ranks[0]}  # fmt: skip
         with ExitStack() as stack:
             asynchronous = self._chance.random() < 0.5
-            words = [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
-            words += ["log.hang_after=2"] if made.act == "SIGSTOP" else []
-            ranks = self._start(stack, self._run, [mark, *faults], *words)
+            overrides = [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
+            overrides += ["log.hang_after=2"] if made.act == "SIGSTOP" else []
+            ranks = self._start(stack, self._run, [mark, *faults], *overrides)
             came = not made.phase or ranks.fires(made.kind, PATIENCE)
             time.sleep(made.delay)
             at = time.monotonic()
@@ -156,7 +173,8 @@ class Campaign:
         for name in names - {made.kind}:
             self._count(name, 0)
         if came:
-            lost = self._updates() - self._saved() if began else 0  # before, the record still has what was lost earlier
+            # A launch that ended before its first update has not yet removed the updates lost earlier from the record.
+            lost = self._updates() - self._saved() if began else 0
             self._count(made.kind, lost)
             most = 0 if made.kind in SAVING else 2 * EVERY if asynchronous else EVERY
             if lost > most and "file calls that fail" not in names:
@@ -164,26 +182,26 @@ class Campaign:
         return names
 
     def _hit(self, ranks: Launch, made: Plan) -> None:
-        """Let the end of a launch happen, from outside."""
+        """Send the signal, or the request to stop, that ends a launch."""
         if made.act == "stop":
             listing.stop(self._run)
             return
         for rank in made.ranks:
             if ranks.codes()[rank] is None:
-                with suppress(ProcessLookupError):  # it has ended since
+                with suppress(ProcessLookupError):  # the rank has just ended
                     os.kill(ranks.pids()[rank], signal.Signals[made.act])
 
     def _judge(self, made: Plan, codes: list[int | None], came: bool, broken: bool, printed: str) -> None:
-        """Whether the ranks ended as they should: a launch whose file calls failed may end itself first."""
+        """Check the exit codes. A launch whose file calls fail may also end by itself before."""
         if broken and set(codes) <= {0, 1, 75, -9}:
             return
         if not came and made.act == "SIGSTOP" and set(codes) == {1}:
-            return  # on a busy machine 2 s pass without a hang
+            return  # under load, 2 s can pass without progress
         if not came or tuple(codes) not in made.codes(len(codes)):
             self._out.wrong.append(f"{made}: ended with {codes}\n{printed[-2000:]}")
 
     def _note(self, ranks: Launch) -> set[str]:
-        """Note how long the launch took to go on; the names of the faults that have happened inside."""
+        """Record the time until the first update. Returns the names of the inner faults that happened."""
         events = ranks.fired()
         self._out.go_on += [event["at"] - ranks.started for event in events if event["name"] == "first"][:1]
         return {event["name"] for event in events} & set(INSIDE) - {"data that yields NaN"}
@@ -193,18 +211,18 @@ class Campaign:
         self._out.lost[kind].append(lost)
 
     def _updates(self) -> int:
-        """The last update on record."""
+        """Return the last update on record."""
         if not (self._run / "metrics.jsonl").exists():
             return 0
         return max([update["update"] for update in training.curve(self._run)], default=0)
 
     def _saved(self) -> int:
-        """The update of the newest whole checkpoint."""
+        """Return the update of the newest valid checkpoint."""
         found, _ = store.newest_valid(self._run)
         return found.state.update if found else 0
 
     def _compare(self) -> None:
-        """With the run left alone, bit for bit, and with the closed form of the data positions."""
+        """Compare the run with the uninterrupted one bit for bit, and its data positions with their closed form."""
         out, curve, alone = self._out, training.curve(self._run), training.curve(self._alone)
         left_out = {event["position"] for event in training.events(self._run) if event["event"] in ("rollback", "skip")}
         repeated, lost = repeated_and_lost([update["position"] for update in curve], GLOBAL_BATCH, left_out)
@@ -233,12 +251,20 @@ def _validations(run: Path) -> list[tuple[object, object]]:
 
 
 def campaign(faults: int, seed: int, data: Path, folder: Path, layouts: bool = False) -> Outcome:
-    """`faults` random faults over one training run in `folder`, on the corpus of `data`."""
+    """Train one run under random faults.
+
+    Args:
+        faults: Number of faults.
+        seed: Random seed.
+        data: Folder of the corpus.
+        folder: Folder of the run.
+        layouts: Change the layout at each start.
+    """
     return Campaign(faults, seed, data, folder, layouts).make()
 
 
 def table(out: Outcome) -> str:
-    """What a campaign did, for people."""
+    """Format the result of a campaign."""
     rows = [
         f"{'fault':<32}{'times':>6}{'updates lost: most':>20}{'in all':>8}{'seconds to notice: median':>27}{'most':>7}"
     ]
@@ -261,7 +287,7 @@ def table(out: Outcome) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Run a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)

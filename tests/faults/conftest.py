@@ -1,4 +1,4 @@
-"""One uninterrupted run per session, which the interrupted ones are compared with."""
+"""One uninterrupted run per session, with which interrupted runs are compared."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The faults of a campaign: which there are, how often, and what each does."""
+"""The faults of a campaign: their kinds, how often each is drawn, and what it does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ANYWHERE = ("data", "forward/backward", "step", "save", "evaluate")  # phases, as often as each is drawn
+ANYWHERE = ("data", "forward/backward", "step", "save", "evaluate")  # phases, all drawn equally often
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 FOR_GOOD = 10**9
 
-ENDS = {  # kind: how often it is drawn, of the faults that end a launch
+ENDS = {  # faults that end a launch, with the relative frequency of each kind
     "kill -9 of one rank": 6,
     "kill -9 of all ranks": 3,
     "kill -9 in a save": 4,
@@ -21,14 +21,14 @@ ENDS = {  # kind: how often it is drawn, of the faults that end a launch
     "SIGSTOP of one rank": 1,
     "an exception on one rank": 2,
 }
-INSIDE = {"file calls that fail": 4, "data that yields NaN": 2, "the clock set back": 1}  # the launch goes on
-BETWEEN = {"the newest checkpoint damaged": 4, "latest gone or wrong": 2}  # two launches
+INSIDE = {"file calls that fail": 4, "data that yields NaN": 2, "the clock set back": 1}  # the launch continues
+BETWEEN = {"the newest checkpoint damaged": 4, "latest gone or wrong": 2}  # faults between two launches
 SAVING = ("a signal to one rank", "megagpt stop")  # nothing may be lost
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch ends: `delay` seconds after a rank has come to `phase` of `update`, `act` happens to `ranks`."""
+    """How a launch ends: `act` happens to `ranks`, `delay` seconds after a rank has entered `phase` of `update`."""
 
     kind: str
     phase: str
@@ -38,7 +38,7 @@ class Plan:
     delay: float
 
     def codes(self, world: int) -> set[tuple[int | None, ...]]:
-        """With which exit codes the ranks may end."""
+        """Return all combinations of exit codes with which the ranks may end."""
         if self.act in (*SIGNALS, "stop"):
             return {(75,) * world}
         if self.act == "SIGKILL":
@@ -47,7 +47,7 @@ class Plan:
 
 
 def kinds(faults: int, chance: random.Random) -> list[str]:
-    """`faults` kinds in a random order; the last one ends a launch."""
+    """Draw the kinds of a number of faults. The last one ends a launch."""
     weights = {**ENDS, **INSIDE, **BETWEEN}
     return [
         *chance.choices(list(weights), list(weights.values()), k=faults - 1),
@@ -56,7 +56,7 @@ def kinds(faults: int, chance: random.Random) -> list[str]:
 
 
 def plan(kind: str, update: int, world: int, chance: random.Random) -> Plan:
-    """A way for a launch to end at about `update`."""
+    """Draw how a launch ends at about `update` by a fault of this kind."""
     one, every, delay = (chance.randrange(world),), tuple(range(world)), chance.uniform(0, 0.05)
     phase = chance.choice(ANYWHERE)
     return {
@@ -72,7 +72,7 @@ def plan(kind: str, update: int, world: int, chance: random.Random) -> Plan:
 
 
 def inside(kind: str, update: int, world: int, chance: random.Random) -> dict:
-    """A fault within a rank, for `hooks`; `update` is where the launch will end."""
+    """Draw a fault inside a rank, for `hooks`. `update` is the update at which the launch will end."""
     rank = chance.randrange(world)
     if kind == "the clock set back":
         return {"name": kind, "kind": "clock back", "rank": rank, "update": update - 1, "seconds": 7200}
@@ -83,9 +83,9 @@ def inside(kind: str, update: int, world: int, chance: random.Random) -> dict:
 
 
 def damage(kind: str, run: Path, chance: random.Random) -> str:
-    """Do to the files of a run what happens between two launches; which kind it was.
+    """Damage the files of a run between two launches. Returns the kind of the fault.
 
-    The only checkpoint is spared: a run that has lost all stops, as it should.
+    If there is only one checkpoint, it is not damaged, since a run that has lost all checkpoints stops, as it should.
     """
     folders = sorted((run / "checkpoints").glob("update_*"))
     if kind == "the newest checkpoint damaged" and len(folders) > 1:
@@ -99,7 +99,7 @@ def damage(kind: str, run: Path, chance: random.Random) -> str:
 
 
 def _damage(path: Path, chance: random.Random) -> None:
-    """Flip one bit of a file, cut it, or remove it."""
+    """Flip one bit of a file, truncate it, or remove it."""
     content, way = bytearray(path.read_bytes()), chance.choice(("flip", "flip", "cut", "remove"))
     if way == "remove" or not content:
         path.unlink()
@@ -110,9 +110,12 @@ def _damage(path: Path, chance: random.Random) -> None:
 
 
 def repeated_and_lost(positions: Sequence[int], samples: int, left_out: set[int]) -> tuple[int, int]:
-    """Samples trained on twice, and never, by the data position after each update, against the closed form.
+    """Count the samples that were trained on twice, and those that were never trained on.
 
-    Each update takes the `samples` samples after the last one's; only what begins at `left_out` is passed over.
+    Args:
+        positions: Data position after each update.
+        samples: Samples per update. Each update uses those that follow the previous update's.
+        left_out: Data positions at which skipped updates begin.
     """
     used = [position - samples for position in positions]
     due = [start for start in range(0, max(positions), samples) if start not in left_out]

@@ -1,7 +1,7 @@
-"""Faults made inside a training process, at a place of the loop that the environment variable FAULTS names.
+"""Injects faults into a training process, at the points of the loop that the environment variable FAULTS describes.
 
-FAULTS is a JSON list of {"kind", "rank", …}. Every fault that has really happened appends a line to the file FIRED.
-A process takes part by `install()`, called before training begins (site/sitecustomize.py, or a forked child).
+FAULTS is a JSON list of {"kind", "rank", …}. Every fault that has happened appends a line to the file FIRED.
+A process calls `install()` before training begins (from site/sitecustomize.py, or in a forked child).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megagpt.training.watchdog import Watch
 
 
 class Injected(RuntimeError):
-    """The exception of a fault."""
+    """Exception that a fault raises."""
 
 
 def install() -> None:
-    """Make the faults of this rank ready."""
+    """Install the faults of this rank."""
     rank = int(os.environ.get("RANK", "0"))
     for fault in json.loads(os.environ.get("FAULTS", "[]")):
         if fault.get("rank", rank) == rank:
@@ -33,7 +33,7 @@ def install() -> None:
 
 
 def fired(fault: dict) -> None:
-    """Note that a fault has happened, and when."""
+    """Record that a fault has happened, and when."""
     line = json.dumps({**fault, "pid": os.getpid(), "at": time.monotonic()}) + "\n"
     file = os.open(os.environ["FIRED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.write(file, line.encode())
@@ -41,7 +41,7 @@ def fired(fault: dict) -> None:
 
 
 def at_phase(fault: dict) -> None:
-    """Do `act` when this rank enters `phase` of update `update` or a later one, the `nth` time."""
+    """Call `act` when this rank enters `phase` of update `update` or a later one for the `nth` time."""
     enter, seen = Watch.enter, []
 
     def entered(watch: Watch, phase: str, update: int) -> None:
@@ -55,7 +55,7 @@ def at_phase(fault: dict) -> None:
 
 
 def act(fault: dict) -> None:
-    """Let a fault of a phase happen, `seconds` into it: an exception, a signal, or nothing but its note."""
+    """Wait for `seconds`, then record the fault, and raise an exception or send a signal unless `act` is "note"."""
     time.sleep(fault.get("seconds", 0))
     fired(fault)
     if fault["act"] == "raise":
@@ -65,20 +65,20 @@ def act(fault: dict) -> None:
 
 
 def slow(fault: dict) -> None:
-    """Each call of `method` ("module:Class.method") takes `seconds` longer."""
+    """Make each call of `method` ("module:Class.method") take `seconds` longer."""
     module, _, name = fault["method"].partition(":")
     owner = getattr(importlib.import_module(module), name.partition(".")[0])
     real = getattr(owner, name.partition(".")[2])
 
-    def slowed(*arguments, **words):
+    def slowed(*arguments, **kwargs):
         time.sleep(fault["seconds"])
-        return real(*arguments, **words)
+        return real(*arguments, **kwargs)
 
     setattr(owner, real.__name__, slowed)
 
 
 def poison(fault: dict) -> None:
-    """Data that spoils the numbers: the update that begins at one of `positions` gets NaN on this rank."""
+    """Make the updates that begin at one of `positions` compute NaN on this rank, as bad data would."""
     batches, embedding = Loader.batches, torch.nn.functional.embedding
     positions, bad = set(fault["positions"]), []
 
@@ -88,15 +88,15 @@ def poison(fault: dict) -> None:
             fired({**fault, "position": position})
         return batches(loader, position)
 
-    def spoiled(*arguments, **words):
-        result = embedding(*arguments, **words)
+    def spoiled(*arguments, **kwargs):
+        result = embedding(*arguments, **kwargs)
         return result * float("nan") if bad else result
 
     Loader.batches, torch.nn.functional.embedding = given, spoiled
 
 
 def mislabel(fault: dict) -> None:
-    """Data with a high, finite loss: in the updates that begin at one of `positions` every label is `token`."""
+    """Replace every label by `token` in the updates that begin at one of `positions`: a high but finite loss."""
     batches, positions = Loader.batches, set(fault["positions"])
 
     def given(loader: Loader, position: int) -> list[Batch]:
@@ -110,19 +110,21 @@ def mislabel(fault: dict) -> None:
 
 
 def file_call(fault: dict) -> None:
-    """Calls number `at` to `at` + `times` - 1 that megagpt makes to the file system fail with `errno`."""
+    """Make megagpt's file system calls number `at` to `at` + `times` - 1 fail with `errno`."""
     number, code = [0], getattr(errno, fault["errno"])
 
     def failing(real):
-        def call(*arguments, **words):
+        def call(*arguments, **kwargs):
             ours = "/megagpt/" in sys._getframe(1).f_code.co_filename
-            if not ours or not torch.distributed.is_initialized():  # before, only a launcher can end the other ranks
-                return real(*arguments, **words)
+            if (
+                not ours or not torch.distributed.is_initialized()
+            ):  # before that, only a launcher can end the other ranks
+                return real(*arguments, **kwargs)
             number[0] += 1
             if fault["at"] <= number[0] < fault["at"] + fault["times"]:
                 fired({**fault, "call": real.__name__})
                 raise OSError(code, os.strerror(code))
-            return real(*arguments, **words)
+            return real(*arguments, **kwargs)
 
         return call
 
@@ -131,7 +133,7 @@ def file_call(fault: dict) -> None:
 
 
 def clock_back(fault: dict) -> None:
-    """From update `update` on, the wall clock is `seconds` behind."""
+    """Set the wall clock back by `seconds` from update `update` on."""
     real, enter, behind = time.time, Watch.enter, []
 
     def entered(watch: Watch, phase: str, update: int) -> None:

@@ -1,4 +1,4 @@
-"""A disk that turns read-only, in whole or in part: no checkpoint is harmed, and what went wrong is said."""
+"""A disk that becomes read-only, or only a part of it: no checkpoint is damaged, and the error is reported."""
 
 import subprocess
 
@@ -24,14 +24,14 @@ def remount(folder, how):
     subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
 
 
-def test_a_read_only_disk_harms_no_checkpoint_and_is_said(recipe, uninterrupted, checkpoints):
+def test_a_read_only_disk_harms_no_checkpoint_and_is_reported(recipe, uninterrupted, checkpoints):
     run = recipe.with_suffix("")
     finish(recipe, "--max-minutes", "0", code=75)
     remount(checkpoints, "ro")
     printed = finish(recipe, "checkpoint.every=4", code=1)
     assert "resumed  at update 1," in printed
     lines = [line for line in printed.splitlines() if "NOT SAVED" in line]
-    assert len(lines) == 4  # trained on after three; the fourth in a row is the end
+    assert len(lines) == 4  # training continues after three failures; the fourth in a row ends the run
     assert all("rank 0: Read-only file system" in line for line in lines)
     assert [event["update"] for event in events(run) if event["event"] == "save_failed"] == [4, 8, 12, 16]
     assert curve(run)[-1]["update"] == 16
@@ -42,12 +42,12 @@ def test_a_read_only_disk_harms_no_checkpoint_and_is_said(recipe, uninterrupted,
     same_run(run, uninterrupted)
 
 
-def test_what_fails_after_a_checkpoint_is_published_is_said_and_stops_nothing(recipe):
+def test_errors_after_a_checkpoint_is_published_are_reported_and_stop_nothing(recipe):
     run = recipe.with_suffix("")
     blocked = run / "checkpoints/latest.new"
-    blocked.mkdir(parents=True)  # in the way of the hint, and of nothing else
+    blocked.mkdir(parents=True)  # prevents writing `latest`, and nothing else
     printed = finish(recipe, "length.updates=50", "evaluation.every=null")
-    for update in (10, 20, 30, 40, 50):  # more than the failures in a row that would end the run
+    for update in (10, 20, 30, 40, 50):  # more than the consecutive failures that would end the run
         assert f"SAVED, BUT  update {update}: Is a directory ({blocked})\n" in printed
     assert "NOT SAVED" not in printed
     assert store.newest_valid(run)[0].state.update == 50

@@ -1,4 +1,4 @@
-"""NaN, spikes, fp16's overflows and a flipped bit in real runs: what is left out, made again, or the end."""
+"""NaN, spikes, fp16 overflows and a flipped bit in real runs: which updates are skipped, repeated, or end the run."""
 
 import os
 import shutil
@@ -11,18 +11,18 @@ FAULT = """
 import os, torch
 count, real = 0, torch.nn.functional.embedding
 at = [int(number) for number in os.environ["FAULT_AT"].split()]
-def embedding(ids, weight, *arguments, **words):
+def embedding(ids, weight, *arguments, **kwargs):
     global count
     count += 1
     if os.environ["FAULT"] == "loss" and count - 1 in at:
         weight.data /= 1024  # the update was not made
     if count not in at or os.environ["RANK"] != os.environ["FAULT_RANK"]:
-        return real(ids, weight, *arguments, **words)
+        return real(ids, weight, *arguments, **kwargs)
     if os.environ["FAULT"] == "bit":
         weight.data.view(torch.int32)[0, 0] ^= 1 << 20
     if os.environ["FAULT"] == "loss":
         weight.data *= 1024  # and so the tied head's logits
-    result = real(ids, weight, *arguments, **words)
+    result = real(ids, weight, *arguments, **kwargs)
     if os.environ["FAULT"] == "gradient":
         result.register_hook(lambda gradient: gradient * 1e6)
     return result * float("nan") if os.environ["FAULT"] == "nan" else result
@@ -33,7 +33,7 @@ SHORT = ("length.updates=40", "checkpoint.keep_last=null")
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch):
-    """Spoil some of the forward passes (one an update, before the first evaluation) of one rank."""
+    """Plant a fault in some forward passes of one rank. There is one per update before the first evaluation."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(FAULT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
@@ -50,25 +50,25 @@ def decisions(run):
 
 
 def check_positions(run, left_out):
-    """Every data position was trained on once and in order, but for those left out; no update is missing."""
+    """Check that every data position except those left out was used once and in order, and no update is missing."""
     assert [update["update"] for update in curve(run)] == list(range(1, 41))
     used = [update["position"] - 4 for update in curve(run)]
     assert used == [position for position in range(0, 160 + 4 * len(left_out), 4) if position not in left_out]
 
 
-def check_replay(recipe, run, plant, world, *words):
-    """From the first checkpoint on, without the fault, the same decisions give the same bits."""
+def check_replay(recipe, run, plant, world, *overrides):
+    """Resume from the first checkpoint without the fault: the recorded decisions must give the same bits."""
     kept, weights, decided = curve(run), final_weights(run), decisions(run)
     for folder in sorted((run / "checkpoints").glob("update_*"))[1:]:
         shutil.rmtree(folder)
     plant("nan")
-    assert "resumed  at update 10" in finish(recipe, *SHORT, *words, world=world)
+    assert "resumed  at update 10" in finish(recipe, *SHORT, *overrides, world=world)
     assert curve(run) == kept
     assert final_weights(run) == weights
     assert decisions(run) == decided
 
 
-def test_nan_on_one_rank_is_skipped_by_all_and_its_data_left_out_for_good(recipe, plant):
+def test_nan_on_one_rank_is_skipped_by_all_and_its_data_is_never_used(recipe, plant):
     run = recipe.with_suffix("")
     plant("nan", 16, rank=1)
     printed = finish(recipe, *SHORT, world=2)
@@ -93,9 +93,9 @@ def test_too_many_skips_in_a_row_roll_back(recipe, plant):
     check_replay(recipe, run, plant, 1, "health.skips=2")
 
 
-def test_what_goes_wrong_again_after_a_rollback_loses_the_data_of_its_way_to_there(recipe, plant):
+def test_a_second_failure_after_a_rollback_skips_all_data_since_the_checkpoint(recipe, plant):
     run = recipe.with_suffix("")
-    plant("nan", 16, 23)  # one pass restores the state, five are good, and so update 16 is bad again
+    plant("nan", 16, 23)  # one pass while resuming and five good updates, so that update 16 is bad again
     finish(recipe, *SHORT, "health.skips=0")
     found = [(event["event"], event["update"], event["position"], event["samples"]) for event in decisions(run)]
     assert found == [("rollback", 10, 60, 4), ("rollback", 10, 40, 28)]
@@ -104,20 +104,20 @@ def test_what_goes_wrong_again_after_a_rollback_loses_the_data_of_its_way_to_the
 
 
 def test_a_spike_of_the_loss_is_skipped_and_the_window_survives_a_restart(recipe, plant):
-    run, words = recipe.with_suffix(""), ("health.loss_spike=20", "health.window=12")
+    run, overrides = recipe.with_suffix(""), ("health.loss_spike=20", "health.window=12")
     plant("loss", 16)
-    printed = finish(recipe, *SHORT, *words)
+    printed = finish(recipe, *SHORT, *overrides)
     (event,) = decisions(run)
     assert (event["event"], event["update"], event["position"]) == ("skip", 15, 60)
     assert "deviations above" in event["reason"]
     assert "SKIPPED  the loss is " in printed
     check_positions(run, {60})
-    check_replay(recipe, run, plant, 1, *words)
+    check_replay(recipe, run, plant, 1, *overrides)
 
     for folder in sorted((run / "checkpoints").glob("update_*"))[2:]:
         shutil.rmtree(folder)
-    plant("loss", 3)  # the 2nd update since the restart: the window is full by the record alone
-    finish(recipe, *SHORT, *words)
+    plant("loss", 3)  # the second update since the restart, at which only the record can have filled the window
+    finish(recipe, *SHORT, *overrides)
     assert [(event["event"], event["update"], event["position"]) for event in decisions(run)] == [
         ("skip", 15, 60),
         ("skip", 21, 88),
@@ -126,19 +126,19 @@ def test_a_spike_of_the_loss_is_skipped_and_the_window_survives_a_restart(recipe
 
 
 def test_a_spike_of_the_gradient_norm_rolls_back_at_once(recipe, plant):
-    run, words = recipe.with_suffix(""), ("health.norm_spike=1e4", "health.window=12")
+    run, overrides = recipe.with_suffix(""), ("health.norm_spike=1e4", "health.window=12")
     plant("gradient", 16)
-    printed = finish(recipe, *SHORT, *words)
+    printed = finish(recipe, *SHORT, *overrides)
     (event,) = decisions(run)
     assert (event["event"], event["update"], event["position"]) == ("rollback", 10, 60)
     assert "ROLLED BACK  to update 10: the gradient norm is " in printed
     check_positions(run, {60})
-    check_replay(recipe, run, plant, 1, *words)
+    check_replay(recipe, run, plant, 1, *overrides)
 
 
 def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(fp16, recipe, tmp_path):
-    run, words = recipe.with_suffix(""), (*SHORT, "precision=fp16", "ds.fp16.loss_scale_window=7")
-    printed = finish(recipe, *words, "ds.fp16.initial_scale_power=30")
+    run, overrides = recipe.with_suffix(""), (*SHORT, "precision=fp16", "ds.fp16.loss_scale_window=7")
+    printed = finish(recipe, *overrides, "ds.fp16.initial_scale_power=30")
     overflows = decisions(run)
     assert {event["event"] for event in overflows} == {"overflow"}
     start = [event for event in overflows if event["update"] == 0]
@@ -147,15 +147,15 @@ def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(fp16, recipe
     check_positions(run, set())
     kept, weights = curve(run), final_weights(run)
 
-    power = (int(start[-1]["loss_scale"]) // 2).bit_length() - 1  # the scale that did not overflow, from the beginning
+    power = (int(start[-1]["loss_scale"]) // 2).bit_length() - 1  # a constant scale that does not overflow
     right = ("ds.fp16.hysteresis=1", f"ds.fp16.initial_scale_power={power}", f"run_dir={tmp_path / 'right'}")
-    finish(recipe, *words, *right)
+    finish(recipe, *overrides, *right)
     assert curve(tmp_path / "right") == kept
     assert 0 not in {event["update"] for event in decisions(tmp_path / "right")}
 
     for folder in sorted((run / "checkpoints").glob("update_*"))[1:]:
         shutil.rmtree(folder)
-    finish(recipe, *words, "ds.fp16.initial_scale_power=30")
+    finish(recipe, *overrides, "ds.fp16.initial_scale_power=30")
     assert curve(run) == kept
     assert final_weights(run) == weights
     again = decisions(run)
@@ -164,7 +164,7 @@ def test_an_overflow_loses_no_data_and_the_scale_survives_a_restart(fp16, recipe
     ]
 
 
-def test_an_overflow_at_the_smallest_loss_scale_ends_the_run_and_says_what_to_try(fp16, recipe):
+def test_an_overflow_at_the_minimum_loss_scale_ends_the_run_with_advice(fp16, recipe):
     scale = ("ds.fp16.initial_scale_power=30", f"ds.fp16.min_loss_scale={2**30}")
     printed = finish(recipe, "precision=fp16", *scale, code=1)
     assert "FloatingPointError: the gradient overflows at loss scale 1.07374e+09 in update 1" in printed
@@ -174,8 +174,8 @@ def test_an_overflow_at_the_smallest_loss_scale_ends_the_run_and_says_what_to_tr
 def test_one_flipped_bit_ends_the_run_before_it_is_saved(recipe, plant):
     run = recipe.with_suffix("")
     plant("bit", 12, rank=1)
-    words = ("ds.zero_optimization.stage=0", "health.compare_every=5", "checkpoint.every=15")
-    printed = finish(recipe, *words, world=2, code=1)
+    overrides = ("ds.zero_optimization.stage=0", "health.compare_every=5", "checkpoint.every=15")
+    printed = finish(recipe, *overrides, world=2, code=1)
     assert "ranks do not hold the same weights after update 15" in printed
-    assert "layers.0.weight: rank 0 is not that of rank 1" in printed
+    assert "layers.0.weight differs between rank 0 and rank 1" in printed
     assert not list((run / "checkpoints").glob("update_*"))

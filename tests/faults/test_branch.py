@@ -1,4 +1,4 @@
-"""A branch of another run, as for a cool-down: the same bits as a run that had the branch's schedule from the start."""
+"""A branch of another run, as for a cool-down, equals a run that had its schedule from the start, bit for bit."""
 
 import pytest
 
@@ -14,10 +14,10 @@ TRUNK = (*WSD, "schedule.decay_updates=5", "length.updates=60", "checkpoint.keep
 COOL_DOWN = (*WSD, "schedule.decay_updates=20", "length.updates=60")
 
 
-def test_a_cool_down_from_a_checkpoint_of_a_longer_run_is_bit_for_bit_a_run_of_its_own(data, tmp_path):
-    def train(name, *words, code=0):
+def test_a_cool_down_branched_from_a_longer_run_equals_a_separate_run_bit_for_bit(data, tmp_path):
+    def train(name, *overrides, code=0):
         recipe = training.write_recipe(tmp_path / name, data)
-        with launch(recipe, *words, folder=tmp_path) as ranks:
+        with launch(recipe, *overrides, folder=tmp_path) as ranks:
             assert set(ranks.wait(120)) == {code}, ranks.printed()
             return ranks.printed()
 
@@ -28,7 +28,7 @@ def test_a_cool_down_from_a_checkpoint_of_a_longer_run_is_bit_for_bit_a_run_of_i
     assert f"branched from {tmp_path}/trunk@40" in printed
     assert "note     changed: schedule.decay_updates  5 then, 20 now\n" in printed
     assert events(tmp_path / "branch")[0]["event"] == "branch"
-    assert "resumed  at update 41," in train("branch", *COOL_DOWN, begin)  # from then on its own checkpoints
+    assert "resumed  at update 41," in train("branch", *COOL_DOWN, begin)  # from now on from its own checkpoints
     assert curve(tmp_path / "branch") == curve(tmp_path / "straight")[40:]
     assert final_weights(tmp_path / "branch") == final_weights(tmp_path / "straight")
     assert curve(tmp_path / "straight") != curve(tmp_path / "trunk")
@@ -66,18 +66,18 @@ def test_an_update_or_the_latest_is_found(trunk, at, update):
         ("30", {"run": "trunk"}, "a run cannot begin with itself"),
     ],
 )
-def test_what_cannot_be_is_said(trunk, at, more, message):
+def test_an_impossible_branch_is_an_error(trunk, at, more, message):
     with pytest.raises(UserError) as error:
         branch(trunk, at, **more)
     assert message in str(error.value)
 
 
-def test_no_such_run_is_said(tmp_path):
+def test_a_branch_of_a_missing_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"there is no run with a checkpoint in .*nowhere"):
         branch(tmp_path / "nowhere", "10")
 
 
-def test_a_damaged_checkpoint_is_not_begun_with_but_latest_takes_one_that_is_whole(trunk):
+def test_a_branch_never_starts_from_a_damaged_checkpoint(trunk):
     file = trunk / "checkpoints/update_00000030/deep/moments-0"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="moments-0 is damaged: its checksum differs"):

@@ -1,4 +1,4 @@
-"""What may happen to the data of a run: named, and no crash; and what is left out of it by hand."""
+"""Changes and damage to the data of a run give clear errors, and excluded ranges of data are not trained on."""
 
 import itertools
 import json
@@ -19,12 +19,12 @@ from tests.faults.launches import SLOW_DATA, launch
 
 @pytest.fixture
 def own(data, tmp_path):
-    """A recipe, and a copy of the corpora that it may spoil."""
+    """Recipe with its own copy of the corpora, which a test may damage."""
     shutil.copytree(data, tmp_path / "data")
     return training.write_recipe(tmp_path / "run", tmp_path / "data")
 
 
-def test_skipped_positions_are_passed_over_and_other_data_is_refused_by_its_fingerprint(own, tmp_path):
+def test_skipped_positions_are_not_trained_on_and_changed_data_is_refused(own, tmp_path):
     printed = training.finish(
         own, "length.updates=6", "evaluation.every=null", "data.skip=[[9, 10], [12, 15]]", world=2
     )
@@ -46,7 +46,7 @@ def test_skipped_positions_are_passed_over_and_other_data_is_refused_by_its_fing
     )
 
 
-def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on_two_layouts(own, tmp_path):
+def test_a_blend_is_shown_before_training_and_validated_by_source_on_two_layouts(own, tmp_path):
     prefix = tmp_path / "data/text"
     blend = [
         f"data.train=[{{path: {prefix}.train, weight: 3}}, {{path: {prefix}.validation, max_epochs: 9}}]",
@@ -78,7 +78,7 @@ def test_a_blend_is_told_before_training_and_validated_source_by_source_alike_on
     )
 
 
-def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_on_when_it_is_back(own, tmp_path):
+def test_a_corpus_truncated_during_a_run_ends_all_ranks_and_the_run_resumes_once_it_is_restored(own, tmp_path):
     corpus = tmp_path / "data/text.train.bin"
     content = corpus.read_bytes()
     with launch(own, folder=tmp_path, faults=[SLOW_DATA]) as both:
@@ -92,16 +92,16 @@ def test_a_corpus_cut_short_under_a_run_ends_all_ranks_by_name_and_the_run_goes_
     assert training.curve(tmp_path / "run")[-1]["update"] == 100
 
 
-def test_a_run_with_document_mask_asks_the_corpus_for_its_end_and_is_evaluated_as_it_was_trained(own, tmp_path):
-    words = ["data.document_mask=true", "length.updates=12", "evaluation.samples=null"]
-    training.finish(own, *words, config="pipeline2", world=2)
+def test_document_masking_takes_the_end_token_from_the_corpus_and_applies_to_evaluation(own, tmp_path):
+    overrides = ["data.document_mask=true", "length.updates=12", "evaluation.samples=null"]
+    training.finish(own, *overrides, config="pipeline2", world=2)
     run = tmp_path / "run"
     assert recipes.load(run / "recipe.yaml").document_end == 1
     (event,) = (event for event in training.events(run) if event["event"] == "validation")
     assert evaluate(run).loss == pytest.approx(event["loss"], rel=1e-5)
 
 
-def test_a_packed_corpus_is_trained_on_sample_by_sample_and_its_padding_by_no_rank(own, tmp_path):
+def test_a_packed_corpus_is_trained_on_sample_by_sample_without_its_padding(own, tmp_path):
     (tmp_path / "text").mkdir()
     lines = [
         line for path in training.write_text(tmp_path / "text").iterdir() for line in path.read_text().splitlines()

@@ -1,6 +1,6 @@
-"""The checks of saving and resuming are awake: code broken on purpose fails them. Which break, and which check:
+"""The checks of saving and resuming detect bugs: each planted bug fails a check.
 
-| break | check in tests/protocol.py |
+| bug | check in tests/protocol.py |
 |---|---|
 | `latest` is written before the manifest | `a_kill_at_any_call_harms_nothing`, by `latest_names_a_whole_one` |
 | the folder is renamed before the manifest is in it | `a_kill_at_any_call_harms_nothing` |
@@ -35,7 +35,7 @@ def latest_first(monkeypatch):
 def renamed_first(monkeypatch):
     def seal(whole, final, real=checkpoint._seal):
         files.rename(whole.folder, final)
-        files.rename(final, whole.folder)  # so that the manifest comes later, and the result is the same
+        files.rename(final, whole.folder)  # so that the manifest is written later, with the same result
         real(whole, final)
 
     monkeypatch.setattr(checkpoint, "_seal", seal)
@@ -74,7 +74,7 @@ PROTOCOL = [(latest_first, killed), (renamed_first, killed), (sizes_only, flippe
 
 
 @pytest.mark.parametrize(("plant", "check"), PROTOCOL, ids=lambda function: function.__name__)
-def test_a_break_of_the_protocol_fails_its_check(plant, check, tmp_path, monkeypatch):
+def test_a_bug_in_saving_fails_its_check(plant, check, tmp_path, monkeypatch):
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check(tmp_path)
@@ -82,7 +82,7 @@ def test_a_break_of_the_protocol_fails_its_check(plant, check, tmp_path, monkeyp
 
 @pytest.fixture
 def resumed(uninterrupted, recipe, tmp_path, monkeypatch):
-    """Resumes a copy of the uninterrupted run at update 90, with a bug."""
+    """Return a function that resumes a copy of the uninterrupted run at update 90 with a bug."""
     run = recipe.with_suffix("")
     shutil.copytree(uninterrupted, run)
     shutil.rmtree(run / "checkpoints/update_00000100")
@@ -96,18 +96,18 @@ def resumed(uninterrupted, recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["position_off_by_one", "moments_not_restored_nor_verified", "metrics_not_truncated"])
-def test_a_break_of_the_resume_makes_another_run(name, resumed, uninterrupted):
+def test_a_bug_in_resuming_changes_the_run(name, resumed, uninterrupted):
     run, printed = resumed(name)
     assert "resumed  at update 90," in printed
     with pytest.raises(AssertionError):
         same_run(run, uninterrupted)
 
 
-def test_planting_as_such_changes_nothing(resumed, uninterrupted):
+def test_planting_no_bug_changes_nothing(resumed, uninterrupted):
     same_run(resumed("nothing")[0], uninterrupted)
 
 
-def test_moments_that_do_not_arrive_are_found_before_an_update_is_made(resumed):
+def test_moments_that_are_not_restored_are_detected_before_the_first_update(resumed):
     _, printed = resumed("moments_not_restored", code=2)
-    assert "tensors did not arrive in the engine as they were saved" in printed
+    assert "tensors in the engine differ from those that were saved" in printed
     assert "exp_avg:" in printed

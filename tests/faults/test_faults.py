@@ -1,4 +1,4 @@
-"""Hangs and a full disk, each really made to happen."""
+"""Real hangs, a killed rank and a full disk."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def test_a_stopped_rank_is_named_with_its_phase(recipe):
     assert "most recent call first" in (run / "logs/rank-0.log").read_text()
 
 
-def test_a_killed_rank_is_named_by_those_that_it_leaves(recipe):
+def test_a_killed_rank_is_named_by_the_remaining_ones(recipe):
     run, host = recipe.with_suffix(""), socket.gethostname()
     with ranks(recipe, "length.updates=100000", world=2) as started:
         wait_for_update(run, 6)
@@ -50,12 +50,14 @@ def test_a_full_disk_stops_no_run_and_harms_no_checkpoint(recipe, uninterrupted,
         pytest.skip("a full disk: only root can mount one")
     try:
         stop = {"kind": "phase", "name": "stop", "phase": "step", "update": 12, "act": "SIGTERM"}
-        words = (f"run_dir={disk}/run", "checkpoint.every=8")
-        with launch(recipe, *words, folder=tmp_path, world=1, faults=[stop]) as alone:
+        overrides = (f"run_dir={disk}/run", "checkpoint.every=8")
+        with launch(recipe, *overrides, folder=tmp_path, world=1, faults=[stop]) as alone:
             assert alone.wait(180) == [75], alone.printed()
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
-        printed = finish(recipe, *words, code=1)
-        assert printed.count("NOT SAVED  update ") == 4  # trained on after three; the fourth in a row is the end
+        printed = finish(recipe, *overrides, code=1)
+        assert (
+            printed.count("NOT SAVED  update ") == 4
+        )  # training continues after three failures; the fourth in a row ends the run
         assert "MB free, a checkpoint needs" in printed
         (disk / "filler").unlink()
         finish(recipe, f"run_dir={disk}/run")

@@ -1,4 +1,4 @@
-"""The commands that a newcomer runs first: the quickstart, killed in the middle, and those of the README."""
+"""The first commands of a new user: the quickstart, also killed and restarted, and those in the README."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ ROOT = training.ROOT
 
 @pytest.fixture
 def clone(tmp_path):
-    """The tracked files in a folder of their own, with this environment as its .venv."""
+    """Copy of the tracked files, with this environment as its .venv."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
         target = tmp_path / "clone" / name
@@ -53,7 +53,7 @@ SHORT = (
 )
 
 
-def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
+def test_the_quickstart_resumes_after_a_kill_and_detects_that_it_is_complete(clone):
     run = clone / "runs/quickstart"
     process = start(clone, *SHORT)
     try:
@@ -72,8 +72,8 @@ def test_the_quickstart_goes_on_after_a_kill_and_knows_when_it_is_done(clone):
     assert "$ megagpt prepare" not in second
     assert re.search(r"resumed  at update \d+", second)
     assert [update["update"] for update in training.curve(run)] == list(range(1, 61))
-    for word in ("bits per byte", "xz -9e alone", "xz -9e, after reading", "unigram model", "loss.svg", "Next: "):
-        assert word in second
+    for phrase in ("bits per byte", "xz -9e alone", "xz -9e, after reading", "unigram model", "loss.svg", "Next: "):
+        assert phrase in second
     assert (run / "loss.svg").exists()
     foreign = [line for line in (first + second).splitlines() if re.search(r"WARNING|INFO|Warning|\[\d{4}-", line)]
     assert foreign == []
@@ -91,7 +91,7 @@ def test_an_unknown_option_is_refused(clone):
     assert process.returncode == 2
 
 
-def test_the_commands_of_the_readme_run_as_they_stand(clone):
+def test_the_commands_of_the_readme_run_unchanged(clone):
     text = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"<!-- run by the tests -->\n```bash\n(.*?)```", text, re.DOTALL)
     assert block.count("\n") >= 6

@@ -1,4 +1,4 @@
-"""A run that is stopped in any way and started again ends with the numbers of one that never stopped."""
+"""A run that is stopped in any way and restarted ends with the same numbers as an uninterrupted one."""
 
 import shutil
 import signal
@@ -21,7 +21,7 @@ def test_the_uninterrupted_run_learns(uninterrupted):
 
 
 def hit(recipe, update, act):
-    """Train until a signal comes in the step of this update; the exit code, and what was printed."""
+    """Train until a signal arrives in the optimizer step of this update. Returns the exit code and the output."""
     fault = {"kind": "phase", "name": act, "phase": "step", "update": update, "act": act}
     with launch(recipe, folder=recipe.parent, world=1, faults=[fault]) as alone:
         return *alone.wait(180), alone.printed()
@@ -52,7 +52,7 @@ def test_the_time_limit_saves_and_exits_75(recipe):
     assert "Stopped by the time limit; checkpoint saved at update 1." in printed
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_reported(recipe, uninterrupted, tmp_path):
     run = recipe.with_suffix("")
     assert hit(recipe, 23, "SIGKILL")[0] == -signal.SIGKILL
     newest = sorted((run / "checkpoints").glob("update_*"))[-1]
@@ -69,31 +69,31 @@ def copy(uninterrupted, recipe):
     return run
 
 
-def test_a_run_that_is_done_says_so(uninterrupted, recipe):
+def test_a_complete_run_reports_that_it_is_complete(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     before = (run / "metrics.jsonl").read_bytes()
     assert finish(recipe) == "Run already complete (100 of 100 updates). To continue, increase `length`.\n"
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_longer_length_goes_on(uninterrupted, recipe):
+def test_a_longer_length_continues_the_run(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     finish(recipe, "length.updates=104")
     assert [update["update"] for update in curve(run)] == list(range(1, 105))
 
 
-def test_an_allowed_change_is_said_and_takes_effect_from_there_on(uninterrupted, recipe):
+def test_an_allowed_change_is_reported_and_takes_effect_on_resume(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     shutil.rmtree(run / "checkpoints/update_00000100")
     command = ("schedule.min_lr=0.001", "--allow-change", "schedule")
     printed = finish(recipe, "--max-minutes", "0", *command, code=75)
     assert "note     changed: schedule.min_lr  0.0 then, 0.001 now\n" in printed
-    assert "changed: schedule" not in finish(recipe, *command)  # typed again by a job that is started anew
+    assert "changed: schedule" not in finish(recipe, *command)  # as when a job script runs the same command again
     rates = [update["lr"] for update in curve(run)]
     straight = [update["lr"] for update in curve(uninterrupted)]
     assert rates[:90] == straight[:90]
     for number, (rate, before) in enumerate(zip(rates, straight, strict=True), start=1):
-        if number > 90:  # what is left above the floor goes down as the whole did before
+        if number > 90:  # the part above min_lr decays as the whole rate did before
             assert rate == pytest.approx(0.001 + before * (0.003 - 0.001) / 0.003)
 
 
@@ -105,8 +105,8 @@ def test_megagpt_stop_ends_a_run_as_a_signal_does(recipe, uninterrupted):
         assert alone.wait(180) == [75]
         printed = alone.printed()
     assert "Stopped by megagpt stop; checkpoint saved at update" in printed
-    assert cli.main(["stop", str(run)]) == 75  # it is not running: this is no request to the next start
-    (run / "STOP").touch()  # nor is one that was left by whatever means
+    assert cli.main(["stop", str(run)]) == 75  # the run is not active, so the next start is not stopped
+    (run / "STOP").touch()  # nor does a leftover file stop it
     finish(recipe)
     same_run(run, uninterrupted)
 
@@ -122,7 +122,7 @@ REFUSED = {
     ),
     "another number of ranks": (
         ["--expect-world-size", "2"],
-        "megagpt: 2 ranks were expected, 1 came\n"
+        "megagpt: expected 2 ranks, but 1 started\n"
         "  launcher: environment, --expect-world-size 2\n"
         "  do: check the hostfile's path and slots, or the launcher's number of processes\n",
     ),
@@ -153,7 +153,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_the_run_is_refused_with_a_reason(uninterrupted, recipe, case):
+def test_incompatible_changes_are_refused_with_a_reason(uninterrupted, recipe, case):
     run = copy(uninterrupted, recipe)
     arguments, message = REFUSED[case]
     before = sorted(run.rglob("*"))
@@ -161,7 +161,7 @@ def test_what_does_not_fit_the_run_is_refused_with_a_reason(uninterrupted, recip
     assert sorted(run.rglob("*")) == before
 
 
-def test_another_stage_and_offload_go_on_and_say_so(uninterrupted, recipe):
+def test_another_stage_and_offload_resume_with_a_note(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     shutil.rmtree(run / "checkpoints/update_00000100")
     printed = finish(recipe, "ds.zero_optimization.stage=3")
@@ -173,7 +173,7 @@ def test_another_stage_and_offload_go_on_and_say_so(uninterrupted, recipe):
         assert now["loss"] == pytest.approx(then["loss"], rel=1e-5)
 
 
-def test_must_insists_on_a_checkpoint(recipe):
+def test_resume_must_requires_a_checkpoint(recipe):
     run = recipe.with_suffix("")
     assert finish(recipe, "--resume", "must", code=2) == (
         "megagpt: there is no checkpoint to resume from\n"
@@ -182,7 +182,7 @@ def test_must_insists_on_a_checkpoint(recipe):
     )
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(uninterrupted, recipe):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(uninterrupted, recipe):
     run = copy(uninterrupted, recipe)
     for folder in (run / "checkpoints").glob("update_*"):
         (folder / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""`megagpt status` through the life of a real run: training, stopped, killed, mistaken, done."""
+"""`megagpt status` of a real run that is training, stopped, killed, failed by a user error, or complete."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from tests.faults.launches import launch
 from tests.training import finish, ranks, wait_for_update
 
 
-def test_status_of_a_run_that_trains_stops_dies_and_is_done(recipe):
+def test_status_follows_the_life_of_a_run(recipe):
     run = recipe.with_suffix("")
     with ranks(recipe, "length.updates=100000", world=2) as (first, second):
         wait_for_update(run, 2)
@@ -26,18 +26,18 @@ def test_status_of_a_run_that_trains_stops_dies_and_is_done(recipe):
     assert status.read(run).code == 2
     finish(recipe)
     assert status.read(run).state == "done"
-    (run / "DONE").unlink()  # as if it had been killed between its last save and this
+    (run / "DONE").unlink()  # as if it had been killed just after its last save
     assert status.read(run).code == 1
     finish(recipe)
     assert status.read(run).state == "done"
 
 
-def test_no_rank_ends_with_75_before_rank_0_has_said_so(recipe, tmp_path):
+def test_no_rank_exits_with_75_before_rank_0_has_recorded_the_stop(recipe, tmp_path):
     slow = {"kind": "slow", "rank": 0, "method": "megagpt.training.status:StatusFile.end", "seconds": 1}
     with launch(recipe, "length.updates=100000", folder=tmp_path, faults=[slow]) as both:
         wait_for_update(recipe.with_suffix(""), 2)
         os.kill(both.pids()[1], signal.SIGUSR1)
         assert both.wait(120, all_but=[0])[1] == 75
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by now, too
-            os.kill(both.pids()[0], signal.SIGKILL)  # as srun does when the first rank ends with anything but 0
+        with contextlib.suppress(ProcessLookupError):  # it may have ended, too
+            os.kill(both.pids()[0], signal.SIGKILL)  # as srun does if a rank exits with anything but 0
     assert status.read(recipe.with_suffix("")).state == "requeue"

@@ -1,4 +1,4 @@
-"""Effective training time: each second of a run is counted once, where it went, over all its restarts."""
+"""Time breakdown of a run: each second is counted once, by what it was used for, across all restarts."""
 
 import time
 
@@ -8,7 +8,7 @@ from megagpt.training import metrics, time_breakdown
 from tests.faults.launches import launch
 from tests.training import events
 
-WORDS = ("length.updates=20", "checkpoint.every=5", "evaluation.every=5")
+OVERRIDES = ("length.updates=20", "checkpoint.every=5", "evaluation.every=5")
 EACH = ("length.updates=6", "schedule.warmup_updates=2", "checkpoint.every=1", "evaluation.every=1")
 SLOW = {
     "data": "megagpt.data.loader:Loader.batches",
@@ -19,25 +19,25 @@ SLOW = {
 
 
 @pytest.mark.parametrize("part", SLOW)
-def test_what_is_slow_is_where_the_time_went(recipe, part, tmp_path):
+def test_slow_parts_appear_in_the_time_breakdown(recipe, part, tmp_path):
     faults = [{"kind": "begun"}, {"kind": "slow", "method": SLOW[part], "seconds": 1.0}]
     with launch(recipe, *EACH, folder=tmp_path, world=1, faults=faults) as ranks:
         assert ranks.wait(120) == [0]
         begun, end = ranks.fired()[0]["at"], time.monotonic()
-        said = next(line for line in ranks.printed().splitlines() if line.startswith("time     "))
+        printed = next(line for line in ranks.printed().splitlines() if line.startswith("time     "))
     spent = metrics.time_breakdown(tmp_path / "run")
     assert sum(spent.fractions.values()) == pytest.approx(1)
     assert max((share, name) for name, share in spent.fractions.items() if name != "startup")[1] == part
     assert getattr(spent, part) > 6 * 1.0
-    assert 0.8 * (end - begun) < spent.total < end - ranks.started  # closing, after the last event, is not among it
-    assert f"{part} {spent.fractions[part]:.1%}"[:-2] in said
+    assert 0.8 * (end - begun) < spent.total < end - ranks.started  # does not include shutdown after the last event
+    assert f"{part} {spent.fractions[part]:.1%}"[:-2] in printed
 
 
-def test_work_that_a_kill_has_lost_is_counted_though_its_record_is_gone(recipe, tmp_path):
+def test_work_lost_to_a_kill_is_counted(recipe, tmp_path):
     slow = {"kind": "slow", "method": SLOW["compute"], "seconds": 0.2}
     kill = {"kind": "phase", "name": "kill", "phase": "step", "update": 9, "act": "SIGKILL"}
     for faults, code in (([slow, kill], -9), ([slow], 0)):
-        with launch(recipe, *WORDS, folder=tmp_path, world=1, faults=faults) as ranks:
+        with launch(recipe, *OVERRIDES, folder=tmp_path, world=1, faults=faults) as ranks:
             assert ranks.wait(120) == [code]
     spent = metrics.time_breakdown(tmp_path / "run")
     assert spent.lost_work > 3 * 0.2  # updates 6 to 8

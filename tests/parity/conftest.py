@@ -1,16 +1,16 @@
-"""The parity run: each world size once per session, with just the layouts that were asked for."""
+"""Collects the largest differences of all layouts, and prints or writes them as a table at the end of the session."""
 
 import pytest
 
 from tests.parity.layouts import CASES
 from tests.parity.tables import known, table
 
-WORST = "largest relative differences"  # in a test's report, which may come from another process
+WORST = "largest relative differences"  # a property of test reports, since tests may run in another process
 
 
 @pytest.fixture
 def worst_differences(record_property):
-    """Notes of a case, by its id, the largest relative difference of each kind to the reference."""
+    """Return a function that records a case's largest relative difference of each kind."""
     return lambda case, kinds: record_property(WORST, (case, kinds))
 
 

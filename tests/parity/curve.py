@@ -1,4 +1,4 @@
-"""Curves on disk: ranks write them, the tests read them."""
+"""Stores curves on disk, to pass them from the ranks to the tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megagpt.parity.curve import Curve
 
 
 def save(curve: Curve, path: Path) -> None:
-    """Write path.initial, path.weights and, last, path.json."""
+    """Write a curve to path.initial, path.weights and, last, path.json."""
     save_file(curve.initial, f"{path}.initial")
     save_file(curve.weights, f"{path}.weights")
     numbers = {key: value for key, value in vars(curve).items() if key not in ("initial", "weights")}
@@ -19,6 +19,6 @@ def save(curve: Curve, path: Path) -> None:
 
 
 def load(path: Path) -> Curve:
-    """Read what `save` wrote."""
+    """Read a curve that `save` wrote."""
     numbers = json.loads(Path(f"{path}.json").read_text())
     return Curve(**numbers, initial=load_file(f"{path}.initial"), weights=load_file(f"{path}.weights"))

@@ -27,7 +27,7 @@ import torch
 from megagpt.cluster import free_port
 from megagpt.config.recipe import Recipe
 from megagpt.errors import UserError
-from megagpt.parity.curve import KINDS, Curve, Tolerance, allowed, compare, tolerance_of, worst
+from megagpt.parity.curve import KINDS, Curve, Tolerance, calibrated_tolerance, compare, tolerance_of, worst
 from tests import forks
 from tests.parity import draws, fuzz_rank, layouts, needs, reference
 from tests.parity.draws import SECOND, Switches
@@ -288,7 +288,9 @@ def _expected(parts: Sequence[Part]) -> Expected:
         # Muon's iteration multiplies small singular values, and with them what low precision rounds, 500 times: the
         # bound is that of `megagpt parity`, from what rounding does to the reference itself
         exact = reference.train(recipe, updates, part.total, last, micro=micro, exact=True)
-        tolerance = replace(tolerance, weights=max(tolerance.weights, allowed(recipe, curve, exact).weights))
+        tolerance = replace(
+            tolerance, weights=max(tolerance.weights, calibrated_tolerance(recipe, curve, exact).weights)
+        )
     return Expected(recipe, curve, losses, tolerance)
 
 

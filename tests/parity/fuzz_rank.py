@@ -23,7 +23,7 @@ from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.recipe import Recipe
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
-from megagpt.engine.state.rng_and_loss_scale import SideState
+from megagpt.engine.state.rng_and_loss_scale import RngAndLossScaleSnapshot
 from megagpt.errors import UserError
 from megagpt.files import folder_writer
 from tests.parity import layouts, mutants, needs
@@ -112,7 +112,7 @@ def _planted(name: str | None) -> AbstractContextManager[Any]:
     if name is None:
         return nullcontext()
     if name == "hang":
-        return patch.object(SideState, "restore", _hang)
+        return patch.object(RngAndLossScaleSnapshot, "restore", _hang)
     return mutants.MUTANTS[name].planted()
 
 

@@ -1,4 +1,4 @@
-"""Starts process groups of ranks without a launcher, and ends them: by process id, within a time limit."""
+"""Starts process groups of ranks without a launcher, and ends them within a time limit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import pytest
 from megagpt.cluster import free_port
 from tests.parity.layouts import Case
 
-SECONDS = 300  # for one case; a rank that waits longer writes its stack and exits
+SECONDS = 300  # per case; a rank that takes longer prints its stack and exits
 ROOT = Path(__file__).parents[2]
 
 
 def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict[str, str]:
-    """Run the cases of one world size in one process group; the reason of each that failed.
+    """Run the cases of one world size in one process group.
 
-    A case that fails ends its group (its ranks no longer agree); the cases after it go on in a new one.
+    If a case fails, its ranks may no longer be in step, and so the remaining cases run in a new group.
+
+    Returns:
+        The ranks' logs of each case that failed, by id.
     """
     failed: dict[str, str] = {}
     pending = list(cases)
@@ -38,13 +41,17 @@ def run_cases(cases: list[Case], folder: Path, updates: int, total: int) -> dict
 
 
 def _run_group(cases: list[Case], folder: Path, updates: int, total: int) -> str:
-    """One process group over all cases; the end of the ranks' logs."""
+    """Run the cases in one process group, and return the end of the ranks' logs."""
     job = {"folder": str(folder), "updates": updates, "total": total, "cases": [case.id for case in cases]}
     return launch("worker", cases[0].world, job, folder, SECONDS * len(cases) + 60)
 
 
 def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case], dict[str, Any]]:
-    """What a program of this folder answers of each case; each world size runs in one process group."""
+    """Run a program of this folder on all cases, with one process group per world size.
+
+    Returns:
+        A function that returns the JSON result of a case, or fails the test with the ranks' logs.
+    """
     worlds = defaultdict(list)
     for case in cases:
         worlds[case.world].append(case.id)
@@ -63,7 +70,7 @@ def answers_of(program: str, cases: list[Case], folder: Path) -> Callable[[Case]
 
 
 def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds: float) -> str:
-    """Run a program of this folder on `world` ranks, until all end or one fails; the end of their logs."""
+    """Run a program of this folder on `world` ranks until all end or one fails, and return the end of their logs."""
     path = folder / "job.json"
     path.write_text(json.dumps({"seconds": SECONDS, **job}))
     environment = {
@@ -100,7 +107,7 @@ def launch(program: str, world: int, job: dict[str, Any], folder: Path, seconds:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Until all ranks are done, one has failed (the others get a moment to say why), or time is up."""
+    """Wait until all ranks have ended or the time is up. After one has failed, the others get 5 s to report errors."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         codes = [process.poll() for process in ranks]

@@ -1,6 +1,6 @@
-"""The named layouts, each with its DeepSpeed config, and the tiny run that all of them repeat.
+"""All layouts of the parity tests, each with its DeepSpeed config, and the tiny run that all of them train.
 
-A case is a name, a number of ranks, the DeepSpeed JSON as a user writes it, and changes to the recipe.
+A case consists of a name, a number of ranks, the DeepSpeed config as a user would write it, and recipe overrides.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megagpt.config.recipe import Recipe
 from megagpt.data.loader import Batch
 from megagpt.engine.deepspeed_keys import known_keys
 
-GLOBAL_BATCH = 12  # by 1, 2, 3 and 4 ranks
+GLOBAL_BATCH = 12  # divisible by 1, 2, 3 and 4 ranks
 HELD_OUT = 12
-HELD_OUT_FROM = 1_000_000  # far from what is trained on
+HELD_OUT_FROM = 1_000_000  # a data position far from those that are trained on
 LLAMA = (
     "model.position=rope",
     "model.norm=rmsnorm",
@@ -33,13 +33,14 @@ LLAMA = (
     "model.tie_embeddings=false",
 )
 SWITCHES = (*LLAMA, "model.n_layer=3", "model.qk_norm=true", "model.logit_softcap=5.0", "model.init=zero_projections")
-DOCUMENTS = ("data.document_mask=true", "data.eod=5")  # which half of the sequences hold, some of them twice
+DOCUMENTS = ("data.document_mask=true", "data.eod=5")  # half of the sequences contain token 5, some of them twice
 BF16, FP16 = ("precision=bf16",), ("precision=fp16",)
-# three blocks: of two, on two ranks, the border lies between two matrices
+# Three blocks: with two blocks on two ranks, the partition boundary would be between two matrices.
 MUON = ("optimizer.type=muon", "optimizer.muon_lr=5.0e-3", "optimizer.clip=1.5", "model.n_layer=3")
 
-# eps: with 1e-8, weights whose gradient is rounding alone (a key's bias, rows of rare tokens) move by the full
-# rate in a direction of chance; fp32 itself is then 8e-6 from fp64 in a gradient norm, with 1e-6 less than 1e-6
+# eps: with 1e-8, weights whose gradient is only rounding (the bias of keys, rows of rare tokens) would move by the full
+# learning rate in a random direction. The gradient norm in fp32 then differs from fp64 by 8e-6; with eps 1e-6, by less
+# than 1e-6.
 RECIPE = """
 run_dir: unused
 seed: 7
@@ -55,7 +56,7 @@ length: {updates: 100}
 
 @dataclass(frozen=True)
 class Case:
-    """One layout: `config` is DeepSpeed's JSON, `recipe` holds overrides as on the command line."""
+    """A layout: its name, number of ranks, DeepSpeed config, and recipe overrides as on the command line."""
 
     id: str
     world: int
@@ -64,7 +65,7 @@ class Case:
 
 
 def zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
-    """A config with a ZeRO stage; parameters are sharded however small they are."""
+    """Return a config with a ZeRO stage that shards even the smallest parameters."""
     section: dict[str, Any] = {"stage": stage, **more}
     if stage == 3:
         section |= {"stage3_param_persistence_threshold": 0}
@@ -73,7 +74,7 @@ def zero(stage: int, micro: int | None = None, **more: Any) -> dict[str, Any]:
 
 
 def _again(blocks: int | str, **more: Any) -> dict[str, Any]:
-    """Recomputation of so many blocks."""
+    """Return the config section that recomputes some blocks."""
     return {"activation_checkpointing": {"number_checkpoints": blocks, **more}}
 
 
@@ -90,17 +91,20 @@ def _ulysses(degree: int, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(blocks: int, vocabulary: int, width: int = 64) -> tuple[str, ...]:
-    """Sizes that decide which layers stand on which stage: a large vocabulary makes the head costly."""
+    """Return overrides for the sizes that determine how layers are assigned to stages.
+
+    With a large vocabulary, the head is expensive.
+    """
     return (f"model.n_layer={blocks}", f"model.vocab_size={vocabulary}", f"model.d_model={width}")
 
 
-# deeper models meet steeper slopes, where rounding grows: half the learning rate keeps it small
+# Deeper models have larger curvature, which magnifies rounding errors. A lower learning rate keeps them small.
 DEEP = ("model.n_layer=4", "optimizer.lr=1.0e-3")
 FOUR = (*DEEP, "optimizer.clip=1.5")
-CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME: a folder of the run
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}  # NVME is replaced by a folder
 ROPE, LEARNED, OUT = ("model.position=rope",), "model.position=learned", {"offload_optimizer": CPU}
 UNTIED, TIED = "model.tie_embeddings=false", "model.tie_embeddings=true"
-# with qk-norm, queries and keys have large gradients: else Muon's rounding is larger where a vocabulary is large
+# Without qk-norm, queries and keys have small gradients, and Muon's rounding errors are larger with a large vocabulary.
 SURE = (*MUON, *LLAMA, "model.qk_norm=true", "optimizer.clip=1.0")
 OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU}
 CASES: tuple[Case, ...] = (
@@ -221,14 +225,14 @@ CASES: tuple[Case, ...] = (
 
 
 def recipe_of(case: Case, folder: Path) -> Recipe:
-    """The recipe of a case; the file is written into `folder`."""
+    """Load the recipe of a case from a file that is written into `folder`."""
     path = folder / f"recipe-{os.getpid()}.yaml"
     path.write_text(RECIPE)
     return recipes.load(path, case.recipe)
 
 
 def resolve(case: Case, folder: Path) -> Resolved:
-    """What the engine is built from, as a user's files would give it."""
+    """Resolve the recipe and the DeepSpeed config of a case, from files that are written into `folder`."""
     path = folder / f"{case.id}-{os.getpid()}.json"
     path.write_text(json.dumps(case.config).replace("NVME", str(folder / "nvme")))
     return ds_config.load(path, recipe_of(case, folder), case.world, _known())
@@ -240,10 +244,18 @@ def _known() -> dict[str, Any]:
 
 
 def samples(recipe: Recipe, number: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels [number, seq] of the data positions from `first` on.
+    """Generate samples from which a model can learn something.
 
-    Each sequence counts upwards in steps of its own, with one token in eight replaced by chance, so that
-    there is something to learn. Labels are ragged: a tail of its own length is ignored in every sequence.
+    Each sequence counts upwards in steps of a random size, with one token in eight replaced at random. Labels at its
+    end are ignored, a random number of them.
+
+    Args:
+        recipe: The recipe.
+        number: The number of samples.
+        first: The data position of the first one, which determines it.
+
+    Returns:
+        input_ids and labels [number, seq].
     """
     size, length = recipe.model.vocab_size, recipe.model.seq_len
     rows, masks = [], []
@@ -259,7 +271,7 @@ def samples(recipe: Recipe, number: int, first: int = 0) -> tuple[torch.Tensor, 
 
 
 def share(samples: tuple[torch.Tensor, torch.Tensor], layout: Layout, rank: Rank) -> list[Batch]:
-    """This rank's micro-batches: sample k of micro-step j on data rank r is j·micro·ranks + r·micro + k."""
+    """Return this rank's micro-batches: sample k of micro-batch j on data rank r is j·micro·ranks + r·micro + k."""
     micro, ranks = layout.micro_batch, layout.data_parallel
     starts = range(layout.data_rank(rank.rank) * micro, len(samples[0]), micro * ranks)
     return [Batch(*(tensor[start : start + micro] for tensor in samples)) for start in starts]

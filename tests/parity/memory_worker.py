@@ -1,4 +1,4 @@
-"""One rank that saves a larger model, or measures what memory building or moving it takes. Started by groups.py.
+"""One rank that saves a larger model, or measures the memory of building or loading it. Started by groups.py.
 
 python -m tests.parity.memory_worker JOB.json
 JOB: {"folder", "seconds", and one of "save", "load", "build": case id}
@@ -22,7 +22,7 @@ from megagpt.cluster import Collectives, Rank, from_environment
 from megagpt.config.deepspeed import Resolved
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
-from megagpt.engine.init_model import materialise
+from megagpt.engine.init_model import init_model
 from megagpt.files import folder_writer
 from tests.parity import layouts
 from tests.parity.state_worker import data
@@ -32,7 +32,7 @@ LARGER = ("model.d_model=384", "model.n_layer=4", "model.vocab_size=8192")
 
 
 def main(job: dict[str, Any]) -> None:
-    """Do the job; bytes per rank go into FOLDER/memory-RANK.json."""
+    """Run the job, and write the measured bytes to FOLDER/memory-RANK.json."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(job["seconds"], exit=True)
     rank, folder = from_environment(os.environ), Path(job["folder"])
@@ -44,16 +44,16 @@ def main(job: dict[str, Any]) -> None:
 
 
 def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
-    """What the model with its initial values takes."""
+    """Measure the memory of the model with its initial values."""
     resolved, before = resolve(id, DEEPER, folder), anonymous()
-    return {"built": peak(lambda: materialise(resolved.recipe, resolved.config, 3)) - before}
+    return {"built": peak(lambda: init_model(resolved.recipe, resolved.config, 3)) - before}
 
 
 def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
-    """Save into FOLDER/saved after two updates, or load it then; what training and loading take."""
+    """After two updates, save to FOLDER/saved or load it. Returns the peak memory of training and loading."""
     resolved = resolve(job.get("save", job.get("load")), LARGER, folder)
     engine: Any = build(resolved, 100, rank, Collectives(rank.world_size))
-    engine.train_update(data(resolved, rank, 0))  # makes the moments
+    engine.train_update(data(resolved, rank, 0))  # allocates the moments
     answer = {"trained": peak(lambda: engine.train_update(data(resolved, rank, 1)))}
     if "save" in job:
         engine.save_state(folder_writer(folder / "saved"))
@@ -63,14 +63,14 @@ def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
     return answer
 
 
-def resolve(id: str, words: tuple[str, ...], folder: Path) -> Resolved:
-    """The layout of this name with changes to the recipe."""
+def resolve(id: str, overrides: tuple[str, ...], folder: Path) -> Resolved:
+    """Resolve a case with other recipe overrides."""
     (case,) = (one for one in layouts.CASES if one.id == id)
-    return layouts.resolve(replace(case, recipe=words), folder)
+    return layouts.resolve(replace(case, recipe=overrides), folder)
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The most memory of its own, in bytes, that this process has had during `work`; mapped files do not count."""
+    """Return the peak anonymous memory of this process during `work`, in bytes. Mapped files do not count."""
     most, done = 0, threading.Event()
 
     def watch() -> None:
@@ -87,11 +87,11 @@ def peak(work: Callable[[], object]) -> int:
 
 
 def anonymous() -> int:
-    """Bytes of memory that belongs to this process alone."""
+    """Return the anonymous memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status says no RssAnon")
+    raise OSError("/proc/self/status has no RssAnon")
 
 
 if __name__ == "__main__":

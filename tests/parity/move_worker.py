@@ -1,4 +1,4 @@
-"""One rank that trains layouts and saves them, or goes on from what other layouts saved. Started by groups.py.
+"""One rank that trains layouts and saves them, or resumes from checkpoints of other layouts. Started by groups.py.
 
 python -m tests.parity.move_worker JOB.json
 JOB: {"folder", "seconds", "after", "save": [[case, kind]], "load": [[case, case, kind]]}
@@ -32,14 +32,14 @@ RECIPES = {
     "fp16": (*_DEEP, "precision=fp16"),
     "muon": (*_DEEP, *layouts.MUON, "optimizer.muon_lr=2.0e-3"),
 }
-# the loss scale doubles every nine updates: what is saved is a count in the middle of them
+# The loss scale doubles every nine updates. Checkpoints are saved in the middle of a window.
 SCALE, WINDOW = 15, 9
 _SCALING = {"fp16": {"initial_scale_power": SCALE, "loss_scale_window": WINDOW}}
 BEFORE, TOTAL = 4, 108  # updates
 
 
 def main(job: dict[str, Any]) -> None:
-    """Save, then load."""
+    """Run all saves of the job, then all loads."""
     torch.set_num_threads(1)
     rank = from_environment(os.environ)
     start(rank)
@@ -55,13 +55,13 @@ def main(job: dict[str, Any]) -> None:
 
 
 def case(name: str, kind: str) -> layouts.Case:
-    """The layout of this name with a recipe of this test."""
+    """Return a layout by its name, with the recipe of one kind."""
     (found,) = (one for one in layouts.CASES if one.id == name)
     return replace(found, recipe=RECIPES[kind], config=found.config | (_SCALING if kind == "fp16" else {}))
 
 
 def save(source: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) -> None:
-    """Train a few updates, and save into a folder."""
+    """Train a few updates, and save the state to a folder."""
     needs.provide(source)
     resolved = layouts.resolve(source, folder.parent)
     engine: Any = build(resolved, TOTAL, rank, collectives)
@@ -74,9 +74,9 @@ def save(source: layouts.Case, folder: Path, rank: Rank, collectives: Collective
 
 
 def load(saved: Path, target: layouts.Case, rank: Rank, collectives: Collectives, after: int) -> None:
-    """Go on from what another layout saved; write what the updates did, with the loss scales, and the weights.
+    """Resume from the checkpoint of another layout, and write the results of all updates and the final weights.
 
-    Where nothing was saved the layout makes the first updates itself.
+    If there is no checkpoint, the layout makes the first updates itself.
     """
     needs.provide(target)
     resolved = layouts.resolve(target, saved.parent)

@@ -1,4 +1,4 @@
-"""Muon without its iteration: by singular values, which each step of the iteration maps through one polynomial."""
+"""Independent implementation of Muon: applies the iteration's polynomial to the singular values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from megagpt.config.recipe.sections import OptimizerSection
 
 BLOCK_MATRICES = ("qkv.weight", "output.weight", "up.weight", "down.weight", "gate.weight")
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Keller Jordan et al. 2024
-_TINY = 1e-7  # theirs, too: a matrix that is zero stays zero
+_TINY = 1e-7  # also theirs: a zero matrix stays zero
 
 
 class MuonByValues:
-    """Muon on some matrices beside AdamW on the rest; a fused qkv is `parts` matrices of equal height."""
+    """Optimizer that updates some matrices by Muon, and all other parameters by AdamW.
+
+    Args:
+        adamw: optimizer of the other parameters.
+        matrices: parameters to update by Muon, by name.
+        parts: number of matrices of equal height in a fused qkv.
+        section: optimizer section of the recipe.
+    """
 
     def __init__(
         self, adamw: torch.optim.Optimizer, matrices: dict[str, torch.Tensor], parts: int, section: OptimizerSection
@@ -25,7 +32,7 @@ class MuonByValues:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of everything."""
+        """Update all parameters."""
         self._adamw.step()
         beta, rate = self._section.muon_momentum, self._group["lr"]
         for name, matrix in self._matrices.items():
@@ -38,7 +45,10 @@ class MuonByValues:
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """U·p(p(p(p(p(S)))))·Vᵀ of the normalised matrix, larger by the root of its height where it is tall; in fp64."""
+    """Return U·p(p(p(p(p(S)))))·Vᵀ of the normalized matrix, computed in fp64.
+
+    If the matrix has more rows than columns, the result is scaled by the root of their ratio.
+    """
     left, values, right = torch.linalg.svd(matrix.double() / (matrix.double().norm() + _TINY), full_matrices=False)
     for _ in range(5):
         values = _A * values + _B * values**3 + _C * values**5

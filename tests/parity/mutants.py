@@ -1,6 +1,6 @@
-"""Bugs to plant: each would train something else, and the comparison must say so.
+"""Planted bugs, each of which changes what is trained, so that the comparison with the reference must fail.
 
-A mutant is planted on all ranks of a layout while its engine is built and trained. The reference never sees it.
+A bug is planted on all ranks of a layout while its engine is built and trained, but not in the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megagpt.data.loader import Batch
-from megagpt.engine import init_model, zero
+from megagpt.engine import deepspeed_patches, init_model, wrapper, zero
 from megagpt.engine.optim import build, lr_schedule
 from megagpt.engine.zero import ZeroEngine
 from megagpt.model.attention import Attention
@@ -24,12 +24,12 @@ from megagpt.model.layers import Head, PositionEmbedding
 from tests.parity import layouts, mutants_parallel
 from tests.parity.layouts import Case
 
-Wrapper = Callable[..., Any]  # (the original, *its arguments) → what it returns now
+Wrapper = Callable[..., Any]  # called with the original function and its arguments
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug: `owner.name` is replaced by a function that is given the original first."""
+    """A planted bug: calls of `owner.name` call `wrapper`, with the original function as the first argument."""
 
     case: Case
     owner: Any
@@ -38,7 +38,7 @@ class Mutant:
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """With the bug in place."""
+        """Plant the bug for the duration of the `with` block."""
         original = getattr(self.owner, self.name)
         with patch.object(self.owner, self.name, lambda *args, **more: self.wrapper(original, *args, **more)):
             yield
@@ -49,7 +49,7 @@ def _case(id: str, stage: int) -> Case:
 
 
 def _after_update(change: Callable[[Any, list[torch.Tensor]], None]) -> Wrapper:
-    """A wrapper of train_update that changes something afterwards; `change` gets the weights from before."""
+    """Return a wrapper of train_update that calls `change` after each update, with the weights before and after it."""
 
     def wrapper(original: Wrapper, engine: ZeroEngine, batches: list[Batch]) -> Any:
         parameters = list(engine._engine.module.parameters())
@@ -157,14 +157,14 @@ def _one_step_ahead(original: Wrapper, *args: Any) -> Any:
 _BUGS: dict[str, tuple[int, Any, str, Wrapper]] = {
     "loss-averaged-by-micro-batch": (1, ZeroEngine, "_forward", _mean_of_means),
     "last-micro-batch-dropped": (2, ZeroEngine, "_forward", _drop_last),
-    "ignored-labels-counted": (1, zero, "_valid", lambda _, batch: batch.labels.numel()),
-    "tied-gradient-halved": (1, zero, "materialise", _tied_times(0.5)),
-    "tied-gradient-doubled": (0, zero, "materialise", _tied_times(2.0)),
+    "ignored-labels-counted": (1, wrapper, "valid_tokens", lambda _, batch: batch.labels.numel()),
+    "tied-gradient-halved": (1, zero, "init_model", _tied_times(0.5)),
+    "tied-gradient-doubled": (0, zero, "init_model", _tied_times(2.0)),
     "head-without-gradient": (2, Head, "matrix", _head_without_gradient),
     "rate-one-update-early": (1, lr_schedule, "build", _one_step_ahead),
     "clipped-by-the-local-norm": (1, DeepSpeedZeroOptimizer, "unscale_and_clip_grads", _local_clip),
     "not-clipped": (2, DeepSpeedZeroOptimizer, "unscale_and_clip_grads", _no_clip),
-    "clipped-tensor-by-tensor": (0, zero._ClipBeforeStep, "__call__", _clip_each),
+    "clipped-tensor-by-tensor": (0, deepspeed_patches.ClipBeforeStep, "__call__", _clip_each),
     "gradients-not-reduced": (0, DeepSpeedEngine, "allreduce_gradients", lambda *_, **__: None),
     "gradients-not-cleared": (0, DeepSpeedEngine, "zero_grad", lambda *_: None),
     "two-ranks-read-the-same": (1, layouts, "share", _same_samples),

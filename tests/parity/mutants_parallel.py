@@ -1,4 +1,4 @@
-"""Bugs to plant where the model is cut: in pipeline stages, tensor parts, sequence parts."""
+"""Planted bugs in pipeline, tensor and sequence parallelism."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from megagpt.data.loader import Batch
 from megagpt.engine.optim import build, muon
-from megagpt.engine.optim.muon_all_to_all import Exchange
+from megagpt.engine.optim.muon_all_to_all import MuonAllToAll
 from megagpt.engine.parallel import tensor
-from megagpt.engine.parallel.pipeline_stages import Stages
+from megagpt.engine.parallel.pipeline_stages import PipelineStage
 from megagpt.engine.parallel.ulysses import Ulysses
 from megagpt.model.context import ContextBuilder, ForwardContext
 from megagpt.model.sharding import ShardSpec
@@ -28,12 +28,12 @@ TENSOR = {"tensor_parallel": {"autotp_size": 2}, **layouts.zero(1, 3)}
 SEQUENCE = {"sequence_parallel_size": 2, **layouts.zero(1, 3)}
 
 
-def _mean_of_means(original: Wrapper, stages: Stages, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _mean_of_means(original: Wrapper, stages: PipelineStage, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     valid = int((stages._labels != -100).sum())
     return original(stages, head, hidden) * (stages.normalizer / valid)
 
 
-def _last_ignored(original: Wrapper, stages: Stages, batches: list[Batch], *args: Any) -> Iterator[Batch]:
+def _last_ignored(original: Wrapper, stages: PipelineStage, batches: list[Batch], *args: Any) -> Iterator[Batch]:
     *kept, last = batches
     return original(stages, [*kept, Batch(last.input_ids, torch.full_like(last.labels, -100))], *args)
 
@@ -52,7 +52,7 @@ def _parts_counted_once(original: Wrapper, module: nn.Module, *args: Any) -> Any
 
 
 def _bias_from_each_part(original: Wrapper, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return tensor._Leave.apply(F.linear(x, layer.weight, layer.bias), layer.group)
+    return tensor.ReduceFromTensorParallelRegion.apply(F.linear(x, layer.weight, layer.bias), layer.group)
 
 
 def _torn_heads(original: Wrapper, name: str, section: Any, degree: int) -> ShardSpec | None:
@@ -73,12 +73,12 @@ def _first_part(original: Wrapper, ulysses: Ulysses, batch: Batch) -> Batch:
     return Batch(*(value.chunk(ulysses._degree, dim=1)[0] for value in batch))
 
 
-def _each_its_own(original: Wrapper, exchange: Exchange, flat: torch.Tensor, *args: Any) -> None:
-    with patch.object(exchange, "_send", lambda source, target, *_: target.zero_()):
+def _each_its_own(original: Wrapper, exchange: MuonAllToAll, flat: torch.Tensor, *args: Any) -> None:
+    with patch.object(exchange, "_all_to_all", lambda source, target, *_: target.zero_()):
         original(exchange, flat, *args)
 
 
-def _parts_apart(original: Wrapper, exchange: Exchange, parts: torch.Tensor, cut: Any, solve: Any) -> Any:
+def _parts_apart(original: Wrapper, exchange: MuonAllToAll, parts: torch.Tensor, cut: Any, solve: Any) -> Any:
     return solve(parts)
 
 
@@ -87,20 +87,25 @@ def _as_one(original: Wrapper, directions: torch.Tensor, parts: int) -> torch.Te
 
 
 BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
-    "pipeline-averages-micro-batches": (PIPELINE, Stages, "_loss", _mean_of_means),
-    "pipeline-drops-the-last-micro-batch": (PIPELINE, Stages, "feed", _last_ignored),
-    "pipeline-ties-no-gradients": (PIPELINE, Stages, "get_tied_weights_and_groups", lambda *_: []),
+    "pipeline-averages-micro-batches": (PIPELINE, PipelineStage, "_loss", _mean_of_means),
+    "pipeline-drops-the-last-micro-batch": (PIPELINE, PipelineStage, "feed", _last_ignored),
+    "pipeline-ties-no-gradients": (PIPELINE, PipelineStage, "get_tied_weights_and_groups", lambda *_: []),
     "pipeline-counts-the-tied-matrix-twice": (PIPELINE, build, "build", _tied_counted_twice),
-    "tensor-counts-parts-once": (TENSOR, tensor, "fill", _parts_counted_once),
-    "tensor-does-not-sum-gradients": (TENSOR, tensor._Enter, "backward", lambda _, context, gradient: (gradient, None)),
-    "tensor-adds-a-bias-from-each-part": (TENSOR, tensor._Second, "forward", _bias_from_each_part),
+    "tensor-counts-parts-once": (TENSOR, tensor, "init_tp_weights", _parts_counted_once),
+    "tensor-does-not-sum-gradients": (
+        TENSOR,
+        tensor.CopyToTensorParallelRegion,
+        "backward",
+        lambda _, context, gradient: (gradient, None),
+    ),
+    "tensor-adds-a-bias-from-each-part": (TENSOR, tensor.RowParallelLinear, "forward", _bias_from_each_part),
     "tensor-tears-heads": (TENSOR, tensor, "shard_spec", _torn_heads),
     "sequence-parts-all-begin-at-0": (SEQUENCE, ContextBuilder, "for_batch", _at_the_start),
     "sequence-parts-are-blind-to-each-other": (SEQUENCE, Ulysses, "distribute", _blind_to_the_others),
-    "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "part", _first_part),
+    "sequence-parts-read-the-same": (SEQUENCE, Ulysses, "shard_batch", _first_part),
 }
 MUON_BUGS: dict[str, tuple[dict[str, Any], Any, str, Wrapper]] = {
-    "muon-sees-its-own-stretch-of-a-matrix": (layouts.zero(2, 3), Exchange, "put_updates", _each_its_own),
-    "muon-takes-tensor-parts-for-matrices": (TENSOR, Exchange, "_solved", _parts_apart),
+    "muon-uses-only-its-own-range-of-a-matrix": (layouts.zero(2, 3), MuonAllToAll, "replace_by_updates", _each_its_own),
+    "muon-takes-tensor-parts-for-matrices": (TENSOR, MuonAllToAll, "_local_updates", _parts_apart),
     "muon-takes-q-k-and-v-for-one-matrix": (layouts.zero(3, 3), muon, "updates", _as_one),
 }

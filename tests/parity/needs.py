@@ -1,4 +1,4 @@
-"""What some layouts need of the machine beside Python, and how a worker comes by it."""
+"""Requirements of some layouts besides Python, and how a worker meets them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch.utils.cpp_extension import get_default_build_root
 from tests.parity.layouts import Case
 
 _PARTS = ("aio", "pin_memory")  # folders of DeepSpeed's sources
-_TWICE = ("c_library_name", "c_block_size", "c_io_queue_depth")  # defined in several files, for each alone
+_TWICE = ("c_library_name", "c_block_size", "c_io_queue_depth")  # static variables defined in several files
 
 
 def provide(case: Case) -> None:
-    """Let this process build the case.
+    """Prepare this process to build the engine of a case.
 
-    fp16 is computed in software where the processor has none: slower, by the same rules. DeepSpeed's asynchronous
-    reads and writes are compiled as one file instead of fifteen, each of which includes all of torch: a minute, not
-    seven.
+    If the processor does not support fp16, it is computed in software, with the same results. DeepSpeed's module for
+    asynchronous I/O is compiled as one file instead of fifteen, which takes one minute instead of seven, because each
+    file includes all of torch.
     """
-    accelerator, asked = get_accelerator(), "precision=fp16" in case.recipe
+    accelerator, wants_fp16 = get_accelerator(), "precision=fp16" in case.recipe
     native = type(accelerator).is_fp16_supported
-    accelerator.is_fp16_supported = lambda: asked or bool(native(accelerator))
+    accelerator.is_fp16_supported = lambda: wants_fp16 or bool(native(accelerator))
     _compile_as_one_file()
 
 
 def missing(case: Case) -> str | None:
-    """Why the case cannot run here, or None. What it needs is compiled now, before ranks would wait for it."""
+    """Return why a case cannot run here, or None. Compiles what it needs, so that no rank has to wait for it."""
     return _without_async_io() if "nvme" in str(case.config) else None
 
 
@@ -64,7 +64,7 @@ def _compile_as_one_file() -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file, unless it is there already: a new date would have it compiled again."""
+    """Write a file unless it already has this content: a new modification time would cause it to be compiled again."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""The layouts whose tensors are counted against the planner: models in which every part weighs something."""
+"""Layouts whose memory is compared with the planner, with models in which every part takes noticeable memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from tests.parity.layouts import CPU, LLAMA, MUON, OFFLOADED, Case
 
-# the smallest chunk of tokens whose logits the loss holds is 512: 1,024 tokens a micro-batch make two
+# The loss computes the logits of at least 512 tokens at a time, so that 1,024 tokens per micro-batch are two chunks.
 MODEL = ("model.d_model=128", "model.n_layer=4", "model.vocab_size=1024", "model.seq_len=256")
 SMALL = {
     "reduce_bucket_size": 100_000,
     "stage3_prefetch_bucket_size": 50_000,
     "stage3_param_persistence_threshold": 1000,
 }
-SHORT = ("model.seq_len=16", "model.vocab_size=128", "model.n_layer=4")  # the step takes most
+SHORT = ("model.seq_len=16", "model.vocab_size=128", "model.n_layer=4")  # memory peaks in the optimizer step
 DEEPER = ("model.n_layer=10",)
 TENSOR = {"tensor_parallel": {"autotp_size": 2}}
 AGAIN = {"activation_checkpointing": {"number_checkpoints": "auto"}}
@@ -25,10 +25,10 @@ def _zero(stage: int, micro: int, **more: Any) -> dict[str, Any]:
 
 BF16 = ("precision=bf16",)
 WORLD = 4
-# the last one leaves behind what a next engine would free: DeepSpeed's bf16 optimizer
+# The last case leaves memory behind, that of DeepSpeed's bf16 optimizer, which would be freed during the next case.
 CASES: tuple[Case, ...] = tuple(
-    Case(f"plan-{name}", WORLD, config, (*MODEL, *words))
-    for name, config, words in (
+    Case(f"plan-{name}", WORLD, config, (*MODEL, *overrides))
+    for name, config, overrides in (
         ("zero0", _zero(0, 1), ()),
         ("zero0-muon-once", _zero(0, 3), (*MUON, *SHORT)),
         ("zero1-muon-once", _zero(1, 3), (*MUON, *SHORT)),

@@ -1,10 +1,10 @@
-"""One rank of four that trains two updates of each case, and writes down what its tensors take. Started by groups.py.
+"""One rank of four that trains two updates of each case, and records the memory of its tensors. Started by groups.py.
 
 python -m tests.parity.plan_worker JOB.json
 JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
 
-The engine and all that it allocates are real. The other ranks are not there: torch's fake process group answers for
-them, with copies of what this rank sends. With real ones, gloo's threads free tensors where no one can count it.
+The engine and all of its allocations are real. The other ranks do not exist: torch's fake process group returns copies
+of what this rank sends. With real ranks, gloo's threads would free tensors without the profiler noticing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megagpt.cluster import Collectives, Rank
 from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start
-from megagpt.engine.optim.muon_all_to_all import Exchange
+from megagpt.engine.optim.muon_all_to_all import MuonAllToAll
 from tests.parity import layouts
 from tests.parity.plan_cases import CASES, WORLD
 from tests.parity.state_worker import data
@@ -36,8 +36,9 @@ def main(job: dict[str, Any]) -> None:
     rank = Rank(rank=0, world_size=WORLD)
     torch.distributed.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     start(rank)
-    # the fake group gives nothing to a rank that sends nothing, as one at a border of two matrices does
-    Exchange._send = lambda _, source, target, *sizes: target.zero_()  # type: ignore[method-assign]
+    # The fake group does not write to the receive buffer of a rank that sends nothing, as happens if a partition
+    # boundary is between two matrices.
+    MuonAllToAll._all_to_all = lambda _, source, target, *sizes: target.zero_()  # type: ignore[method-assign]
     for case in CASES:
         if case.id in job["cases"]:
             faulthandler.dump_traceback_later(job["seconds"], exit=True)
@@ -47,10 +48,13 @@ def main(job: dict[str, Any]) -> None:
 
 
 def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
-    """Bytes of all tensors: the most in the second update, and what stays after it. Every allocation is seen."""
+    """Return the bytes of all tensors: the peak in the second update, and those that remain after it.
+
+    The profiler records every allocation.
+    """
     resolved = layouts.resolve(case, folder)
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         engine: Any = build(resolved, 100, rank, Collectives(1))
         made = [engine.train_update(data(resolved, rank, 0), _accept).made]
         gc.collect()
@@ -58,10 +62,10 @@ def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
         made.append(engine.train_update(data(resolved, rank, 1), _accept).made)
         ended = time.time_ns()
         gc.collect()
-    assert made == [True, True], "there are no moments without an update"
+    assert made == [True, True], "moments are allocated only if the update is made"
     engine.release()
     total, most = 0, 0
-    for event in seen.profiler.kineto_results.events():
+    for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             total += event.nbytes()
             most = max(most, total) if begun <= event.start_ns() <= ended else most
@@ -69,7 +73,7 @@ def measure(case: layouts.Case, folder: Path, rank: Rank) -> dict[str, int]:
 
 
 def _accept(loss: float) -> bool:
-    return True  # whatever it is: the first stage of a pipeline hears of no loss here
+    return True  # any loss: with the fake process group, the first stage of a pipeline does not receive it
 
 
 if __name__ == "__main__":

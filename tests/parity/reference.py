@@ -1,7 +1,7 @@
-"""The curve that every layout must give: one process, plain PyTorch, the global batch in one go.
+"""The reference curve of every layout: one process, plain PyTorch, the global batch as a whole.
 
-Of megagpt only the model is used (held against transformers elsewhere); loss, optimizer, clipping, schedule
-and precision are written out here a second time.
+Only the model is megagpt's, which other tests compare with transformers. Loss, optimizer, clipping, schedule and
+precision are implemented here independently.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ def train(
 ) -> Curve:
     """Train on one global batch per update, with the recipe's schedule over `total` updates.
 
-    In bf16 and fp16 the optimizer keeps fp32 masters (which start at the rounded values) and takes fp32 gradients.
-    Before each update `between` is called with its number, counted from 1, and a function that measures the loss.
-    `micro` is the number of samples in each micro-batch of every update, whose gradients are summed in fp32; without it
-    the global batch is not divided.
-    With `exact` the model has the weights of low precision, but computes in fp32: the difference is what rounding does.
+    In bf16 and fp16, the optimizer keeps fp32 master weights (initially the rounded values) and gets fp32 gradients.
+
+    Args:
+        recipe: The recipe.
+        updates: The samples of each update.
+        total: The length of the schedule, in updates.
+        held_out: Samples to evaluate on before and after training.
+        between: Called before each update with its number, counted from 1, and a function that measures the loss.
+        micro: The number of samples per micro-batch, for each update. Gradients of micro-batches are summed in fp32.
+            By default the global batch is not divided.
+        exact: Compute in fp32 with the weights of low precision, to measure the error of rounding.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # or small gradients would vanish
+    scale = 2.0**16 if recipe.precision == "fp16" and not exact else 1.0  # otherwise small gradients would underflow
     model = GPT(recipe.model)
     initialize(model, recipe.seed)
     model.to(dtype)
@@ -55,11 +61,11 @@ def train(
     losses, norms, rates, tokens, evaluations = [], [], [], [], [_loss(recipe, model, held_out).item()]
     for number, samples in enumerate(updates, start=1):
         between(number, lambda samples: _loss(recipe, model, samples).item())
-        share = _share(recipe.schedule, number, total, recipe.schedule.min_lr / section.lr)
-        rates.append(section.lr * share)
+        factor = _rate_factor(recipe.schedule, number, total, recipe.schedule.min_lr / section.lr)
+        rates.append(section.lr * factor)
         tokens.append(int((samples[1] != -100).sum()))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * factor
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         size = micro[number - 1] if micro else len(samples[0])
@@ -71,7 +77,7 @@ def train(
             for name, parameter in model.named_parameters():
                 masters[name].grad += parameter.grad.float() / scale
             total_loss += loss.item()
-        # in fp64: a sum of squares over a long vector is off by 1e-5 in fp32
+        # in fp64: in fp32, a sum of squares over a long vector has an error of 1e-5
         norm = torch.cat([master.grad.flatten() for master in masters.values()]).double().norm()
         torch.nn.utils.clip_grads_with_norm_(masters.values(), section.clip or math.inf, norm.float())
         norms.append(norm.item())
@@ -84,8 +90,8 @@ def train(
     return Curve(losses, norms, rates, tokens, evaluations, initial, final)
 
 
-def _share(schedule: ScheduleSection, number: int, total: int, floor: float) -> float:
-    """Fraction of the peak learning rate that update `number` of `total` uses."""
+def _rate_factor(schedule: ScheduleSection, number: int, total: int, floor: float) -> float:
+    """Return the learning rate of update `number` of `total`, as a fraction of the peak."""
     warmup, end = max(schedule.warmup_updates, 1), total + 1  # the rate would reach the floor one update after the last
     if number < warmup:
         return number / warmup
@@ -99,7 +105,7 @@ def _share(schedule: ScheduleSection, number: int, total: int, floor: float) -> 
 
 
 def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.optim.Optimizer, list[float]]:
-    """The optimizer, and each group's peak learning rate."""
+    """Return the optimizer, and the peak learning rate of each parameter group."""
     section = recipe.optimizer
     by_muon = {name for name in masters if section.type == "muon" and name.endswith(BLOCK_MATRICES)}
     rest = [p for name, p in masters.items() if name not in by_muon]
@@ -116,7 +122,7 @@ def _optimizer(recipe: Recipe, masters: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def _loss(recipe: Recipe, model: GPT, samples: Samples, tokens: int | None = None) -> torch.Tensor:
-    """The sum over the valid tokens of these samples, divided by `tokens`, or by their own number."""
+    """Return the loss summed over the valid tokens, divided by `tokens`, by default their number."""
     logits = alone.logits(model, samples[0], recipe.document_end)
     total = F.cross_entropy(logits.flatten(0, 1), samples[1].flatten(), ignore_index=-100, reduction="sum")
     return total / (tokens or (samples[1] != -100).sum())

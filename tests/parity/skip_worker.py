@@ -1,4 +1,4 @@
-"""One rank that trains layouts, with bad updates among the good ones and without. Started by groups.py.
+"""One rank that trains layouts, with and without bad updates among the good ones. Started by groups.py.
 
 python -m tests.parity.skip_worker JOB.json
 JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
@@ -26,36 +26,36 @@ from megagpt.model.attention import Attention
 from megagpt.model.layers import Head
 from tests.parity import layouts, needs
 
-GOOD, SAVED = range(4), 2  # updates; so many of them are saved
+GOOD, SAVED = range(4), 2  # updates, and the number of them after which the state is saved
 BAD = {"a refused loss": 50, "a loss that is NaN on one rank": 51, "a gradient that is infinite on one rank": 52}
 
 
 class Calls:
-    """What an engine calls during an update, in order."""
+    """Records the callbacks that an engine calls during an update, in order."""
 
     def __init__(self, refuse: bool) -> None:
         self._refuse, self._losses, self._order = refuse, [], []
 
     def accept(self, loss: float) -> bool:
-        """Refuse the loss, or refuse only what is not finite."""
+        """Reject every loss if `refuse` is set, otherwise only losses that are not finite."""
         self._losses.append(loss)
         self._order.append("accept")
         return not self._refuse and math.isfinite(loss)
 
     def at_step(self) -> None:
-        """The step begins."""
+        """Record that the optimizer step begins."""
         self._order.append("step")
 
     def on_all_ranks(self, loss: float, collectives: Collectives) -> list[dict[str, Any]]:
-        """Per rank the calls, and the loss in the result; collective."""
+        """Return the calls of each rank, and the loss in its result. Collective."""
         mine = {"order": self._order, "losses": list(map(repr, self._losses)), "loss": repr(loss)}
         return collectives.all_gather_object(mine)
 
 
 class Planted:
-    """Spoils what one kind of layer returns on the last rank: its value, or its gradient alone.
+    """Corrupts the output of one kind of layer on the last rank: its value, or only its gradient.
 
-    The layer is attention, or the head where the last pipeline stage has no block.
+    The layer is attention, or the head if the last pipeline stage has no block.
     """
 
     def __init__(self, last: bool) -> None:
@@ -64,7 +64,7 @@ class Planted:
             layer.forward = self._spoiling(layer, layer.forward)
 
     def choose_layer(self, engine: Any) -> None:
-        """Spoil a layer that this rank has."""
+        """Corrupt the output of a kind of layer that this rank has."""
         layers = engine._engine.module.modules()
         self._layer = Attention if any(isinstance(layer, Attention) for layer in layers) else Head
 
@@ -99,7 +99,7 @@ def main(job: dict[str, Any]) -> None:
 
 
 def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, planted: Planted) -> dict[str, Any]:
-    """What held for one layout."""
+    """Test one layout, and return the results."""
     needs.provide(case)
     dropout = replace(case, recipe=(*case.recipe, "model.dropout=0.1"))
     resolved = layouts.resolve(dropout, folder)
@@ -108,9 +108,9 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, 
         saved.mkdir()
     collectives.barrier()
 
-    def update(engine: Any, number: int, **words: Any) -> Any:
+    def update(engine: Any, number: int, **callbacks: Any) -> Any:
         samples = layouts.samples(resolved.recipe, layouts.GLOBAL_BATCH, number * layouts.GLOBAL_BATCH)
-        return engine.train_update(layouts.share(samples, resolved.layout, rank), **words)
+        return engine.train_update(layouts.share(samples, resolved.layout, rank), **callbacks)
 
     engine: Any = build(resolved, 100, rank, collectives)
     straight = []
@@ -139,7 +139,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, 
             reported[kind] = calls.on_all_ranks(result.loss, collectives)
             planted.bad = ""
     same = all(torch.equal(value, weights[name]) for name, value in engine.weights())
-    scale = loss_scale.numbers(engine._engine.optimizer)
+    scale = loss_scale.state_dict(engine._engine.optimizer)
     flipped = flip(engine, rank, resolved)
     answer = {
         "made": bad,
@@ -162,7 +162,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives, 
 def overflowing(
     case: layouts.Case, folder: Path, straight: list[Any], update: Any, rank: Rank, collectives: Collectives
 ) -> dict[str, Any]:
-    """The same from a loss scale at which the first gradients overflow; each update is made again until it is made."""
+    """Train with an initial loss scale at which gradients overflow, and repeat each update until it is made."""
     config = {**case.config, "fp16": {"initial_scale_power": 30}}
     engine: Any = build(layouts.resolve(replace(case, config=config), folder), 100, rank, collectives)
     attempts = []
@@ -181,7 +181,7 @@ def overflowing(
 
 
 def spoil(engine: Any) -> None:
-    """Make every weight NaN, as a run finds them that has gone wrong: masters by way of the optimizer, and copies."""
+    """Make every weight NaN, both master weights and low-precision copies, by an optimizer step."""
     groups = engine._engine.optimizer.param_groups
     rates = [group["lr"] for group in groups]
     for group in groups:
@@ -192,13 +192,13 @@ def spoil(engine: Any) -> None:
 
 
 def flip(engine: Any, rank: Rank, resolved: Any) -> str:
-    """Flip one bit of a weight on the last rank, of which another rank has a copy; its name, on every rank."""
+    """Flip one bit of a replicated weight on the last rank. Returns the weight's name on every rank."""
     cut = ("qkv", "output", "up", "gate", "down") if resolved.layout.tensor_parallel > 1 else ()
     names = engine._stages.names if hasattr(engine, "_stages") else engine._names()
     if resolved.layout.pipeline_stages > 1:
         name = "layers.0.weight"
     else:
-        name = [name for name in names.values() if not any(word in name for word in cut)][-2]
+        name = [name for name in names.values() if not any(part in name for part in cut)][-2]
     if resolved.layout.zero_stage == 3:
         return ""
     for parameter, other in names.items():

@@ -1,4 +1,4 @@
-"""One rank that trains layouts, saves, goes on, and does the last part again from what it saved. Started by groups.py.
+"""One rank that trains layouts with a save, then repeats the updates after the save from it. Started by groups.py.
 
 python -m tests.parity.state_worker JOB.json
 JOB: {"folder", "seconds", "cases": [ids]}; writes ID.json of each case
@@ -44,7 +44,7 @@ def main(job: dict[str, Any]) -> None:
 
 
 def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) -> dict[str, Any]:
-    """What held for one layout."""
+    """Test one layout, and return the results."""
     resolved = layouts.resolve(case, folder)
     saved = folder / f"{case.id}-saved"
     if rank.main:
@@ -56,7 +56,7 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) 
     engine.save_state(folder_writer(saved))
     straight = [engine.train_update(data(resolved, rank, update)) for update in AFTER]
     weights = {name: value.clone() for name, value in engine.weights()}
-    tied, tensor = tied_matrices(engine), resolved.layout.tensor_parallel  # each tensor part has rows of its own
+    tied, tensor = tied_matrices(engine), resolved.layout.tensor_parallel  # each tensor-parallel rank has its own rows
     engine.release()
 
     again: Any = build(resolved, 100, rank, collectives)
@@ -79,13 +79,13 @@ def run(case: layouts.Case, folder: Path, rank: Rank, collectives: Collectives) 
 
 
 def data(resolved: Any, rank: Rank, update: int) -> list[Batch]:
-    """The micro-batches of one update."""
+    """Return this rank's micro-batches of one update."""
     size = layouts.GLOBAL_BATCH
     return layouts.share(layouts.samples(resolved.recipe, size, update * size), resolved.layout, rank)
 
 
 def ragged(resolved: Any, rank: Rank) -> list[Batch]:
-    """Held-out samples in a number of batches that is not training's, the last one smaller than the others."""
+    """Return held-out samples in another number of batches than in training, of which the last one is smaller."""
     samples = layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
     batches = layouts.share(samples, resolved.layout, rank)
     kept = batches[0]
@@ -94,7 +94,7 @@ def ragged(resolved: Any, rank: Rank) -> list[Batch]:
 
 @torch.no_grad()
 def expected(resolved: Any, weights: dict[str, torch.Tensor]) -> float:
-    """The loss over `ragged` of all data-parallel ranks, by plain PyTorch."""
+    """Compute the loss over `ragged` of all data-parallel ranks with plain PyTorch."""
     model = GPT(resolved.recipe.model)
     model.load_state_dict(weights)
     layout = resolved.layout
@@ -106,7 +106,7 @@ def expected(resolved: Any, weights: dict[str, torch.Tensor]) -> float:
 
 
 def tied_matrices(engine: Any) -> list[torch.Tensor]:
-    """The copies of the tied matrix on all ranks of a pipeline; none elsewhere."""
+    """Return the copies of the tied matrix on all ranks of a pipeline; without a pipeline there are none."""
     names = engine._stages.names.items() if hasattr(engine, "_stages") else ()
     mine = [parameter.detach().clone() for parameter, name in names if name == "layers.0.weight"]
     copies: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Write docs/parity.md, and read it back."""
+"""Reads and writes docs/parity.md."""
 
 from importlib.metadata import version
 
@@ -6,14 +6,14 @@ from megagpt.parity.curve import TOLERANCES
 
 
 def known(path):
-    """Return case id → kind → difference of an existing table: a run of some layouts replaces only their rows."""
+    """Read the differences by case id and kind. A run of only some layouts keeps the others in the table."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[1:]}
 
 
 def table(rows, full):
-    """Return the text of docs/parity.md."""
+    """Return the content of docs/parity.md."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch"))
     limits = "; ".join(f"{name} {t.loss:.0e}, {t.norm:.0e} and {t.weights:.0e}" for name, t in TOLERANCES.items())
     kinds = next(iter(rows.values()))

@@ -1,4 +1,4 @@
-"""The comparison is awake: planted bugs make it fail, and other seeds do not."""
+"""The comparison with plain PyTorch is sensitive: planted bugs make it fail, and other seeds do not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOTAL = 100
 
 @pytest.fixture(scope="session")
 def differences(tmp_path_factory):
-    """By case id the differences that are too large; all cases run in one process group."""
+    """Differences that are too large, and the logs of cases that failed, by case id. All run in one process group."""
     folder = tmp_path_factory.mktemp("mutants")
     cases = [*(mutant.case for mutant in mutants.MUTANTS.values()), *mutants.SEEDS]
     failed = run_cases(cases, folder, UPDATES, TOTAL)
@@ -35,12 +35,12 @@ def differences(tmp_path_factory):
 @pytest.mark.parametrize("id", mutants.MUTANTS)
 def test_a_planted_bug_is_found(id, differences):
     found, failed = differences
-    assert id not in failed, failed[id]  # a mutant must train to the end: only numbers may betray it
+    assert id not in failed, failed[id]  # a mutant must train to the end: it is to be found by its numbers
     assert found[id]
 
 
 @pytest.mark.parametrize("case", mutants.SEEDS, ids=lambda case: case.id)
-def test_a_seed_is_no_false_alarm(case, differences):
+def test_another_seed_gives_no_false_alarm(case, differences):
     found, failed = differences
     assert case.id not in failed, failed[case.id]
     assert not found[case.id], [str(row) for row in found[case.id]]

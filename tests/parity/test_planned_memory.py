@@ -1,4 +1,4 @@
-"""The planner's memory against the bytes that real engines allocate, layout by layout, at rest and at their peak."""
+"""Memory as planned compared with what real engines allocate, for each layout, at the peak and between updates."""
 
 import json
 
@@ -11,8 +11,8 @@ from tests.parity.groups import SECONDS, launch
 from tests.parity.layouts import resolve
 from tests.parity.plan_cases import CASES
 
-PEAK = 0.05  # allowed of the peak; activations and states are exact, what passes by between them is not
-REST = 0.02  # of what stays: padding, and token ids
+PEAK = 0.05  # allowed relative difference of the peak; states and activations are exact, temporary tensors are not
+REST = 0.02  # allowed relative difference between updates, for padding and token ids
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def measured(tmp_path_factory):
     log = launch("plan_worker", 1, {"folder": str(folder), "cases": [case.id for case in CASES]}, folder, 4 * SECONDS)
 
     def answer(case):
-        """The case as resolved, and what rank 0 took."""
+        """Return the resolved case, and the memory of rank 0."""
         path = folder / f"{case.id}.json"
         if not path.exists():
             pytest.fail(log, pytrace=False)
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_the_fullest_rank_takes_what_was_planned(measured, case):
+def test_peak_memory_is_as_planned(measured, case):
     resolved, rank = measured(case)
     planned, peak = memory(resolved, on_cpu=True), rank["peak"]
     total = planned.device + planned.host
@@ -40,12 +40,12 @@ def test_the_fullest_rank_takes_what_was_planned(measured, case):
     assert abs(total - peak) < PEAK * peak
 
 
-WITHOUT_STAGES = [case for case in CASES if "pipeline" not in case.id]  # which keep what they last gave on, too
+WITHOUT_STAGES = [case for case in CASES if "pipeline" not in case.id]  # pipeline stages also keep their last output
 
 
 @pytest.mark.parametrize("case", WITHOUT_STAGES, ids=lambda case: case.id)
-def test_weights_and_optimizer_take_what_was_planned(measured, case):
-    """What stays between updates; beside the states, stage 3 keeps gradients and bucket, bf16 at stage 1 a sum."""
+def test_memory_between_updates_is_as_planned(measured, case):
+    """Besides the states, stage 3 keeps gradients and the bucket, and bf16 at stage 1 keeps accumulated gradients."""
     resolved, rank = measured(case)
     zero = ZeroSettings(resolved)
     mine = local_parameters(resolved.recipe.model, resolved.layout)
@@ -56,7 +56,7 @@ def test_weights_and_optimizer_take_what_was_planned(measured, case):
         planned += held.gradients + zero.bucket + zero.element * small
     elif case.id == "plan-zero1-bf16":
         planned += held.kept_gradients - zero.element * mine.total
-    elif held.host:  # the buffer through which gradients go to the host
+    elif held.host:  # the buffer through which gradients are copied to the host
         planned += zero.element * mine.largest
-    edge = zero.element * mine.largest if held.host else 0  # the sum of a parameter of two ranks may be whole
+    edge = zero.element * mine.largest if held.host else 0  # a sum of gradients may be whole even if two ranks share it
     assert -REST * planned < rank["rest"] - planned < REST * planned + edge

@@ -1,4 +1,4 @@
-"""The shrunk recipe is cut like the real one, and stages of the real shape that do not fit together are found."""
+"""The shrunk model is split like the real one, and real stages that do not fit together are found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def resolved(path, section, pipeline, tensor_parallel=1, sequence_parallel=1):
 
 
 def shrunk(real):
-    return replace(real, recipe=real.recipe.model_copy(update={"model": shrink.model(real.recipe.model, real.layout)}))
+    return replace(
+        real, recipe=real.recipe.model_copy(update={"model": shrink.shrunk_model(real.recipe.model, real.layout)})
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -56,12 +58,12 @@ def test_every_preset_keeps_its_stages_when_it_is_shrunk(preset, tied):
 def test_the_same_kinds_of_layer_mean_the_same_parameter_groups(preset, number, path):
     real = resolved(path, ModelSection(**PRESETS[preset]), number)
     small, built = shrunk(real), real_shape.build_stages(real)
-    assert real_shape.faults(built, real) == []
-    assert real_shape.alike(built, real_shape.build_stages(small))
+    assert real_shape.stage_problems(built, real) == []
+    assert real_shape.same_stages(built, real_shape.build_stages(small))
 
 
-def test_the_quickstart_on_four_stages_has_a_stage_for_the_head_alone_also_when_it_is_shrunk():
-    """Two blocks per stage and a small vocabulary, as the recipe was once shrunk, put blocks on every stage."""
+def test_the_shrunk_quickstart_also_has_the_head_alone_on_the_last_stage():
+    """With two blocks per stage and a small vocabulary, as in an earlier version, every stage would have a block."""
     real = resolved(MUON, ModelSection(**PRESETS["quickstart"]), 4)
     blocks = ("embedding", "block"), ("block",), ("block", "norm"), ("head",)
     assert tuple(flops.stage_kinds(real.recipe.model, 4)) == blocks
@@ -82,7 +84,7 @@ SHAPES = st.fixed_dictionaries({
 
 
 @given(SHAPES)
-def test_any_model_keeps_what_decides_the_cut(shape):
+def test_shrinking_keeps_everything_that_determines_the_split(shape):
     width = shape["degree"] * shape["kv"] * shape["group"] * shape["head_dim"]
     section = ModelSection(
         n_layer=shape["stages"] + shape["more"], n_head=width // shape["head_dim"],
@@ -91,7 +93,7 @@ def test_any_model_keeps_what_decides_the_cut(shape):
         activation=shape["activation"], tie_embeddings=shape["tied"],
     )  # fmt: skip
     layout = Layout(shape["stages"] * shape["degree"], 1, 2, 4, 1, shape["stages"], shape["degree"])
-    small = shrink.model(section, layout)
+    small = shrink.shrunk_model(section, layout)
     assert flops.stage_kinds(small, shape["stages"]) == flops.stage_kinds(section, shape["stages"])
     assert small.n_head // small.n_kv_head == shape["group"]
     assert small.n_kv_head % shape["degree"] == small.d_ff % shape["degree"] == 0
@@ -102,10 +104,10 @@ GPT2 = ModelSection(**PRESETS["gpt2-124m"])
 
 
 def found(real):
-    return real_shape.faults(real_shape.build_stages(real), real)
+    return real_shape.stage_problems(real_shape.build_stages(real), real)
 
 
-def test_a_vocabulary_that_does_not_divide_is_no_fault():
+def test_a_vocabulary_that_does_not_divide_is_valid():
     assert found(resolved(ADAMW, GPT2, 2, 2)) == []
 
 

@@ -1,4 +1,4 @@
-"""Every layout trains the same: each update's loss and gradient norm, and the final weights, equal plain PyTorch's."""
+"""Every layout trains the same: the loss and gradient norm of each update and the final weights match plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from tests.parity import layouts, reference
 from tests.parity.groups import run_cases
 from tests.parity.needs import missing
 
-TOTAL = 100  # the schedule's length, also of the short run
+TOTAL = 100  # length of the schedule, even if fewer updates are made
 
 
 @pytest.fixture(scope="session")
 def updates(request):
-    return TOTAL if request.config.getoption("--full") else 12  # 6 find every planted bug: test_mutants.py
+    return (
+        TOTAL if request.config.getoption("--full") else 12
+    )  # 6 updates are enough to find every planted bug, see test_mutants.py
 
 
 @pytest.fixture(scope="session")
 def results(request, tmp_path_factory, updates):
-    """By case id what its ranks did; a world size runs when its first case is asked for."""
-    asked = {item.callspec.params["case"].id: item.callspec.params["case"] for item in _selected(request)}
+    """Return a function that returns the curve of a case. All cases of a world size run when the first is needed."""
+    selected = {item.callspec.params["case"].id: item.callspec.params["case"] for item in _selected(request)}
     failed, done = {}, {}
     folder = tmp_path_factory.mktemp("parity")
 
@@ -34,7 +36,7 @@ def results(request, tmp_path_factory, updates):
         if reason := missing(case):
             pytest.skip(reason)
         if case.world not in done:
-            cases = [other for other in asked.values() if other.world == case.world and not missing(other)]
+            cases = [other for other in selected.values() if other.world == case.world and not missing(other)]
             failed.update(run_cases(cases, folder, updates, TOTAL))
             done[case.world] = True
         if case.id in failed:
@@ -50,12 +52,12 @@ def _selected(request):
 
 @pytest.fixture(scope="session")
 def curve(tmp_path_factory, updates):
-    """By recipe the reference's curve."""
+    """Reference curve by recipe."""
     folder = tmp_path_factory.mktemp("reference")
 
     @lru_cache
-    def of(words):
-        case = layouts.Case("reference", 1, {}, words)
+    def of(overrides):
+        case = layouts.Case("reference", 1, {}, overrides)
         recipe = layouts.recipe_of(case, folder)
         data = [layouts.samples(recipe, layouts.GLOBAL_BATCH, n * layouts.GLOBAL_BATCH) for n in range(updates)]
         held_out = layouts.samples(recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM)
@@ -73,7 +75,7 @@ STAGES = [case for case in layouts.CASES if case.id.startswith("stages-")]
 
 
 @pytest.mark.parametrize("case", STAGES, ids=lambda case: case.id)
-def test_rows_are_named_by_the_layers_of_their_stages(case, tmp_path):
+def test_cases_are_named_by_the_layers_of_their_stages(case, tmp_path):
     model = layouts.recipe_of(case, tmp_path).model
     layers = ["E", *("P" if model.position == "learned" else ""), *("B" * model.n_layer), "N", "H"]
     cuts = flops.boundaries(flops.layer_costs(model), case.config["pipeline"]["stages"])
@@ -81,7 +83,7 @@ def test_rows_are_named_by_the_layers_of_their_stages(case, tmp_path):
     assert case.id.removeprefix("stages-").split("-")[: len(stages)] == stages
 
 
-def test_every_kind_of_stage_has_a_row():
+def test_every_kind_of_stage_has_a_case():
     kinds = {part for case in STAGES for part in case.id.split("-")[1:] if part.isupper()}
     alike = {kind.replace("B" * kind.count("B"), "B") for kind in kinds if "B" in kind} | {*kinds}
     assert {"E", "EB", "EP", "EPB", "B", "BN", "NH", "H", "BNH", "EPBN", "PB"} <= alike
@@ -95,8 +97,8 @@ def test_same_curve(case, results, curve, worst_differences):
     worst_differences(case.id, {kind: worst(found, kind).off for kind in KINDS})
     wrong = [str(row) for row in found if row.too_far]
     assert not wrong, "\n".join(wrong)
-    # alive: what does nothing is equal everywhere
+    # The run really trains: runs that do nothing would also be equal.
     assert sum(got.losses[-5:]) < sum(got.losses[:5]) - 1
     assert min(got.norms) > 0
-    if recipe.optimizer.clip is not None:  # Adam hides a gradient off by a factor, where clipping is always on or never
+    if recipe.optimizer.clip is not None:  # otherwise Adam would hide gradients that are wrong by a constant factor
         assert {norm > recipe.optimizer.clip for norm in expected.norms} == {True, False}

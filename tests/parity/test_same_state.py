@@ -1,4 +1,4 @@
-"""Layouts that cut the model: saved and loaded they go on bit for bit, and an evaluation in between changes nothing."""
+"""Layouts that split the model resume bit for bit from a save, and evaluations in between change nothing."""
 
 import pytest
 
@@ -28,7 +28,7 @@ TIED = [case for case in CASES if "pipeline" in case.config and "model.tie_embed
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """By case what held."""
+    """Results by case."""
     return answers_of("state_worker", CASES, tmp_path_factory.mktemp("state"))
 
 
@@ -37,7 +37,7 @@ def test_every_named_case_is_there():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_loaded_engine_goes_on_bit_for_bit_with_evaluations_between(case, answers):
+def test_a_loaded_engine_resumes_bit_for_bit_despite_evaluations(case, answers):
     answer = answers(case)
     assert answer["same results"]
     assert answer["same weights"]
@@ -51,7 +51,9 @@ def test_the_copies_of_a_tied_matrix_stay_equal(case, answers):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_evaluation_takes_any_number_of_batches_and_a_smaller_last_one(case, answers):
+def test_evaluation_accepts_any_number_of_batches_and_a_smaller_last_one(case, answers):
     answer = answers(case)
-    bound = 1e-3 if "precision=bf16" in case.recipe else 1e-6  # bf16 rounds the weights, here held in fp32
+    bound = (
+        1e-3 if "precision=bf16" in case.recipe else 1e-6
+    )  # bf16 rounds the weights, which are fp32 in the reference
     assert answer["evaluation"] == pytest.approx(answer["evaluation expected"], rel=bound)

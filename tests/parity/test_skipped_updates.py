@@ -1,4 +1,4 @@
-"""An update with bad numbers is not made, on any layout: afterwards all is as if its data had never been seen."""
+"""Updates with bad numbers are skipped on every layout, and leave the state as if their data did not exist."""
 
 import math
 
@@ -42,14 +42,14 @@ IDS = (
     "stages-EPBB-NH-data2-fp16",
 )
 CASES = [case for case in layouts.CASES if case.id in IDS]
-# no rank has a copy of the last one's embedding: there is one rank, or it is not tied to the head of the last stage
+# Cases in which no other rank has a copy of the last rank's weights: a single rank, or an untied head.
 ALONE = ("zero0-1rank", "pipeline2-fp16-untied", "pipeline2-tensor2-fp16-llama", "ulysses2-pipeline2-llama")
 FP16 = [case for case in CASES if "precision=fp16" in case.recipe]
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """By case what held."""
+    """Results by case."""
     return answers_of("skip_worker", CASES, tmp_path_factory.mktemp("skips"))
 
 
@@ -64,14 +64,16 @@ def test_bad_updates_leave_no_trace(case, answers):
     assert answer["same results"]
     assert answer["same weights"]
     if case in FP16:
-        assert answer["hysteresis"] == 1  # of 2: only the infinite gradient of a good loss speaks against the scale
+        assert (
+            answer["hysteresis"] == 1
+        )  # initially 2; only an infinite gradient with a good loss counts against the loss scale
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_loss_is_judged_once_and_every_rank_reports_it_and_the_step(case, answers):
+def test_each_loss_is_judged_once_and_reported_by_every_rank(case, answers):
     for kind, ranks in answers(case)["reported"].items():
         stages = case.config.get("pipeline", {}).get("stages", 1)
-        judges = ranks[-len(ranks) // stages :]  # of a pipeline the ranks of the last stage
+        judges = ranks[-len(ranks) // stages :]  # in a pipeline, the ranks of the last stage
         assert all(rank["order"] == ["accept", "step"] for rank in judges)
         assert all(rank["order"] == ["step"] for rank in ranks[: len(ranks) - len(judges)])
         (loss,) = {value for rank in ranks for value in [rank["loss"], *rank["losses"]]}
@@ -79,7 +81,7 @@ def test_a_loss_is_judged_once_and_every_rank_reports_it_and_the_step(case, answ
 
 
 @pytest.mark.parametrize("case", FP16, ids=lambda case: case.id)
-def test_overflows_at_the_start_change_no_curve(case, answers):
+def test_initial_overflows_do_not_change_the_curve(case, answers):
     answer = answers(case)
     assert answer["overflows"] > 3
     assert answer["rates"]
@@ -87,14 +89,14 @@ def test_overflows_at_the_start_change_no_curve(case, answers):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_weights_that_have_become_nan_are_healed_by_a_checkpoint(case, answers):
+def test_nan_weights_are_restored_from_a_checkpoint(case, answers):
     answer = answers(case)
     assert not answer["broken"]
     assert answer["healed"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_one_flipped_bit_is_found_where_ranks_hold_the_same(case, answers):
+def test_one_flipped_bit_is_found_in_replicated_weights(case, answers):
     answer = answers(case)
     assert answer["false alarms"] == []
     if case.id in ALONE or case.config["zero_optimization"]["stage"] == 3:

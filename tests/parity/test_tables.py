@@ -1,4 +1,4 @@
-"""docs/parity.md and README.md name layouts and tests that exist, and count them right."""
+"""docs/parity.md and README.md name layouts and tests that exist, with their correct number."""
 
 import ast
 import re
@@ -10,14 +10,14 @@ from tests.parity.tables import table
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_head_of_the_table_is_what_would_be_written_now():
-    """The number of layouts and what they may differ by; the versions are those of the machine that wrote it."""
+def test_the_head_of_the_table_is_up_to_date():
+    """Compares all but the versions, which are those of the machine that wrote the table."""
     written = (ROOT / "docs/parity.md").read_text()
     empty = dict.fromkeys(("loss", "norm", "held-out", "weights"), 0.0)
     now = table({case.id: empty for case in CASES}, full=True)
 
     def head(text):
-        fewer_updates = r"; the rows named `stages-…` \d+"  # rows that were measured over fewer updates say so
+        fewer_updates = r"; the rows named `stages-…` \d+"  # the note on rows that were measured over fewer updates
         return re.sub(rf"deepspeed [^,]+, torch [^ ]+\.|{fewer_updates}", "", text.split("\n| layout")[0])
 
     assert head(written) == head(now)

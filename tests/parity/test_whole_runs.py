@@ -1,4 +1,4 @@
-"""The same recipe through the whole command on layouts of every family: the same record, the same weights."""
+"""`megagpt train` with the same recipe gives the same record and weights on layouts of every family."""
 
 import numpy as np
 import pytest

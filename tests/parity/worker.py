@@ -32,7 +32,7 @@ def main(job: dict[str, Any]) -> None:
     collectives = Collectives(rank.world_size)
     cases = {case.id: case for case in (*layouts.CASES, *mutants.SEEDS)}
     for id in job["cases"]:
-        # one rank of a group may fail while the others wait for it: a limit for each case
+        # limits each case, since a rank may fail while the others wait for it
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
         if id in mutants.MUTANTS:
             with mutants.MUTANTS[id].planted():
@@ -44,12 +44,12 @@ def main(job: dict[str, Any]) -> None:
 
 
 def run(case: layouts.Case, job: dict[str, Any], rank: Rank, collectives: Collectives) -> None:
-    """Train one layout and write what it did."""
+    """Train one layout, and write its curve."""
     folder = Path(job["folder"])
     needs.provide(case)
     resolved = layouts.resolve(case, folder)
     engine = build(resolved, job["total"], rank, collectives)
-    initial = {name: value.clone() for name, value in engine.weights()}  # at stage 0 they are the live ones
+    initial = {name: value.clone() for name, value in engine.weights()}  # cloned: stage 0 returns the live tensors
     held_out = layouts.share(
         layouts.samples(resolved.recipe, layouts.HELD_OUT, layouts.HELD_OUT_FROM), resolved.layout, rank
     )
@@ -72,10 +72,10 @@ def run(case: layouts.Case, job: dict[str, Any], rank: Rank, collectives: Collec
 
 
 def check_moved(engine: Any) -> None:
-    """The optimizer has done something to every tensor that it works on, on this rank."""
+    """Check that the optimizer has changed the moments of all its tensors on this rank."""
     wrapper = engine._engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
-    # not through DeepSpeed's safe_get_*: with two parameter groups it finds the moments of the first one only
+    # DeepSpeed's safe_get_* functions find only the moments of the first parameter group.
     kinds = ("exp_avg", "momentum_buffer")
     moments = [state[kind] for state in inner.state.values() for kind in kinds if kind in state]
     assert moments

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from megagpt.cli import main
+from megagpt.cli.options import expand_home
 
 RECIPE = """\
 run_dir: runs/a
@@ -47,3 +48,9 @@ def test_free_port_can_be_bound(capsys):
     assert main(["free-port"]) == 0
     with socket.socket() as server:
         server.bind(("127.0.0.1", int(capsys.readouterr().out)))
+
+
+def test_home_is_expanded_in_options_but_not_in_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    arguments = ["--output=~/x", "--prompt=~/x", "--output", "a=~b", "run_dir=~/r"]
+    assert expand_home(arguments) == ["--output=/h/x", "--prompt=~/x", "--output", "a=~b", "run_dir=~/r"]

@@ -1,4 +1,4 @@
-"""The structure that ARCHITECTURE.md draws is the structure of the code."""
+"""The code has the structure that ARCHITECTURE.md describes."""
 
 import ast
 import re
@@ -29,13 +29,13 @@ LEVELS = {  # a room imports rooms of lower levels only
 
 
 def room(dotted: str) -> str:
-    """The room of `megagpt.x.y`; the package itself counts as its lowest room."""
+    """Return the room of `megagpt.x.y`. The package itself counts as its lowest room."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "megagpt"
 
 
 def imports(path: Path):
-    """(line, dotted name) of every import in a file, also inside functions."""
+    """Yield (line, dotted name) of every import in a file, also of those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -49,7 +49,7 @@ def name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def test_imports_go_one_way():
+def test_rooms_import_only_lower_rooms():
     wrong = []
     for path in MODULES:
         here = room(name(path))
@@ -64,7 +64,7 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize("here", sorted({room(name(path)) for path in MODULES}))
-def test_modules_of_a_room_do_not_import_each_other_in_a_circle(here):
+def test_rooms_have_no_import_cycles(here):
     """Imports under TYPE_CHECKING and inside functions count, too."""
     modules = {name(path).removesuffix(".__init__"): path for path in MODULES if room(name(path)) == here}
     edges = {}
@@ -77,7 +77,7 @@ def test_modules_of_a_room_do_not_import_each_other_in_a_circle(here):
     assert edges == {}
 
 
-def test_only_the_engine_room_knows_deepspeed():
+def test_only_the_engine_imports_deepspeed():
     users = {room(name(path)) for path in MODULES for _, target in imports(path) if target.split(".")[0] == "deepspeed"}
     assert users == {"engine"}
 
@@ -114,7 +114,7 @@ def test_no_file_and_no_function_is_too_long():
         ("import megagpt.training.loop", ("deepspeed",)),
     ],
 )
-def test_what_needs_no_torch_loads_none(code, absent):
+def test_light_modules_do_not_import_heavy_packages(code, absent):
     program = f"import sys; {code}; print([m for m in {absent!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
@@ -166,10 +166,10 @@ def test_each_decision_names_a_test_that_exists():
             assert (ROOT / proof).exists(), proof
 
 
-def test_the_repository_names_no_machine_and_no_absolute_path():
+def test_the_repository_contains_no_absolute_paths():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     found = []
     for file in tracked:
         text = (ROOT / file).read_text(errors="replace")
-        found += [f"{file}: {word}" for word in re.findall(r"(?<![\w.])/(?:home|root|work|Users)/\S+", text)]
+        found += [f"{file}: {path}" for path in re.findall(r"(?<![\w.])/(?:home|root|work|Users)/\S+", text)]
     assert found == []

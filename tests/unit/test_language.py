@@ -19,9 +19,14 @@ COVERED = (
     "CONTRIBUTING.md",
     "README.md",
     "SECURITY.md",
+    "docs/deepspeed-config.md",
     "docs/first-gpu-day.md",
     "docs/metrics.md",
+    "docs/migration.md",
     "docs/parity.md",
+    "docs/recipe.md",
+    "docs/troubleshooting.md",
+    "docs/tutorials",
     "ds_configs",
     "launch/hosts.example",
     "launch/install.sh",
@@ -35,17 +40,55 @@ COVERED = (
     "megagpt/__main__.py",
     "megagpt/checkpoint",
     "megagpt/cli",
+    "megagpt/cluster",
     "megagpt/config",
     "megagpt/corpus",
     "megagpt/data",
+    "megagpt/doctor",
+    "megagpt/engine",
     "megagpt/errors.py",
     "megagpt/files.py",
     "megagpt/inference",
-    "megagpt/prepare/readers",
+    "megagpt/model",
+    "megagpt/parity",
+    "megagpt/plan",
+    "megagpt/prepare",
+    "megagpt/prepare/plain_data.py",
+    "megagpt/prepare/process_group.py",
+    "megagpt/prepare/sockets.py",
+    "megagpt/report.py",
     "megagpt/state.py",
     "megagpt/tokenizer",
     "megagpt/training",
     "setup.py",
+    "tests/benchmarks",
+    "tests/conftest.py",
+    "tests/docs",
+    "tests/faults",
+    "tests/forks.py",
+    "tests/parity",
+    "tests/training.py",
+    "tests/unit/config",
+    "tests/unit/corpus",
+    "tests/unit/data",
+    "tests/unit/engine",
+    "tests/unit/inference",
+    "tests/unit/model",
+    "tests/unit/plan",
+    "tests/unit/prepare",
+    "tests/unit/test_cli.py",
+    "tests/unit/test_help.py",
+    "tests/unit/test_house.py",
+    "tests/unit/test_not_proven.py",
+    "tests/unit/test_other_systems.py",
+    "tests/unit/test_security.py",
+    "tests/unit/tokenizer",
+)
+NOT_YET = (  # of the covered folders
+    "megagpt/prepare/plain_data.py",
+    "megagpt/prepare/process_group.py",
+    "megagpt/prepare/sockets.py",
+    "tests/unit/prepare/test_process_group.py",
 )
 
 BANNED = {
@@ -86,6 +129,9 @@ ALLOWED = {
     "megagpt/training/console.py": ("say",),  # its method
     "megagpt/corpus/metadata.py": ("stretches",),  # a key of sidecars that earlier versions wrote
     "megagpt/inference/evaluate.py": ("yardsticks",),  # a key of --json
+    "megagpt/plan/verdict.py": ("tell",),  # a value of --json: too close to tell
+    "tests/unit/corpus/test_corpus_reader.py": ("stretches",),  # the key above
+    "tests/unit/inference/test_evaluate.py": ("yardsticks",),
 }
 
 
@@ -132,7 +178,8 @@ def covered_files():
         assert path.exists(), f"{name} is covered, but does not exist"
         suffixes = {".py", ".md", ".sh", ".sbatch", ".yaml", ".json"}
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in suffixes)
-        yield from (file for file in files if file.name != "known_keys.json")
+        skipped = {ROOT / name for name in NOT_YET}
+        yield from (file for file in files if file.name != "known_keys.json" and file not in skipped)
 
 
 def test_covered_parts_use_plain_words():

@@ -1,4 +1,4 @@
-"""What a machine cannot prove is said and is a failure, unless that is allowed."""
+"""Properties that could not be tested on a machine are reported, and are a failure unless that is allowed."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ SAID = "NOT PROVEN (2 tests): a full disk: only root can mount one"
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "expected"),
     [
         ([], 1, [SAID, "Nothing may be left unproven, unless --allow-missing is given.", "1 passed, 2 skipped"]),
         (["--allow-missing"], 0, [SAID, "1 passed, 2 skipped"]),
@@ -32,11 +32,11 @@ SAID = "NOT PROVEN (2 tests): a full disk: only root can mount one"
         ),
     ],
 )
-def test_what_cannot_be_proven_is_said_and_fails(tmp_path, options, code, said):
+def test_skipped_tests_are_reported_and_fail_the_run(tmp_path, options, code, expected):
     (tmp_path / "test_it.py").write_text(TESTS)
     line = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", *options, tmp_path]
     ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == code, ended.stdout
     _, _, rest = ended.stdout.partition("[100%]\n")
     lines = [line.partition(" in ")[0] for line in rest.splitlines()]
-    assert lines == said
+    assert lines == expected

@@ -1,7 +1,6 @@
-"""Hostile input of every kind that SECURITY.md lists: refused with a message, and nothing else happens."""
+"""Hostile input of every kind that SECURITY.md lists is refused with a message and has no other effect."""
 
 import ast
-import io
 import json
 import lzma
 import os
@@ -29,7 +28,7 @@ from megagpt.prepare import plain_data
 from megagpt.prepare.chunks import split_into_chunks
 from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.prepare.input_warnings import InputWarnings
-from megagpt.prepare.process_group import _Joined
+from megagpt.prepare.process_group import _CommunicatingGroup
 from megagpt.prepare.readers import decompress
 from megagpt.prepare.readers.inputs import find_input_files
 from megagpt.prepare.readers.manifest import ManifestReader
@@ -57,19 +56,19 @@ class Bomb:
 
 @pytest.fixture
 def bomb(tmp_path):
-    """A pickle that would leave a trace, which the test must not find."""
+    """A pickle that would create a file if it were loaded. The file must not exist after the test."""
     yield pickle.dumps(Bomb(tmp_path / "owned"))
     assert not (tmp_path / "owned").exists()
 
 
-# ---- what the source never does
+# ---- calls that the source never makes
 
 _NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "tarfile", "zipfile", "xmlrpc"}
 _NEVER_CALLED = {"eval", "exec", "__import__", "unpack_archive", "unsafe_load", "full_load", "system", "popen"}
 
 
 def calls():
-    """(file:line, name called, keywords, first argument) of every call in the package."""
+    """Yield (file:line, name called, keywords, first argument) of every call in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -94,7 +93,7 @@ def test_nothing_is_unpickled_evaluated_unpacked_or_run_by_a_shell():
     assert [one for one in wrong if not re.search(r"\.eval$| model\.eval", one)] == []
 
 
-def test_no_model_code_of_others_runs_and_nothing_is_downloaded_unasked():
+def test_no_foreign_model_code_runs_and_nothing_is_downloaded_implicitly():
     for path in PACKAGE.rglob("*.py"):
         assert "trust_remote_code" not in path.read_text(), path
     loads = [(where, keywords) for where, name, keywords, _ in calls() if name.endswith("from_pretrained")]
@@ -102,7 +101,7 @@ def test_no_model_code_of_others_runs_and_nothing_is_downloaded_unasked():
     assert all(keywords.get("local_files_only") == "True" for _, keywords in loads)
 
 
-def test_json_of_others_is_parsed_where_its_depth_is_handled():
+def test_untrusted_json_is_parsed_by_the_function_that_handles_its_depth():
     parsers = {where.partition(":")[0] for where, name, _, _ in calls() if name in ("json.loads", "json.load")}
     assert parsers == {"files.py", "prepare/readers/reader.py", "prepare/readers/long_json_line.py"}
 
@@ -144,7 +143,7 @@ def test_a_pickle_in_place_of_a_corpus(bomb, tmp_path):
         b'J["list", ["Path", 1]]', b"J[]", b'J["UserError"]', b"J" + DEEP.encode(), b'J["list",' * 50_000,
     ],
 )  # fmt: skip
-def test_a_message_that_is_no_plain_data_of_the_listed_types(message):
+def test_a_message_that_is_not_plain_data_of_the_listed_types(message):
     with pytest.raises(plain_data.BadMessage):
         plain_data.loads(message)
 
@@ -179,7 +178,7 @@ def state():
 
 
 @pytest.mark.parametrize("name", ["../outer", "../../run/outer", "{absolute}", "state/../../outer", "link"])
-def test_a_checkpoints_manifest_that_names_files_outside(tmp_path, state, name):
+def test_a_checkpoint_manifest_that_names_files_outside(tmp_path, state, name):
     folder = tmp_path / "run" / "update_000001"
     folder.mkdir(parents=True)
     outer = tmp_path / "run" / "outer"
@@ -192,7 +191,7 @@ def test_a_checkpoints_manifest_that_names_files_outside(tmp_path, state, name):
 
 
 @pytest.mark.parametrize("listed", [[], 5, {"x": 5}, {"x": {"bytes": "5", "crc32": 0}}, {"x": {"bytes": 5}}, None])
-def test_a_checkpoints_manifest_of_another_form(tmp_path, state, listed):
+def test_a_checkpoint_manifest_of_another_form(tmp_path, state, listed):
     write_manifest(tmp_path, {"state": state, "files": listed})
     found, wrong = store.verify(tmp_path)
     assert found is None
@@ -200,7 +199,7 @@ def test_a_checkpoints_manifest_of_another_form(tmp_path, state, listed):
 
 
 @pytest.mark.parametrize("corpus", ["../x", "/x", "a/b", "..", ".", "a\0b"])
-def test_a_manifest_of_texts_that_names_a_corpus_outside_the_output(tmp_path, corpus):
+def test_an_input_manifest_that_names_a_corpus_outside_the_output(tmp_path, corpus):
     (tmp_path / "list").write_text(f"a.txt\t{corpus}\n")
     with pytest.raises(UserError, match="cannot be the name of a corpus"):
         list(ManifestReader().read(tmp_path / "list"))
@@ -217,7 +216,7 @@ def test_another_rank_that_names_files_outside_the_folder_of_shards(tmp_path):
             return [value, ["../../.bashrc"]]
 
     with pytest.raises(UserError, match="a rank names files outside of the folder of shards"):
-        _Joined(World()).gather_files(tmp_path, [])
+        _CommunicatingGroup(World()).gather_files(tmp_path, [])
 
 
 # ---- symbolic links out of a run directory
@@ -238,7 +237,7 @@ def test_links_out_of_a_run_directory_are_not_written_through(tmp_path):
     for write in (files.open_to_append, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match="symbolic link"):
             write(run / "metrics.jsonl")
-    files.replace_text(run / "metrics.jsonl", "mine\n")  # the link goes, what it led to stays
+    files.replace_text(run / "metrics.jsonl", "mine\n")  # replaces the link, and leaves its target unchanged
     assert not (run / "metrics.jsonl").is_symlink()
     assert list(outside.iterdir()) == []
 
@@ -252,7 +251,7 @@ def test_a_run_directory_that_is_a_link_itself_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["update_000001", ".removed_update_000001", ".partial_update_000001"])
-def test_of_a_link_in_place_of_a_checkpoint_only_the_link_is_removed(tmp_path, name):
+def test_removing_a_checkpoint_that_is_a_link_keeps_its_target(tmp_path, name):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").touch()
@@ -308,7 +307,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_small_compressed_file_that_becomes_a_large_line_is_not_held_whole(tmp_path, ending):
+def test_a_small_compressed_file_with_a_large_line_is_never_in_memory_as_a_whole(tmp_path, ending):
     import bz2
     import gzip
 
@@ -324,16 +323,16 @@ def test_a_small_compressed_file_that_becomes_a_large_line_is_not_held_whole(tmp
     found = []
     for path in (large, small):
         printed = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True).stdout
-        found.append([int(word) for word in printed.split()])
+        found.append([int(number) for number in printed.split()])
     (count, memory), (_, control) = found
     assert count == length
     assert (memory - control) * 1024 < length / 2
 
 
-# ---- pages
+# ---- SVG
 
 
-def test_html_in_the_name_of_a_run_is_text_in_its_picture(tmp_path):
+def test_html_in_the_name_of_a_run_is_plain_text_in_its_plot(tmp_path):
     name = "<script>alert(1)<b>&quot;--><img src=x onerror=y>$\\frac{"
     run = tmp_path / name
     run.mkdir()
@@ -350,7 +349,7 @@ def test_html_in_the_name_of_a_run_is_text_in_its_picture(tmp_path):
 
 
 def shown(text):
-    """What of a text a terminal would obey."""
+    """Return the characters of a text that a terminal would interpret."""
     return [letter for letter in text if not letter.isprintable() and letter not in "\n\t"]
 
 
@@ -371,13 +370,13 @@ def test_escapes_in_a_corpus_do_not_reach_the_terminal(data, tmp_path):
     made = prepare_command([str(tmp_path)], data / "text.model", tmp_path / "c", PrepareOptions(0.0, workers=1))
     assert made.train.documents == 1
     program = "import sys; from megagpt.cli import main; sys.exit(main())"
-    for words in (
+    for arguments in (
         ["data", "inspect", tmp_path / "c.train", "--document", "0", "--tokenizer", data / "text.model"],
         ["prepare", tmp_path, "--tokenizer", data / "text.model", "--output", tmp_path / "d"],  # no validation part
         ["tokenizer", "inspect", data / "text.model", ESCAPES],
         ["generate", tmp_path / f"none{ESCAPES}", "x"],
     ):
-        done = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
         assert done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert shown(done.stdout) == []
@@ -405,7 +404,7 @@ def test_deep_json_in_the_files_of_a_run(tmp_path, state):
     assert "nested too deeply" in wrong
 
 
-def test_deep_json_beside_and_in_a_corpus(tmp_path):
+def test_deep_json_in_a_corpus_and_its_sidecar(tmp_path):
     (tmp_path / "c.json").write_text(DEEP)
     with pytest.raises(UserError, match="nested too deeply"):
         read_sidecar(tmp_path / "c.json")
@@ -434,6 +433,6 @@ def test_deep_json_in_a_config_a_recipe_and_on_the_command_line(tmp_path, recipe
         megagpt_recipe.load(recipe, [f"data.train={deep}"])
 
 
-def test_deep_json_in_the_talk_of_the_doctor():
+def test_deep_json_in_messages_of_the_doctor():
     with pytest.raises(ValueError, match="nested too deeply"):
-        agent.serve([f"{agent.MARK}{DEEP}\n"], io.StringIO())
+        agent.serve([f"{agent.PREFIX}{DEEP}\n"], print)

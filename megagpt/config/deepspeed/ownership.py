@@ -8,7 +8,8 @@ from typing import Any
 
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.config.recipe import Recipe
-from megagpt.config.syntax.formatting import TableRow, format_table
+from megagpt.config.recipe.optimizers import OPTIMIZERS
+from megagpt.config.syntax.formatting import TableRow, format_table, format_value
 from megagpt.errors import Problem, closest_match
 
 
@@ -26,7 +27,6 @@ class OwnedKey:
     """the value that follows from the recipe; None if DeepSpeed has no equivalent, so that only "auto" is allowed"""
 
 
-_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 _SCHEDULERS = {"warmup_decay": "WarmupDecayLR", "warmup_cosine": "WarmupCosineLR", "wsd": None}
 
 
@@ -39,7 +39,7 @@ def owned_keys(recipe: Recipe) -> tuple[OwnedKey, ...]:
     common = (
         OwnedKey("train_batch_size", "batch.global_size", "the global batch", recipe.batch.global_size),
         OwnedKey("gradient_clipping", "optimizer.clip", "the clipping norm", optimizer.clip or 0.0),
-        OwnedKey("optimizer.type", "optimizer.type", "the optimizer", _OPTIMIZERS[optimizer.type]),
+        OwnedKey("optimizer.type", "optimizer.type", "the optimizer", OPTIMIZERS[optimizer.type].deepspeed_type),
         OwnedKey(f"{params}.lr", "optimizer.lr", "the learning rate", optimizer.lr),
         OwnedKey(f"{params}.betas", "optimizer.betas", "the betas", list(optimizer.betas)),
         OwnedKey(f"{params}.eps", "optimizer.eps", "eps", optimizer.eps),
@@ -55,14 +55,16 @@ def owned_keys(recipe: Recipe) -> tuple[OwnedKey, ...]:
             f"{timing}.cos_min_ratio", "schedule.min_lr", "the final learning rate", schedule.min_lr / optimizer.lr
         ),
     )
-    if optimizer.type != "muon":
-        return common
-    return (
-        *common,
-        OwnedKey(f"{params}.adam_lr", "optimizer.lr", "AdamW's learning rate", optimizer.lr),
-        OwnedKey(f"{params}.muon_lr", "optimizer.muon_lr", "Muon's learning rate", optimizer.muon_lr),
-        OwnedKey(f"{params}.momentum", "optimizer.muon_momentum", "Muon's momentum", optimizer.muon_momentum),
+    own = (
+        OwnedKey(
+            f"{params}.{parameter.name}",
+            f"optimizer.{parameter.recipe_key}",
+            parameter.description,
+            getattr(optimizer, parameter.recipe_key),
+        )
+        for parameter in OPTIMIZERS[optimizer.type].deepspeed_parameters
     )
+    return (*common, *own)
 
 
 def ownership_conflicts(view: ConfigView, recipe: Recipe, values: Sequence[OwnedKey]) -> Iterator[Problem]:
@@ -94,7 +96,25 @@ def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Pro
     ]
     file = location.rpartition(":")[0]  # "" for the command line
     do = f'write "auto" in {file} (the recipe owns it)' if file else f"use {value.owner}=VALUE (the recipe owns it)"
+    kept = _kept_in_recipe(value, view, recipe)
+    if kept and not recipe.location(value.owner):
+        do = f'write "auto" in {file} to use the default, or set {value.owner} to {kept} in the recipe'
+        if not file:
+            do = f"use {value.owner}={kept}"
+        return Problem(f"the recipe owns {value.name}, and its default is another", format_table(rows), do)
     return Problem(f"two places set {value.name}", format_table(rows), do)
+
+
+def _kept_in_recipe(value: OwnedKey, view: ConfigView, recipe: Recipe) -> str:
+    """Return the value of the recipe that keeps the config's value, or "" if it cannot be written there as it is."""
+    stated, own = view.get(value.key), _in_recipe(recipe, value.owner)
+    numbers = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+        return ""
+    if value.value != (list(own) if isinstance(own, tuple) else own):
+        return ""  # another unit, such as a ratio
+    is_off = value.key == "gradient_clipping" and stated == 0
+    return "null" if is_off else format_value(stated)
 
 
 def ignored_parameters(view: ConfigView, values: Sequence[OwnedKey]) -> Iterator[Problem]:

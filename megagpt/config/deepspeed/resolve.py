@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megagpt.config.deepspeed.parallelism import (
 )
 from megagpt.config.deepspeed.precision import PRECISION_KEYS, fill_precision, resolve_precision
 from megagpt.config.deepspeed.unsupported import ZERO_STAGE_KEY, numerics_notes, unsupported_settings
-from megagpt.config.deepspeed.validate import KeyChecker
+from megagpt.config.deepspeed.validate import KeyChecker, expand_paths, is_literal
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.config.recipe import Recipe
 from megagpt.config.syntax.hjson_reader import read_hjson
@@ -46,7 +47,7 @@ def load(
         path: the JSON file.
         recipe: the recipe.
         world_size: number of ranks.
-        known: the keys that DeepSpeed knows: `engine.keys.known_keys()`, or `known.recorded_keys()`.
+        known: the keys that DeepSpeed knows: `engine.deepspeed_keys.known_keys()`, or `known_keys.recorded_keys()`.
         overrides: `ds.key=value` arguments that replace values of the file. Other arguments override the recipe
             instead and are ignored here.
 
@@ -56,7 +57,8 @@ def load(
     tree = read_hjson(path)
     for argument in overrides:
         if argument.startswith("ds."):
-            tree.override(argument, prefix="ds.")
+            tree.override(argument, prefix="ds.", is_literal=partial(is_literal, known))
+    expand_paths(tree)
     values = owned_keys(recipe)
     auto_allowed = frozenset([*FILLED_KEYS, *(value.key for value in values)])
     problems, broken = KeyChecker(tree, known, auto_allowed).check()

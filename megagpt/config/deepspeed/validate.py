@@ -7,13 +7,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.config.syntax.formatting import describe_schema, format_value, join_words
-from megagpt.config.syntax.yaml_reader import ConfigTree
+from megagpt.config.syntax.formatting import describe_schema, format_value, join_words, takes_text
+from megagpt.config.syntax.paths import expand_path
+from megagpt.config.syntax.yaml_reader import ConfigTree, is_yaml_text
 from megagpt.errors import Problem, closest_match
 
 Node = Mapping[str, Any]
 """`{"properties": {name: Node}}` for a section, or the JSON schema of a value; see engine/deepspeed_keys.py"""
 
+_PATH_KEYS = (
+    "zero_optimization.offload_param.nvme_path",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "tensorboard.output_path",
+    "csv_monitor.output_path",
+    "flops_profiler.output_file",
+)
 _BOUNDS = {
     "minimum": operator.ge,
     "maximum": operator.le,
@@ -24,7 +32,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class KeyChecker:
-    """Checks single keys. Unsupported settings and combinations are in refusals.py."""
+    """Checks single keys. Unsupported settings and combinations are in unsupported.py."""
 
     tree: ConfigTree
     known: Node
@@ -72,6 +80,41 @@ class KeyChecker:
             return self._problem(f"unknown key {key}", key, f"write {f'{section}.{near}' if section else near}")
         do = f"remove it: DeepSpeed has no such key in {section or 'its config'}"
         return self._problem(f"unknown key {key}", key, do)
+
+
+def is_literal(known: Node, key: str, text: str) -> bool:
+    """Return whether an override uses its value as it is, because its key takes text.
+
+    Args:
+        known: the keys that DeepSpeed knows.
+        key: dotted key of the DeepSpeed config.
+        text: the value as given.
+    """
+    node: Node = known
+    for name in key.split("."):
+        node = node.get("properties", {}).get(name, {})
+    return takes_text(node) and not is_yaml_text(text)
+
+
+def expand_paths(tree: ConfigTree) -> None:
+    """Expand `~` and environment variables in the paths of a DeepSpeed config. Problems are added to the tree.
+
+    Args:
+        tree: the given values, which are changed.
+    """
+    for key in _PATH_KEYS:
+        *outer, last = key.split(".")
+        section: Any = tree.values
+        for name in outer:
+            section = section.get(name) if isinstance(section, dict) else None
+        value = section.get(last) if isinstance(section, dict) else None
+        if not isinstance(value, str):
+            continue
+        try:
+            section[last] = expand_path(value)
+        except ValueError as error:
+            do = "set it on every node, or write the path out"
+            tree.problems.append(Problem(f"{key} cannot be expanded: {error}", tree.where(key), do))
 
 
 def matches_schema(value: Any, node: Node) -> bool:

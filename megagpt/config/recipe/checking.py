@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -10,8 +11,17 @@ from pydantic import BaseModel, ValidationError
 from megagpt.config.recipe.presets import PRESETS
 from megagpt.config.recipe.rules import RULES, Rule
 from megagpt.config.recipe.sections import Recipe, Source
-from megagpt.config.syntax.formatting import TableRow, describe_schema, format_table, format_value, join_words
-from megagpt.config.syntax.yaml_reader import ConfigTree
+from megagpt.config.recipe.synonyms import key_of_synonym, remedy_for_synonym
+from megagpt.config.syntax.formatting import (
+    TableRow,
+    describe_schema,
+    format_table,
+    format_value,
+    join_words,
+    takes_text,
+)
+from megagpt.config.syntax.paths import expand_path
+from megagpt.config.syntax.yaml_reader import ConfigTree, is_yaml_text
 from megagpt.errors import Problem, closest_match
 
 
@@ -47,6 +57,71 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
         yield prefix + name
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from known_keys(info.annotation, f"{prefix}{name}.")
+
+
+_ELSEWHERE = 0.85  # likeness from which a key of another section is suggested
+_PREFIX_KEYS = frozenset({"data.train", "data.validation"})  # one prefix as text, or a list
+
+
+def is_literal(key: str, text: str) -> bool:
+    """Return whether an override uses its value as it is, because its key takes text: a path, a name or a prompt.
+
+    Args:
+        key: dotted key of a recipe.
+        text: the value as given.
+    """
+    if is_yaml_text(text):
+        return False
+    return key in _text_keys() or (key in _PREFIX_KEYS and not text.startswith(("[", "{")))
+
+
+@lru_cache(maxsize=1)
+def _text_keys() -> frozenset[str]:
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+
+    def walk(properties: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, node in properties.items():
+            if "$ref" in node:
+                inner = definitions[node["$ref"].rpartition("/")[2]].get("properties", {})
+                yield from walk(inner, f"{prefix}{name}.")
+            elif takes_text(node):
+                yield prefix + name
+
+    return frozenset(walk(schema["properties"], ""))
+
+
+def expand_paths(tree: ConfigTree) -> list[Problem]:
+    """Expand `~` and environment variables in the paths of a recipe, and return the problems with them.
+
+    Args:
+        tree: the given values, which are changed.
+    """
+    problems: list[Problem] = []
+
+    def expanded(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expanded(item, f"{key}.{index}") for index, item in enumerate(value)]
+        if isinstance(value, dict) and "path" in value:
+            return {**value, "path": expanded(value["path"], f"{key}.path")}
+        if not isinstance(value, str):
+            return value
+        try:
+            return expand_path(value)
+        except ValueError as error:
+            do = "set it where training starts, or write the path out"
+            problems.append(Problem(f"{key} cannot be expanded: {error}", tree.where(key), do))
+            return value
+
+    for key in _PATH_KEYS:
+        section, _, name = key.rpartition(".")
+        values = tree.values.get(section) if section else tree.values
+        if isinstance(values, dict) and name in values:
+            values[name] = expanded(values[name], key)
+    return problems
+
+
+_PATH_KEYS = ("run_dir", "init_from", "data.tokenizer", *sorted(_PREFIX_KEYS))
 
 
 def _key(error: Mapping[str, Any]) -> str:
@@ -94,16 +169,20 @@ def _unknown(key: str, tree: ConfigTree) -> tuple[Problem, str | None]:
     same_name = [k for k in keys if k.rpartition(".")[2] == name]
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     everywhere = {k.rpartition(".")[2]: k for k in keys}
+    what = f"unknown key {key}"
     if same_name:
         sections = join_words(other.rpartition(".")[0] or "the top level" for other in same_name)
         what = f"misplaced key {key}: {name} belongs to {sections}"
         return Problem(what, tree.where(key), f"move it to {join_words(same_name)}"), same_name[0]
-    for names in (siblings, everywhere):
-        near = closest_match(name, names)
-        if near:
-            return Problem(f"unknown key {key}", tree.where(key), f"write {names[near]}"), names[near]
+    remedy = remedy_for_synonym(name)
+    if remedy:
+        return Problem(what, tree.where(key), remedy), key_of_synonym(name)
+    near = closest_match(name, siblings) or closest_match(name, everywhere, cutoff=_ELSEWHERE)
+    if near:
+        meant = siblings.get(near) or everywhere[near]
+        return Problem(what, tree.where(key), f"write {meant}{tree.key_inside(key).removeprefix(key)}"), meant
     do = f"remove it; {section or 'a recipe'} has {join_words(siblings, 'and')}"
-    return Problem(f"unknown key {key}", tree.where(key), do), None
+    return Problem(what, tree.where(key), do), None
 
 
 def _wanted(schema: Mapping[str, Any], path: Sequence[str]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megagpt.config.recipe.checking import check_values
+from megagpt.config.recipe.checking import check_values, expand_paths, is_literal
 from megagpt.config.recipe.rules import check_schedule_fits
 from megagpt.config.recipe.sections import Recipe
 from megagpt.config.syntax.formatting import TableRow, format_table
@@ -32,9 +32,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_yaml(path)
     for argument in overrides:
         if not argument.startswith("ds."):
-            tree.override(argument)
+            tree.override(argument, is_literal=is_literal)
+    unexpanded = expand_paths(tree)
     recipe, problems = check_values(tree)
-    problems = [*tree.problems, *problems]
+    problems = [*tree.problems, *unexpanded, *problems]
     if recipe is None or problems:
         raise UserError.from_problems(problems)
     recipe._locations = SourceLocations(tree.locations)

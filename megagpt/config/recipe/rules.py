@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from megagpt.config.recipe.optimizers import OPTIMIZERS, OptimizerKey
 from megagpt.config.recipe.presets import PRESETS
+from megagpt.config.recipe.synonyms import preset_of_synonym
 from megagpt.config.syntax.formatting import join_words
 from megagpt.errors import closest_match
 
@@ -21,9 +23,12 @@ Rule = tuple[Callable[..., Violation], tuple[str, ...]]
 def _preset(preset: str | None) -> Violation:
     if preset is None or preset in PRESETS:
         return None
-    near = closest_match(preset, PRESETS)
-    names = ", ".join(PRESETS)
-    return f'there is no preset "{preset}"', f"write {near}" if near else f"choose one of {names}"
+    what = f'there is no preset "{preset}"'
+    near = preset_of_synonym(preset) or closest_match(preset, PRESETS)
+    if near:
+        return what, f"write {near}"
+    family = [name for name in PRESETS if name.startswith(f"{preset.lower()}-")]
+    return what, f"choose one of {', '.join(family or PRESETS)}"
 
 
 def _init_from(init_from: str | None) -> Violation:
@@ -99,21 +104,17 @@ def _prompt(prompt: str | None, every: int | None, tokenizer: str | None) -> Vio
     return f"evaluation.prompt needs {missing}", f"give {missing}, or set evaluation.prompt to null"
 
 
-def _muon_lr(type_: str, muon_lr: float | None) -> Violation:
-    if type_ == "muon" and muon_lr is None:
-        return (
-            "optimizer.type muon needs optimizer.muon_lr",
-            "give the peak learning rate of the block matrices, often 0.02",
-        )
-    if type_ != "muon" and muon_lr is not None:
-        return "optimizer.muon_lr is for muon only", "remove it, or set optimizer.type to muon"
-    return None
+def _only_for(optimizer: str, key: OptimizerKey) -> Rule:
+    """Return the rule that only one type of optimizer has a key, which it may require."""
 
-
-def _muon_momentum(type_: str, momentum: float | None) -> Violation:
-    if type_ == "muon" or momentum is None:
+    def check(type_: str, value: float | None) -> Violation:
+        if type_ == optimizer and value is None and key.advice is not None:
+            return f"optimizer.type {optimizer} needs optimizer.{key.name}", key.advice
+        if type_ != optimizer and value is not None:
+            return f"optimizer.{key.name} is for {optimizer} only", f"remove it, or set optimizer.type to {optimizer}"
         return None
-    return "optimizer.muon_momentum is for muon only", "remove it, or set optimizer.type to muon"
+
+    return check, ("optimizer.type", f"optimizer.{key.name}")
 
 
 def _min_lr(min_lr: float, lr: float) -> Violation:
@@ -182,8 +183,7 @@ RULES: tuple[Rule, ...] = (
     (_sources, ("data.train", "data.validation")),
     (_eod, ("data.document_mask", "data.eod", "model.vocab_size")),
     (_skip, ("data.skip",)),
-    (_muon_lr, ("optimizer.type", "optimizer.muon_lr")),
-    (_muon_momentum, ("optimizer.type", "optimizer.muon_momentum")),
+    *(_only_for(optimizer, key) for optimizer, facts in OPTIMIZERS.items() for key in facts.keys),
     (_min_lr, ("schedule.min_lr", "optimizer.lr")),
     (_decay, ("schedule.type", "schedule.decay_updates")),
     (_one_length, ("length.updates", "length.tokens", "length.epochs")),

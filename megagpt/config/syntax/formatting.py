@@ -76,6 +76,13 @@ def describe_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -
     return f"{type_name}, {' and '.join(bounds)}" if bounds else type_name
 
 
+def takes_text(schema: Mapping[str, Any]) -> bool:
+    """Return whether a JSON schema allows any text, and at most null next to it."""
+    options = schema.get("anyOf", [schema])
+    kinds = [option.get("type") for option in options if "enum" not in option and "const" not in option]
+    return len(kinds) == len(options) and "string" in kinds and set(kinds) <= {"string", "null"}
+
+
 def _format_bound(bound: float) -> str:
     if abs(bound) < 1e6:
         return f"{bound:g}"

@@ -79,12 +79,23 @@ class ConfigTree:
     """mistakes in the text itself, such as a key that is given twice"""
 
     def where(self, key: str) -> str:
-        """Return `FILE:LINE  key`. If `key` has no location, use that of the nearest enclosing section that has one."""
+        """Return `FILE:LINE  key`.
+
+        A key without a location has that of an override of a key inside it, else that of the nearest enclosing section.
+        """
         owner = key
+        if self.key_inside(key) != key:
+            location = self.locations[self.key_inside(key)]
+            return f"{location.at}  {location.text}"
         while owner and owner not in self.locations:
             owner = owner.rpartition(".")[0]
         location = self.locations.get(owner, SourceLocation(self.name, key))
         return f"{location.at}  {location.text if owner == key else key}"
+
+    def key_inside(self, key: str) -> str:
+        """Return the first key given inside a section that only overrides name, or `key` itself."""
+        inside = (other for other in self.locations if other.startswith(f"{key}."))
+        return key if key in self.locations else next(inside, key)
 
     def value(self, key: str) -> Any:
         """Return the value of a dotted key. Raises KeyError if it was not given."""
@@ -102,12 +113,14 @@ class ConfigTree:
             self.problems.append(Problem(f"{key} is given twice", where, "keep one of the two"))
         self.locations[key] = location
 
-    def override(self, argument: str, prefix: str = "") -> None:
+    def override(self, argument: str, prefix: str = "", is_literal: Callable[[str, str], bool] | None = None) -> None:
         """Replace a value of the file by a `key=value` argument of the command line.
 
         Args:
-            argument: the argument; its value is YAML.
+            argument: the argument.
             prefix: prefix of the argument that does not belong to the key, such as "ds.".
+            is_literal: returns whether the value of a key, given as text, is used as it is. All other values are
+                parsed as YAML, in which `exp #3` is `exp` and `1984` is a number.
         """
         key, equals, text = argument.removeprefix(prefix).partition("=")
         location = SourceLocation("command line", argument)
@@ -117,7 +130,8 @@ class ConfigTree:
             return
         inside = ConfigTree(self.name)
         try:
-            value = _parse(text, inside, key, lambda inner, node: location)
+            literal = is_literal is not None and is_literal(key, text)
+            value = text if literal else _parse(text, inside, key, lambda inner, node: location)
         except (yaml.YAMLError, RecursionError) as error:
             what = f"the value of {key} is not valid YAML: {_reason(error)}"
             self.problems.append(Problem(what, f"command line  {argument}", "put it in quotes"))
@@ -132,6 +146,14 @@ class ConfigTree:
                 inner[part] = {}
             inner = inner[part]
         inner[last] = value
+
+
+_YAML_TEXT = re.compile(r"""null|"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|""", re.DOTALL)
+
+
+def is_yaml_text(text: str) -> bool:
+    """Return whether the value of an override whose key takes text is still YAML: null, nothing, or text in quotes."""
+    return _YAML_TEXT.fullmatch(text) is not None
 
 
 def read_text(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, over a GPT's parameters: DeepSpeed's fused Adam on GPUs, torch's on CPUs; or Muon."""
+"""Build the optimizer of a recipe: DeepSpeed's fused AdamW on GPUs and torch's on CPUs, or Muon."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megagpt.config.recipe.sections import OptimizerSection
 from megagpt.engine import deepspeed_ops
 from megagpt.engine.init_model import whole_shape
 from megagpt.engine.optim.muon import Muon
-from megagpt.engine.optim.muon_all_to_all import Exchange, Matrix
-from megagpt.engine.parallel.tensor import Parts
-from megagpt.engine.state.flat_buffers import flats
+from megagpt.engine.optim.muon_all_to_all import Matrix, MuonAllToAll
+from megagpt.engine.parallel.tensor import TensorParallelGroup
+from megagpt.engine.state.flat_buffers import flat_buffers
 from megagpt.model.attention import Attention
 from megagpt.model.layers import MLP
 from megagpt.model.sharding import shard_spec
@@ -25,33 +25,49 @@ log = logging.getLogger(__name__)
 
 
 def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch.optim.Optimizer:
-    """AdamW or Muon over parameter groups: matrices decay, vectors (norms, biases) do not. `on_gpu`: it steps there."""
-    groups = _groups(section, model)
+    """Build AdamW or Muon over parameter groups: matrices have weight decay; norms and biases do not.
+
+    Args:
+        section: The section of the recipe.
+        model: The model, whose parameter names decide on the groups.
+        on_gpu: Whether the optimizer's step runs on a GPU.
+    """
+    groups = _parameter_groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
     if section.type == "muon":
-        assert section.muon_momentum is not None  # the recipe has checked it
+        assert section.muon_momentum is not None  # checked with the recipe
         return Muon(groups, section.muon_momentum, fused=True, **adamw)
     if on_gpu and (fused := _deepspeed_fused_adam()) is not None:
         return fused(groups, adam_w_mode=True, **adamw)
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 
-def connect(engine: Any, names: Mapping[Any, str], section: ModelSection, parts: Parts) -> None:
-    """Tell Muon how the matrices in a DeepSpeed engine's flat tensors are made whole; nothing for other optimizers.
+def attach_muon_plans(
+    engine: Any, names: Mapping[Any, str], section: ModelSection, tensor_parallel: TensorParallelGroup
+) -> None:
+    """Give Muon the plans that reassemble the matrices of the engine's flat buffers. Does nothing for AdamW.
 
-    `names` gives the engine's parameters their names in `GPT`.
+    Args:
+        engine: The DeepSpeed engine.
+        names: The name in `GPT` of each parameter.
+        section: The model.
+        tensor_parallel: The tensor-parallel group of this rank.
     """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if not isinstance(inner, Muon):
         return
-    for flat in flats(engine.optimizer):
-        if inner.param_groups[flat.number]["muon"]:
-            matrices = [Matrix(whole_shape(p), shard_spec(names[p], section, parts.degree)) for p in flat.parameters]
-            inner.exchanges[flat.stretch] = Exchange(matrices, flat.fragments(), flat.group, parts, engine.device)
+    for buffer in flat_buffers(engine.optimizer):
+        if inner.param_groups[buffer.param_group]["muon"]:
+            matrices = [
+                Matrix(whole_shape(parameter), shard_spec(names[parameter], section, tensor_parallel.degree))
+                for parameter in buffer.parameters
+            ]
+            plan = MuonAllToAll(matrices, buffer.fragments(), buffer.group, tensor_parallel, engine.device)
+            inner.all_to_all_plans[buffer.partition] = plan
 
 
-def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups, AdamW's first: its rate is the one that is logged."""
+def _parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameter groups, AdamW's first, since the learning rate of the first group is logged."""
     decay: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     qkv: list[torch.nn.Parameter] = []
@@ -74,9 +90,9 @@ def _groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]
 
 
 def _block_matrices(model: nn.Module) -> dict[str, int]:
-    """Names of the blocks' matrices, and into how many equal blocks of rows each is cut for Muon.
+    """Map the names of the blocks' matrices to the number of equal blocks of rows into which Muon splits each.
 
-    A fused qkv holds `group` query blocks, one of keys and one of values, all with the rows of the key heads.
+    A fused qkv consists of `group` blocks for queries, one for keys and one for values, all as large as the keys.
     """
     parts = {}
     for name, module in model.named_modules():
@@ -88,12 +104,12 @@ def _block_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def _deepspeed_fused_adam() -> Any:
-    """DeepSpeed's FusedAdam if its operator can be built here, else None (said in the log)."""
+    """Return DeepSpeed's FusedAdam, or None with a warning if its operator cannot be built here."""
     from deepspeed.ops.adam import FusedAdam
 
     try:
         deepspeed_ops.load("fused_adam")
-    except Exception as error:  # a missing nvcc, compiler or header: torch's own fused kernel needs none
-        log.warning("DeepSpeed's fused Adam cannot be built (%s); torch's fused AdamW takes its place", error)
+    except Exception as error:  # nvcc, the compiler or a header is missing; torch's fused kernel needs none of them
+        log.warning("DeepSpeed's fused Adam cannot be built (%s); using torch's fused AdamW instead", error)
         return None
     return FusedAdam

@@ -1,9 +1,10 @@
-"""Matrices whole for a moment: what ZeRO and tensor parallelism have cut of them comes together on one rank.
+"""Distributed Muon: matrices that ZeRO and tensor parallelism have sharded are reassembled on one rank for the step.
 
-Between updates every rank keeps its stretch of weights and momentum, as with AdamW. In the step the parts of a matrix
-go to one of the ranks that hold some of it, and its update goes back: at stages 1 and 2 few matrices lie across a
-border between ranks, at stage 3 all do. Tensor parts are joined by all ranks that hold one. As DeepSpeed's own Muon in
-bf16 (runtime/bf16_optimizer.py); its other stages make every matrix whole on every rank.
+Between updates each rank keeps its range of weights and momentum, as with AdamW. In the step, all fragments of a matrix
+are sent to one of the ranks that hold one of them, and its update is sent back. At stages 1 and 2 only matrices that
+cross a boundary between ranks move; at stage 3 all do. Tensor-parallel shards are gathered on all ranks that hold one.
+DeepSpeed's own Muon in bf16 works the same way (runtime/bf16_optimizer.py), but at its other stages every rank
+reassembles every matrix.
 """
 
 from __future__ import annotations
@@ -17,129 +18,175 @@ import torch
 from torch import Tensor
 
 from megagpt.engine.parallel import tensor
-from megagpt.engine.parallel.tensor import Parts
+from megagpt.engine.parallel.tensor import TensorParallelGroup
 from megagpt.model.flops import MATRICES_AT_ONCE
 from megagpt.model.sharding import ShardSpec
 
-Solve = Callable[[Tensor], Tensor]  # matrices [number, rows, columns] to their updates
+ComputeUpdates = Callable[[Tensor], Tensor]
+"""maps matrices [number, rows, columns] to their updates"""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a rank without ZeRO would hold: a matrix of this shape, or a tensor-parallel part of one."""
+    """A matrix as a rank without ZeRO would hold it: whole, or a tensor-parallel shard of this shape."""
 
     shape: torch.Size
-    cut: ShardSpec | None = None
+    shard_spec: ShardSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened matrix, at `place` of a rank's flat stretch."""
+    """Elements [start, start + numel) of a flattened matrix, at `offset` in a rank's range of the flat buffer."""
 
     matrix: int
     rank: int
     start: int
     numel: int
-    place: int
+    offset: int
 
 
-class Exchange:
-    """The matrices of one flat tensor that the ranks of `group` hold stretches of, and who makes which whole."""
+class MuonAllToAll:
+    """All-to-all plan for the matrices of one flat buffer: which rank reassembles which matrix.
+
+    Args:
+        matrices: The matrices of the flat buffer.
+        fragments: Where all ranks of the group hold which elements of each matrix.
+        group: Process group of the ranks that partition the flat buffer.
+        tensor_parallel: The tensor-parallel group of this rank.
+        device: Device of the computation, if the flat buffer is on the host.
+    """
 
     def __init__(
-        self, matrices: Sequence[Matrix], fragments: Sequence[Fragment], group: Any, parts: Parts, device: Any
+        self,
+        matrices: Sequence[Matrix],
+        fragments: Sequence[Fragment],
+        group: Any,
+        tensor_parallel: TensorParallelGroup,
+        device: Any,
     ) -> None:
-        self._matrices, self._group, self._parts, self._device = matrices, group, parts, device
-        self._rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        owners = owners_of(matrices, fragments, ranks)
-        self._of: dict[int, list[Fragment]] = {n: [] for n, owner in enumerate(owners) if owner == self._rank}
-        for one in fragments:
-            if owners[one.matrix] == self._rank:
-                self._of[one.matrix].append(one)
-        # what this rank sends, and what comes to it: on both sides in order of the other rank, and then of matrices
-        self._sent = [(owners[one.matrix], one) for one in fragments if one.rank == self._rank != owners[one.matrix]]
-        self._sent.sort(key=lambda item: (item[0], item[1].matrix))
-        here = [one for one in fragments if one.rank != self._rank == owners[one.matrix]]
-        here.sort(key=lambda one: (one.rank, one.matrix))
-        self._going, self._coming = [0] * ranks, [0] * ranks
-        for owner, one in self._sent:
-            self._going[owner] += one.numel
-        self._arrives: dict[Fragment, int] = {}
-        for one in here:
-            self._arrives[one] = sum(self._coming)
-            self._coming[one.rank] += one.numel
-        self._moves = any(one.rank != owners[one.matrix] for one in fragments)  # the same answer on every rank
+        self._matrices = matrices
+        self._group = group
+        self._tensor_parallel = tensor_parallel
+        self._device = device
+        self._rank = torch.distributed.get_rank(group)
+        ranks = torch.distributed.get_world_size(group)
+        owners = assign_owners(matrices, fragments, ranks)
+        self._owned: dict[int, list[Fragment]] = {n: [] for n, owner in enumerate(owners) if owner == self._rank}
+        for fragment in fragments:
+            if owners[fragment.matrix] == self._rank:
+                self._owned[fragment.matrix].append(fragment)
+        # both sides order fragments by the other rank, and then by matrix
+        sent = [(owners[f.matrix], f) for f in fragments if f.rank == self._rank != owners[f.matrix]]
+        sent.sort(key=lambda item: (item[0], item[1].matrix))
+        received = [f for f in fragments if f.rank != self._rank == owners[f.matrix]]
+        received.sort(key=lambda fragment: (fragment.rank, fragment.matrix))
+        self._sent = [fragment for _, fragment in sent]
+        self._send_counts = [0] * ranks
+        self._recv_counts = [0] * ranks
+        for owner, fragment in sent:
+            self._send_counts[owner] += fragment.numel
+        self._recv_offsets: dict[Fragment, int] = {}
+        for fragment in received:
+            self._recv_offsets[fragment] = sum(self._recv_counts)
+            self._recv_counts[fragment.rank] += fragment.numel
+        # the same on every rank, since the exchange is collective
+        self._communicates = any(fragment.rank != owners[fragment.matrix] for fragment in fragments)
 
-    def put_updates(self, flat: Tensor, solve: Solve) -> None:
-        """Put its update in the place of every matrix in `flat`, this rank's stretch; collective."""
-        came = flat.new_empty(sum(self._coming), device=self._device)
-        if self._moves:
-            gone = [flat.narrow(0, one.place, one.numel) for _, one in self._sent]
-            self._send(torch.cat([flat.new_empty(0), *gone]).to(self._device), came, self._going, self._coming)
-        for cut, batch in self._batches():
-            stacked = torch.stack([self._whole(flat, came, number) for number in batch])
-            for number, update in zip(batch, self._solved(stacked, cut, solve), strict=True):
-                for one, place in self._places(flat, came, number):
-                    place.copy_(update.reshape(-1).narrow(0, one.start, one.numel))
-        if self._moves:
-            back = came.new_empty(sum(self._going))
-            self._send(came, back, self._coming, self._going)
-            for (_, one), update in zip(self._sent, back.split([one.numel for _, one in self._sent]), strict=True):
-                flat.narrow(0, one.place, one.numel).copy_(update)
+    def replace_by_updates(self, flat: Tensor, compute_updates: ComputeUpdates) -> None:
+        """Replace every matrix in this rank's range of the flat buffer by its update. Collective.
 
-    def _solved(self, matrices: Tensor, cut: ShardSpec | None, solve: Solve) -> Tensor:
-        """`solve` of whole matrices, of which this rank has these tensor parts: its part of the result; collective."""
-        if cut is None:
-            return solve(matrices)
-        cut, parts = replace(cut, dim=cut.dim + 1), self._parts  # the matrices are stacked
-        return cut.shard(solve(tensor.whole(matrices, cut, parts.group, parts.degree)), parts.index, parts.degree)
+        Args:
+            flat: This rank's range of the flat buffer [numel], which is overwritten.
+            compute_updates: Computes the updates of whole matrices.
+        """
+        received = flat.new_empty(sum(self._recv_counts), device=self._device)
+        if self._communicates:
+            fragments = [flat.narrow(0, fragment.offset, fragment.numel) for fragment in self._sent]
+            sent = torch.cat([flat.new_empty(0), *fragments]).to(self._device)
+            self._all_to_all(sent, received, self._send_counts, self._recv_counts)
+        for spec, batch in self._batches():
+            stacked = torch.stack([self._reassemble(flat, received, number) for number in batch])
+            for number, update in zip(batch, self._local_updates(stacked, spec, compute_updates), strict=True):
+                for fragment, view in self._views(flat, received, number):
+                    view.copy_(update.reshape(-1).narrow(0, fragment.start, fragment.numel))
+        if self._communicates:
+            returned = received.new_empty(sum(self._send_counts))
+            self._all_to_all(received, returned, self._recv_counts, self._send_counts)
+            sizes = [fragment.numel for fragment in self._sent]
+            for fragment, update in zip(self._sent, returned.split(sizes), strict=True):
+                flat.narrow(0, fragment.offset, fragment.numel).copy_(update)
+
+    def _local_updates(self, matrices: Tensor, spec: ShardSpec | None, compute_updates: ComputeUpdates) -> Tensor:
+        """Gather the tensor-parallel shards, compute updates of whole matrices, and return this rank's shards.
+
+        Collective over the tensor-parallel group if the matrices are sharded.
+        """
+        if spec is None:
+            return compute_updates(matrices)
+        spec = replace(spec, dim=spec.dim + 1)  # the matrices are stacked
+        whole = tensor.gather_shards(matrices, spec, self._tensor_parallel)
+        return spec.shard(compute_updates(whole), self._tensor_parallel.index, self._tensor_parallel.degree)
 
     def _batches(self) -> Iterator[tuple[ShardSpec | None, list[int]]]:
-        """This rank's matrices, those of one shape and cut together."""
+        """Yield batches of this rank's matrices with the same shape and the same tensor-parallel split."""
         alike: dict[Matrix, list[int]] = defaultdict(list)
-        for number in self._of:
+        for number in self._owned:
             alike[self._matrices[number]].append(number)
         for matrix, numbers in alike.items():
-            for batch in batches(numbers, matrix.shape.numel() * self._parts.degree):
-                yield matrix.cut, batch
+            for batch in split_into_batches(numbers, matrix.shape.numel() * self._tensor_parallel.degree):
+                yield matrix.shard_spec, batch
 
-    def _whole(self, flat: Tensor, came: Tensor, number: int) -> Tensor:
+    def _reassemble(self, flat: Tensor, received: Tensor, number: int) -> Tensor:
+        """Return a matrix of this rank, as a view where it is in one piece."""
         shape = self._matrices[number].shape
-        places = self._places(flat, came, number)
-        if len(places) == 1:
-            return places[0][1].view(shape).to(self._device)
-        whole = came.new_empty(shape)
-        for one, place in places:
-            whole.view(-1).narrow(0, one.start, one.numel).copy_(place)
-        return whole
+        views = self._views(flat, received, number)
+        if len(views) == 1:
+            return views[0][1].view(shape).to(self._device)
+        matrix = received.new_empty(shape)
+        for fragment, view in views:
+            matrix.view(-1).narrow(0, fragment.start, fragment.numel).copy_(view)
+        return matrix
 
-    def _places(self, flat: Tensor, came: Tensor, number: int) -> list[tuple[Fragment, Tensor]]:
-        """Where the parts of one of this rank's matrices are: in its stretch, and in what came."""
-        return [
-            (one, flat.narrow(0, one.place, one.numel))
-            if one.rank == self._rank
-            else (one, came.narrow(0, self._arrives[one], one.numel))
-            for one in self._of[number]
-        ]
+    def _views(self, flat: Tensor, received: Tensor, number: int) -> list[tuple[Fragment, Tensor]]:
+        """Return the fragments of a matrix of this rank: views of its own range and of the received elements."""
+        views = []
+        for fragment in self._owned[number]:
+            if fragment.rank == self._rank:
+                view = flat.narrow(0, fragment.offset, fragment.numel)
+            else:
+                view = received.narrow(0, self._recv_offsets[fragment], fragment.numel)
+            views.append((fragment, view))
+        return views
 
-    def _send(self, source: Tensor, target: Tensor, sizes: list[int], coming: list[int]) -> None:
-        torch.distributed.all_to_all_single(target, source, coming, sizes, group=self._group)
-
-
-def batches(numbers: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    """Matrices of `size` elements each, in groups that go through the iteration together."""
-    most = max(MATRICES_AT_ONCE // size, 1)
-    for first in range(0, len(numbers), most):
-        yield list(numbers[first : first + most])
+    def _all_to_all(self, source: Tensor, target: Tensor, send_counts: list[int], recv_counts: list[int]) -> None:
+        torch.distributed.all_to_all_single(target, source, recv_counts, send_counts, group=self._group)
 
 
-def owners_of(matrices: Sequence[Matrix], fragments: Sequence[Fragment], ranks: int) -> list[int]:
-    """Which rank makes each matrix whole: of those that hold some of it, the one with the least to do so far."""
+def split_into_batches(matrices: Sequence[Any], numel: int) -> Iterator[list[Any]]:
+    """Split matrices of `numel` elements each into batches that go through the iteration together."""
+    batch_size = max(MATRICES_AT_ONCE // numel, 1)
+    for first in range(0, len(matrices), batch_size):
+        yield list(matrices[first : first + batch_size])
+
+
+def assign_owners(matrices: Sequence[Matrix], fragments: Sequence[Fragment], ranks: int) -> list[int]:
+    """Choose the rank that reassembles each matrix: of those that hold a fragment, the one with the smallest load.
+
+    Args:
+        matrices: The matrices of a flat buffer.
+        fragments: Where all ranks hold which elements of each matrix.
+        ranks: Number of ranks that partition the flat buffer.
+
+    Returns:
+        The owner's rank for each matrix.
+    """
     holders: dict[int, list[int]] = defaultdict(list)
-    for one in fragments:
-        holders[one.matrix].append(one.rank)
-    load, owners = [0] * ranks, []
+    for fragment in fragments:
+        holders[fragment.matrix].append(fragment.rank)
+    load = [0] * ranks
+    owners = []
     for number, matrix in enumerate(matrices):
-        owners.append(min(holders[number], key=lambda rank: (load[rank], rank)))
-        load[owners[-1]] += matrix.shape.numel()
+        owner = min(holders[number], key=lambda rank: (load[rank], rank))
+        owners.append(owner)
+        load[owner] += matrix.shape.numel()
     return owners

@@ -1,7 +1,8 @@
-"""Tensor parallelism: the matrices of attention, of MLP and of the vocabulary cut over ranks (arXiv 1909.08053).
+"""Tensor parallelism: the matrices of attention, MLP and vocabulary are sharded over ranks (arXiv 1909.08053).
 
-Own layers, and DeepSpeed's grid as the `mpu` that tells its optimizers who shares what. DeepSpeed's AutoTP would
-build process groups of its own over all ranks of the world, which leaves no place for pipeline stages.
+The layers are our own. DeepSpeed's grid is passed as `mpu`, from which its optimizers learn which ranks share what.
+DeepSpeed's AutoTP would create its process groups over all ranks of the job, and could not be combined with pipeline
+stages.
 """
 
 from __future__ import annotations
@@ -23,76 +24,88 @@ from megagpt.model.sharding import ShardSpec, shard_spec
 
 
 @dataclass(frozen=True)
-class Parts:
-    """This rank among those that hold the other parts of what is cut."""
+class TensorParallelGroup:
+    """The ranks that hold the shards of the same layers, and the index of this rank among them."""
 
     group: Any = None
     index: int = 0
     degree: int = 1
 
 
-def parts(grid: Any, layout: Layout, rank: int) -> Parts:
-    """The place of a rank in a grid; without tensor parallelism there is none."""
+def tensor_parallel_group(grid: Any, layout: Layout, rank: int) -> TensorParallelGroup:
+    """Return the tensor-parallel group of a rank.
+
+    Args:
+        grid: DeepSpeed's grid of process groups; not used without tensor parallelism.
+        layout: The layout of the job.
+        rank: Index of the rank in the job.
+    """
     degree = layout.tensor_parallel
-    return Parts() if degree == 1 else Parts(grid.get_slice_parallel_group(), rank % degree, degree)
+    if degree == 1:
+        return TensorParallelGroup()
+    return TensorParallelGroup(grid.get_slice_parallel_group(), rank % degree, degree)
 
 
-class _Enter(torch.autograd.Function):
-    """A tensor that all ranks have goes into parts: as it is; its gradient is the sum over the parts."""
+class CopyToTensorParallelRegion(torch.autograd.Function):
+    """Identity in the forward pass; all-reduces the gradient over the tensor-parallel group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        """Return x, of any shape."""
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the sum of the gradients of all ranks."""
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
 
 
-class _Leave(torch.autograd.Function):
-    """Parts are summed to a tensor that all ranks have; its gradient goes into each part as it is."""
+class ReduceFromTensorParallelRegion(torch.autograd.Function):
+    """All-reduces over the tensor-parallel group in the forward pass; identity for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        """Return the sum of x, of any shape, over all ranks."""
         total = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the sum, which is that of each rank's x."""
         return gradient, None
 
 
-class _First(nn.Linear):
-    """This rank's share of the outputs of a linear layer."""
+class ColumnParallelLinear(nn.Linear):
+    """This rank's shard of a linear layer that is split along its outputs."""
 
-    def __init__(self, shape: LinearShape, bias: bool, parts: Parts) -> None:
-        super().__init__(shape.in_features, shape.out_features // parts.degree, bias)
-        self.group = parts.group
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
-        return F.linear(_Enter.apply(x, self.group), self.weight, self.bias)
-
-
-class _Second(nn.Linear):
-    """This rank's share of the inputs of a linear layer; its bias is whole, and added after the sum."""
-
-    def __init__(self, shape: LinearShape, bias: bool, parts: Parts) -> None:
-        super().__init__(shape.in_features // parts.degree, shape.out_features, bias)
-        self.group = parts.group
+    def __init__(self, shape: LinearShape, bias: bool, tensor_parallel: TensorParallelGroup) -> None:
+        super().__init__(shape.in_features, shape.out_features // tensor_parallel.degree, bias)
+        self.group = tensor_parallel.group
 
     def forward(self, x: Tensor) -> Tensor:
-        """From this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
-        total: Tensor = _Leave.apply(F.linear(x, self.weight), self.group)
+        """Map x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
+        return F.linear(CopyToTensorParallelRegion.apply(x, self.group), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Linear):
+    """This rank's shard of a linear layer that is split along its inputs. The bias is whole, and added to the sum."""
+
+    def __init__(self, shape: LinearShape, bias: bool, tensor_parallel: TensorParallelGroup) -> None:
+        super().__init__(shape.in_features // tensor_parallel.degree, shape.out_features, bias)
+        self.group = tensor_parallel.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
+        total: Tensor = ReduceFromTensorParallelRegion.apply(F.linear(x, self.weight), self.group)
         return total if self.bias is None else total + self.bias
 
 
-class _VocabularyShare:
-    """A `VocabShard` on a process group."""
+class VocabParallelGroup:
+    """A `VocabShard` whose collectives run over a process group."""
 
     def __init__(self, start: int, rows: int, group: Any) -> None:
         self.start = start
@@ -111,69 +124,104 @@ class _VocabularyShare:
 
     def reduce(self, x: Tensor) -> Tensor:
         """See `VocabShard`."""
-        total: Tensor = _Leave.apply(x, self._group)
+        total: Tensor = ReduceFromTensorParallelRegion.apply(x, self._group)
         return total
 
 
-def grid(layout: Layout) -> Any:
-    """DeepSpeed's process groups for a layout without a pipeline; collective."""
+def create_grid(layout: Layout) -> Any:
+    """Create DeepSpeed's process groups for a layout without a pipeline. Collective."""
     return PipelineParallelGrid(topology(layout))
 
 
 def topology(layout: Layout) -> Any:
-    """The order of ranks: tensor parts next to each other, then data-parallel copies, then pipeline stages."""
-    copies = layout.data_parallel * layout.sequence_parallel  # see sequence.py
-    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, copies)
+    """Return the order of ranks: tensor-parallel ranks are adjacent, then data-parallel replicas, then stages.
+
+    Sequence-parallel ranks count as data-parallel ones (engine/parallel/ulysses.py).
+    """
+    return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, layout.zero_partitions)
 
 
-def parallel_layers(section: ModelSection, parts: Parts, sequence: SequenceShard | None = None) -> ParallelLayers:
-    """What a GPT's layers need to be built as this rank's shards, with sequence parallelism or without."""
-    if parts.degree == 1:
+def parallel_layers(
+    section: ModelSection, tensor_parallel: TensorParallelGroup, sequence: SequenceShard | None = None
+) -> ParallelLayers:
+    """Return what a GPT needs to build its layers as this rank's shards.
+
+    Args:
+        section: The model.
+        tensor_parallel: The tensor-parallel group of this rank.
+        sequence: This rank's shard of the sequences; None without sequence parallelism.
+    """
+    if tensor_parallel.degree == 1:
         return ParallelLayers(sequence=sequence)
     vocabulary = None
-    if shard_spec("layers.0.weight", section, parts.degree) is not None:
-        rows = section.vocab_size // parts.degree
-        vocabulary = _VocabularyShare(parts.index * rows, rows, parts.group)
+    if shard_spec("layers.0.weight", section, tensor_parallel.degree) is not None:
+        rows = section.vocab_size // tensor_parallel.degree
+        vocabulary = VocabParallelGroup(tensor_parallel.index * rows, rows, tensor_parallel.group)
 
     def linear(shape: LinearShape, bias: bool) -> nn.Linear:
-        return (_First if shape.split == "column" else _Second)(shape, bias, parts)
+        if shape.split == "column":
+            return ColumnParallelLinear(shape, bias, tensor_parallel)
+        return RowParallelLinear(shape, bias, tensor_parallel)
 
     return ParallelLayers(linear, vocabulary, sequence)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, prefix: str, section: ModelSection, seed: int, index: int, degree: int) -> list[str]:
-    """Give a module on the meta device memory and its initial weights, or rank `index`'s share of them.
+def init_tp_weights(
+    module: nn.Module, prefix: str, section: ModelSection, seed: int, index: int, degree: int
+) -> list[str]:
+    """Allocate a module that is on the meta device, and set its initial weights, or one rank's shard of them.
 
-    The names of its parameters in `GPT` begin with `prefix`; they are returned in order.
+    Args:
+        module: A GPT or one of its layers, which is moved to the CPU.
+        prefix: Beginning of the names of its parameters in `GPT`.
+        section: The model.
+        seed: Seed of the initial weights.
+        index: Index of the rank in its tensor-parallel group.
+        degree: Number of ranks in the group.
+
+    Returns:
+        The names of the parameters in `GPT`, in the module's order.
     """
     module.to_empty(device="cpu")
     names = []
     for name, parameter in module.named_parameters(prefix=prefix):
-        cut = shard_spec(name, section, degree)
+        spec = shard_spec(name, section, degree)
         shape = list(parameter.shape)
-        if cut is None:
+        if spec is None:
             parameter.copy_(gpt.initial_value(name, shape, section, seed))
         else:
-            shape[cut.dim] *= degree
-            parameter.copy_(cut.shard(gpt.initial_value(name, shape, section, seed), index, degree))
+            shape[spec.dim] *= degree
+            parameter.copy_(spec.shard(gpt.initial_value(name, shape, section, seed), index, degree))
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
         names.append(name)
     return names
 
 
-def materialise(recipe: Recipe, parts: Parts, parallel: ParallelLayers) -> gpt.GPT:
-    """This rank's share of a GPT with its initial weights, on the CPU in fp32."""
+def init_tp_model(recipe: Recipe, tensor_parallel: TensorParallelGroup, parallel: ParallelLayers) -> gpt.GPT:
+    """Build this rank's shard of a GPT with its initial weights, on the CPU in fp32.
+
+    Args:
+        recipe: The recipe with the model and the seed.
+        tensor_parallel: The tensor-parallel group of this rank.
+        parallel: How the layers are sharded; see `parallel_layers`.
+    """
     with torch.device("meta"):
         model = gpt.GPT(recipe.model, recipe.document_end, parallel)
-    fill(model, "", recipe.model, recipe.seed, parts.index, parts.degree)
+    init_tp_weights(model, "", recipe.model, recipe.seed, tensor_parallel.index, tensor_parallel.degree)
     return model
 
 
-def whole(part: Tensor, cut: ShardSpec | None, group: Any, degree: int) -> Tensor:
-    """The whole tensor of the ranks' parts; collective where there is a cut."""
-    if cut is None:
-        return part
-    parts = [torch.empty_like(part) for _ in range(degree)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    return cut.join(parts)
+def gather_shards(shard: Tensor, spec: ShardSpec | None, tensor_parallel: TensorParallelGroup) -> Tensor:
+    """Return a whole tensor from the shards of all ranks. Collective over the group if the tensor is sharded.
+
+    Args:
+        shard: This rank's shard.
+        spec: How the tensor is sharded; None if every rank has the whole tensor.
+        tensor_parallel: The tensor-parallel group of this rank.
+    """
+    if spec is None:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(tensor_parallel.degree)]
+    torch.distributed.all_gather(shards, shard.contiguous(), group=tensor_parallel.group)
+    return spec.join(shards)

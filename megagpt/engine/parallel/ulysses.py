@@ -1,8 +1,8 @@
-"""Ulysses: sequences cut over ranks, heads exchanged for tokens around attention (arXiv 2309.14509).
+"""Ulysses: sequences are sharded over ranks, which exchange heads for tokens around attention (arXiv 2309.14509).
 
-To DeepSpeed these ranks are data-parallel ones, which is what they are outside attention: each adds the gradient
-of its own tokens, and ZeRO cuts over all of them. Its own key `sequence_parallel_size` goes other ways, one of which
-does not reduce gradients, and another wants a loss that is scaled differently at stage 3.
+To DeepSpeed these ranks are data-parallel ones, which is what they are outside attention: each contributes the
+gradient of its own tokens, and ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not
+used. One of its code paths does not reduce gradients, and another needs a differently scaled loss at stage 3.
 """
 
 from __future__ import annotations
@@ -22,37 +22,41 @@ _HEADS, _TOKENS = 2, 1  # dimensions of q, k and v
 
 
 class Ulysses:
-    """This rank's part of every sequence, and the ranks that hold the others. Made on all ranks together."""
+    """This rank's shard of every sequence, and the process group of the ranks that hold the others.
+
+    The constructor creates the process groups of all ranks, so it is collective.
+    """
 
     def __init__(self, layout: Layout, rank: int) -> None:
-        self._degree, step = layout.sequence_parallel, layout.tensor_parallel
-        self.index = rank // step % self._degree
+        self._degree = layout.sequence_parallel
+        stride = layout.tensor_parallel  # sequence-parallel ranks are this far apart
+        self.index = rank // stride % self._degree
         self._group: Any = None
         if self._degree == 1:
             return
-        for first in range(0, layout.world_size, self._degree * step):
-            for start in range(first, first + step):
-                members = range(start, start + self._degree * step, step)
+        for block in range(0, layout.world_size, self._degree * stride):
+            for start in range(block, block + stride):
+                members = range(start, start + self._degree * stride, stride)
                 group = torch.distributed.new_group(list(members))
                 if rank in members:
                     self._group = group
 
-    def part(self, batch: Batch) -> Batch:
-        """This rank's columns [batch, seq / degree] of a batch."""
+    def shard_batch(self, batch: Batch) -> Batch:
+        """Return this rank's columns [batch, seq / degree] of a batch."""
         return Batch(*(tensor.chunk(self._degree, dim=1)[self.index] for tensor in batch))
 
     @property
     def shard(self) -> SequenceShard | None:
-        """What the layers need to know of this; None where sequences are whole."""
+        """What the layers need to know about sequence parallelism; None if sequences are not sharded."""
         return None if self._degree == 1 else self
 
     def distribute(self, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """See `SequenceShard`."""
-        exchange = DistributedAttention(attend, self._group, scatter_idx=_HEADS, gather_idx=_TOKENS)
-        return partial(exchange, batch_dim_idx=0)
+        distributed = DistributedAttention(attend, self._group, scatter_idx=_HEADS, gather_idx=_TOKENS)
+        return partial(distributed, batch_dim_idx=0)
 
     def gather(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `SequenceShard`."""
-        parts = [torch.empty_like(input_ids) for _ in range(self._degree)]
-        torch.distributed.all_gather(parts, input_ids.contiguous(), group=self._group)
-        return torch.cat(parts, dim=1)
+        shards = [torch.empty_like(input_ids) for _ in range(self._degree)]
+        torch.distributed.all_gather(shards, input_ids.contiguous(), group=self._group)
+        return torch.cat(shards, dim=1)

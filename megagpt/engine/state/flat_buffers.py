@@ -1,4 +1,8 @@
-"""The flat tensors in which DeepSpeed's optimizers keep parameters, and which rank holds what of each."""
+"""The flat buffers in which DeepSpeed's optimizers keep parameters, and which rank holds which part of each.
+
+The attributes that are read are private to DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
+runtime/bf16_optimizer.py). tests/parity compares the resulting updates and checkpoints with a plain PyTorch loop.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +21,27 @@ from megagpt.engine.optim.muon_all_to_all import Fragment
 
 
 @dataclass(frozen=True)
-class Flat:
-    """Parameters one after the other, cut over the ranks of `group`."""
+class FlatBuffer:
+    """Flattened parameters, one after the other, partitioned over the ranks of `group`."""
 
-    number: int
-    """of the optimizer's parameter group"""
-    stretch: Tensor
-    """this rank's, in fp32"""
+    param_group: int
+    """index of the optimizer's parameter group"""
+    partition: Tensor
+    """this rank's range of the buffer, in fp32"""
     parameters: Sequence[Any]
     fragments: Callable[[], list[Fragment]]
-    """of all ranks; counted from 0 over `parameters`"""
+    """computes the fragments on all ranks; parameters are counted from 0"""
     group: Any
 
 
-def flats(optimizer: Any) -> Iterator[Flat]:
-    """The flat tensors of an optimizer of DeepSpeed's; none of another."""
+def flat_buffers(optimizer: Any) -> Iterator[FlatBuffer]:
+    """Yield the flat buffers of a DeepSpeed optimizer; there are none without ZeRO."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        for number, stretch in enumerate(optimizer.fp32_partitioned_groups_flat):
-            parameters, ranks = optimizer.fp16_groups[number], optimizer.sub_group_process_groups[number]
-            found = partial(_partitioned, parameters)
-            yield Flat(optimizer.sub_group_to_group_id[number], stretch, parameters, found, ranks)
+        for number, partition in enumerate(optimizer.fp32_partitioned_groups_flat):
+            parameters = optimizer.fp16_groups[number]
+            fragments = partial(fragments_of_parameters, parameters)
+            param_group = optimizer.sub_group_to_group_id[number]
+            yield FlatBuffer(param_group, partition, parameters, fragments, optimizer.sub_group_process_groups[number])
     elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         for number, group in enumerate(optimizer.param_groups):
             if isinstance(optimizer, BF16_Optimizer):
@@ -45,29 +50,37 @@ def flats(optimizer: Any) -> Iterator[Flat]:
             else:
                 parameters = optimizer.round_robin_bit16_groups[number]
                 starts = optimizer.round_robin_bit16_offsets[number]
-            (stretch,) = group["params"]
-            found = partial(_stretched, parameters, starts, stretch.numel())
-            yield Flat(number, stretch, parameters, found, optimizer.real_dp_process_group[number])
+            (partition,) = group["params"]
+            fragments = partial(fragments_of_buffer, parameters, starts, partition.numel())
+            yield FlatBuffer(number, partition, parameters, fragments, optimizer.real_dp_process_group[number])
 
 
-def _stretched(parameters: Sequence[Any], starts: Sequence[int], length: int) -> list[Fragment]:
-    """Stages 1 and 2: stretches of equal length, whose borders lie anywhere in a parameter."""
-    found = []
+def fragments_of_buffer(parameters: Sequence[Any], starts: Sequence[int], length: int) -> list[Fragment]:
+    """Return the fragments at stages 1 and 2, where the buffer is cut into ranges without regard to parameters.
+
+    Args:
+        parameters: The parameters in the buffer.
+        starts: The index of each parameter's first element in the buffer.
+        length: Number of elements in the range of each rank.
+    """
+    fragments = []
     for index, (start, parameter) in enumerate(zip(starts, parameters, strict=True)):
         end = start + parameter.numel()
         for rank in range(start // length, (end - 1) // length + 1):
-            first, last = max(start, rank * length), min(end, (rank + 1) * length)
-            found.append(Fragment(index, rank, first - start, last - first, first - rank * length))
-    return found
+            first = max(start, rank * length)
+            last = min(end, (rank + 1) * length)
+            fragments.append(Fragment(index, rank, first - start, last - first, first - rank * length))
+    return fragments
 
 
-def _partitioned(parameters: Sequence[Any]) -> list[Fragment]:
-    """Stage 3: an even part of every parameter on each rank; the last ones are filled up."""
-    place, found = 0, []
+def fragments_of_parameters(parameters: Sequence[Any]) -> list[Fragment]:
+    """Return the fragments at stage 3, where each parameter is split evenly over the ranks and padded."""
+    offset = 0
+    fragments = []
     for index, parameter in enumerate(parameters):
         length = parameter.ds_tensor.ds_numel
         for rank in range(-(-parameter.ds_numel // length)):
-            size = min(length, parameter.ds_numel - rank * length)
-            found.append(Fragment(index, rank, rank * length, size, place))
-        place += length
-    return found
+            numel = min(length, parameter.ds_numel - rank * length)
+            fragments.append(Fragment(index, rank, rank * length, numel, offset))
+        offset += length
+    return fragments

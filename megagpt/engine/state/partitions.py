@@ -1,7 +1,9 @@
-"""Which stretches of weights and optimizer states lie on this rank, at each ZeRO stage, and access to them.
+"""Which ranges of weights and optimizer states this rank holds at each ZeRO stage, and access to them.
 
-DeepSpeed's own accessors give whole tensors to every rank, and at stages 1 and 2 find the moments of the first
-parameter group only (0.19.8: it links them after the first group's step). These go by its addresses instead.
+DeepSpeed's own accessors return whole tensors to every rank, and at stages 1 and 2 find moments of the first parameter
+group only, since 0.19.8 links all groups when the first one has stepped
+(test_with_two_parameter_groups_the_moments_of_the_second_are_not_found). The partitions here are found from the
+addresses that DeepSpeed attaches to each parameter (`_hp_mapping`, `ds_tensor`).
 """
 
 from __future__ import annotations
@@ -20,163 +22,183 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megagpt.checkpoint.tensor_files import WEIGHT
-from megagpt.engine.state.flat_buffers import flats
+from megagpt.config.recipe.optimizers import OPTIMIZERS
+from megagpt.engine.state.flat_buffers import flat_buffers
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MOMENTS = tuple(dict.fromkeys(state for facts in OPTIMIZERS.values() for state in facts.states))
+"""names of all optimizer states that checkpoints contain"""
 
 
 @dataclass(frozen=True)
-class Share:
-    """Elements [start, start + numel) of the flattened parameter `name`."""
+class OptimizerPartition:
+    """Elements [start, start + numel) of the flattened parameter `name`, and their optimizer states."""
 
     name: str
     start: int
     numel: int
-    parameter: Any  # torch's, with what DeepSpeed hangs on it
+    parameter: Any  # torch's parameter, with the attributes that DeepSpeed adds
 
 
-class Shares(Protocol):
-    """What one engine holds on this rank: `all` of it, and its `own` part where ranks hold the same."""
+class OptimizerPartitions(Protocol):
+    """Access to the weights and optimizer states that one engine holds on this rank."""
 
     optimizer: torch.optim.Optimizer
 
-    def all(self) -> list[Share]:
-        """Every stretch on this rank."""
+    def all(self) -> list[OptimizerPartition]:
+        """Return every partition on this rank."""
         ...
 
-    def own(self, rank: int, world_size: int) -> list[Share]:
-        """Stretches that this rank saves: those of all ranks together are the model, each element once."""
+    def own(self, rank: int, world_size: int) -> list[OptimizerPartition]:
+        """Return the partitions that this rank saves. Those of all ranks contain each element of the model once."""
         ...
 
-    def kinds(self, share: Share) -> tuple[str, ...]:
-        """Names of the optimizer states; none before the first update."""
+    def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
+        """Return the names of the optimizer states, of which there are none before the first update."""
         ...
 
-    def get(self, share: Share, kind: str) -> Tensor:
-        """The stretch `[numel]` in fp32: the weight's master, or an optimizer state."""
+    def get(self, partition: OptimizerPartition, kind: str) -> Tensor:
+        """Return the partition [numel] in fp32 of the master weight (WEIGHT) or of an optimizer state."""
         ...
 
-    def put(self, share: Share, kind: str, value: Tensor) -> None:
-        """Overwrite the stretch by `value` `[numel]`."""
+    def put(self, partition: OptimizerPartition, kind: str, value: Tensor) -> None:
+        """Overwrite the partition with `value` [numel]."""
         ...
 
 
-def shares_of(engine: Any, names: Mapping[Any, str]) -> Shares:
-    """The access that fits an engine: by how its parameters are marked."""
+def optimizer_partitions(engine: Any, names: Mapping[Any, str]) -> OptimizerPartitions:
+    """Return access to the partitions of a DeepSpeed engine, by how DeepSpeed has marked its parameters.
+
+    Args:
+        engine: The DeepSpeed engine.
+        names: The name in `GPT` of each parameter on this rank.
+    """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    one = next(iter(names))
-    if hasattr(one, "ds_id"):
-        return _Partitioned(names, inner, engine.optimizer)
-    if hasattr(one, "_hp_mapping"):
-        return _Flat(names, inner)
-    return _Whole(names, inner)
+    parameter = next(iter(names))
+    if hasattr(parameter, "ds_id"):
+        return _Stage3Partitions(names, inner, engine.optimizer)
+    if hasattr(parameter, "_hp_mapping"):
+        return _FlatPartitions(names, inner)
+    return _Replicated(names, inner)
 
 
-class _Whole:
-    """ZeRO stage 0: every rank holds everything; each saves an even part of every parameter."""
+class _Replicated:
+    """ZeRO stage 0: every rank holds all states, and saves an equal part of every parameter."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
-        self._names, self.optimizer = names, optimizer
+        self._names = names
+        self.optimizer = optimizer
 
-    def all(self) -> list[Share]:
+    def all(self) -> list[OptimizerPartition]:
         return self.own(0, 1)
 
-    def own(self, rank: int, world_size: int) -> list[Share]:
-        shares = []
+    def own(self, rank: int, world_size: int) -> list[OptimizerPartition]:
+        partitions = []
         for parameter, name in self._names.items():
-            start, end = (parameter.numel() * place // world_size for place in (rank, rank + 1))
-            shares += [Share(name, start, end - start, parameter)] if end > start else []
-        return shares
+            start = parameter.numel() * rank // world_size
+            end = parameter.numel() * (rank + 1) // world_size
+            if end > start:
+                partitions.append(OptimizerPartition(name, start, end - start, parameter))
+        return partitions
 
-    def kinds(self, share: Share) -> tuple[str, ...]:
-        return _like(self.optimizer.state.get(share.parameter, {}), share.parameter)
+    def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
+        return _states_like(partition.parameter, self.optimizer.state.get(partition.parameter, {}))
 
-    def get(self, share: Share, kind: str) -> Tensor:
-        held = share.parameter if kind == WEIGHT else self.optimizer.state[share.parameter][kind]
-        return held.detach().view(-1)[share.start : share.start + share.numel]
+    def get(self, partition: OptimizerPartition, kind: str) -> Tensor:
+        parameter = partition.parameter
+        tensor = parameter if kind == WEIGHT else self.optimizer.state[parameter][kind]
+        return tensor.detach().view(-1)[partition.start : partition.start + partition.numel]
 
-    def put(self, share: Share, kind: str, value: Tensor) -> None:
-        self.get(share, kind).copy_(value)
+    def put(self, partition: OptimizerPartition, kind: str, value: Tensor) -> None:
+        self.get(partition, kind).copy_(value)
 
 
-class _Flat:
-    """ZeRO stages 1 and 2, and DeepSpeed's bf16 optimizer: a stretch of a flat group for each parameter on it."""
+class _FlatPartitions:
+    """ZeRO stages 1 and 2, and DeepSpeed's bf16 optimizer: each partition is a range of a flat buffer."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
-        self._names, self.optimizer = names, optimizer
+        self._names = names
+        self.optimizer = optimizer
 
-    def all(self) -> list[Share]:
-        return [
-            Share(name, place.start, place.numel, parameter)
-            for parameter, name in self._names.items()
-            if (mapping := parameter._hp_mapping) is not None and (place := mapping.lp_fragment_address).numel
-        ]
+    def all(self) -> list[OptimizerPartition]:
+        partitions = []
+        for parameter, name in self._names.items():
+            mapping = parameter._hp_mapping
+            if mapping is not None and mapping.lp_fragment_address.numel:
+                address = mapping.lp_fragment_address
+                partitions.append(OptimizerPartition(name, address.start, address.numel, parameter))
+        return partitions
 
-    def own(self, rank: int, world_size: int) -> list[Share]:
+    def own(self, rank: int, world_size: int) -> list[OptimizerPartition]:
         return self.all()
 
-    def kinds(self, share: Share) -> tuple[str, ...]:
-        flat = self._group(share)
-        return _like(self.optimizer.state.get(flat, {}), flat)
+    def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
+        buffer = self._buffer(partition)
+        return _states_like(buffer, self.optimizer.state.get(buffer, {}))
 
-    def get(self, share: Share, kind: str) -> Tensor:
-        flat = self._group(share)
-        held = flat if kind == WEIGHT else self.optimizer.state[flat][kind]
-        return held.detach().narrow(0, share.parameter._hp_mapping.hp_fragment_address.start, share.numel)
+    def get(self, partition: OptimizerPartition, kind: str) -> Tensor:
+        buffer = self._buffer(partition)
+        tensor = buffer if kind == WEIGHT else self.optimizer.state[buffer][kind]
+        offset = partition.parameter._hp_mapping.hp_fragment_address.start
+        return tensor.detach().narrow(0, offset, partition.numel)
 
-    def put(self, share: Share, kind: str, value: Tensor) -> None:
-        self.get(share, kind).copy_(value)
+    def put(self, partition: OptimizerPartition, kind: str, value: Tensor) -> None:
+        self.get(partition, kind).copy_(value)
 
-    def _group(self, share: Share) -> Tensor:
-        """This rank's part of the flat fp32 group that the parameter is in."""
-        index = share.parameter._hp_mapping.param_group_index
-        flat: Tensor = self.optimizer.param_groups[index]["params"][0]
-        return flat
+    def _buffer(self, partition: OptimizerPartition) -> Tensor:
+        """Return this rank's range of the flat fp32 buffer that contains the parameter."""
+        index = partition.parameter._hp_mapping.param_group_index
+        buffer: Tensor = self.optimizer.param_groups[index]["params"][0]
+        return buffer
 
 
-class _Partitioned:
-    """ZeRO stage 3: each rank holds one even, padded part of every parameter; it may be swapped out to NVMe."""
+class _Stage3Partitions:
+    """ZeRO stage 3: each rank holds an equal, padded part of every parameter, possibly offloaded to NVMe."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
-        self._names, self.optimizer = names, optimizer
-        self._flats = {parameter: flat.stretch for flat in flats(wrapper) for parameter in flat.parameters}
+        self._names = names
+        self.optimizer = optimizer
+        self._buffers = {
+            parameter: buffer.partition for buffer in flat_buffers(wrapper) for parameter in buffer.parameters
+        }
 
-    def all(self) -> list[Share]:
-        shares = []
+    def all(self) -> list[OptimizerPartition]:
+        partitions = []
         for parameter, name in self._names.items():
             length = parameter.ds_tensor.ds_numel
             start = torch.distributed.get_rank(parameter.ds_process_group) * length
             numel = min(length, parameter.ds_numel - start)
-            shares += [Share(name, start, numel, parameter)] if numel > 0 else []
-        return shares
+            if numel > 0:
+                partitions.append(OptimizerPartition(name, start, numel, parameter))
+        return partitions
 
-    def own(self, rank: int, world_size: int) -> list[Share]:
+    def own(self, rank: int, world_size: int) -> list[OptimizerPartition]:
         return self.all()
 
-    def kinds(self, share: Share) -> tuple[str, ...]:
-        # by name: what is swapped out has no shape
-        return tuple(kind for kind in MOMENTS if kind in self.optimizer.state.get(self._flats[share.parameter], {}))
+    def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
+        # found by name, since tensors that are on NVMe have no shape
+        state = self.optimizer.state.get(self._buffers[partition.parameter], {})
+        return tuple(kind for kind in MOMENTS if kind in state)
 
-    def get(self, share: Share, kind: str) -> Tensor:
-        held = self._padded(share, kind)
-        return held.detach()[: share.numel]
+    def get(self, partition: OptimizerPartition, kind: str) -> Tensor:
+        return self._padded(partition, kind).detach()[: partition.numel]
 
-    def put(self, share: Share, kind: str, value: Tensor) -> None:
-        padded = self._padded(share, kind).clone()
-        padded[: share.numel].copy_(value)
+    def put(self, partition: OptimizerPartition, kind: str, value: Tensor) -> None:
+        padded = self._padded(partition, kind).clone()
+        padded[: partition.numel].copy_(value)
         if kind == WEIGHT:
-            safe_set_local_fp32_param(share.parameter, padded)
+            safe_set_local_fp32_param(partition.parameter, padded)
         else:
-            safe_set_local_optimizer_state(share.parameter, padded, kind)
+            safe_set_local_optimizer_state(partition.parameter, padded, kind)
 
-    def _padded(self, share: Share, kind: str) -> Tensor:
-        held: Tensor = (
-            safe_get_local_fp32_param(share.parameter)
-            if kind == WEIGHT
-            else safe_get_local_optimizer_state(share.parameter, kind)
-        )
-        return held
+    def _padded(self, partition: OptimizerPartition, kind: str) -> Tensor:
+        """Return this rank's part of the tensor including its padding."""
+        if kind == WEIGHT:
+            tensor: Tensor = safe_get_local_fp32_param(partition.parameter)
+        else:
+            tensor = safe_get_local_optimizer_state(partition.parameter, kind)
+        return tensor
 
 
-def _like(state: Mapping[str, Any], parameter: Tensor) -> tuple[str, ...]:
+def _states_like(parameter: Tensor, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of those optimizer states that have one element per element of the parameter."""
     return tuple(key for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape)

@@ -1,13 +1,14 @@
-"""The state of an engine without its layout: each rank's stretches of weights and moments, by parameter name.
+"""Checkpoints of an engine that do not depend on its layout: partitions of weights and moments by parameter name.
 
-The same way saves and restores at every layout. Restoring follows the one order that holds at all ZeRO stages:
-masters first; then one update with zero gradient and zero rate, by which DeepSpeed itself makes the moments and
-carries the masters into the model's weights, wherever copies of them are; then moments and step count. At the end
-a checksum of every tensor, read back from the live engine, is compared with the one taken when it was saved.
+The same code saves and restores every layout. Restoring follows the only order that works at all ZeRO stages. First
+come the master weights; then one update with a zero gradient and a zero learning rate, in which DeepSpeed itself
+creates the moments and copies the master weights to the model's weights, wherever they are replicated; then the moments
+and the step count. At the end, a checksum of every tensor, read back from the engine, is compared with the saved one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from megagpt.config.deepspeed import Layout
 from megagpt.config.recipe import ModelSection
 from megagpt.engine.optim import lr_schedule
 from megagpt.engine.state import loss_scale
-from megagpt.engine.state.partitions import MOMENTS, Share, Shares, shares_of
-from megagpt.engine.state.rng_and_loss_scale import random_state, set_random_state
+from megagpt.engine.state.partitions import MOMENTS, OptimizerPartition, OptimizerPartitions, optimizer_partitions
+from megagpt.engine.state.rng_and_loss_scale import rng_state, set_rng_state
 from megagpt.errors import UserError
 from megagpt.files import WriteFile, parse_json
 from megagpt.model.gpt import GPT
@@ -37,11 +38,17 @@ _SUMMARY = f"{FOLDER}/state.json"
 
 
 @dataclass(frozen=True)
-class Portable:
-    """Saves and restores one DeepSpeed engine.
+class PortableState:
+    """Saves and restores the state of one DeepSpeed engine.
 
-    `names` gives this rank's parameters their names in `GPT`. `copies` are names of those that another pipeline
-    stage saves.
+    Attributes:
+        engine: The DeepSpeed engine.
+        names: The name in `GPT` of each parameter on this rank.
+        section: The model.
+        layout: The layout of the engine.
+        rank: This rank.
+        collectives: The collectives of the job.
+        saved_elsewhere: Names of parameters that another pipeline stage saves.
     """
 
     engine: Any
@@ -50,151 +57,159 @@ class Portable:
     layout: Layout
     rank: Rank
     collectives: Collectives
-    copies: frozenset[str] = frozenset()
+    saved_elsewhere: frozenset[str] = frozenset()
 
     def save(self, sink: WriteFile) -> None:
-        """Write this rank's stretches and random state, and on rank 0 the rest; collective."""
-        shares = shares_of(self.engine, self.names)
-        mine = self._mine(shares)
-        tensor_files.write_slices(self._pieces(shares, mine), self.rank.rank, sink)
-        number, part = divmod(self.rank.rank, self.layout.tensor_parallel)
-        if part == 0:  # tensor parts draw the same numbers
-            sink(_random_file(number), to_bytes(random_state()))
-        sums, _ = self._checksums(shares, mine)
-        steps = self.collectives.all_gather_object(_adam_step(shares))
+        """Write this rank's partitions and RNG state, and on rank 0 everything else. Collective."""
+        partitions = optimizer_partitions(self.engine, self.names)
+        own = self._own(partitions)
+        tensor_files.write_slices(self._slices(partitions, own), self.rank.rank, sink)
+        replica, index = divmod(self.rank.rank, self.layout.tensor_parallel)
+        if index == 0:  # tensor-parallel ranks have the same RNG state
+            sink(_rng_file(replica), to_bytes(rng_state()))
+        checksums, _ = self._checksums(partitions, own)
+        steps = self.collectives.all_gather_object(_adam_step(partitions))
         if self.rank.main:
             summary = {
                 "adam_step": max(steps),
-                "scheduled": lr_schedule.done(self.engine.lr_scheduler),
-                "loss_scale": loss_scale.numbers(self.engine.optimizer),
-                "checksums": {key: f"{value:016x}" for key, value in sums.items()},
+                "scheduled": lr_schedule.completed_updates(self.engine.lr_scheduler),
+                "loss_scale": loss_scale.state_dict(self.engine.optimizer),
+                "checksums": {key: f"{value:016x}" for key, value in checksums.items()},
             }
             sink(_SUMMARY, json.dumps(summary, indent=1).encode())
 
-    def load(self, folder: Path, idle_update: Callable[[], object]) -> None:
-        """Restore what any layout saved; collective. `idle_update` makes an update without a single valid label.
+    def load(self, folder: Path, empty_update: Callable[[], object]) -> None:
+        """Restore what any layout has saved. Collective.
 
-        Raises UserError where something is missing, or did not arrive as it was saved.
+        Args:
+            folder: The checkpoint.
+            empty_update: Runs an update without valid labels.
+
+        Raises:
+            UserError: If something is missing, or if the restored state is not the one that was saved.
         """
-        summary = _summary(folder / _SUMMARY)
-        source = TensorFiles(folder, self.rank.rank)
-        shares = shares_of(self.engine, self.names)
-        for share in shares.all():
-            shares.put(share, WEIGHT, self._read(source, share, WEIGHT))
-        with _no_step(shares.optimizer, self.names):
-            idle_update()
-        shares = shares_of(self.engine, self.names)  # the moments exist now
-        for share in shares.all():
-            for kind in shares.kinds(share):
-                shares.put(share, kind, self._read(source, share, kind))
-        _set_adam_step(shares.optimizer, summary["adam_step"])
+        summary = _read_summary(folder / _SUMMARY)
+        files = TensorFiles(folder, self.rank.rank)
+        partitions = optimizer_partitions(self.engine, self.names)
+        for partition in partitions.all():
+            partitions.put(partition, WEIGHT, self._read(files, partition, WEIGHT))
+        with _frozen_weights(partitions.optimizer, self.names):
+            empty_update()
+        partitions = optimizer_partitions(self.engine, self.names)  # now with moments
+        for partition in partitions.all():
+            for kind in partitions.kinds(partition):
+                partitions.put(partition, kind, self._read(files, partition, kind))
+        _set_adam_step(partitions.optimizer, summary["adam_step"])
         self.engine.global_steps = summary["scheduled"]
-        lr_schedule.go_to(self.engine.lr_scheduler, summary["scheduled"])
-        loss_scale.set_numbers(self.engine.optimizer, summary["loss_scale"])
-        self._verify(shares, summary["checksums"], folder)
-        _set_random_state(folder, self.rank.rank // self.layout.tensor_parallel)
+        lr_schedule.set_completed_updates(self.engine.lr_scheduler, summary["scheduled"])
+        loss_scale.load_state_dict(self.engine.optimizer, summary["loss_scale"])
+        self._verify(partitions, summary["checksums"], folder)
+        _restore_rng_state(folder, self.rank.rank // self.layout.tensor_parallel)
 
-    def _mine(self, shares: Shares) -> list[Share]:
-        """What this rank saves: each element of the model is in it on one rank."""
-        replicas = self.layout.data_parallel * self.layout.sequence_parallel
-        replica = self.rank.rank // self.layout.tensor_parallel % replicas
+    def _own(self, partitions: OptimizerPartitions) -> list[OptimizerPartition]:
+        """Return the partitions that this rank saves, so that each element of the model is saved by one rank."""
+        replica = self.rank.rank // self.layout.tensor_parallel % self.layout.zero_partitions
         first = self.rank.rank % self.layout.tensor_parallel == 0
         return [
-            share
-            for share in shares.own(replica, replicas)
-            if share.name not in self.copies and (first or self._part(share.name).degree > 1)
+            partition
+            for partition in partitions.own(replica, self.layout.zero_partitions)
+            if partition.name not in self.saved_elsewhere and (first or self._shard(partition.name).degree > 1)
         ]
 
-    def _part(self, name: str) -> ShardIndex:
-        """Which part of the parameter this rank holds."""
+    def _shard(self, name: str) -> ShardIndex:
+        """Return which tensor-parallel shard of a parameter this rank holds."""
         degree = self.layout.tensor_parallel
-        return (
-            ShardIndex()
-            if shard_spec(name, self.section, degree) is None
-            else ShardIndex(self.rank.rank % degree, degree)
-        )
+        if shard_spec(name, self.section, degree) is None:
+            return ShardIndex()
+        return ShardIndex(self.rank.rank % degree, degree)
 
-    def _pieces(self, shares: Shares, which: list[Share]) -> Iterator[TensorSlice]:
-        for share in which:
-            for kind in (WEIGHT, *shares.kinds(share)):
-                yield TensorSlice(kind, share.name, share.start, shares.get(share, kind), self._part(share.name))
+    def _slices(self, partitions: OptimizerPartitions, which: list[OptimizerPartition]) -> Iterator[TensorSlice]:
+        for partition in which:
+            shard = self._shard(partition.name)
+            for kind in (WEIGHT, *partitions.kinds(partition)):
+                tensor = partitions.get(partition, kind)
+                yield TensorSlice(kind, partition.name, partition.start, tensor, shard)
 
-    def _read(self, source: TensorFiles, share: Share, kind: str) -> Tensor:
-        """A stretch from the checkpoint; only where the tensor degree has changed is the whole tensor read for it."""
-        part = self._part(share.name)
-        if source.degree(share.name) == part.degree:
-            return source.read(kind, share.name, share.start, share.numel, part)
-        whole = source.read_whole(kind, share.name, self._shapes()[share.name], self.section)
-        return self._of_part(whole, share)
+    def _read(self, files: TensorFiles, partition: OptimizerPartition, kind: str) -> Tensor:
+        """Read a partition from the checkpoint. The whole tensor is read only if the tensor-parallel degree differs."""
+        shard = self._shard(partition.name)
+        if files.degree(partition.name) == shard.degree:
+            return files.read(kind, partition.name, partition.start, partition.numel, shard)
+        whole = files.read_whole(kind, partition.name, self._shapes()[partition.name], self.section)
+        return self._range_of(whole, partition)
 
-    def _of_part(self, whole: Tensor, share: Share) -> Tensor:
-        """The stretch of this rank's part of a whole tensor."""
-        part = self._part(share.name)
-        cut = shard_spec(share.name, self.section, part.degree)
-        mine = whole if cut is None else cut.shard(whole, part.number, part.degree)
-        return mine.reshape(-1)[share.start : share.start + share.numel]
+    def _range_of(self, whole: Tensor, partition: OptimizerPartition) -> Tensor:
+        """Return the elements of a partition from the whole tensor."""
+        shard = self._shard(partition.name)
+        spec = shard_spec(partition.name, self.section, shard.degree)
+        local = whole if spec is None else spec.shard(whole, shard.number, shard.degree)
+        return local.reshape(-1)[partition.start : partition.start + partition.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:
-        """Name → whole shape of every parameter of the model, on whatever rank it is."""
+        """Return the whole shape of every parameter of the model by name, on whatever rank it is."""
         with torch.device("meta"):
             return {name: parameter.shape for name, parameter in GPT(self.section).named_parameters()}
 
-    def _checksums(self, shares: Shares, which: list[Share]) -> tuple[dict[str, int], dict[str, int]]:
-        """`kind:name` → checksum over all ranks' stretches, and how many elements went into it; collective."""
+    def _checksums(
+        self, partitions: OptimizerPartitions, which: list[OptimizerPartition]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the checksum over all ranks and the number of elements by `kind:name`. Collective."""
         shapes = self._shapes()
         keys = [f"{kind}:{name}" for kind in (WEIGHT, *MOMENTS) for name in shapes]
-        sums, counts = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
-        for share in which:
-            places: Tensor | int = share.start
-            if self._part(share.name).degree > 1:
-                shape = shapes[share.name]
-                places = self._of_part(torch.arange(shape.numel()).view(shape), share)
-            for kind in (WEIGHT, *shares.kinds(share)):
-                sums[f"{kind}:{share.name}"] += tensor_files.checksum(shares.get(share, kind), places)
-                counts[f"{kind}:{share.name}"] += share.numel
-        totals = self.collectives.all_reduce_sum_integers([*sums.values(), *counts.values()])
-        sums, counts = dict(zip(keys, totals, strict=False)), dict(zip(keys, totals[len(keys) :], strict=True))
-        return {key: sums[key] for key in keys if counts[key]}, counts
+        checksums = dict.fromkeys(keys, 0)
+        counts = dict.fromkeys(keys, 0)
+        for partition in which:
+            positions: Tensor | int = partition.start
+            if self._shard(partition.name).degree > 1:
+                shape = shapes[partition.name]
+                positions = self._range_of(torch.arange(shape.numel()).view(shape), partition)
+            for kind in (WEIGHT, *partitions.kinds(partition)):
+                key = f"{kind}:{partition.name}"
+                checksums[key] += tensor_files.checksum(partitions.get(partition, kind), positions)
+                counts[key] += partition.numel
+        totals = self.collectives.all_reduce_sum_integers([*checksums.values(), *counts.values()])
+        checksums = dict(zip(keys, totals[: len(keys)], strict=True))
+        counts = dict(zip(keys, totals[len(keys) :], strict=True))
+        return {key: checksums[key] for key in keys if counts[key]}, counts
 
-    def _verify(self, shares: Shares, expected: Mapping[str, str], folder: Path) -> None:
-        """Compare what is in the engine now with what was saved; a replicated tensor counts as often as it is held."""
-        sums, counts = self._checksums(shares, shares.all())
+    def _verify(self, partitions: OptimizerPartitions, expected: Mapping[str, str], folder: Path) -> None:
+        """Compare the state of the engine with the saved checksums. A replicated tensor is counted once per replica."""
+        checksums, counts = self._checksums(partitions, partitions.all())
         shapes = self._shapes()
-        wrong = sorted({*expected} ^ {*sums})
-        for key in {*expected} & {*sums}:
-            copies, rest = divmod(counts[key], shapes[key.partition(":")[2]].numel())
-            if rest or sums[key] != int(expected[key], 16) * copies % (1 << 64):
+        wrong = sorted({*expected} ^ {*checksums})
+        for key in {*expected} & {*checksums}:
+            replicas, rest = divmod(counts[key], shapes[key.partition(":")[2]].numel())
+            if rest or checksums[key] != int(expected[key], 16) * replicas % (1 << 64):
                 wrong.append(key)
         if wrong:
             raise UserError(
-                f"{len(wrong)} tensors did not arrive in the engine as they were saved",
+                f"{len(wrong)} tensors in the engine differ from those that were saved",
                 "\n".join([str(folder), *wrong[:10]]),
-                "remove this checkpoint so that the one before it is taken",
+                "remove this checkpoint, so that the one before it is used",
             )
 
 
-class _no_step:  # reads as a statement
-    """Within it the optimizer changes no weight: rate, decay and gradient are zero, whatever the weights are now."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._groups, self._parameters = optimizer.param_groups, list(parameters)
-
-    def __enter__(self) -> None:
-        self._kept = [(group["lr"], group["weight_decay"]) for group in self._groups]
-        for group in self._groups:
-            group["lr"] = group["weight_decay"] = 0.0
-        # weights that are not finite would make a gradient that DeepSpeed does not step on, even of no loss at all
-        self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in self._parameters]
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+@contextlib.contextmanager
+def _frozen_weights(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Keep the optimizer from changing any weight: learning rate, weight decay and gradients are zero."""
+    saved = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        group["weight_decay"] = 0.0
+    # weights that are not finite would cause gradients with which DeepSpeed skips the step, even without valid labels
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
-        for group, (rate, decay) in zip(self._groups, self._kept, strict=True):
-            group["lr"], group["weight_decay"] = rate, decay
+        for group, (lr, weight_decay) in zip(optimizer.param_groups, saved, strict=True):
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself beside its tensors. Raises UserError if that is damaged."""
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Read the file with everything but tensors. Raises UserError if it is damaged."""
     try:
         summary = dict(parse_json(path.read_text(encoding="utf-8")))
         if missing := {"adam_step", "scheduled", "loss_scale", "checksums"} - summary.keys():
@@ -205,9 +220,9 @@ def _summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _adam_step(shares: Shares) -> int:
-    """Updates that AdamW has made, which its bias correction counts; 0 where it has none on this rank."""
-    steps = [int(state["step"]) for state in shares.optimizer.state.values() if "step" in state]
+def _adam_step(partitions: OptimizerPartitions) -> int:
+    """Return the number of AdamW's updates, for its bias correction; 0 if this rank has no state of AdamW."""
+    steps = [int(state["step"]) for state in partitions.optimizer.state.values() if "step" in state]
     return max(steps, default=0)
 
 
@@ -219,13 +234,13 @@ def _set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"] = step
 
 
-def _random_file(number: int) -> str:
-    return f"{FOLDER}/random-{number:05d}.safetensors"
+def _rng_file(replica: int) -> str:
+    return f"{FOLDER}/random-{replica:05d}.safetensors"
 
 
-def _set_random_state(folder: Path, number: int) -> None:
-    """Restore the random state of this number; one that was not saved begins anew from the first one's seed."""
-    path = folder / _random_file(number)
-    set_random_state(load_file(path if path.exists() else folder / _random_file(0)))
+def _restore_rng_state(folder: Path, replica: int) -> None:
+    """Restore the RNG state of this replica. If none was saved, start from the seed of the first replica."""
+    path = folder / _rng_file(replica)
+    set_rng_state(load_file(path if path.exists() else folder / _rng_file(0)))
     if not path.exists():
-        torch.manual_seed(torch.initial_seed() + number)
+        torch.manual_seed(torch.initial_seed() + replica)

@@ -1,4 +1,4 @@
-"""Do ranks that should hold the same weights hold the same? Compared by checksums, bit for bit."""
+"""Check that ranks that replicate weights hold the same values, bit for bit, by comparing checksums."""
 
 from __future__ import annotations
 
@@ -14,31 +14,42 @@ from megagpt.config.recipe import ModelSection
 from megagpt.model.gpt import GPT
 from megagpt.model.sharding import shard_spec
 
-_ABSENT = -1  # below every checksum
-_PRIME = (1 << 61) - 1  # checksums are taken modulo it, so that their negatives are 64-bit numbers, too
-_SHOWN = 10
+_ABSENT = -1  # less than every checksum
+_PRIME = (1 << 61) - 1  # checksums are reduced modulo this, so that their negatives fit into 64 bits
+_REPORTED = 10
 
 
 def differences(
     names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, collectives: Collectives
 ) -> list[str]:
-    """A line for each weight that several ranks should hold alike and do not; collective, the same on every rank.
+    """Describe each weight that differs between ranks that should hold the same. Collective.
 
-    `names` are this rank's whole weights, or its tensor-parallel parts of them. What is compared are the weights that
-    the model computes with, between updates. One number for each goes between the ranks, unless they differ.
+    The weights are those with which the model computes, between updates. One number per weight is communicated, unless
+    there are differences.
+
+    Args:
+        names: The name in `GPT` of each weight on this rank, which is whole or a tensor-parallel shard.
+        section: The model.
+        layout: The layout of the job.
+        rank: This rank.
+        collectives: The collectives of the job.
+
+    Returns:
+        One line per weight that differs, at most ten, the same on every rank.
     """
-    mine = {_key(name, section, layout, rank): _checksum(parameter) for parameter, name in names.items()}
+    local = {_key(name, section, layout, rank): _checksum(parameter) for parameter, name in names.items()}
     with torch.device("meta"):
         keys = [
-            f"{name}{part}"
+            f"{name}{shard}"
             for name, _ in GPT(section).named_parameters()
-            for part in _parts(name, section, layout.tensor_parallel)
+            for shard in _shard_labels(name, section, layout.tensor_parallel)
         ]
-    largest = collectives.all_reduce_max([mine.get(key, _ABSENT) for key in keys])
-    smallest = collectives.all_reduce_max([-mine.get(key, _PRIME) for key in keys])
+    largest = collectives.all_reduce_max([local.get(key, _ABSENT) for key in keys])
+    smallest = collectives.all_reduce_max([-local.get(key, _PRIME) for key in keys])
     wrong = [key for key, high, low in zip(keys, largest, smallest, strict=True) if high not in (_ABSENT, -low)]
-    held = collectives.all_gather_object({key: mine.get(key) for key in wrong[:_SHOWN]})
-    return [_line(key, [values[key] for values in held]) for key in wrong[:_SHOWN]]
+    reported = {key: local.get(key) for key in wrong[:_REPORTED]}
+    by_rank = collectives.all_gather_object(reported)
+    return [_describe(key, [checksums[key] for checksums in by_rank]) for key in reported]
 
 
 def _checksum(parameter: torch.nn.Parameter) -> int:
@@ -46,22 +57,24 @@ def _checksum(parameter: torch.nn.Parameter) -> int:
 
 
 def _key(name: str, section: ModelSection, layout: Layout, rank: Rank) -> str:
-    parts = _parts(name, section, layout.tensor_parallel)
-    return name + parts[rank.rank % len(parts)]
+    labels = _shard_labels(name, section, layout.tensor_parallel)
+    return name + labels[rank.rank % len(labels)]
 
 
-def _parts(name: str, section: ModelSection, degree: int) -> list[str]:
-    """How the shares of a parameter are told apart; ranks that hold the same share, or all of it, should agree."""
+def _shard_labels(name: str, section: ModelSection, degree: int) -> list[str]:
+    """Return labels of a parameter's shards. Ranks that hold the same shard, or the whole parameter, must agree."""
     if shard_spec(name, section, degree) is None:
         return [""]
-    return [f" part {part} of {degree}" for part in range(degree)]
+    return [f" shard {index} of {degree}" for index in range(degree)]
 
 
-def _line(key: str, values: list[int | None]) -> str:
-    """Who holds what, the greater party first."""
-    parties = defaultdict(list)
-    for rank, value in enumerate(values):
-        if value is not None:
-            parties[value].append(str(rank))
-    ranked = sorted(parties.values(), key=len, reverse=True)
-    return f"{key}: " + " is not that of ".join(f"rank {', '.join(ranks)}" for ranks in ranked)
+def _describe(key: str, checksums: list[int | None]) -> str:
+    """Return which ranks agree with each other, the largest group first."""
+    groups = defaultdict(list)
+    for rank, checksum in enumerate(checksums):
+        if checksum is not None:
+            groups[checksum].append(str(rank))
+    ranked = sorted(groups.values(), key=len, reverse=True)
+    return f"{key} differs between " + " and ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(ranks)}" for ranks in ranked
+    )

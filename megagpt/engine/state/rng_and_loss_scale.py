@@ -1,4 +1,4 @@
-"""State that an update moves beside weights, moments and schedule: random numbers, and fp16's loss scale."""
+"""RNG state and fp16 loss scale: state that changes even when an update is skipped."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from torch import Tensor
 from megagpt.engine.state import loss_scale
 
 
-class SideState:
-    """The side state as it stands now, to go back to if the update that comes is not made."""
+class RngAndLossScaleSnapshot:
+    """RNG state and loss scale before an update, to be restored if the update is skipped."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer, self._random = optimizer, random_state()
-        self._numbers, self.scale = loss_scale.numbers(optimizer), loss_scale.of(optimizer)
+        self._optimizer = optimizer
+        self._rng_state = rng_state()
+        self._loss_scale_state = loss_scale.state_dict(optimizer)
+        self.loss_scale = loss_scale.current(optimizer)
 
-    def restore(self, with_scale: bool) -> None:
-        """Go back; fp16's loss scale only if asked to, since an overflow is to lower it."""
-        set_random_state(self._random)
-        if with_scale:
-            loss_scale.set_numbers(self._optimizer, self._numbers)
+    def restore(self, with_loss_scale: bool) -> None:
+        """Restore the RNG state, and the loss scale only if `with_loss_scale`: after an overflow it must decrease."""
+        set_rng_state(self._rng_state)
+        if with_loss_scale:
+            loss_scale.load_state_dict(self._optimizer, self._loss_scale_state)
 
 
-def random_state() -> dict[str, Tensor]:
-    """The random state of this rank: the host's, and the device's where there is one."""
+def rng_state() -> dict[str, Tensor]:
+    """Return the RNG state of this rank: that of the host and, if it has an accelerator, that of the device."""
     state = {"cpu": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":
         state["device"] = get_accelerator().get_rng_state().cpu()
     return state
 
 
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Restore what `random_state` gave, on whatever device."""
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Restore what `rng_state` returned; the part of the device is ignored on a CPU."""
     torch.set_rng_state(state["cpu"])
     if "device" in state and get_accelerator().device_name() != "cpu":
         get_accelerator().set_rng_state(state["device"])

@@ -27,7 +27,7 @@ class Compression(Enum):
     BZIP2 = ".bz2"
 
 
-# Bytes of a zstandard file that are decompressed at a time. They can become many thousand times as many.
+# Compressed bytes of a zstandard file that are decompressed at a time. They can expand many thousandfold.
 _ZSTANDARD_BLOCK = 1 << 10
 _XZ_MEMORY = 1 << 28  # bytes that decompressing an xz file may take; files of `xz -9` need a quarter of that
 _XZ_BLOCK = 1 << 16

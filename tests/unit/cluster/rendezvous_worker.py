@@ -5,12 +5,12 @@ import sys
 from datetime import timedelta
 
 from megagpt.cluster import from_environment
-from megagpt.cluster.rendezvous import meeting
+from megagpt.cluster.rendezvous import rendezvous
 from megagpt.errors import UserError
 
 try:
-    with meeting(from_environment(os.environ), sys.argv[1], timedelta(seconds=float(sys.argv[2]))) as rank:
-        print(f"met as rank {rank.rank}", flush=True)
+    with rendezvous(from_environment(os.environ), sys.argv[1], timedelta(seconds=float(sys.argv[2]))) as rank:
+        print(f"started as rank {rank.rank}", flush=True)
         sys.stdin.read()
 except UserError as error:
     print(error, flush=True)

@@ -90,7 +90,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("launcher", TABLE)
-def test_each_launcher_is_understood(launcher):
+def test_the_rank_is_read_from_each_launcher(launcher):
     environment, expected = TABLE[launcher]
     assert from_environment(environment) == expected
 
@@ -123,30 +123,30 @@ DO = "\n  do: let the launcher set its variables, or set RANK, LOCAL_RANK, WORLD
 MISTAKES = {
     "no address": (
         {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-        "2 ranks were started by environment, but none knows where rank 0 listens\n  MASTER_ADDR is not set\n"
+        "environment started 2 ranks, but the address of rank 0 is not known\n  MASTER_ADDR is not set\n"
         "  do: export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT before the launcher starts the ranks",
     ),
     "no world": ({"RANK": "0"}, "WORLD_SIZE is not set\n  WORLD_SIZE" + DO),
-    "no rank": ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but no variable says which rank this is\n  RANK" + DO),
+    "no rank": ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but the rank of this process is not set\n  RANK" + DO),
     "no local rank": ({**ADDRESS, "RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set\n  LOCAL_RANK" + DO),
     "no number": (
         {**DEEPSPEED, "MASTER_PORT": "auto"},
-        "MASTER_PORT is 'auto', where a number belongs\n  MASTER_PORT" + DO,
+        "MASTER_PORT is 'auto', not a number\n  MASTER_PORT" + DO,
     ),
-    "too large": ({**DEEPSPEED, "RANK": "4"}, "rank 4 is none of 4 ranks\n  RANK, WORLD_SIZE" + DO),
+    "too large": ({**DEEPSPEED, "RANK": "4"}, "rank 4 is not below the world size 4\n  RANK, WORLD_SIZE" + DO),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_launcher_that_does_not_say_enough_is_an_error(mistake):
+def test_missing_or_invalid_variables_are_errors(mistake):
     environment, message = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
         from_environment(environment)
     assert str(caught.value) == f"megagpt: {message}"
 
 
-def test_all_five_variables_are_set_so_that_nobody_looks_for_mpi():
-    variables = Rank().variables()
+def test_all_five_variables_are_set_so_that_deepspeed_does_not_look_for_mpi():
+    variables = Rank().env_variables()
     assert set(variables) == {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     assert int(variables["MASTER_PORT"]) > 0
 
@@ -163,25 +163,25 @@ def test_all_five_variables_are_set_so_that_nobody_looks_for_mpi():
         ("a,b[7],c", ["a", "b7", "c"]),
     ],
 )
-def test_lists_of_hosts_mean_what_scontrol_says(short, hosts):
-    assert slurm_nodelist.hosts(short) == hosts
+def test_host_lists_are_expanded_as_by_scontrol(short, hosts):
+    assert slurm_nodelist.expand_hosts(short) == hosts
 
 
 @given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 5)), max_size=5))
-def test_counts_of_tasks_are_read_back(runs):
+def test_task_counts_are_expanded(runs):
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
-    assert slurm_nodelist.counts(text) == [count for count, times in runs for _ in range(times)]
+    assert slurm_nodelist.expand_counts(text) == [count for count, times in runs for _ in range(times)]
 
 
 @given(st.integers(0, 10**9))
-def test_neighbouring_jobs_do_not_share_a_port_and_none_is_one_of_outgoing_connections(job):
+def test_consecutive_jobs_do_not_share_a_port_and_none_is_ephemeral(job):
     ports = {launch_env.job_port(str(number)) for number in range(job, job + 100)}
     assert len(ports) == 100
     assert min(ports) > 1023
     assert max(ports) < 32768  # where Linux's ip_local_port_range begins
 
 
-def test_a_free_port_is_given_once_and_is_none_of_outgoing_connections_or_slurms_jobs():
+def test_a_free_port_is_returned_once_and_is_neither_ephemeral_nor_one_of_a_slurm_job():
     first = launch_env.free_port()
     with socket.create_server(("", first + 2)), socket.create_server(("", first + 5)):
         ports = [launch_env.free_port() for _ in range(50)]

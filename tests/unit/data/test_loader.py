@@ -92,7 +92,7 @@ def test_page_cache_state_is_read_from_the_filesystem(make_corpus):
         [False, True],
         [True, True],
         [False, False],
-    )  # on a disk; on tmpfs; on a filesystem that cannot tell
+    )  # on a disk; on tmpfs; on a filesystem that does not report it
     assert not _are_cached([(corpus.fd, 100, 39_950)])  # beyond the end of the file
 
 

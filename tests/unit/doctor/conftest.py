@@ -1,11 +1,11 @@
-"""Two sound hosts with a GPU each, as plain values: each test spoils what it is about."""
+"""Two hosts without problems, with one GPU each, as plain values. Each test changes what it is about."""
 
 import copy
 
 import pytest
 
-from megagpt.doctor.examination import Host, Launch, Visit
-from megagpt.doctor.needs import Needs
+from megagpt.doctor.job_requirements import JobRequirements
+from megagpt.doctor.session import Host, HostAgent, LauncherFacts, Session
 
 GB = 10**9
 FACTS = {
@@ -16,7 +16,7 @@ FACTS = {
     "files": {"r.yaml": "1111", "d.json": "2222"},
     "data": {"web": {"missing": [], "sizes": {".bin": 10, ".idx": 20}, "sidecar": [1, 2], "ends": 3}},
     "run": {"error": "", "full": False},
-    "disks": {"runs/r": {"free": 900 * GB, "total": 999 * GB}, "nvme": {"free": 900 * GB, "total": 999 * GB}},
+    "disks": {"runs/r": 900 * GB, "nvme": 900 * GB},
     "limits": {"open_files": [65536, 65536], "locked_memory": None},
     "memory": {"total": 256 * GB, "available": 200 * GB},
     "cores": 16,
@@ -37,22 +37,23 @@ PROBE = {
 
 
 def host(number):
-    """A host of one rank, with the address 10.0.0.NUMBER."""
+    """A host with one rank and the address 10.0.0.NUMBER."""
     facts, probe = copy.deepcopy(FACTS), copy.deepcopy(PROBE)
     del probe["at"]
     facts["host"] = f"node{number}"
     facts["network"]["interfaces"]["eth0"] = f"10.0.0.{number}"
     facts["network"]["resolved"] = [f"10.0.0.{number}"]
-    reduce = [{"speeds": {"gloo": 1.5e9, "nccl": 98.76e9}, "rank": number - 1, "at": "all-reduce over nccl"}]
-    return Host(f"node{number}", [(None, [[number - 1, 0]])], None, facts, (0.0001, 0.0002), [0, 1], probe, reduce)
+    all_reduce = [{"speeds": {"gloo": 1.5e9, "nccl": 98.76e9}, "rank": number - 1, "at": "all-reduce over nccl"}]
+    agents = [HostAgent(None, [[number - 1, 0]])]
+    return Host(f"node{number}", agents, None, facts, (0.0001, 0.0002), [0, 1], probe, all_reduce)
 
 
 @pytest.fixture
-def visit():
-    needs = Needs(
+def session():
+    requirements = JobRequirements(
         "r.yaml", "d.json", ("r.yaml", "d.json"), ("web",), "runs/r", 3, int(14.4 * GB),
         gpu_operators=("fused_adam", "quantizer"), offloads=True, host=8 * GB, host_alone=20 * GB, device=30 * GB,
     )  # fmt: skip
-    launch = Launch(True, {"node1": 15, "node2": 15}, ())
-    requirements = ("torch<2.14,>=2.13", "deepspeed<0.20,>=0.19.8", "numpy<3,>=2")
-    return Visit([host(1), host(2)], needs, 60.0, False, launch, requirements)
+    launcher = LauncherFacts(True, {"node1": 15, "node2": 15}, ())
+    packages = ("torch<2.14,>=2.13", "deepspeed<0.20,>=0.19.8", "numpy<3,>=2")
+    return Session([host(1), host(2)], requirements, 60.0, False, launcher, packages)

@@ -1,4 +1,4 @@
-"""One process group for all tests of the room: DeepSpeed remembers the first one it sees."""
+"""One process group for all tests of the engine, since DeepSpeed remembers the first one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Faults of DeepSpeed that engine/ goes round. A test that fails here says that the way round can go."""
+"""Faults of DeepSpeed that engine/ works around. If a test here fails, its workaround is not needed anymore."""
 
 import os
 import subprocess
@@ -8,19 +8,20 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import torch as deepspeed_comm
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from deepspeed.runtime.utils import get_global_norm_of_tensors
-from deepspeed.utils import safe_get_full_optimizer_state
+from deepspeed.utils import groups, safe_get_full_optimizer_state
 
 from megagpt.cluster import free_port
-from megagpt.engine import deepspeed_patches, grad_norm
+from megagpt.engine import deepspeed_patches
 
 pytestmark = pytest.mark.usefixtures("collectives")
 
 
 def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():
-    """Why Stages makes the loss inside its last layer: all gradients are cleared when backward reaches its output."""
+    """Why PipelineStage computes the loss in its last layer: gradients are cleared when backward reaches its output."""
     head = torch.nn.Linear(4, 4)
 
     class Passes(torch.nn.Module):
@@ -53,11 +54,11 @@ def test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained():
     moved = {name: (parameter.float() - before[name]).abs().max().item() for name, parameter in pipe.named_parameters()}
     deepspeed_patches.release(engine)
     assert moved["0.weight"] > 0.05
-    assert moved["1.head.bias"] < 0.01  # its gradient is far from 0
+    assert moved["1.head.bias"] < 0.01  # although its gradient is far from 0
 
 
 def zero(stage, groups=1, offload=None, **config):
-    """An engine on two linear layers, each in a parameter group of its own if there are two."""
+    """Return an engine on two linear layers, each in its own parameter group if there are two groups."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 1, bias=False))
     parameters = list(model.parameters())
     parts = [parameters] if groups == 1 else [[parameter] for parameter in parameters]
@@ -76,7 +77,7 @@ def zero(stage, groups=1, offload=None, **config):
 
 
 def test_at_stage_0_there_is_no_gradient_norm():
-    """Why ZeroEngine clips by itself there."""
+    """Why deepspeed_patches.ClipBeforeStep clips there."""
     engine = zero(0)
     engine.backward(engine(torch.ones(2, 4)).mean())
     engine.step()
@@ -85,8 +86,8 @@ def test_at_stage_0_there_is_no_gradient_norm():
     assert norm is None
 
 
-def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to():
-    """Why ZeroEngine lets DeepSpeed scale: its hook sits on the very tensor that the model returned."""
+def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_despite_scale_wrt_gas():
+    """Why ZeroEngine lets DeepSpeed scale the loss: its hook is on the tensor that the model returned."""
 
     def gradient(accumulation):
         engine = zero(0, gradient_accumulation_steps=accumulation)
@@ -103,7 +104,7 @@ def test_at_stage_0_a_gradient_is_divided_by_the_accumulation_though_told_not_to
 
 
 def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found():
-    """Why moments are read from the optimizer itself: DeepSpeed links all groups when the first has stepped."""
+    """Why state/partitions.py reads moments itself: DeepSpeed links all groups after the first one's step."""
     engine = zero(1, groups=2)
     engine.backward(engine(torch.ones(2, 4)).mean())
     engine.step()
@@ -116,15 +117,15 @@ def test_with_two_parameter_groups_the_moments_of_the_second_are_not_found():
 
 
 def test_in_bf16_stage_0_steps_before_training_begins():
-    """Why bf16 never runs at stage 0: an update on zero gradients counts, and decays the weights."""
+    """Why bf16 never runs at stage 0: an update with zero gradients is counted, and applies weight decay."""
     engine = zero(0, bf16={"enabled": True})
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     deepspeed_patches.release(engine)
     assert steps == {1}
 
 
-def test_in_bf16_with_offload_a_bad_gradient_stays_for_ever():
-    """Why a gradient that was not stepped on is thrown away by us."""
+def test_in_bf16_with_offload_a_rejected_gradient_is_kept():
+    """Why deepspeed_patches.undo_skipped_step discards it."""
     config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     engine = zero(2, offload="cpu", **config)
     stepped = []
@@ -138,7 +139,7 @@ def test_in_bf16_with_offload_a_bad_gradient_stays_for_ever():
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(fp16, stage):
-    """Why loss_scale.ready has it change it after the step."""
+    """Why deepspeed_patches.configure_loss_scale lets the scale grow after the step."""
 
     def first_moment(window):
         torch.manual_seed(0)
@@ -158,8 +159,8 @@ def test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient(fp16, s
     torch.testing.assert_close(doubled / constant, torch.full_like(constant, (0.9 + 0.5) / (0.9 + 1.0)))
 
 
-def test_a_dtype_given_to_zero_init_is_taken_for_bf16_where_there_is_no_fp16(monkeypatch):
-    """Why stage 3 lets zero.Init read precision from the config: fp32 would train in bf16 on most CPUs."""
+def test_a_dtype_given_to_zero_init_is_taken_for_bf16_without_fp16(monkeypatch):
+    """Why zero.Init reads the precision from the config: fp32 would otherwise train in bf16 on most CPUs."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with deepspeed.zero.Init(dtype=torch.float32):
         layer = torch.nn.Linear(4, 4)
@@ -167,7 +168,7 @@ def test_a_dtype_given_to_zero_init_is_taken_for_bf16_where_there_is_no_fp16(mon
 
 
 def test_the_first_two_updates_of_deepspeeds_warmup_have_the_rate_0():
-    """Why schedule.build sets the place of DeepSpeed's WarmupDecayLR itself, and counts one update more."""
+    """Why lr_schedule.build sets the position of DeepSpeed's WarmupDecayLR itself, and adds one update."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = WarmupDecayLR(optimizer, 10, warmup_max_lr=1.0, warmup_num_steps=3, warmup_type="linear")
     rates = []
@@ -179,7 +180,7 @@ def test_the_first_two_updates_of_deepspeeds_warmup_have_the_rate_0():
 
 
 def test_deepspeeds_muon_is_clipped_by_the_norm_of_its_own_update():
-    """Why Muon is ours: the recipe's limit is one of the gradient, as for every other optimizer."""
+    """Why Muon is our own: the recipe limits the norm of the gradient, as for every other optimizer."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
     for parameter in model.parameters():
@@ -238,7 +239,7 @@ start.stop()
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_without_zero_a_pipeline_is_not_clipped_by_the_norm_of_the_whole_gradient(stage):
-    """Why pipelines run on ZeRO-1: only there is the whole update as long as the limit."""
+    """Why pipelines run on ZeRO-1: only there is the norm of the whole update the limit."""
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
@@ -265,7 +266,7 @@ def test_without_zero_a_pipeline_is_not_clipped_by_the_norm_of_the_whole_gradien
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_each_parameter_group_is_reduced_over_the_stages_by_itself(offload, monkeypatch):
-    """Why the norm is taken by us: stages with different numbers of groups would wait for each other."""
+    """Why deepspeed_patches.configure_grad_norm exists: stages with different numbers of groups would deadlock."""
     engine = zero(1, groups=2, offload=offload)
     reduced = []
     monkeypatch.setattr(
@@ -275,23 +276,57 @@ def test_each_parameter_group_is_reduced_over_the_stages_by_itself(offload, monk
     theirs = float(engine.optimizer.scaled_global_norm())
     assert len(reduced) == 2
     reduced.clear()
-    grad_norm.configure(engine.optimizer)
+    deepspeed_patches.configure_grad_norm(engine.optimizer)
     assert float(engine.optimizer.scaled_global_norm()) == pytest.approx(theirs, rel=1e-6)
     assert len(reduced) == 1
     deepspeed_patches.release(engine)
 
 
 def test_the_norm_of_no_gradients_fails():
-    """Why the bf16 optimizer is given a norm in place of gradients: a tied head alone has none to count."""
+    """Why configure_grad_norm passes the bf16 optimizer a norm: a stage with only a tied head has no gradients."""
     with pytest.raises(RuntimeError, match="non-empty TensorList"):
         get_global_norm_of_tensors([])
 
 
 def test_with_bf16_and_offload_gradients_are_not_in_grad():
-    """Why the gradient of a tied matrix is looked up in `grad_accum`, which a pipeline does not sum."""
+    """Why deepspeed_patches.with_accumulated_gradients exists: a pipeline does not sum `grad_accum`."""
     config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     engine = zero(1, offload="cpu", gradient_accumulation_steps=2, **config)
     engine.backward(engine(torch.ones(2, 4).bfloat16()).float().mean())
     found = [(weight.grad, weight.grad_accum) for weight in engine.module.parameters()]
     deepspeed_patches.release(engine)
     assert all(gradient is None and accumulated.abs().max() > 0 for gradient, accumulated in found)
+
+
+def test_a_destroyed_engine_leaves_its_process_groups_to_the_next_one(monkeypatch):
+    """Why deepspeed_patches.release resets the globals of DeepSpeed's process groups."""
+    first = zero(0)
+    second = zero(0)
+    monkeypatch.setattr(groups, "mpu", "grid")
+    monkeypatch.setattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "group")
+    first.destroy()
+    assert (groups.mpu, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP) == ("grid", "group")
+    deepspeed_patches.release(second)
+    assert (groups.mpu, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP) == (None, None)
+
+
+def test_the_shared_memory_operator_is_built_if_it_is_listed_as_compatible(monkeypatch):
+    """Why deepspeed_patches.skip_shared_memory_operator removes it from the list."""
+    built = []
+
+    class Builder:
+        NAME = "deepspeed_shm_comm"
+
+        def load(self):
+            built.append(self.NAME)
+
+        def absolute_name(self):
+            return self.NAME
+
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda *_: Builder())
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {"deepspeed_shm_comm": True})
+    deepspeed_comm.build_shm_op()
+    assert built == ["deepspeed_shm_comm"]
+    deepspeed_patches.skip_shared_memory_operator()
+    deepspeed_comm.build_shm_op()
+    assert built == ["deepspeed_shm_comm"]

@@ -1,4 +1,4 @@
-"""The rates that updates really use, against tables worked by hand and closed forms."""
+"""Learning rates that updates use, compared with tables computed by hand and with closed forms."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megagpt.config.recipe.sections import ScheduleSection
 from megagpt.engine.optim import lr_schedule
 
-# warm-up 3 of 10 updates, peak 1: deepspeed's own default constructor gives 0 0 .333 .667 1 … here
+# warm-up of 3 in 10 updates, peak 1; DeepSpeed's default constructor would use 0 0 .333 .667 1 …
 BY_HAND = {
     "warmup_decay": [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8],
     "wsd": [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4],
@@ -20,7 +20,7 @@ BY_HAND = {
 
 
 def used_rates(kind: str, total: int, warmup: int, min_lr: float = 0.0, peaks=(1.0,), steps=None):
-    """The rate of each group at each update, read where the optimizer reads it."""
+    """Return the rate of each group at each update, read from the optimizer."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": peak} for peak in peaks]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     section = ScheduleSection(
@@ -36,7 +36,7 @@ def used_rates(kind: str, total: int, warmup: int, min_lr: float = 0.0, peaks=(1
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_each_update_uses_the_rate_worked_out_by_hand(kind):
+def test_each_update_uses_the_rate_computed_by_hand(kind):
     assert [rate for (rate,) in used_rates(kind, 10, 3)] == pytest.approx(BY_HAND[kind], abs=1e-12)
 
 
@@ -47,7 +47,7 @@ def test_warmup_decay_without_a_floor_is_deepspeeds_own_class():
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
-def test_no_or_one_update_of_warm_up_starts_at_the_peak(warmup):
+def test_with_a_warm_up_of_at_most_one_update_training_starts_at_the_peak(warmup):
     assert used_rates("warmup_decay", 5, warmup)[0] == [1.0]
 
 
@@ -60,11 +60,11 @@ def test_every_group_follows_its_own_peak(kind):
 @given(
     kind=st.sampled_from(list(BY_HAND)),
     total=st.integers(2, 200),
-    share=st.floats(0, 1),
+    fraction=st.floats(0, 1),
     floor=st.floats(0, 0.9),
 )
-def test_rates_stay_within_bounds_reach_the_peak_and_never_rise_again(kind, total, share, floor):
-    warmup = int(share * (total - 1))
+def test_rates_stay_within_bounds_reach_the_peak_and_never_rise_again(kind, total, fraction, floor):
+    warmup = int(fraction * (total - 1))
     section = ScheduleSection(
         type=kind, warmup_updates=warmup, min_lr=floor, decay_updates=3 if kind == "wsd" else None
     )
@@ -78,7 +78,7 @@ def test_rates_stay_within_bounds_reach_the_peak_and_never_rise_again(kind, tota
     assert [f == n / warmup for n, f in enumerate(factors[:warmup], 1)] == [True] * warmup
 
 
-def test_the_rate_stays_at_its_end_when_training_goes_on_past_the_total():
+def test_the_rate_is_constant_after_the_last_update():
     rates = [rate for (rate,) in used_rates("warmup_cosine", 10, 2, min_lr=0.1, steps=14)]
     assert rates[9:] == [rates[9]] * 5
     assert rates[9] > 0.1

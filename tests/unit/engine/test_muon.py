@@ -1,40 +1,40 @@
-"""Muon against its definition by singular value decomposition, and against plain AdamW for the rest."""
+"""Muon compared with its definition by singular value decomposition, and with AdamW for other parameters."""
 
 import pytest
 import torch
 
-from megagpt.engine.optim.muon import Muon, orthogonalise
+from megagpt.engine.optim.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32), (32, 40)])
-def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_singular_values(shape):
+def test_orthogonalized_matrices_keep_their_singular_vectors_and_lose_their_singular_values(shape):
     matrix = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    result = orthogonalise(matrix)
+    result = orthogonalize(matrix)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.mT @ result @ v.mT  # diagonal in the basis of the input's own singular vectors
+    inside = u.mT @ result @ v.mT  # diagonal in the basis of the input's singular vectors
     diagonal = torch.diagonal(inside, dim1=1, dim2=2)
     assert torch.allclose(inside, torch.diag_embed(diagonal), atol=1e-4)
     assert diagonal.min() > 0.3  # the reference's coefficients end between about 0.3 and 1.3 for small values
     assert diagonal.max() < 1.3
 
 
-def test_the_short_way_for_wide_matrices_gives_what_the_iteration_gives():
-    """Against the iteration as its authors write it, in double precision."""
+def test_wide_matrices_are_orthogonalized_as_by_the_iteration_of_its_authors():
+    """The reference runs in double precision."""
     matrix = torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(5))
     expected = matrix.double() / matrix.double().flatten(1).norm(dim=1)[:, None, None]
     for _ in range(5):
         gram = expected @ expected.mT
         expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
-    assert torch.allclose(orthogonalise(matrix).double(), expected, atol=2e-5)
+    assert torch.allclose(orthogonalize(matrix).double(), expected, atol=2e-5)
 
 
-def test_each_matrix_of_a_batch_is_treated_alone():
+def test_matrices_of_a_batch_do_not_affect_each_other():
     matrices = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(2))
-    alone = torch.cat([orthogonalise(one[None]) for one in matrices])
-    assert torch.allclose(orthogonalise(matrices), alone, atol=1e-5)
+    alone = torch.cat([orthogonalize(one[None]) for one in matrices])
+    assert torch.allclose(orthogonalize(matrices), alone, atol=1e-5)
 
 
-def test_a_fused_matrix_is_orthogonalised_in_its_parts():
+def test_a_fused_matrix_is_orthogonalized_in_its_parts():
     torch.manual_seed(3)
     whole = torch.nn.Parameter(torch.zeros(24, 8))
     parts = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
@@ -72,7 +72,7 @@ def test_other_groups_are_trained_as_torch_adamw_trains_them():
     assert torch.equal(ours, theirs)
 
 
-def test_a_restored_optimizer_goes_on_bit_for_bit():
+def test_a_restored_optimizer_continues_bit_for_bit():
     def build():
         parameters = [torch.nn.Parameter(torch.eye(6)), torch.nn.Parameter(torch.ones(6))]
         groups = [

@@ -1,4 +1,4 @@
-"""fp16's dynamic loss scale against a plain loop that keeps the scale by the rule: attempt by attempt."""
+"""Dynamic loss scale of fp16, compared attempt by attempt with a plain loop that applies the rule itself."""
 
 import json
 
@@ -24,7 +24,12 @@ optimizer: {type: adamw, lr: 1.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip
 schedule: {type: warmup_decay, warmup_updates: 2}
 length: {updates: 30}
 """
-POWER, HYSTERESIS, WINDOW, UPDATES = 30, 2, 5, 16  # the scale begins at 2^30 and doubles after 5 good updates
+POWER, HYSTERESIS, WINDOW, UPDATES = (
+    30,
+    2,
+    5,
+    16,
+)  # the scale starts at 2^30 and doubles after 5 updates without overflow
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def global_batch(update):
 
 
 def plain(section):
-    """(update, scale, made, loss) of each attempt, by a plain loop with fp32 masters."""
+    """Return (update, scale, made, loss) of each attempt of a plain loop with fp32 master weights."""
     model = GPT(section)
     initialize(model, 3)
     model.half()
@@ -79,7 +84,7 @@ def plain(section):
 
 
 def train(engine, updates):
-    """The same of an engine, and its results."""
+    """Return the attempts and the results of an engine."""
     attempts, results = [], []
     for update in updates:
         while True:
@@ -92,22 +97,22 @@ def train(engine, updates):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_overflow_is_made_again_at_the_scale_that_the_rule_gives(make, stage):
-    engine, said = make(stage)
-    expected = plain(said.model)
+def test_an_update_that_overflows_is_repeated_at_the_scale_of_the_rule(make, stage):
+    engine, recipe_used = make(stage)
+    expected = plain(recipe_used.model)
     attempts, results = train(engine, range(UPDATES))
     engine.release()
     assert [attempt[:3] for attempt in attempts] == [attempt[:3] for attempt in expected]
     assert [attempt[3] for attempt in attempts] == pytest.approx([attempt[3] for attempt in expected], rel=2e-4)
     overflows = [update for update, _, made, _ in attempts if not made]
     assert overflows.count(0) > 3
-    assert set(overflows) > {0}  # the scale has grown too far again
+    assert set(overflows) > {0}  # the scale has grown too large again
     rates = [1e-3 * min((update + 1) / 2, (30 - update) / 29) for update in range(UPDATES)]
     assert [result.lr for result in results] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_scale_goes_on_from_where_it_was_saved(make, stage, tmp_path):
+def test_a_restored_scale_continues_as_if_not_interrupted(make, stage, tmp_path):
     engine, _ = make(stage)
     train(engine, range(8))
     (tmp_path / "saved").mkdir()

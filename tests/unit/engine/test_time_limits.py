@@ -1,4 +1,7 @@
-"""No process group waits longer than ours do, whoever makes it: DeepSpeed passes no limit to the groups of ZeRO."""
+"""Every process group has our timeout, whoever creates it. DeepSpeed passes none for the groups of ZeRO.
+
+See deepspeed_patches.set_default_group_timeout.
+"""
 
 import deepspeed
 import torch
@@ -8,12 +11,12 @@ from megagpt.cluster import TIME_LIMIT
 
 
 def limits():
-    """Of all groups that this process is in."""
+    """Return the timeouts of all groups of this process."""
     groups = distributed_c10d._world.pg_map
     return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
-def test_groups_that_deepspeed_makes_have_our_limit(collectives):
+def test_groups_that_deepspeed_creates_have_our_timeout(collectives):
     before = len(distributed_c10d._world.pg_map)
     deepspeed.comm.new_group([0])
     torch.distributed.new_group([0])

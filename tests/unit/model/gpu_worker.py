@@ -35,7 +35,7 @@ END = 59
 def build(dtype=torch.float32, end=None, parts=1, **switches):
     """A GPT on the GPU, or the shard of one of `parts` tensor-parallel ranks."""
     section = ModelSection(**{**TINY, **switches})
-    parallel = tensor.parallel_layers(section, tensor.Parts(torch.distributed.group.WORLD, 0, parts))
+    parallel = tensor.parallel_layers(section, tensor.TensorParallelGroup(torch.distributed.group.WORLD, 0, parts))
     with unset_fake_temporarily(), torch.device("meta"):
         model = GPT(section, end, parallel)
     for module in model.modules():
@@ -68,7 +68,7 @@ def step(dtype=torch.float32, end=None, again=None, **switches):
 
 
 class Context:
-    """Stands in for autograd's context. Backward is called directly, because the autograd engine needs real streams."""
+    """Replaces autograd's context. Backward is called directly, because the autograd engine needs real streams."""
 
     needs_input_grad = (True,) * 5
 
@@ -90,10 +90,10 @@ def backward(dtype):
     group = torch.distributed.group.WORLD
     there_and_back(fused_ops._ReluSquared, hidden)
     there_and_back(fused_ops._NormAndRotate, heads, 2, tables, 1e-5)
-    there_and_back(tensor._Enter, hidden, group)
-    there_and_back(tensor._Leave, hidden, group)
+    there_and_back(tensor.CopyToTensorParallelRegion, hidden, group)
+    there_and_back(tensor.ReduceFromTensorParallelRegion, hidden, group)
     rows, weight = hidden.flatten(0, 1), torch.empty(60, 32, dtype=dtype, device=gpu())
-    for share in (None, tensor._VocabularyShare(0, 60, group)):
+    for share in (None, tensor.VocabParallelGroup(0, 60, group)):
         there_and_back(loss._ChunkedCrossEntropy, rows, weight, ids().flatten(), 3.0, share)
 
 
@@ -124,7 +124,7 @@ def muon_step():
         matrix.grad = torch.zeros_like(matrix)
     optimizer.step()
     on_gpu([optimizer.state[matrix]["momentum_buffer"] for matrix in matrices])
-    direction = muon.orthogonalise(torch.stack([matrices[0], matrices[0]]))
+    direction = muon.orthogonalize(torch.stack([matrices[0], matrices[0]]))
     on_gpu([direction])
     assert direction.dtype == torch.float32  # as on a CPU, so that the curves are the same
 

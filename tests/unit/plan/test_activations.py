@@ -37,9 +37,9 @@ def saved(run, parameters):
 
 def measured_block(given, element, recompute="no", degree=1):
     """Return the bytes that a block, or a shard of it, saves, without the rotary tables that all blocks share."""
-    parallel = tensor.parallel_layers(given, tensor.Parts(torch.distributed.group.WORLD, 0, degree))
+    parallel = tensor.parallel_layers(given, tensor.TensorParallelGroup(torch.distributed.group.WORLD, 0, degree))
     model = GPT(given, parallel=parallel)
-    tensor.fill(model, "", given, 1, 0, degree)
+    tensor.init_tp_weights(model, "", given, 1, 0, degree)
     model.to(DTYPES[element])
     (block, *_) = (layer for layer in model.layers if isinstance(layer, layers.Block))
     block.recompute = recompute

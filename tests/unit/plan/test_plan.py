@@ -31,12 +31,12 @@ def test_the_stored_keys_are_those_of_deepspeed():
 
 
 def test_planning_loads_neither_torch_nor_deepspeed():
-    words = ["plan", "--recipe", str(SEVEN), "--deepspeed_config", str(config("zero1")), "--world-size", "8"]
-    words += ["--device", "H100"]  # does not fit, so that it searches for changes, too
+    arguments = ["plan", "--recipe", str(SEVEN), "--deepspeed_config", str(config("zero1")), "--world-size", "8"]
+    arguments += ["--device", "H100"]  # does not fit, so that it searches for changes, too
     program = f"""
 import sys
 from megagpt.cli import main
-code = main({words!r})
+code = main({arguments!r})
 print(code, [name for name in ("torch", "deepspeed") if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -114,8 +114,8 @@ def test_planning_a_folder_needs_configs_and_a_device(tmp_path):
 
 
 def test_json_contains_every_figure(capsys):
-    words = ["--recipe", str(SEVEN), "--deepspeed_config", str(config("zero3")), "--world-size", "64"]
-    assert main(["plan", *words, "--device", "H100", "length.tokens=4.0e10", "--json"]) in (0, 1)
+    arguments = ["--recipe", str(SEVEN), "--deepspeed_config", str(config("zero3")), "--world-size", "64"]
+    assert main(["plan", *arguments, "--device", "H100", "length.tokens=4.0e10", "--json"]) in (0, 1)
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 6_738_415_616
     assert found["length"]["updates"] == -(-40_000_000_000 // 2048**2)
@@ -123,11 +123,11 @@ def test_json_contains_every_figure(capsys):
 
 
 def test_the_length_of_an_epoch_is_that_of_the_corpus_if_it_exists(data, recipe):
-    words = ("length={epochs: 2}",)
-    made = plan(PlanOptions(recipe, config("zero1"), words))
+    overrides = ("length={epochs: 2}",)
+    made = plan(PlanOptions(recipe, config("zero1"), overrides))
     tokens = json.loads((data / "text.train.json").read_text())["tokens"]
     assert made.length.updates == -(-2 * (tokens // 32) // 4)
-    gone = plan(PlanOptions(recipe, config("zero1"), (*words, "data.train=nowhere")))
+    gone = plan(PlanOptions(recipe, config("zero1"), (*overrides, "data.train=nowhere")))
     assert gone.length.updates is None
     assert "set length.tokens" in str(gone)
 

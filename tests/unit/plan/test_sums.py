@@ -36,10 +36,10 @@ def resolve(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sums")
     (folder / "recipe.yaml").write_text(RECIPE)
 
-    def resolved(ranks, stage=1, micro=2, words=(), **more):
+    def resolved(ranks, stage=1, micro=2, overrides=(), **more):
         config = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage, **BUCKET}, **more}
         (folder / "config.json").write_text(json.dumps(config))
-        recipe = recipes.load(folder / "recipe.yaml", words)
+        recipe = recipes.load(folder / "recipe.yaml", overrides)
         return ds_config.load(folder / "config.json", recipe, ranks, recorded_keys())
 
     return resolved
@@ -71,10 +71,10 @@ def test_model_parallel_ranks_send_hidden_states(resolve):
 
 
 def test_a_checkpoint_has_12_bytes_per_parameter(resolve):
-    resolved = resolve(1, words=("checkpoint.keep_last=2",))
+    resolved = resolve(1, overrides=("checkpoint.keep_last=2",))
     found, one = cost_estimate.disk(resolved, 1000), 12 * flops.parameters(resolved.recipe.model)
     assert (found.checkpoint, found.checkpoints, found.corpus) == (one, 3 * one, 2000)
-    assert cost_estimate.disk(resolve(1, words=("checkpoint.keep_last=null",)), 1000).checkpoints is None
+    assert cost_estimate.disk(resolve(1, overrides=("checkpoint.keep_last=null",)), 1000).checkpoints is None
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

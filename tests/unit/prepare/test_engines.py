@@ -52,15 +52,15 @@ def test_the_bytes_are_the_same_as_with_sentencepiece(mixed, model, tmp_path, co
 
 
 class Broken:
-    """gigatoken, except that it drops the last id of documents that contain a given word."""
+    """gigatoken, except that it drops the last id of documents that contain a given text."""
 
-    def __init__(self, tokenizer, word):
-        self._engine, self._word, self._end = build_engine(tokenizer), word, tokenizer.eod
+    def __init__(self, tokenizer, trigger):
+        self._engine, self._trigger, self._end = build_engine(tokenizer), trigger, tokenizer.eod
 
     def encode(self, texts):
         ids = self._engine.encode(texts)
-        before, word, _ = texts.partition(self._word)
-        last = np.flatnonzero(ids == self._end)[before.count(b"<eod>")] - 1 if word else []
+        before, found, _ = texts.partition(self._trigger)
+        last = np.flatnonzero(ids == self._end)[before.count(b"<eod>")] - 1 if found else []
         return np.delete(ids, last)
 
 

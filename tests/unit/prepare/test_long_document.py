@@ -30,21 +30,21 @@ def limit(request, monkeypatch):
 
 def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path, limit):
     block = WORD * 32_768
-    words, rest = divmod(limit + MORE - 1, len(WORD))
+    repeats, rest = divmod(limit + MORE - 1, len(WORD))
     path = tmp_path / "a.jsonl.zst"
     with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as file:
         file.write(b'{"text": "before"}\n{"text": "')
-        for _ in range(words // 32_768):
+        for _ in range(repeats // 32_768):
             file.write(block.encode())
-        file.write((WORD * (words % 32_768) + WORD[:rest]).encode())
+        file.write((WORD * (repeats % 32_768) + WORD[:rest]).encode())
         file.write(b'"}\n{"text": "after"}\n')
     summary = prepare_command([str(path)], model, tmp_path / "c", PrepareOptions(0, workers=1))
     path.unlink()
     assert [str(one) for one in summary.oddities] == [f"warning: {WARNING_KINDS['long']}: 1 (first: {path}:2)"]
 
     reader, tokenizer = CorpusReader(tmp_path / "c.train"), Tokenizer(model)
-    before, after, word = (tokenizer.encode(text) for text in ("before", "after", WORD))
-    assert len(word) == len(WORD)
+    before, after, word_ids = (tokenizer.encode(text) for text in ("before", "after", WORD))
+    assert len(word_ids) == len(WORD)
     assert reader.lengths.tolist() == [len(before) + 1, limit, MORE, len(after) + 1]
     assert reader.documents.tolist() == [0, 1, 3, 4]
     document = reader.document(1)
@@ -52,8 +52,8 @@ def test_a_document_of_too_many_tokens_becomes_several_sequences(model, tmp_path
     assert document[-1] == tokenizer.eod
     for at in range(0, len(document) - 1, 1 << 24):
         ids = document[at : min(at + (1 << 24), len(document) - 1)]
-        start = at % len(word)
-        assert np.array_equal(ids, np.resize(word[start:] + word[:start], len(ids)))
+        start = at % len(word_ids)
+        assert np.array_equal(ids, np.resize(word_ids[start:] + word_ids[:start], len(ids)))
     assert tokenizer.decode(reader.document(2)[:-1]) == "after"
     assert verify(summary.train.prefix).wrong == ()
 

@@ -22,7 +22,7 @@ from megagpt.prepare.command import PrepareOptions, prepare_command
 from tests.unit.prepare.conftest import content, finish, jsonl, wait_for
 
 mpi = pytest.mark.skipif(
-    not shutil.which("mpirun"), reason="preparing by MPI ranks: not installed: mpirun (tests/install.sh)"
+    not shutil.which("mpirun"), reason="preparing with MPI ranks: mpirun is not installed (tests/install.sh)"
 )
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
@@ -52,10 +52,8 @@ CHOSEN = [(2, {}), (3, {}), (3, {"deduplicate": True, "shuffle": True})]
 
 
 @mpi
-@pytest.mark.parametrize(("ranks", "chosen"), CHOSEN, ids=["2", "3", "3 that choose"])
-def test_ranks_write_the_same_bytes_and_each_rank_a_part_of_them(
-    command, lines, model, tmp_path, monkeypatch, ranks, chosen
-):
+@pytest.mark.parametrize(("ranks", "chosen"), CHOSEN, ids=["2", "3", "3 with selection"])
+def test_ranks_write_the_same_bytes_and_each_writes_a_part(command, lines, model, tmp_path, monkeypatch, ranks, chosen):
     monkeypatch.setattr(chunks, "_MIN_BYTES", 5000 if chosen else 1 << 30)
     prepare_command([str(lines)], model, tmp_path / "alone", PrepareOptions(0.2, workers=1, **chosen))
     options = ("--tokenizer", model, "--output", tmp_path / "c", "--validation-fraction", 0.2)
@@ -68,7 +66,7 @@ def test_ranks_write_the_same_bytes_and_each_rank_a_part_of_them(
     assert output.count("prepared in") == 1, errors
     written = sorted(tuple(map(int, line.split())) for line in offsets.read_text().splitlines())
     sizes = [(tmp_path / f"c.{part}.bin").stat().st_size for part in ("train", "validation")]
-    assert len({start for start, _ in written}) == 2 * ranks - 1  # both parts begin at 0
+    assert len({start for start, _ in written}) == 2 * ranks - 1  # both parts begin at offset 0
     assert sum(size for _, size in written) == sum(sizes)
     assert max(size for _, size in written) < 0.75 * sizes[0]
 
@@ -152,14 +150,14 @@ def test_an_mpirun_of_another_mpi_is_an_error(command, lines, model, tmp_path, m
         monkeypatch.setenv(name, value)
     _, errors = finish(command("prepare", lines, "--tokenizer", model, "--output", tmp_path / "c"), 2)
     what, where, do = errors.splitlines()[-3:]  # mpi4py warns before
-    assert what == "megagpt: 2 processes were started, and MPI knows of 1"
+    assert what == "megagpt: 2 processes were started, but MPI sees 1"
     assert where.startswith("  Open MPI")
-    assert do == "  do: start them by the mpirun of this MPI"
+    assert do == "  do: start them with the mpirun of this MPI"
     assert not list(tmp_path.glob("c*"))
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "expected"),
     [
         ({}, ("python", 0, 1)),
         (
@@ -170,12 +168,12 @@ def test_an_mpirun_of_another_mpi_is_an_error(command, lines, model, tmp_path, m
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("python", 0, 1)),  # in an allocation, but not started by srun
         (STEP | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, ("slurm", 3, 4)),
         (STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, ("slurm", 1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun's, which is no launcher of prepare
+        ({"RANK": "1", "WORLD_SIZE": "8"}, ("python", 0, 1)),  # of torchrun, which is not a launcher for prepare
     ],
 )
-def test_the_rank_and_world_size_come_from_the_launcher(environment, place):
+def test_the_rank_and_world_size_come_from_the_launcher(environment, expected):
     found = from_mpi_or_slurm(environment)
-    assert (found.launcher, found.rank, found.world_size) == place
+    assert (found.launcher, found.rank, found.world_size) == expected
 
 
 @pytest.fixture
@@ -203,26 +201,26 @@ def test_tasks_of_slurm_need_no_mpi(tasks, expected, tmp_path):
 
 def test_an_error_names_tasks_that_do_not_connect(monkeypatch, tmp_path):
     monkeypatch.setattr(sockets, "JOIN_LIMIT", timedelta(seconds=3))
-    place = from_mpi_or_slurm(
+    rank = from_mpi_or_slurm(
         STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "localhost"}
     )
 
-    def come(**other):
-        with pytest.raises(MachineError) as error, sockets.connected(replace(place, **other), tmp_path, None) as task:
-            task.bcast(None)  # the first one leaves instead
+    def connect(**other):
+        with pytest.raises(MachineError) as error, sockets.connected(replace(rank, **other), tmp_path, None) as task:
+            task.bcast(None)  # the first one exits instead
         return str(error.value)
 
     with ThreadPoolExecutor() as pool:
-        coming = [pool.submit(come, rank=2), pool.submit(come, rank=1, job="8.0")]
-        with pytest.raises(MachineError) as error, sockets.connected(place, tmp_path, None):
+        others = [pool.submit(connect, rank=2), pool.submit(connect, rank=1, job="8.0")]
+        with pytest.raises(MachineError) as error, sockets.connected(rank, tmp_path, None):
             pass
-        said = [one.result().splitlines()[0] for one in coming]
-    assert said == [
-        "megagpt: task 0 has ended before its work was done",
-        f"megagpt: rank 1 on {socket.gethostname()} found no key of its job within 3 s: it is not there",
+        errors = [one.result().splitlines()[0] for one in others]
+    assert errors == [
+        "megagpt: task 0 ended before its work was done",
+        f"megagpt: rank 1 on {socket.gethostname()} found no key file of its job within 3 s: it does not exist",
     ]
     assert str(error.value) == (
-        "megagpt: not all tasks have come within 3 s\n  missing: 1, 3\n  do: see what they said"
+        "megagpt: not all tasks have connected within 3 s\n  missing: 1, 3\n  do: see their messages"
     )
 
 
@@ -273,7 +271,7 @@ def wait_for_port(port):
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("localhost", port))
         time.sleep(0.1)
-    raise AssertionError("nobody listens")
+    raise AssertionError("no process listens")
 
 
 def test_a_task_that_dies_ends_all_and_the_command_resumes_later(tasks, expected, tmp_path):
@@ -282,7 +280,7 @@ def test_a_task_that_dies_ends_all_and_the_command_resumes_later(tasks, expected
     started[1].kill()
     _, errors = finish(started[0], 1)
     assert errors == (
-        "megagpt: task 1 has ended before its work was done\n  srun\n"
+        "megagpt: task 1 ended before its work was done\n  srun\n"
         "  do: see its messages, then run the command again: it resumes where it stopped\n"
     )
     assert not list(tmp_path.glob("c.*.idx"))

@@ -1,14 +1,21 @@
-"""The console shows our lines and nothing else; the log file has everything."""
+"""The console shows our lines and nothing else, the log file has everything, and no output can end a run."""
 
+import json
+import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.data.evaluation_batches import perplexity
 from megagpt.state import TrainState, UpdateResult
-from megagpt.training.console import Progress, duration
+from megagpt.training import loop
+from megagpt.training.console import Progress, display_only, duration
 
 NOISY = """
 import logging, os, sys, warnings
@@ -82,3 +89,73 @@ def test_durations_read_well(seconds, words):
 @given(st.floats(0, 1e9))
 def test_every_duration_can_be_said(seconds):
     assert duration(seconds)
+
+
+ANY_TEXT = r"""
+import sys
+from pathlib import Path
+from megagpt.training.console import Console
+with Console(Path(sys.argv[1]), rank=0) as console:
+    console.say("2 \u00d7 cpu, \u6f22, \U0001f600, half a surrogate pair: \ud800")
+    console.alarm("alarm \u00d7 \ud800")
+    print("a library prints \u00d7 \ud800")
+print("after")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16", "shift_jis"])
+def test_characters_that_an_encoding_lacks_end_no_run(tmp_path, encoding):
+    result = subprocess.run(
+        [sys.executable, "-c", ANY_TEXT, str(tmp_path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode("utf-8", "ignore").startswith("2 × cpu, 漢, 😀, half a surrogate pair: ")
+    assert "after".encode(encoding).removeprefix(b"\xff\xfe") in result.stdout  # the stream has its encoding back
+    assert result.stderr.decode() == "alarm × ?\n"
+    log = (tmp_path / "logs/rank-0.log").read_text(encoding="utf-8")
+    assert "2 × cpu, 漢, 😀" in log
+    assert "a library prints × \\ud800\n" in log
+
+
+NUMBERS = [0.0, -1.0, 709.0, 710.0, 1e308, -1e308, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_no_number_is_too_strange_to_show(value):
+    progress = Progress(total=3, tokens_per_update=1024)
+    assert "loss" in progress.line(TrainState(1), UpdateResult(value, value, value, 1024))
+    assert duration(value)
+    lines = []
+    run = SimpleNamespace(console=SimpleNamespace(say=lines.append))
+    loop.show_validation(run, TrainState(30), value, value, {"a": value})
+    assert lines[0].startswith(f" validation  update 30  loss {value:7.4f}  perplexity ")
+
+
+@pytest.mark.parametrize("loss", NUMBERS)
+def test_perplexity_is_infinite_where_a_float_overflows(loss):
+    with np.errstate(over="ignore"):
+        expected = np.exp(np.longdouble(loss))  # its exponents are larger
+    if expected > sys.float_info.max:
+        expected = math.inf
+    assert perplexity(loss) == pytest.approx(float(expected), nan_ok=True)
+
+
+def test_an_error_while_formatting_goes_to_the_log(capsys):
+    with display_only():
+        math.exp(710)
+    assert "OverflowError: math range error" in capsys.readouterr().err
+
+
+def test_commands_print_to_a_terminal_that_knows_only_ascii(tmp_path):
+    updates = [{"event": "update", "update": n, "loss": 3.0 / n, "tokens": 10 * n, "seconds": 1.0} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(update) + "\n" for update in updates))
+    result = subprocess.run(
+        [sys.executable, "-m", "megagpt.cli", "report", str(tmp_path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.isascii()
+    assert b"time: 3s: compute 100.0%" in result.stdout

@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from megagpt.cluster.preflight import Host
+from megagpt.cluster.preflight import RankLocation
 from megagpt.training.watchdog import Watch
 
 
@@ -19,7 +19,7 @@ def test_a_rank_is_seen_while_it_writes_its_heartbeat(tmp_path, monkeypatch):
 
     watches = []
     monkeypatch.setattr(Path, "write_text", write)
-    hosts = [Host("node1", "127.0.0.1")]
+    hosts = [RankLocation("node1", "127.0.0.1")]
     watch = Watch(tmp_path, 0, hosts, 0.05, alarm=print, warn=print)
     watches.append(watch)
     assert written_often.wait(60)

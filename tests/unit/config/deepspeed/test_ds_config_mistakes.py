@@ -102,10 +102,10 @@ OWNERS = {
     ),
     "betas, against a default": (
         ['"optimizer": {"params": {"betas": [0.9, 0.999]}}'],
-        "megagpt: two places set the betas\n"
+        "megagpt: the recipe owns the betas, and its default is another\n"
         "  optimizer.betas         [0.9, 0.95]    default\n"
         "  optimizer.params.betas  [0.9, 0.999]   d.json:2\n"
-        '  do: write "auto" in d.json (the recipe owns it)',
+        '  do: write "auto" in d.json to use the default, or set optimizer.betas to [0.9, 0.999] in the recipe',
     ),
     "optimizer": (
         ['"optimizer": {"type": "Lion"}'],
@@ -115,9 +115,9 @@ OWNERS = {
     ),
     "clipping": (
         ['"gradient_clipping": 0.5'],
-        "megagpt: two places set the clipping norm\n"
+        "megagpt: the recipe owns the clipping norm, and its default is another\n"
         "  optimizer.clip     1.0   default\n  gradient_clipping  0.5   d.json:2\n"
-        '  do: write "auto" in d.json (the recipe owns it)',
+        '  do: write "auto" in d.json to use the default, or set optimizer.clip to 0.5 in the recipe',
     ),
     "global batch": (
         ['"train_batch_size": 32'],
@@ -211,7 +211,7 @@ def test_all_mistakes_are_reported_at_once(resolve):
     assert [problem.what for problem in caught.value.problems] == [
         "unknown key nope_nope",
         "two places set the precision",
-        "two places set the clipping norm",
+        "the recipe owns the clipping norm, and its default is another",
         "the global batch is not divisible by the number of data-parallel ranks",
     ]
 

@@ -304,3 +304,15 @@ def test_resolving_imports_neither_torch_nor_deepspeed(known, tmp_path):
     command = [sys.executable, "-c", code, ROOT / "ds_configs/zero1.json", SMALL, tmp_path / "known.json"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "set()\n"
+
+
+def test_text_of_an_override_is_used_as_it_is_and_paths_are_expanded(resolve, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("SCRATCH", "/s")
+    overrides = ("ds.csv_monitor.job_name=exp #3", "ds.csv_monitor.output_path=~/logs")
+    config = resolve('"tensorboard": {"output_path": "$SCRATCH/tb"}', overrides=overrides).config
+    assert config["csv_monitor"] == {"job_name": "exp #3", "output_path": "/h/logs"}
+    assert config["tensorboard"] == {"output_path": "/s/tb"}
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(UserError, match="cannot be expanded: the environment variable SCRATCH"):
+        resolve('"tensorboard": {"output_path": "$SCRATCH/tb"}')

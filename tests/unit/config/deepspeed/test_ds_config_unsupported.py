@@ -201,7 +201,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_sizes_that_do(expect_err
     expect_error(lines, message)
 
 
-def test_ranks_that_do_not_divide_the_batch_areexpect_error(expect_error):
+def test_ranks_that_do_not_divide_the_batch_are_an_error(expect_error):
     message = (
         "megagpt: the global batch is not divisible by the number of data-parallel ranks\n"
         "  batch.global_size    64   r.yaml:5\n  data-parallel ranks  3    from the world size\n"

@@ -37,7 +37,7 @@ def test_every_model_key_is_filled_in(loader):
     model = loader({3: "model: {preset: gpt2-124m, activation: swiglu}"}).model
     assert (model.n_layer, model.d_model, model.vocab_size) == (12, 768, 50257)  # the preset's
     assert (model.n_kv_head, model.d_ff) == (12, 2048)  # derived: 8/3 · 768
-    assert model.activation == "swiglu"  # given beside the preset
+    assert model.activation == "swiglu"  # given in addition to the preset
 
 
 @pytest.mark.parametrize(("d_model", "d_ff"), [(768, 2048), (4096, 10944), (64, 192), (100, 320)])
@@ -84,6 +84,67 @@ def test_overrides_replace_and_add_values(loader):
     assert (recipe.evaluation.every, recipe.model.n_layer) == (5, 2)
     assert (recipe.length.updates, recipe.length.tokens) == (None, 65536000)
     assert [recipe.location(key) != "" for key in ("length.tokens", "length.updates")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Title",
+        "@x",
+        "Q: who",
+        "1984",
+        "true",
+        "[1",
+        "{",
+        "- a",
+        "exp #3",
+        "a: b",
+        "'tis",
+        "*",
+        "&a",
+        "%",
+        "`",
+        "\ta",
+        "a ",
+    ],
+)
+def test_override_of_a_key_that_takes_text_is_used_as_it_is(loader, text):
+    overrides = [f"evaluation.prompt={text}", "evaluation.every=5", "data.tokenizer=t.model"]
+    assert loader(None, *overrides).evaluation.prompt == text
+    assert loader(None, f"run_dir=runs/{text}").run_dir == f"runs/{text}"
+    assert loader(None, f"data.train=data/{text}").data.train[0].path == f"data/{text}"
+    assert loader(None, f"data.tokenizer=data/{text}").data.tokenizer == f"data/{text}"
+
+
+def test_override_of_a_key_that_takes_text_may_be_yaml_text_or_null(loader):
+    assert loader(None, "evaluation.prompt=null").evaluation.prompt is None
+    assert loader(None, "evaluation.prompt=").evaluation.prompt is None
+    assert loader(None, r'run_dir="null\u00e9"').run_dir == "null\u00e9"
+    assert loader(None, "run_dir='it''s'").run_dir == "it's"
+    assert [source.path for source in loader(None, "data.train=[a, b]").data.train] == ["a", "b"]
+
+
+def test_home_and_variables_are_expanded_in_every_path(loader, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("SCRATCH", "/s")
+    recipe = loader({1: "run_dir: ~/x", 4: "data: {tokenizer: $SCRATCH/t, train: [~/a, {path: '${SCRATCH}/b'}]}"})
+    assert (recipe.run_dir, recipe.data.tokenizer) == ("/h/x", "/s/t")
+    assert [source.path for source in recipe.data.train] == ["/h/a", "/s/b"]
+    recipe = loader(None, "run_dir=$SCRATCH/r", "data.validation=~/v", "init_from=~/r@latest")
+    assert (recipe.run_dir, recipe.data.validation, recipe.init_from) == ("/s/r", ("/h/v",), "/h/r@latest")
+    assert loader(None, "run_dir=runs/~x").run_dir == "runs/~x"
+
+
+def test_path_that_cannot_be_expanded_is_an_error(loader, monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(UserError) as caught:
+        loader({4: "data: {train: [a, $NOT_SET/b]}"}, "run_dir=~nobody-here/x")
+    assert str(caught.value) == (
+        "megagpt: run_dir cannot be expanded: there is no home directory of ~nobody-here\n"
+        "  command line  run_dir=~nobody-here/x\n  do: set it where training starts, or write the path out\n"
+        "megagpt: data.train.1 cannot be expanded: the environment variable NOT_SET is not set\n"
+        "  r.yaml:4  data.train.1\n  do: set it where training starts, or write the path out"
+    )
 
 
 def test_override_fixes_a_mistake_of_the_file(loader):

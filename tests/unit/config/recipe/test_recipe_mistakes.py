@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.config.recipe import load
+from megagpt.config.recipe import PRESETS, load, synonyms
+from megagpt.config.recipe.checking import known_keys
 from megagpt.errors import UserError
 
 MISTAKES = {
@@ -219,6 +220,42 @@ def test_mistake_on_the_command_line_is_reported(loader, override, message):
     with pytest.raises(UserError) as caught:
         loader(None, override)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "do"),
+    [
+        ("optimizer.learning_rate=1", "write optimizer.lr"),
+        ("model.max_position_embeddings=1", "write model.seq_len"),
+        ("model.num-hidden-layers=1", "write model.n_layer"),
+        ("hidden_size=1", "write model.d_model"),
+        ("max_iters=1", "write length.updates"),
+        ("model.untie_embeddings_and_output_weights=true", "write model.tie_embeddings, which means the opposite"),
+        (
+            "tensor_model_parallel_size=2",
+            "set tensor_parallel.autotp_size in the DeepSpeed config, "
+            "or ds.tensor_parallel.autotp_size=VALUE on the command line",
+        ),
+        ("modle.n_layer=3", "write model.n_layer"),
+        ("optimizer.lrr=1", "write optimizer.lr"),
+        ("zzz=1", "remove it; a recipe has run_dir, init_from, seed, precision, model, data, batch, optimizer, "
+         "schedule, length, evaluation, checkpoint, health and log"),
+        ("model.preset=gpt2", "choose one of gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1.5b"),
+        ("model.preset=openai-community/gpt2-xl", "write gpt2-1.5b"),
+    ],
+)  # fmt: skip
+def test_remedy_names_the_key_that_is_meant_or_none(loader, override, do):
+    with pytest.raises(UserError) as caught:
+        loader(None, override)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.do) == (f"command line  {override}", do)
+
+
+def test_every_synonym_leads_to_a_key_that_exists():
+    for ours in set(synonyms._RECIPE_KEYS.values()) | set(synonyms._OPPOSITE.values()):
+        assert ours in set(known_keys())
+    assert not set(synonyms._RECIPE_KEYS) & {name.rpartition(".")[2].replace("_", "") for name in known_keys()}
+    assert set(synonyms._PRESETS.values()) <= set(PRESETS)
 
 
 def test_a_prompt_needs_a_tokenizer(loader):

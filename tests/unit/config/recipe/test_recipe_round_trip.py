@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from megagpt.config.recipe import PRESETS, Recipe, load, to_yaml
 
-TEXT = st.text(min_size=1).filter(lambda text: not text.endswith((".bin", ".idx")))
+TEXT = st.text(min_size=1).filter(
+    lambda text: not text.endswith((".bin", ".idx")) and text[0] != "~" and "$" not in text
+)
 COUNT = st.integers(min_value=1, max_value=10**12)
 MAYBE = st.none() | COUNT
 RATE = st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True)

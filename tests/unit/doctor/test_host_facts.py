@@ -1,4 +1,4 @@
-"""What a host says of itself is what the system's own tools say, and it is said without torch."""
+"""The facts about a host are those that the system's own tools report, and are collected without torch."""
 
 import json
 import os
@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from megagpt.corpus.writer import CorpusWriter
-from megagpt.doctor import facts, network
-from megagpt.doctor.agent import Agent
-from megagpt.doctor.children import Child
-from megagpt.doctor.token import Token
+from megagpt.doctor import host_facts
+from megagpt.doctor.agent import Agent, ProbeProcess
+from megagpt.doctor.host_facts import RunDirectoryMarker
 
 NOTHING = {"files": [], "corpora": [], "run_dir": "", "nvme": ""}
 
@@ -26,9 +25,9 @@ def printed(*words):
 
 
 def test_facts_are_those_of_the_systems_own_tools():
-    said = []
-    found = facts.gather(NOTHING, said.append)
-    assert list(found) == ["host", *said]
+    steps = []
+    found = host_facts.collect(NOTHING, steps.append)
+    assert list(found) == ["host", *steps]
     assert json.loads(json.dumps(found)) == found
     assert found["host"] == socket.gethostname()
     assert found["python"]["version"] == printed(sys.executable, "-V").split()[1]
@@ -46,22 +45,25 @@ def test_facts_are_those_of_the_systems_own_tools():
 
 def test_facts_need_no_torch():
     heavy = ("torch", "deepspeed", "numpy", "pydantic", "rich")
-    program = f"import sys; from megagpt.doctor import facts, agent; facts.gather({NOTHING}, print); " \
+    program = f"import sys; from megagpt.doctor import host_facts, agent; host_facts.collect({NOTHING}, print); " \
               f"sys.exit(any(name in sys.modules for name in {heavy}))"  # fmt: skip
     printed(sys.executable, "-c", program)
 
 
-def test_the_address_that_others_reach_is_not_the_loopback():
-    assert network.outside({"lo": "127.0.0.1", "ib0": "10.1.0.1", "eth0": "10.0.0.1"}) == ("ib0", "10.1.0.1")
-    assert network.outside({"lo": "127.0.0.1"}) == ("", "")
+def test_the_external_interface_is_not_the_loopback():
+    assert host_facts.external_interface({"lo": "127.0.0.1", "ib0": "10.1.0.1", "eth0": "10.0.0.1"}) == (
+        "ib0",
+        "10.1.0.1",
+    )
+    assert host_facts.external_interface({"lo": "127.0.0.1"}) == ("", "")
 
 
-def test_a_corpus_is_told_by_its_sizes_ends_and_sidecar(tmp_path):
+def test_a_corpus_is_identified_by_its_sizes_ends_and_sidecar(tmp_path):
     def write(name, ids):
         with CorpusWriter(tmp_path / name, 60_000) as writer:
             writer.add_document(list(ids), 1)
             writer.finish("sha", 0)
-        return facts.corpus(str(tmp_path / name), print)
+        return host_facts.corpus_identity(str(tmp_path / name), print)
 
     one, same = write("one", range(1000)), write("same", range(1000))
     assert one == same
@@ -71,36 +73,37 @@ def test_a_corpus_is_told_by_its_sizes_ends_and_sidecar(tmp_path):
     assert (other["sizes"], other["ends"] == one["ends"]) == (one["sizes"], False)
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    gone = facts.corpus(str(tmp_path / "one"), print)
+    gone = host_facts.corpus_identity(str(tmp_path / "one"), print)
     assert gone["missing"] == [f"{tmp_path}/one{suffix}: No such file or directory" for suffix in (".bin", ".idx")]
 
 
 def test_files_and_code_have_checksums_that_change_with_them(tmp_path):
     (tmp_path / "a").write_text("1")
-    first = facts.checksum(tmp_path / "a")
+    first = host_facts.file_checksum(tmp_path / "a")
     (tmp_path / "a").write_text("2")
-    assert first != facts.checksum(tmp_path / "a") != ""
-    assert facts.checksum(tmp_path / "b") == ""
-    assert facts.code() == facts.code()
+    assert first != host_facts.file_checksum(tmp_path / "a") != ""
+    assert host_facts.file_checksum(tmp_path / "b") == ""
+    assert host_facts.code_checksum() == host_facts.code_checksum()
 
 
-def test_tokens_in_one_folder_see_each_other_and_leave_no_trace(tmp_path):
+def test_markers_in_one_folder_are_visible_to_each_other_and_leave_no_trace(tmp_path):
     run = tmp_path / "runs/one"
-    first, second = Token(run, "x", 0), Token(run, "x", 1)
+    first, second = RunDirectoryMarker(run, "x", 0), RunDirectoryMarker(run, "x", 1)
     assert first.write() == second.write() == {"error": "", "full": False}
-    assert Token(run, "another-visit", 0).seen() == []
-    assert first.seen() == second.seen() == [0, 1]
+    assert RunDirectoryMarker(run, "another-session", 0).visible() == []
+    assert first.visible() == second.visible() == [0, 1]
     first.remove()
-    assert second.seen() == [1]
+    assert second.visible() == [1]
     second.remove()
-    for token in (first, second):
-        token.remove_folders()
+    for marker in (first, second):
+        marker.remove_folders()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_token_that_cannot_be_written_says_why(tmp_path):
+def test_a_marker_that_cannot_be_written_returns_the_reason(tmp_path):
     (tmp_path / "file").touch()
-    assert Token(tmp_path / "file/run", "x", 0).write() == {"error": "Not a directory", "full": False}
+    marker = RunDirectoryMarker(tmp_path / "file/run", "x", 0)
+    assert marker.write() == {"error": "Not a directory", "full": False}
 
 
 @pytest.fixture
@@ -110,26 +113,28 @@ def lock(tmp_path, monkeypatch):
     return tmp_path / "async_io/lock"
 
 
-def test_a_lock_is_dead_when_nobody_has_it_open(lock):
-    assert facts.locks() == []
+def test_a_lock_is_dead_if_no_process_has_it_open(lock):
+    assert host_facts.build_locks() == []
     with lock.open("w"):
-        assert facts.holders(lock) == [os.getpid()]
-        (held,) = facts.locks()
-    (dead,) = facts.locks()
+        assert host_facts.lock_holders(lock) == [os.getpid()]
+        (held,) = host_facts.build_locks()
+    (dead,) = host_facts.build_locks()
     assert (held["path"], held["operator"], held["building"]) == (str(lock), "async_io", True)
     assert dead["building"] is False
 
 
-def child(monkeypatch, tmp_path, program):
-    """A process of the doctor's that does this, in the place of the probe."""
+def probe(monkeypatch, tmp_path, program):
+    """A probe process that runs this program instead."""
     package = tmp_path / "package/megagpt_probe.py"
     package.parent.mkdir()
     package.write_text(
-        f"from megagpt.doctor.children import begin\nimport os, sys, time\nwords, say = begin()\n{program}"
+        f"from megagpt.doctor.probes import start_probe\nimport os, sys, time\n_, output = start_probe()\n{program}"
     )
     real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: real([words[0], str(package), *words[3:]], **more))
-    return Child("probe", {"limit": 60})
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **more: real([command[0], str(package), *command[3:]], **more)
+    )
+    return ProbeProcess("torch", {"limit": 60})
 
 
 def gone(pid):
@@ -140,20 +145,20 @@ def gone(pid):
         return True
 
 
-def test_a_child_that_dies_says_at_what_and_what_it_said_is_kept(monkeypatch, tmp_path):
-    program = "print('noise')\nsay({'a': 1})\nsay({'doing': 'import torch'})\nraise ImportError('no libfoo')"
-    assert child(monkeypatch, tmp_path, program).answers(60, lambda _: None) == {
+def test_a_probe_that_dies_keeps_its_results_and_names_the_step(monkeypatch, tmp_path):
+    program = "print('noise')\noutput({'a': 1})\noutput({'at': 'import torch'})\nraise ImportError('no libfoo')"
+    assert probe(monkeypatch, tmp_path, program).result(60) == {
         "a": 1, "died": "ImportError: no libfoo", "at": "import torch"}  # fmt: skip
 
 
-def test_a_child_that_ends_well(monkeypatch, tmp_path):
+def test_a_probe_that_succeeds(monkeypatch, tmp_path):
     begun = time.time()
-    found = child(monkeypatch, tmp_path, "say({'time': time.time()})").answers(60, lambda _: None)
+    found = probe(monkeypatch, tmp_path, "output({'time': time.time()})").result(60)
     assert begun < found["time"] < time.time()
     assert list(found) == ["time"]
 
 
-def test_a_build_that_does_not_end_is_cut_short_and_the_next_one_does_not_wait_for_it(tmp_path, monkeypatch):
+def test_a_build_that_does_not_end_is_killed_and_the_next_one_does_not_wait_for_it(tmp_path, monkeypatch):
     if not shutil.which("c++") or not Path("/usr/include/libaio.h").exists():
         pytest.skip("a build of async_io: it needs a C++ compiler and libaio's headers (tests/install.sh)")
     compiler, pids = tmp_path / "compiler", tmp_path / "pids"
@@ -164,10 +169,10 @@ def test_a_build_that_does_not_end_is_cut_short_and_the_next_one_does_not_wait_f
     limit = 4.0
     while not pids.exists():  # on a busy machine torch alone may take as long
         limit *= 2
-        found = Agent(print, {}).probe(limit, operators=["async_io"], gpu_operators=[])
+        found = Agent(print, {}).probe_torch(limit, operators=["async_io"], gpu_operators=[])
         assert limit < 500, found
     assert (found["hung"], found["at"], found["accelerator"]) == (limit, "building or loading async_io", "cpu")
-    assert facts.locks() == []
+    assert host_facts.build_locks() == []
     end = time.monotonic() + 30
     while not all(gone(int(pid)) for pid in pids.read_text().split()):
         assert time.monotonic() < end
