@@ -211,7 +211,7 @@ def test_all_mistakes_are_reported_at_once(resolve):
     assert [problem.what for problem in caught.value.problems] == [
         "unknown key nope_nope",
         "two places set the precision",
-        "two places set the clipping norm",
+        "the recipe owns the clipping norm, and its default is another",
         "the global batch is not divisible by the number of data-parallel ranks",
     ]
 
