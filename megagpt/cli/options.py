@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,6 +52,20 @@ class CommandsInOrderOfUse(typer.core.TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the subcommands; hidden ones come last."""
         return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+def finite(value: float | None) -> float | None:
+    """Check an option: nan passes every comparison with a minimum and maximum. Raises typer.BadParameter."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    """Check an option that must be above 0 and finite. Raises typer.BadParameter."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0.")
+    return finite(value)
 
 
 _TEXT_OPTIONS = ("--prompt", "--text-key", "--text_key")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides
+from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, positive
 from megagpt.errors import require_linux
 
 app = typer.Typer()
@@ -20,9 +20,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, must or never")] = "auto",
     expect_world_size: Annotated[
-        int | None, typer.Option(help="refuse to start with any other number of ranks")
+        int | None, typer.Option(help="refuse to start with any other number of ranks", min=1)
     ] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="time limit: save, then exit with code 75")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="time limit: save, then exit with code 75", callback=positive)
+    ] = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="recipe key allowed to differ from the checkpoint (repeatable)")
     ] = None,

@@ -23,9 +23,10 @@ class Console:
     """
 
     def __init__(self, run: Path, rank: int) -> None:
+        files.make_run_folder(run)
         files.refuse_links_out(run)
         path = run / "logs" / f"rank-{rank}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_run_folder(path.parent)
         self._main, self.log_path = rank == 0, path
         sys.stdout.flush()
         sys.stderr.flush()
