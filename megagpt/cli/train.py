@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, positive
+from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, check_accelerator, positive
 from megagpt.errors import require_linux
 
 app = typer.Typer()
@@ -32,6 +33,7 @@ def train(
 ) -> None:
     """Train, or resume an interrupted run. Start it with `deepspeed`, torchrun, srun, or directly."""
     require_linux("training")
+    check_accelerator(os.environ)
     from megagpt.training import loop as implementation
     from megagpt.training.setup import Options
 
@@ -56,6 +58,7 @@ def parity(
     local_rank: LocalRank = 0,
 ) -> None:
     """Check that a layout trains the same as one process. Start it the way you will start training."""
+    check_accelerator(os.environ)
     from megagpt import parity as implementation
 
     options = implementation.Options(recipe, deepspeed_config, tuple(overrides or ()), updates)

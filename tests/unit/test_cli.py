@@ -15,6 +15,7 @@ from megagpt.cli import main
 from megagpt.cli.options import expand_home
 from megagpt.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """\
 run_dir: runs/a
 model: {preset: gpt2-124m}
@@ -109,3 +110,36 @@ def test_report_of_a_read_only_run_shows_everything_but_the_picture(tmp_path, mo
     output = capsys.readouterr()
     assert "loss, nats per token" in output.out
     assert output.err.startswith("megagpt: the picture cannot be written: Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("argument", "do"),
+    [
+        ("--model.n_layer=3", "write model.n_layer=3, without dashes"),
+        ("--optimizer.lr", "write optimizer.lr=VALUE, without dashes"),
+        ("--ds.zero_optimization.stage=2", "write ds.zero_optimization.stage=2, without dashes"),
+        ("--run_dir=x", "write run_dir=x, without dashes"),
+    ],
+)
+def test_override_written_as_an_option_is_an_error(argument, do, capsys):
+    assert main(["train", "--recipe", "r", "--deepspeed_config", "d", argument]) == 2
+    key = argument[2:].partition("=")[0]
+    assert capsys.readouterr().err == f"megagpt: {key} is not an option\n  command line  {argument}\n  do: {do}\n"
+
+
+def test_unknown_accelerator_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("DS_ACCELERATOR", "gpu")
+    for command in ("train", "parity"):
+        assert main([command, "--recipe", "r", "--deepspeed_config", "d"]) == 2
+        assert "DS_ACCELERATOR=gpu\n  do: unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["srun.sbatch", "deepspeed.sbatch"])
+def test_job_script_states_how_to_submit_it(script, tmp_path):
+    path = ROOT / "launch/slurm" / script
+    for folder, arguments, expected in (
+        (tmp_path, ["r", "d"], "submit this job from the folder that holds launch/"),
+        (ROOT, [], "give a recipe and a DeepSpeed config"),
+    ):
+        process = subprocess.run(["bash", path, *arguments], cwd=folder, capture_output=True, text=True)
+        assert (process.returncode, expected in process.stderr) == (2, True)
