@@ -117,6 +117,17 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+def make_run_folder(path: Path) -> None:
+    """Create a folder of a run directory. Raises UserError if it cannot be created or written to."""
+    do = "set run_dir to a directory that you may write to"
+    try:
+        make_folder(path)
+    except OSError as error:
+        raise UserError(f"the run directory cannot be created: {error.strerror}", str(path), do) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError("the run directory cannot be written to", str(path), do)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and everything in it.
 

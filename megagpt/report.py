@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt import files
-from megagpt.errors import UserError, without_controls
+from megagpt.errors import MachineError, UserError, without_controls
 from megagpt.training import metrics
 
 PICTURE = "loss.svg"
@@ -63,7 +63,11 @@ def draw_as_svg(run: Path) -> Path:
     axes.legend()
     svg = io.StringIO()
     figure.savefig(svg, format="svg")
-    files.replace_text(run / PICTURE, svg.getvalue())
+    try:
+        files.replace_text(run / PICTURE, svg.getvalue())
+    except OSError as error:
+        do = "copy the run directory to a place that you may write to, and run `megagpt report` there"
+        raise MachineError(f"the picture cannot be written: {error.strerror}", str(run / PICTURE), do) from None
     return run / PICTURE
 
 

@@ -3,6 +3,7 @@
 # begin RECIPE CONFIG [option or key=value …]: set `run` to the run directory, `work` to a folder in it for this job, and
 # `train` to the command line of a rank
 begin() {
+  [ $# -ge 2 ] || { echo "megagpt: give a recipe and a DeepSpeed config: sbatch SCRIPT RECIPE CONFIG [KEY=VALUE …]" >&2; exit 2; }
   run=$(megagpt run-directory "$1" "${@:3}") || exit
   work=$run/jobs/$SLURM_JOB_ID
   train=(launch/pretrain.py --recipe "$1" --deepspeed_config "$2" "${@:3}")

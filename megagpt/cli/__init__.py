@@ -20,7 +20,7 @@ import typer
 
 from megagpt import __version__
 from megagpt.cli import cluster, config, data, run, train
-from megagpt.cli.options import CommandsInOrderOfUse, expand_home
+from megagpt.cli.options import CommandsInOrderOfUse, expand_home, refuse_dashed_overrides
 from megagpt.errors import EXIT_DONE, UserError
 
 app = typer.Typer(
@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without some character shows "?" instead of failing
     try:
-        app(expand_home(sys.argv[1:] if arguments is None else arguments))
+        arguments = sys.argv[1:] if arguments is None else arguments
+        refuse_dashed_overrides(arguments)
+        app(expand_home(arguments))
     except UserError as error:
         sys.stderr.write(f"{error}\n")  # one write, because other ranks write to the same stream
         return error.exit_code

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import Json, Overrides, print_result
+from megagpt.cli.options import Json, Overrides, positive, print_result
 
 app = typer.Typer()
 
@@ -43,7 +43,8 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     limit: Annotated[
-        float, typer.Option(help="time limit per check in seconds; ten times as long for compilation")
+        float,
+        typer.Option(help="time limit per check in seconds; ten times as long for compilation", callback=positive),
     ] = 60.0,
     as_json: Json = False,
 ) -> None:

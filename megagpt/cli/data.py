@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import Inputs, Json, Prefix, TextKey, Workers, print_result
+from megagpt.cli.options import Inputs, Json, Prefix, TextKey, Workers, finite, print_result
 from megagpt.errors import EXIT_FAILURE
 from megagpt.prepare.readers.documents import DEFAULT_VALIDATION_FRACTION
 
@@ -25,7 +25,7 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.train.* and PREFIX.validation.*")],
     validation_fraction: Annotated[
-        float, typer.Option(help="fraction of the documents held out for validation")
+        float, typer.Option(help="fraction of the documents held out for validation", callback=finite)
     ] = DEFAULT_VALIDATION_FRACTION,
     workers: Workers = None,
     text_key: TextKey = "text",
@@ -55,7 +55,7 @@ def prepare(
 def train_tokenizer(
     inputs: Inputs,
     output: Annotated[Path, typer.Option(help="PREFIX: writes PREFIX.model")],
-    vocab_size: Annotated[int, typer.Option(help="number of tokens, special tokens included")] = 32_000,
+    vocab_size: Annotated[int, typer.Option(help="number of tokens, special tokens included", min=1)] = 32_000,
     text_key: TextKey = "text",
     workers: Workers = None,
     as_json: Json = False,

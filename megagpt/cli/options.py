@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from megagpt.errors import without_controls
+from megagpt.errors import UserError, without_controls
 
 _ORDER = (
     "tokenizer", "prepare", "data", "keys", "plan", "hosts", "doctor", "parity",
@@ -51,6 +53,40 @@ class CommandsInOrderOfUse(typer.core.TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the subcommands; hidden ones come last."""
         return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
+def finite(value: float | None) -> float | None:
+    """Check an option: nan passes every comparison with a minimum and maximum. Raises typer.BadParameter."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    """Check an option that must be above 0 and finite. Raises typer.BadParameter."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0.")
+    return finite(value)
+
+
+_ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa")  # deepspeed/accelerator
+_OVERRIDE = re.compile(r"--((?:ds\.)?[a-z]\w*(?:\.\w+)+|run_dir|init_from|precision)(?:=.*)?", re.DOTALL)
+
+
+def check_accelerator(env: Mapping[str, str]) -> None:
+    """Raise UserError if DS_ACCELERATOR is a name that DeepSpeed does not know: its import would fail."""
+    name = env.get("DS_ACCELERATOR")
+    if name is not None and name.removesuffix(".external") not in _ACCELERATORS:
+        do = "unset it to use what the machine has, or set it to cuda or cpu"
+        raise UserError("DeepSpeed has no such accelerator", f"DS_ACCELERATOR={name}", do)
+
+
+def refuse_dashed_overrides(arguments: Sequence[str]) -> None:
+    """Raise UserError for an override of the recipe or the DeepSpeed config that is written as an option."""
+    for argument in arguments:
+        if match := _OVERRIDE.fullmatch(argument):
+            do = f"write {argument[2:] if '=' in argument else f'{match[1]}=VALUE'}, without dashes"
+            raise UserError(f"{match[1]} is not an option", f"command line  {argument}", do)
 
 
 _TEXT_OPTIONS = ("--prompt", "--text-key", "--text_key")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import Json, RunDirectory, print_result
+from megagpt.cli.options import Json, RunDirectory, finite, print_result
 
 app = typer.Typer()
 
@@ -35,11 +35,15 @@ def generate(
     run: RunDirectory,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
     tokens: Annotated[int, typer.Option(help="number of tokens to generate", min=0)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token", min=0)] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the most likely token", min=0, callback=finite)
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="sample from the K most likely tokens", min=1)] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="sample from the most likely tokens with this total probability", min=0, max=1),
+        typer.Option(
+            help="sample from the most likely tokens with this total probability", min=0, max=1, callback=finite
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="random seed for sampling")] = 1234,
     as_json: Json = False,
@@ -108,8 +112,8 @@ def report(run: RunDirectory) -> None:
     from megagpt.training import metrics
 
     print(implementation.draw_as_text(run, color=sys.stdout.isatty()))
-    print(f"picture: {implementation.draw_as_svg(run)}")
     print(f"time: {metrics.time_breakdown(run)}")
+    print(f"picture: {implementation.draw_as_svg(run)}")  # last: a run directory may be read-only
 
 
 @app.command("mark-starting", hidden=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides
+from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, check_accelerator, positive
 from megagpt.errors import require_linux
 
 app = typer.Typer()
@@ -20,9 +21,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, must or never")] = "auto",
     expect_world_size: Annotated[
-        int | None, typer.Option(help="refuse to start with any other number of ranks")
+        int | None, typer.Option(help="refuse to start with any other number of ranks", min=1)
     ] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="time limit: save, then exit with code 75")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="time limit: save, then exit with code 75", callback=positive)
+    ] = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="recipe key allowed to differ from the checkpoint (repeatable)")
     ] = None,
@@ -30,6 +33,7 @@ def train(
 ) -> None:
     """Train, or resume an interrupted run. Start it with `deepspeed`, torchrun, srun, or directly."""
     require_linux("training")
+    check_accelerator(os.environ)
     from megagpt.training import loop as implementation
     from megagpt.training.setup import TrainOptions
 
@@ -54,6 +58,7 @@ def parity(
     local_rank: LocalRank = 0,
 ) -> None:
     """Check that a layout trains the same as one process. Start it the way you will start training."""
+    check_accelerator(os.environ)
     from megagpt import parity as implementation
 
     options = implementation.ParityOptions(recipe, deepspeed_config, tuple(overrides or ()), updates)

@@ -111,6 +111,14 @@ class Loader:
         self._global_batch = data_parallel * self._samples
         self._plan_updates(0)
 
+    def refuse_validation_on(self, corpus: CorpusReader) -> None:
+        """Raise UserError if a validation corpus is one of the training corpora, whatever the spelling of its path."""
+        for reader in self._readers:
+            if _is_same_content(reader, corpus):
+                where = f"data.train       {reader.prefix}\ndata.validation  {corpus.prefix}"
+                do = "give data.validation a corpus of its own, such as PREFIX.validation of `megagpt prepare`"
+                raise UserError("the validation corpus is also trained on: their contents are the same", where, do)
+
     def batches(self, position: int) -> list[Batch]:
         """Load the micro-batches `[accumulation]` of the update that starts at this data position.
 
@@ -296,6 +304,17 @@ def _unverified_note(reader: CorpusReader) -> str:
         f"{note}; all its documents have {size:,} tokens, as if it was packed for a seq_len of {size - 1:,}, "
         "but without a sidecar samples cross document boundaries"
     )
+
+
+def _is_same_content(one: CorpusReader, other: CorpusReader) -> bool:
+    """Return whether two corpora hold the same tokens, by checksum, or by what is probed if one has no checksum."""
+    if os.path.sameopenfile(one.fd, other.fd):
+        return True
+    if len(one.tokens) != len(other.tokens):
+        return False
+    if one.sidecar and other.sidecar and one.dtype == other.dtype:
+        return one.sidecar.bin_crc32 == other.sidecar.bin_crc32
+    return np.array_equal(one.probe, other.probe)
 
 
 def _identity(reader: CorpusReader, weight: float, probe_crc32: int) -> dict[str, Any]:

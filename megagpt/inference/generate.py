@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint import loaded_model, weights
-from megagpt.errors import UserError
+from megagpt.errors import UserError, without_controls
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class GeneratedText:
     continuation: str
 
     def __str__(self) -> str:
-        return printable(self.prompt + self.continuation)
+        return without_controls(self.prompt + self.continuation)
 
 
 def generate(
@@ -57,9 +58,10 @@ def generate(
         where = f"{run / 'recipe.yaml'} has no data.tokenizer"
         raise UserError("text needs a tokenizer", where, "set data.tokenizer there")
     tokenizer = Tokenizer(loaded.recipe.data.tokenizer)
+    ids = tokenizer.encode(prompt)
     new = sample(
         loaded.model,
-        tokenizer.encode(prompt),
+        ids,
         tokens,
         temperature,
         top_k,
@@ -68,7 +70,7 @@ def generate(
         tokenizer.eod,
         tokenizer.vocab_size,
     )
-    return GeneratedText(str(run), loaded.checkpoint.state.update, prompt, tokenizer.decode(new))
+    return GeneratedText(str(run), loaded.checkpoint.state.update, prompt, decode_continuation(tokenizer, ids, new))
 
 
 def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_path: str, prompt: str) -> str:
@@ -82,21 +84,32 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
     """
     tokenizer = Tokenizer(tokenizer_path)
     model = weights.build_model(named, section)
+    ids = tokenizer.encode(prompt)
     new = sample(
         model,
-        tokenizer.encode(prompt),
+        ids,
         _PREVIEW_TOKENS,
         _PREVIEW_TEMPERATURE,
         eod=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
     )
-    text = tokenizer.decode(new)
-    return printable(" ".join((prompt + text).split()))
+    text = prompt + decode_continuation(tokenizer, ids, new)
+    return without_controls(re.sub("[ \t\r\n\f\v]+", " ", text).strip(" "))
 
 
-def printable(text: str) -> str:
-    """Replace control characters, which models early in training generate and which would disturb a terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+def decode_continuation(tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int]) -> str:
+    """Return the text of the new tokens after a prompt.
+
+    Decoded without the prompt, they would lose a space at their start with many tokenizers.
+
+    Args:
+        tokenizer: the tokenizer.
+        ids: the tokens of the prompt.
+        new: the tokens after them.
+    """
+    prompt, text = tokenizer.decode(ids), tokenizer.decode([*ids, *new])
+    different = (index for index, (one, other) in enumerate(zip(prompt, text, strict=False)) if one != other)
+    return text[next(different, len(prompt)) :]
 
 
 @torch.no_grad()

@@ -51,12 +51,17 @@ class Console:
         self._main = rank == 0
         self._original: tuple[int, int] | None = None  # file descriptors of the real stdout and stderr
         self._out: TextIO | None = None
-        self._encodings: list[tuple[io.TextIOWrapper, str, str | None]] = []  # of Python's streams, to restore them
+        self._encodings: list[tuple[io.TextIOWrapper, str, str | None]] = []  # of Python streams, to restore them
 
     def __enter__(self) -> Console:
-        """Redirect file descriptors 1 and 2. Raises UserError if the run directory has a link that leads out of it."""
+        """Redirect file descriptors 1 and 2.
+
+        Raises:
+            UserError: The run directory cannot be made, or has a link that leads out of it.
+        """
+        files.make_run_folder(self._run)
         files.refuse_links_out(self._run)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_run_folder(self.log_path.parent)
         sys.stdout.flush()
         sys.stderr.flush()
         log = files.open_to_append(self.log_path)

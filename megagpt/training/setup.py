@@ -311,9 +311,10 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatch
         **shape,
     )
     samples = recipe.evaluation.samples
-    return loader, tuple(
-        EvaluationBatches(CorpusReader(path), samples=samples, **shape) for path in recipe.data.validation
-    )
+    held_out = [CorpusReader(path) for path in recipe.data.validation]
+    for corpus in held_out:
+        loader.refuse_validation_on(corpus)
+    return loader, tuple(EvaluationBatches(corpus, samples=samples, **shape) for corpus in held_out)
 
 
 def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:

@@ -42,8 +42,8 @@ class Watch:
 
     The limit is max(`seconds`, 5 × the median of the phase's last 50 durations). For a save, a sample, the first
     updates and the first batch of an evaluation it is at least ten times `seconds`. Building has no limit. An
-    evaluation enters its phase again for each batch. In the first updates, a phase that lasts longer than max(`seconds`,
-    5 × the longest phase before it) is reported once, and the rank continues to wait.
+    evaluation enters its phase again for each batch. In the first updates, a phase that lasts longer than
+    max(`seconds`, 5 × the longest phase before it) is reported once, and the rank continues to wait.
 
     Args:
         folder: where heartbeats and logs of the run's ranks are.

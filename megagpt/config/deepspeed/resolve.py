@@ -54,6 +54,9 @@ def load(
     Raises:
         UserError: with every mistake at once.
     """
+    if Path(path).suffix in (".yaml", ".yml"):
+        do = "give a DeepSpeed config (JSON), such as those in ds_configs, and the recipe as --recipe"
+        raise UserError("this is a YAML file, not a DeepSpeed config", str(path), do)
     tree = read_hjson(path)
     for argument in overrides:
         if argument.startswith("ds."):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.errors import Problem
@@ -139,6 +140,7 @@ def unsupported_settings(view: ConfigView, world_size: int) -> Iterator[Problem]
         value = view.get(setting.key, setting.harmless[0])
         if not any(value is harmless or value == harmless for harmless in setting.harmless):
             yield view.problem(f"{setting.key} is not supported: {setting.reason}", [setting.key], setting.do)
+    yield from _monitors(view)
     if not view.is_valid(ZERO_STAGE_KEY):
         return
     stated = view.explicit(ZERO_STAGE_KEY, 0)
@@ -161,6 +163,17 @@ def _reduction(view: ConfigView, stage: int) -> Iterator[Problem]:
         if view.explicit(key, harmless) != harmless:
             what = f"{key} is not supported by DeepSpeed at ZeRO stage {stage}, which scatters what it reduces"
             yield view.problem(what, [ZERO_STAGE_KEY, key], f"remove {key}, or set {scatter} to false")
+
+
+def _monitors(view: ConfigView) -> Iterator[Problem]:
+    """Yield monitors whose package is missing, unless DeepSpeed is missing, too: then training runs elsewhere."""
+    if find_spec("deepspeed") is None:
+        return
+    for monitor, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
+        if view.explicit(f"{monitor}.enabled", False) and find_spec(package) is None:
+            what = f"{monitor} needs the Python package {package}, which is not installed"
+            do = f"pip install {package}, or set {monitor}.enabled to false; metrics.jsonl has all values"
+            yield view.problem(what, [f"{monitor}.enabled"], do)
 
 
 def _device(view: ConfigView, key: str) -> str:

@@ -15,6 +15,14 @@ from megagpt.errors import Problem, closest_match
 Node = Mapping[str, Any]
 """`{"properties": {name: Node}}` for a section, or the JSON schema of a value; see engine/deepspeed_keys.py"""
 
+_DTYPES = {"enum": ["fp32", "bf16", "fp16"]}
+_NULL = {"type": "null"}
+_SCHEMAS: Mapping[str, Node] = {  # of keys that DeepSpeed declares without a type, and reads when training starts
+    "steps_per_print": {"anyOf": [{"type": "integer", "minimum": 1}, _NULL]},
+    "communication_data_type": {"anyOf": [_DTYPES, _NULL]},
+    "seq_parallel_communication_data_type": {"anyOf": [_DTYPES, _NULL]},
+    "gradient_predivide_factor": {"type": "number", "exclusiveMinimum": 0},
+}
 _PATH_KEYS = (
     "zero_optimization.offload_param.nvme_path",
     "zero_optimization.offload_optimizer.nvme_path",
@@ -48,6 +56,7 @@ class KeyChecker:
         for name, value in values.items():
             key = f"{section}.{name}" if section else name
             inner = node["properties"].get(name)
+            inner = _SCHEMAS.get(key, inner)
             if inner is None:
                 yield key, self._unknown(key, node)
             elif inner.get("removed"):

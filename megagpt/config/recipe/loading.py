@@ -14,7 +14,7 @@ from megagpt.config.recipe.rules import check_schedule_fits
 from megagpt.config.recipe.sections import Recipe
 from megagpt.config.syntax.formatting import TableRow, format_table
 from megagpt.config.syntax.locations import SourceLocations
-from megagpt.config.syntax.yaml_reader import CoreDumper, read_yaml
+from megagpt.config.syntax.yaml_reader import CoreDumper, read_text, read_yaml
 from megagpt.errors import UserError
 
 
@@ -29,6 +29,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every mistake in the file and the overrides at once.
     """
+    refuse_deepspeed_config(path)
     tree = read_yaml(path)
     for argument in overrides:
         if not argument.startswith("ds."):
@@ -40,6 +41,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError.from_problems(problems)
     recipe._locations = SourceLocations(tree.locations)
     return recipe
+
+
+_DEEPSPEED_SECTIONS = (
+    "zero_optimization",
+    "train_micro_batch_size_per_gpu",
+    "activation_checkpointing",
+    "bf16",
+    "fp16",
+)
+
+
+def refuse_deepspeed_config(path: str | Path) -> None:
+    """Raise UserError if a file that is given as a recipe is a DeepSpeed config."""
+    if Path(path).suffix not in (".json", ".hjson"):
+        return
+    text = read_text(path)
+    if any(f'"{name}"' in text for name in _DEEPSPEED_SECTIONS) and '"run_dir"' not in text:
+        do = "give a recipe (YAML) as --recipe, and this file as --deepspeed_config"
+        raise UserError("this is a DeepSpeed config, not a recipe", str(path), do)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.reader import CorpusChanged, corpus_file
+from megagpt.corpus.reader import CorpusChanged, CorpusReader, corpus_file
 from megagpt.data.evaluation_batches import EvaluationBatches
 from megagpt.data.loader import Loader, _are_cached
 from megagpt.errors import UserError
@@ -381,3 +381,29 @@ def test_a_short_read_is_repeated(corpora, monkeypatch):
     monkeypatch.setattr(os, "pread", short_at_first)
     assert samples(data.batches(0)) == expected_samples(data, corpora, range(4))
     assert len(calls) == 8
+
+
+def test_validation_on_a_training_corpus_is_refused_however_its_path_is_spelled(corpora, tmp_path):
+    data = loader(corpora)
+    data.refuse_validation_on(CorpusReader(_copy(corpora[1], tmp_path / "other", changed=True)))
+    link = tmp_path / "link"
+    link.symlink_to(os.path.dirname(corpora[1].prefix) or ".")
+    spellings = [
+        os.path.relpath(corpora[1].prefix),
+        f"{link}/{os.path.basename(corpora[1].prefix)}",
+        _copy(corpora[1], tmp_path / "copy"),
+    ]
+    for prefix in spellings:
+        with pytest.raises(UserError, match="the validation corpus is also trained on") as caught:
+            data.refuse_validation_on(CorpusReader(prefix))
+        assert prefix in str(caught.value)
+
+
+def _copy(corpus, prefix, changed=False):
+    """Copy a corpus without its sidecar, with another last token if `changed`."""
+    for suffix in (".bin", ".idx"):
+        content = bytearray(corpus_file(corpus.prefix, suffix).read_bytes())
+        if changed and suffix == ".bin":
+            content[-2] ^= 1
+        corpus_file(prefix, suffix).write_bytes(content)
+    return str(prefix)

@@ -14,7 +14,7 @@ from megagpt.checkpoint import weights
 from megagpt.checkpoint.async_saver import Saver
 from megagpt.config import recipe
 from megagpt.corpus.reader import CorpusReader
-from megagpt.errors import UserError
+from megagpt.errors import UserError, without_controls
 from megagpt.inference import baselines, evaluate, generate
 from megagpt.model.gpt import GPT, initialize
 from megagpt.prepare.command import PrepareOptions, prepare_command, train_tokenizer_command
@@ -124,7 +124,7 @@ def test_generation_depends_on_the_seed_and_follows_the_prompt(run, capsys):
         cli.main(["generate", str(run), "--prompt", "the of", "--tokens", "12", "--temperature", "1", "--seed", "1"])
         == 0
     )
-    assert capsys.readouterr().out == f"{generate.printable(first.prompt + first.continuation)}\n"
+    assert capsys.readouterr().out == f"{without_controls(first.prompt + first.continuation)}\n"
 
 
 def test_the_report_matches_the_recorded_metrics(run, capsys):

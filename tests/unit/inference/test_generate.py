@@ -6,7 +6,7 @@ import transformers
 
 from megagpt.config.recipe import ModelSection
 from megagpt.errors import UserError
-from megagpt.inference.generate import GeneratedText, draw, retained_tokens, sample
+from megagpt.inference.generate import GeneratedText, decode_continuation, draw, retained_tokens, sample
 from megagpt.model.gpt import GPT
 
 
@@ -114,3 +114,24 @@ def test_a_full_context_keeps_three_quarters():
 
 def test_generated_control_characters_are_replaced():
     assert str(GeneratedText("run", 1, "a\tb\n", "\x1b[2J\x08é 日")) == "a\tb\n\ufffd[2J\ufffdé 日"
+
+
+class SpaceStripping:
+    """A tokenizer of words that drops the space at the start of what it decodes, as SentencePiece models often do."""
+
+    def decode(self, ids):
+        return "".join(f" {'abc'[i]}" for i in ids)[1:]
+
+
+def test_continuation_keeps_the_space_at_its_start():
+    assert decode_continuation(SpaceStripping(), [0, 1], [2, 0]) == " c a"
+    assert decode_continuation(SpaceStripping(), [], [2, 0]) == "c a"
+
+
+@pytest.mark.parametrize("text", ["日本\u3000語", "10\u00a0km", "👩\u200d💻", "نمی\u200cخواهم", "a\u202fb", "a\tb\nc"])
+def test_text_of_any_language_is_shown_as_it_is(text):
+    assert str(GeneratedText("r", 1, text, text)) == text + text
+
+
+def test_controls_of_a_model_are_replaced():
+    assert str(GeneratedText("r", 1, "a", "\x1b[31m\r\u202e")) == "a\ufffd[31m\ufffd\ufffd"

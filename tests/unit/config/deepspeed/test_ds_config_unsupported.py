@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megagpt.config.deepspeed import unsupported
 from megagpt.errors import UserError
 
 COMBINATIONS = {
@@ -255,3 +256,33 @@ def test_unsupported_setting_is_an_error_with_its_reason(resolve, key):
     assert reason
     assert problem.where.startswith(f"command line  ds.{key}=")
     assert problem.do
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ('"steps_per_print": "inf"', "a whole number, at least 1, or null"),
+        ('"steps_per_print": 0', "a whole number, at least 1, or null"),
+        ('"communication_data_type": "bfp16"', "fp32, bf16 or fp16, or null"),
+        ('"seq_parallel_communication_data_type": 16', "fp32, bf16 or fp16, or null"),
+        ('"gradient_predivide_factor": 0', "a number, above 0"),
+    ],
+)
+def test_value_that_deepspeed_rejects_when_it_starts_is_an_error(expect_error, line, wanted):
+    key, value = (part.strip() for part in line.split(":"))
+    key = key.strip('"')
+    expect_error([line], f"megagpt: {key} cannot be {value}\n  d.json:2  {key}\n  do: give {wanted}")
+
+
+def test_monitor_without_its_package_is_an_error(expect_error, monkeypatch):
+    monkeypatch.setattr(unsupported, "find_spec", lambda name: "found" if name == "deepspeed" else None)
+    expect_error(
+        ['"comet": {"enabled": true}'],
+        "megagpt: comet needs the Python package comet_ml, which is not installed\n  d.json:2  comet.enabled\n"
+        "  do: pip install comet_ml, or set comet.enabled to false; metrics.jsonl has all values",
+    )
+
+
+def test_monitor_is_not_checked_where_deepspeed_is_missing(resolve, monkeypatch):
+    monkeypatch.setattr(unsupported, "find_spec", lambda name: None)
+    assert resolve('"comet": {"enabled": true}').config["comet"] == {"enabled": True}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.config import deepspeed
 from megagpt.config.recipe import PRESETS, load, synonyms
 from megagpt.config.recipe.checking import known_keys
 from megagpt.errors import UserError
@@ -308,3 +309,13 @@ def test_unreadable_files_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UserError) as caught:
             load(name)
         assert str(caught.value) == message
+
+
+def test_recipe_and_deepspeed_config_swapped_is_an_error(loader, tmp_path):
+    config = tmp_path / "zero2.json"
+    config.write_text('// purpose\n{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(UserError, match="this is a DeepSpeed config, not a recipe"):
+        load(config)
+    recipe = loader()
+    with pytest.raises(UserError, match="this is a YAML file, not a DeepSpeed config"):
+        deepspeed.load("r.yaml", recipe, 1, {"properties": {}})
