@@ -25,7 +25,7 @@ def test_modules_run_the_command(module, tmp_path):
     arguments = [sys.executable, "-m", module, "status", str(tmp_path)]
     process = subprocess.run(arguments, capture_output=True, text=True)
     assert process.returncode == 1
-    assert process.stdout.startswith("failed: it never started")
+    assert process.stdout.startswith("failed: the run never started")
 
 
 def test_run_directory_accepts_the_arguments_of_train(tmp_path, capsys):
