@@ -8,6 +8,7 @@ import torch
 
 import megagpt
 from megagpt.checkpoint import weights
+from megagpt.checkpoint.async_saver import Saver
 from megagpt.checkpoint.store import Store
 from megagpt.config import recipe as recipes
 from megagpt.errors import UserError
@@ -29,14 +30,9 @@ def saved_run(tmp_path, data):
             parameter.data.normal_(0.0, 0.2, generator=generator)
         run.mkdir()
         (run / "recipe.yaml").write_text(recipes.to_yaml(recipe))
-        store = Store(run)
-        steps = store.publishing(TrainState(update=30), lambda sink: weights.save(model.named_parameters(), sink), {})
-        work = next(steps)
-        try:
-            while True:
-                work = steps.send(work())
-        except StopIteration:
-            return run, model
+        saver = Saver(Store(run), lambda sink: weights.save(model.named_parameters(), sink), {}, False)
+        saver.save(TrainState(update=30))
+        return run, model
 
     return publish
 
