@@ -215,7 +215,7 @@ def test_another_rank_that_names_files_outside_the_folder_of_shards(tmp_path):
         def allgather(self, value):
             return [value, ["../../.bashrc"]]
 
-    with pytest.raises(UserError, match="a rank names files outside of the folder of shards"):
+    with pytest.raises(UserError, match="a rank names files outside the folder of shards"):
         _CommunicatingGroup(World()).gather_files(tmp_path, [])
 
 
