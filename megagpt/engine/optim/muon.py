@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Update the matrices of a group. Matrices of equal shape are stacked, because few large products are faster."""
+        """Update the matrices of a group. Matrices of equal shape are stacked, because large products are faster."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         compute_updates = partial(updates, parts=group["parts"])
         whole: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)

@@ -28,7 +28,7 @@ ComputeUpdates = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a rank holds it without ZeRO: the whole matrix or a tensor-parallel shard, with its shape."""
+    """Shape of a matrix, or of a rank's tensor-parallel shard of a matrix, before ZeRO partitions it."""
 
     shape: torch.Size
     shard_spec: ShardSpec | None = None
@@ -36,7 +36,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened matrix, stored at `offset` in a rank's range of the flat buffer."""
+    """Elements [start, start + numel) of a flattened matrix, at index `offset` in a rank's range of the flat buffer."""
 
     matrix: int
     rank: int

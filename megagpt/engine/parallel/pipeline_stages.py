@@ -27,8 +27,8 @@ class PipelineStage(PipelineModule):
     """The layers of one pipeline stage. The layers of other stages use no memory on this rank.
 
     The last stage of a tied model has a copy of the embedding matrix, and DeepSpeed keeps the two copies equal. The
-    last stage also computes the loss of each micro-batch that `feed` yields. In training, this is the sum over the valid
-    tokens, divided by `normalizer`.
+    last stage also computes the loss of each micro-batch that `feed` yields. In training, this is the sum over the
+    valid tokens, divided by `normalizer`.
 
     Attributes:
         names: The name in `GPT` of each parameter of this stage.
@@ -108,11 +108,11 @@ class PipelineStage(PipelineModule):
         return loss, bool(accepted)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
-        """Return pairs of the tied matrix, or an object that holds its gradient, and the group of the stages with it."""
+        """Return the tied matrix, or an object with its gradient, and the process group of the stages that share it."""
         return deepspeed_patches.with_accumulated_gradients(super().get_tied_weights_and_groups())
 
     def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
-        """Return the layer specs that DeepSpeed partitions. A tied embedding is both the first and the last of them."""
+        """Return the layer specs that DeepSpeed partitions. A tied embedding is both the first and the last spec."""
         first, *middle, head = layers
         if not tied:
             return [first, *middle, _HeadWithLoss(head, self._loss)]
@@ -129,7 +129,7 @@ class PipelineStage(PipelineModule):
         super()._build()
 
     def _create_layers(self) -> list[nn.Module]:
-        """Return all layers of the model. Only those of this stage are allocated; the others are on the meta device."""
+        """Return all layers of the model. The layers of other stages stay on the meta device."""
         section, layout = self._recipe.model, self._layout
         group = tensor.tensor_parallel_group(self.mpu(), layout, self._rank)
         with torch.device("meta"):

@@ -2,8 +2,8 @@
 
 Around attention, these ranks exchange data, so that each computes all tokens of some heads. DeepSpeed treats them as
 data-parallel ranks. This is correct outside attention, where each rank contributes the gradient of its own tokens and
-ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not used. One of the code paths that
-it enables does not reduce gradients, and another one needs a differently scaled loss at stage 3.
+ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not used. One of the code paths
+that it enables does not reduce gradients, and another one needs a differently scaled loss at stage 3.
 """
 
 from __future__ import annotations
