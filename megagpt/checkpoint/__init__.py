@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how they are published, resumed from, listed and loaded for inference."""
+"""Checkpoints: save and publish them, resume from them, list them, and load them for inference."""

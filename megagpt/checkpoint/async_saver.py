@@ -1,9 +1,9 @@
-"""Save checkpoints at once, or in the background while training continues.
+"""Save checkpoints synchronously, or in the background while training continues.
 
-Both ways use the same `PendingSave`. A synchronous save runs its stages at once. An asynchronous save first copies the
-state to host memory, which is all that training waits for, and runs the file work of each stage on a background
-thread. That thread never communicates with other ranks: after every update the training loop calls `Saver.advance`,
-in which all ranks agree whether any is still writing files, and enter the next stage together when none is.
+Both modes use `PendingSave`. A synchronous save runs all its stages before it returns. An asynchronous save blocks
+training only while it copies the state to host memory, and runs the file work of each stage on a background thread. That
+thread never communicates with other ranks. Instead, the training loop calls `Saver.advance` after every update. In this
+method all ranks exchange whether any of them is still writing files, and enter the next stage together if none is.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from megagpt.state import TrainState
 
 
 class SaveFailed(Exception):
-    """Too many saves failed. Checkpoints that were published before are unchanged. The same on every rank."""
+    """Raised on every rank if a save failed and training cannot continue. Earlier checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Result of one save, the same on every rank except for the times.
+    """Result of one save, which is the same on every rank except for the times.
 
-    `problem` is the reason why the checkpoint was not published, or what failed after it was; "" if nothing did.
-    `blocking_seconds` is the time that training waited, `write_seconds` the duration of this rank's file work.
+    `problem` is the error that prevented the checkpoint from being published or that occurred after publishing it, or
+    "" if there was no error. `blocking_seconds` is the time for which training waited. `write_seconds` is the duration
+    of this rank's file work.
     """
 
     state: TrainState
@@ -41,13 +42,13 @@ class SaveResult:
 
 
 class Saver:
-    """Saves checkpoints of one engine, one at a time. All ranks call the same methods in the same order.
+    """Saver of checkpoints of one engine, one at a time. All ranks must call its methods in the same order.
 
     Args:
-        store: where checkpoints are published.
-        save_state: writes this rank's part of the engine's state through the function it is given; collective.
-        facts: what the manifest records besides the state and the files.
-        asynchronous: write files in the background.
+        store: store in which checkpoints are published.
+        save_state: collective function that writes this rank's part of the engine's state through its argument.
+        facts: values that the manifest records in addition to the state and the files.
+        asynchronous: whether to write files in the background.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Saver:
         self._store = store
         self._save_state = save_state
         self._facts = facts
-        self._executor = ThreadPoolExecutor(1, "saving") if asynchronous else None  # its thread starts with a save
+        self._executor = ThreadPoolExecutor(1, "saving") if asynchronous else None  # the first save starts the thread
         self._pending: PendingSave | None = None
         self._file_work: Future[None] | None = None
         self._blocking_seconds = 0.0
@@ -64,18 +65,18 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether a background thread of this rank is writing files."""
+        """Whether the background thread of this rank is writing files."""
         return self._file_work is not None and not self._file_work.done()
 
     def save(self, state: TrainState, wait: bool = False) -> SaveResult | None:
-        """Start to save a checkpoint of the present state. The previous save must be finished.
+        """Start saving a checkpoint of the current state. The previous save must be finished.
 
         Args:
-            state: the training state that belongs to the engine's state.
-            wait: return only when the save is finished, even if the saver is asynchronous.
+            state: the current training state.
+            wait: whether to wait until the save is finished, even if the saver is asynchronous.
 
         Returns:
-            The result if the save is finished, else None.
+            The result if the save is finished, or None if it continues in the background.
         """
         assert self._pending is None, "one save at a time"
         start = time.perf_counter()
@@ -89,10 +90,10 @@ class Saver:
         return self._result(start, wait or self._executor is None)
 
     def advance(self) -> SaveResult | None:
-        """Continue a save in the background if no rank is writing files. Collective.
+        """Enter the next stage of a save in the background, if no rank is writing files. Collective.
 
         Returns:
-            The result if this finished the save, else None.
+            The result if the save is now finished, or None otherwise.
         """
         if self._pending is None or self._store.collectives.any(self.writing):
             return None
@@ -101,16 +102,21 @@ class Saver:
         return self._result(start, wait=False)
 
     def finish(self) -> SaveResult | None:
-        """Wait for a save in the background, on all ranks. Returns its result, or None if there was none."""
+        """Wait for the save in the background. Returns its result, or None if no save was pending. Collective."""
         return self._result(time.perf_counter(), wait=True)
 
     def close(self) -> None:
-        """Let the background thread end, without waiting for it."""
+        """Shut down the background thread without waiting for it."""
         if self._executor is not None:
             self._executor.shutdown(wait=False)
 
     def _result(self, start: float, wait: bool) -> SaveResult | None:
-        """Return the result of a finished save. Training has been blocked since `start`."""
+        """Return the result of the pending save if it is finished, or None otherwise.
+
+        Args:
+            start: time since which the save has blocked training.
+            wait: whether to wait until the save is finished.
+        """
         pending = self._pending
         if pending is None:
             return None
@@ -130,7 +136,7 @@ class Saver:
         )
 
     def _enter_next_stage(self, pending: PendingSave) -> None:
-        """Wait for this rank's file work, agree on its outcome with all ranks, and begin the next stage."""
+        """Wait for this rank's file work, exchange its outcome with all ranks, and begin the next stage."""
         if self._file_work is not None:
             self._file_work.result()
         pending.agree()
@@ -138,7 +144,7 @@ class Saver:
             self._run(pending.publish)
 
     def _run(self, work: Callable[[], None]) -> None:
-        """Do file work, in the background if the saver is asynchronous."""
+        """Run file work, in the background if the saver is asynchronous."""
         if self._executor is None:
             self._timed(work)
         else:
@@ -151,7 +157,7 @@ class Saver:
 
 
 def _copy_to_host(save_state: Callable[[WriteFile], None]) -> Callable[[WriteFile], None]:
-    """Copy the present state to host memory. Returns a function that writes it, freeing each file once written."""
+    """Copy the current state to host memory. Returns a function that writes the copy, freeing each file once written."""
     copies: list[tuple[str, bytes]] = []
     save_state(lambda name, data: copies.append((name, data)))
 

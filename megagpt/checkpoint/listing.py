@@ -1,4 +1,4 @@
-"""`megagpt checkpoints`: list the checkpoints of a run, and verify them."""
+"""List and verify the checkpoints of a run (`megagpt checkpoints`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """A checkpoint in the list. `wrong` is the reason why it cannot be used, or "" if it can.
-
-    `update`, `tokens` and `bytes` are None if the manifest cannot be read.
-    """
+    """One checkpoint of a run. `update`, `tokens` and `bytes` are None if its manifest cannot be read."""
 
     name: str
     update: int | None
@@ -23,14 +20,14 @@ class ListedCheckpoint:
     bytes: int | None
     layout: str
     pinned: bool
-    """whether the checkpoint is never deleted"""
+    """whether the checkpoint is exempt from automatic removal"""
     wrong: str
-    """why the checkpoint cannot be used; "" if it can"""
+    """reason why the checkpoint cannot be used, or "" if it can"""
 
 
 @dataclass(frozen=True)
 class CheckpointList:
-    """All checkpoints of a run, oldest first. `verified`: every byte was compared with its checksum."""
+    """All checkpoints of a run, oldest first. `verified` is True if the checksums of all files were compared."""
 
     run: str
     verified: bool
@@ -54,14 +51,17 @@ class CheckpointList:
 
 
 def checkpoints(run: Path, verify: bool) -> CheckpointList:
-    """List the checkpoints of a run, checking the names and sizes of their files.
+    """List the checkpoints of a run, and check the names and sizes of their files.
 
     Args:
         run: the run directory.
-        verify: also read every byte and compare checksums.
+        verify: whether to also read all files and compare their checksums.
+
+    Returns:
+        The list of checkpoints, including damaged ones.
 
     Raises:
-        UserError: The run has no checkpoint.
+        UserError: if the run has no checkpoint.
     """
     folders = store.Store(run).folders()
     if not folders:

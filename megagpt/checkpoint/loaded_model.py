@@ -1,4 +1,4 @@
-"""Load a trained model from its run directory for inference: without DeepSpeed, in one process."""
+"""Load a trained model from its run directory for inference, without DeepSpeed and in a single process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megagpt.model.gpt import GPT
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model: the run's recipe, its newest valid checkpoint, and the model in evaluation mode.
+    """A trained model in evaluation mode, with the recipe of its run and the checkpoint that it was loaded from.
 
-    The model is on a GPU if there is one.
+    The model is on a GPU if one is available.
     """
 
     recipe: recipes.Recipe
@@ -28,7 +28,7 @@ class LoadedModel:
 
 
 def load(run: Path) -> LoadedModel:
-    """Load the newest valid checkpoint of a run. Raises UserError if there is none."""
+    """Load the model from the newest valid checkpoint of a run. Raises UserError if there is no valid checkpoint."""
     found, damaged = newest_valid(run)
     if found is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from, and refuse to resume with another recipe or other data."""
+"""Find the checkpoint that a run resumes from, and refuse to resume with a different recipe or different data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from megagpt.checkpoint.store import Checkpoint, Store
 from megagpt.errors import Problem, UserError
 
 MODES = ("auto", "must", "never")
-# keys that may change within a run: its length, what it shows and what it keeps. None of them changes the numbers of
-# the updates before the end.
+# Keys of the recipe, or prefixes of keys, that may change within a run. None of them affects the results of an update.
 _FREE = ("run_dir", "init_from", "length.", "evaluation.", "checkpoint.", "health.compare_every", "log.")
 
 
@@ -23,14 +22,14 @@ def find_checkpoint(store: Store, mode: str) -> tuple[Checkpoint | None, list[st
 
     Args:
         store: the run's checkpoints.
-        mode: `auto` takes the newest valid checkpoint if there is one, `must` requires one, `never` requires an empty
-            run directory.
+        mode: `auto` resumes from the newest valid checkpoint if there is one. `must` requires a valid checkpoint.
+            `never` requires a run directory without checkpoints.
 
     Returns:
-        The checkpoint (None to start a new run), and a line for each damaged one that was ignored.
+        The checkpoint (None to start a new run), and a line for each damaged checkpoint that was ignored.
 
     Raises:
-        UserError: The mode is unknown or its requirement is not met, or all checkpoints are damaged.
+        UserError: if the mode is unknown, if its requirement is not met, or if all checkpoints are damaged.
     """
     if mode not in MODES:
         raise UserError("there is no such way to resume", f"--resume {mode}", "write auto, must or never")
@@ -56,16 +55,16 @@ def find_checkpoint(store: Store, mode: str) -> tuple[Checkpoint | None, list[st
 
 
 def find_branch_point(source: str, where: str, store: Store, total: int) -> Checkpoint:
-    """Return the checkpoint of another run that a new run begins with. Collective.
+    """Return the checkpoint of another run from which a new run starts. Collective.
 
     Args:
-        source: RUN@UPDATE or RUN@latest.
-        where: location of `source`, for error messages.
+        source: the other run and its update, as RUN@UPDATE or RUN@latest.
+        where: location of `source` in the recipe, for error messages.
         store: the new run's checkpoints.
         total: length of the new run in updates.
 
     Raises:
-        UserError: There is no such checkpoint, it is damaged, or it does not lie before the end of the new run.
+        UserError: if the checkpoint does not exist, is damaged, or is not before the end of the new run.
     """
     name, _, update = source.rpartition("@")
     other = replace(store, run=Path(name))
@@ -95,17 +94,18 @@ def find_branch_point(source: str, where: str, store: Store, total: int) -> Chec
 def check_unchanged(
     checkpoint: Checkpoint, facts: Mapping[str, Any], allowed: Sequence[str] = (), branched: bool = False
 ) -> None:
-    """Compare the recipe and data of this start with those of the checkpoint.
+    """Check that the recipe and the data are the same as those of the checkpoint.
 
     Args:
         checkpoint: the checkpoint to resume from.
-        facts: what this start would record in its checkpoints.
-        allowed: keys or sections of the recipe that may differ. One that does not differ is no error, because the same
-            command must still work after the change. One that does not exist is an error.
-        branched: the checkpoint is another run's, so the schedule may differ, too.
+        facts: the current recipe, data and layout, in the form in which checkpoints record them.
+        allowed: keys or sections of the recipe that may differ. They need not differ, because the same command must
+            still work when it is run again after the change.
+        branched: whether the checkpoint belongs to another run, in which case the schedule may also differ.
 
     Raises:
-        UserError: Lists all that differs.
+        UserError: if the recipe or the data differ, with a list of all differences, or if a key in `allowed` does not
+            exist.
     """
     free = (*_FREE, "schedule.") if branched else _FREE
     saved = checkpoint.facts
@@ -138,32 +138,32 @@ def check_unchanged(
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
-    """Return a short checksum of plain values, such as those that describe the data and its order."""
+    """Return a short checksum of JSON values, such as the values that describe the data and its order."""
     return f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
 
 
 def layout_changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str:
-    """Describe in one line how the layout differs from the checkpoint's; "" if it does not.
+    """Return the differences between the current layout and the checkpoint's layout in one line, or "".
 
     Args:
         checkpoint: the checkpoint to resume from.
-        facts: what this start would record in its checkpoints.
+        facts: the current recipe, data and layout, in the form in which checkpoints record them.
     """
     return "; ".join(_differences(checkpoint.facts["layout"], facts["layout"]))
 
 
 def recipe_changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
-    """Describe each recipe value that differs from the checkpoint's, including allowed changes.
+    """Return a line for each value of the recipe that differs from the checkpoint's, including allowed changes.
 
     Args:
         checkpoint: the checkpoint to resume from.
-        facts: what this start would record in its checkpoints.
+        facts: the current recipe, data and layout, in the form in which checkpoints record them.
     """
     return _differences(_flatten(checkpoint.facts["recipe"]), _flatten(facts["recipe"]))
 
 
 def _is_within(line: str, key: str) -> bool:
-    """Return whether a difference (or dotted name) is of this key, or of a key of this section."""
+    """Return whether a line, which begins with a dotted name, is about the given key or about a key in that section."""
     return line.split("  ")[0] == key or line.startswith(f"{key}.")
 
 
@@ -173,7 +173,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings and lists as one mapping with dotted keys."""
+    """Flatten nested mappings and lists to a single dictionary with dotted keys."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list):

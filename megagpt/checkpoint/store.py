@@ -1,9 +1,9 @@
-"""Checkpoints are published atomically: a folder exists complete under its final name, or not at all.
+"""Publish checkpoints atomically, so that a folder with the final name of a checkpoint is always complete.
 
-Every rank writes its files into a partial folder, and flushes and checksums them. All ranks exchange whether that
-succeeded. Rank 0 then writes all sizes and checksums into a manifest, renames the folder, and points `latest` at it.
-`latest` is only a hint: the manifest decides. A failure on any rank before the rename is a failed save on every rank. A
-failure after the rename is only reported, because the checkpoint is published by then.
+Every rank writes its files into a partial folder, flushes them, and computes their checksums. All ranks exchange whether
+that succeeded. Rank 0 then writes all sizes and checksums to a manifest, renames the folder, and writes its name to the
+file `latest`, which megagpt itself does not read. A failure on any rank before the rename makes the save fail on every
+rank. A failure after the rename is only reported, because the checkpoint has already been published.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megagpt.model.flops import CHECKPOINT_HEADROOM
 from megagpt.state import TrainState
 
 MANIFEST = "manifest.json"
-PINNED = "PINNED"  # a file of this name in a checkpoint keeps it from being removed
+PINNED = "PINNED"  # a file with this name in a checkpoint's folder exempts the checkpoint from removal
 _PARTIAL = ".partial_"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint: its folder, the training state, and the rest of its manifest."""
+    """A checkpoint with its folder, the training state, and all other values of its manifest."""
 
     folder: Path
     state: TrainState
@@ -37,13 +37,13 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """The size of all its files."""
+        """Total size of the files in bytes."""
         return sum(file["bytes"] for file in self.facts["files"].values())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of one rank's file work: its error ("" if there was none), and a value for the other ranks."""
+    """Outcome of one rank's file work, with an error message ("" if there was none) and a value for the other ranks."""
 
     error: str = ""
     value: Any = None
@@ -51,15 +51,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Store:
-    """The checkpoints of a run: where they are published, and which are kept.
+    """Store of a run's checkpoints, which publishes new checkpoints and removes old ones.
 
     Args:
         run: the run directory.
         rank: this rank.
-        collectives: the ranks.
-        keep_last: number of newest checkpoints to keep; None keeps all.
-        keep_every: also keep checkpoints whose update is a multiple of this. Pinned ones are always kept.
-        min_bytes: size that a checkpoint has at least.
+        collectives: the collectives of the job.
+        keep_last: number of newest checkpoints to keep, or None to keep all.
+        keep_every: interval in updates. Checkpoints of updates that are multiples of it are kept, and so are pinned
+            checkpoints.
+        min_bytes: lower bound of the size of a checkpoint in bytes, for checking the free disk space.
     """
 
     run: Path
@@ -71,7 +72,7 @@ class Store:
 
     @property
     def root(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """Folder that contains the run's checkpoints."""
         return self.run / "checkpoints"
 
     def folder(self, update: int) -> Path:
@@ -86,7 +87,7 @@ class Store:
         """Find the newest checkpoint whose files are all present and undamaged. Collective.
 
         Returns:
-            The checkpoint (None if there is none), and a line for each newer one that is damaged.
+            The checkpoint (None if there is none), and a line for each newer checkpoint that is damaged.
         """
         damaged: list[str] = []
         names = self.collectives.all_gather_object([folder.name for folder in self.folders()])[0]
@@ -98,16 +99,18 @@ class Store:
         return None, damaged
 
     def valid(self, name: str) -> tuple[Checkpoint | None, str]:
-        """Return a checkpoint if its files are all present and undamaged, or None and what is wrong. Collective.
+        """Verify a checkpoint, each rank reading some of its files. Collective.
 
-        The ranks share the work of reading, and all return the same.
+        Returns:
+            The checkpoint and "" if its files are all present and undamaged, or None and the problem otherwise. The
+            result is the same on every rank.
         """
         checkpoint, problem = verify(self.root / name, self.rank.rank, self.rank.world_size)
         problems = [problem for problem in self.collectives.all_gather_object(problem) if problem]
         return (None, f"{name}: {problems[0]}") if problems else (checkpoint, "")
 
     def make_partial(self, partial: Path) -> None:
-        """Create a partial folder. Removes what interrupted saves have left, and checks the free space first."""
+        """Create a partial folder, after removing leftovers of interrupted saves. Raises OSError without enough space."""
         for leftover in [*self.root.glob(_PARTIAL + "*"), *self.root.glob(".removed_*")]:
             files.remove_tree(leftover)
         files.make_folder(partial)
@@ -121,21 +124,24 @@ class Store:
         """Exchange the outcomes of file work between all ranks. Collective.
 
         Returns:
-            The errors of all ranks in one text ("" if there was none), and the value of each rank.
+            The errors of all ranks in one string ("" if there was none), and the value of each rank.
         """
         outcomes = [Outcome(*pair) for pair in self.collectives.all_gather_object([outcome.error, outcome.value])]
         errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
         return "; ".join(errors), [outcome.value for outcome in outcomes]
 
     def retain(self, newest: Path) -> None:
-        """Point `latest` at the checkpoint just published, and remove those that are no longer to be kept."""
-        files.sync(self.root)  # the rename must be on the disk before anything older is removed
+        """Write the name of the newest checkpoint to the file `latest`, and remove checkpoints that need not be kept."""
+        files.sync(self.root)  # the rename must be on disk before older checkpoints are removed
         files.replace_text(self.root / "latest", newest.name + "\n")
         if self.keep_last is not None:
             self._remove_old(newest, self.keep_last)
 
     def _remove_old(self, newest: Path, keep_last: int) -> None:
-        """Remove old checkpoints. Those with later updates than `newest` are damaged, and do not count as kept."""
+        """Remove all but the `keep_last` newest checkpoints, except for those that are pinned or in `keep_every`.
+
+        Checkpoints of later updates than that of `newest` are damaged. They are not removed and do not count.
+        """
         candidates = [folder for folder in self.folders() if folder.name <= newest.name]
         for folder in candidates[:-keep_last]:
             update = int(folder.name.removeprefix("update_"))
@@ -145,18 +151,18 @@ class Store:
 
 
 class PendingSave:
-    """A checkpoint that is being saved, in three stages with an agreement of all ranks after each.
+    """A save in progress, in three stages. All ranks exchange their outcomes after each stage.
 
-    All ranks call `prepare`, `write_files`, `agree`, `publish`, `agree` in this order, until `done`. `write_files` and
-    `publish` are file work of one rank without communication, so they may run on a background thread. An error on any
-    rank before the rename fails the save on every rank. An error after the rename is only reported as `problem`,
-    because the checkpoint is published by then.
+    All ranks call `prepare`, `write_files`, `agree`, `publish` and `agree` in this order, until `done` is True.
+    `write_files` and `publish` only do this rank's file work without communication, so they may run on a background
+    thread. An error on any rank before the rename makes the save fail on every rank. An error after the rename is only
+    reported as `problem`, because the checkpoint has already been published.
 
     Args:
-        store: where the checkpoint is published.
-        state: the training state that it holds.
-        save_state: writes this rank's files through the function it is given.
-        facts: what the manifest records besides the state and the files.
+        store: store in which the checkpoint is published.
+        state: training state that the checkpoint contains.
+        save_state: function that writes this rank's files through its argument.
+        facts: values that the manifest records in addition to the state and the files.
     """
 
     def __init__(
@@ -172,10 +178,10 @@ class PendingSave:
         self._facts = facts
         self._partial = store.root / (_PARTIAL + self.folder.name)
         self._outcome = Outcome()
-        self._complete: Checkpoint | None = None  # with the files of all ranks, once they are written
+        self._complete: Checkpoint | None = None  # the checkpoint with the files of all ranks, after they are written
 
     def prepare(self) -> None:
-        """Create the partial folder on rank 0, if there is enough free space. Collective."""
+        """Create the partial folder on rank 0. The save fails if there is not enough free space. Collective."""
         if self._store.rank.main:
             self._outcome = Outcome(_error_of(lambda: self._store.make_partial(self._partial)))
         self._exchange()
@@ -187,7 +193,7 @@ class PendingSave:
         self._outcome = Outcome(recorder.error, recorder.written)
 
     def publish(self) -> None:
-        """On rank 0, write the manifest, rename the partial folder and apply retention."""
+        """On rank 0, write the manifest, rename the partial folder, and remove old checkpoints."""
         if not self._store.rank.main:
             self._outcome = Outcome()
             return
@@ -198,7 +204,7 @@ class PendingSave:
         self._outcome = Outcome(error, problem)
 
     def agree(self) -> None:
-        """Agree with all ranks on the outcome of `write_files` or `publish`, whichever was last. Collective."""
+        """Exchange the outcome of the preceding `write_files` or `publish` with all ranks. Collective."""
         values = self._exchange()
         if self.done:
             return
@@ -211,7 +217,7 @@ class PendingSave:
             self.problem = values[0]
 
     def _exchange(self) -> list[Any]:
-        """Return every rank's value. An error on any rank ends the save."""
+        """Exchange outcomes, and return the value of every rank. An error on any rank ends the save."""
         error, values = self._store.gather_outcomes(self._outcome)
         if error:
             self.done = True
@@ -220,7 +226,11 @@ class PendingSave:
 
 
 def read_manifest(folder: Path) -> tuple[Checkpoint | None, str]:
-    """Return a checkpoint according to its manifest alone, or None and why the manifest cannot be read."""
+    """Read the manifest of a checkpoint, without checking the files that it lists.
+
+    Returns:
+        The checkpoint and "", or None and the reason why the manifest cannot be read.
+    """
     try:
         first, _, rest = (folder / MANIFEST).read_bytes().partition(b",")
         if first != b'{"checksum": %d' % zlib.crc32(rest):
@@ -239,12 +249,12 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | No
     """Verify the files of a checkpoint against its manifest.
 
     Args:
-        folder: the checkpoint.
-        part: which files to read: those whose index is `part` modulo `parts`.
-        parts: number of processes that share the reading. Presence and size of all files are checked by each.
+        folder: the folder of the checkpoint.
+        part: index of this process. It reads the files whose index is `part` modulo `parts`.
+        parts: number of processes that share the reading. Each of them checks the presence and size of all files.
 
     Returns:
-        The checkpoint, or None and what is wrong.
+        The checkpoint and "", or None and a description of the first problem.
     """
     checkpoint, problem = read_manifest(folder)
     if checkpoint is None:
@@ -263,12 +273,12 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> tuple[Checkpoint | No
 
 
 def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the same as `Store.newest_valid`, for a single process."""
+    """Return the newest valid checkpoint of a run, like `Store.newest_valid`, in a single process."""
     return Store(run).newest_valid()
 
 
 def find_incomplete(checkpoint: Checkpoint) -> str:
-    """Return what is wrong with a checkpoint judging by names and sizes of its files, or ""."""
+    """Return the first problem with the presence or size of a checkpoint's files, or "" if there is none."""
     for name, expected in checkpoint.facts["files"].items():
         path = checkpoint.folder / name
         if files.leads_out(path, checkpoint.folder):
@@ -281,7 +291,7 @@ def find_incomplete(checkpoint: Checkpoint) -> str:
 
 
 def _seal(complete: Checkpoint, final: Path) -> None:
-    """Write the manifest for the files of all ranks, and rename the partial folder."""
+    """Write the manifest with the files of all ranks, and rename the partial folder to its final name."""
     if problem := find_incomplete(complete):
         raise OSError(f"{problem} on rank 0's host: all ranks need the same run directory")
     for folder in {(complete.folder / name).parent for name in complete.facts["files"]}:
@@ -289,15 +299,15 @@ def _seal(complete: Checkpoint, final: Path) -> None:
     body = json.dumps({"state": asdict(complete.state), **complete.facts}, indent=1)[1:] + "\n"
     files.write(complete.folder / MANIFEST, f'{{"checksum": {zlib.crc32(body.encode())},{body}'.encode())
     files.sync(complete.folder)
-    files.remove_folder(final)  # a damaged checkpoint of the same update, which the resume ignored
+    files.remove_folder(final)  # the folder of a damaged checkpoint of the same update, if there is one
     files.rename(complete.folder, final)
 
 
 class _Recorder:
-    """Writes the files of one rank, and records their sizes and checksums.
+    """Function object that writes the files of one rank, and records their sizes and checksums.
 
-    It never raises, because other ranks may be waiting in a collective of the same save. After an error it writes
-    nothing more.
+    It never raises OSError, because other ranks may be waiting in a collective of the same save. After the first error
+    it writes no more files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -314,7 +324,7 @@ class _Recorder:
 
 
 def _error_of(work: Callable[[], None]) -> str:
-    """Run `work`. Returns the message of an OSError, or "" on success."""
+    """Run `work`, and return the message of the OSError that it raises, or "" on success."""
     try:
         work()
     except OSError as error:

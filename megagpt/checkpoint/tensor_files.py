@@ -1,8 +1,8 @@
-"""The weights and optimizer moments of a checkpoint: safetensors files that do not depend on the layout.
+"""Write and read the weights and optimizer moments of a checkpoint, in a format that does not depend on the layout.
 
-The files hold slices of flattened fp32 tensors (a parameter's weight or one of its moments) under the parameter's
-name. Each rank writes the slices that it owns, and reads the slices that it needs, whichever rank wrote them. No rank
-holds the whole model.
+The safetensors files of a checkpoint hold slices of flattened fp32 tensors. Each tensor is the weight or a moment of a
+parameter and is stored under the parameter's name. Each rank writes the slices that it owns, and reads the slices that
+it needs, no matter which rank wrote them. No rank has to hold the whole model.
 """
 
 from __future__ import annotations
@@ -27,27 +27,31 @@ if TYPE_CHECKING:
 
 FOLDER = "state"
 WEIGHT = "weight"
-_FILE_ELEMENTS = 1 << 24  # per file: 64 MiB, of which two copies exist while it is written
-_CHUNK = 1 << 17  # elements that are read or added at once: as int64 they fit into a core's cache
-_CHUNK_ON_GPU = 1 << 22  # the same on GPUs, where starting a kernel dominates; takes 100 MB
+# Number of elements per file, which are 64 MiB. While a file is written, there are two copies of it in memory.
+_FILE_ELEMENTS = 1 << 24
+# Number of elements that are read or summed at once. As int64 they fit into a core's cache.
+_CHUNK = 1 << 17
+# Number of elements that are summed at once on a GPU, where smaller chunks are dominated by the time to start a kernel.
+# A chunk takes 100 MB of GPU memory.
+_CHUNK_ON_GPU = 1 << 22
 
 
 class ShardIndex(NamedTuple):
-    """Which tensor-parallel shard of a parameter: shard `number` of `degree`. (0, 1) is the whole parameter."""
+    """Index `number` of a tensor-parallel shard among `degree` shards. (0, 1) is the whole parameter."""
 
     number: int = 0
     degree: int = 1
 
 
 class TensorSlice(NamedTuple):
-    """Consecutive elements of one flattened tensor.
+    """Slice of consecutive elements of one flattened tensor.
 
     Attributes:
         kind: `WEIGHT`, or the name of a moment
-        name: the parameter's name in `GPT`
+        name: name of the parameter in `GPT`
         start: index of the first element in the flattened shard
-        tensor: [numel], fp32
-        shard: the tensor-parallel shard
+        tensor: elements of the slice, fp32 [numel]
+        shard: tensor-parallel shard that contains the slice
 
     """
 
@@ -72,9 +76,9 @@ def write_slices(slices: Iterable[TensorSlice], rank: int, sink: WriteFile) -> N
     """Write the slices of one rank to files of about 64 MiB.
 
     Args:
-        slices: the slices, consumed one by one
-        rank: number of the rank, which is part of the file names
-        sink: writes a file
+        slices: iterable of slices, which is consumed one slice at a time
+        rank: index of the rank, which is part of the file names
+        sink: function that writes a file
 
     """
     number = 0
@@ -96,11 +100,11 @@ def write_slices(slices: Iterable[TensorSlice], rank: int, sink: WriteFile) -> N
 
 
 class TensorFiles:
-    """Reads slices of tensors from the files of a checkpoint.
+    """Reader of slices of tensors from the files of a checkpoint.
 
     Args:
-        folder: the checkpoint
-        first: rank whose files are opened first, because it wrote most of what this rank reads
+        folder: folder of the checkpoint
+        first: rank whose files are opened first, because they are likely to contain most slices that this rank needs
 
     """
 
@@ -113,20 +117,20 @@ class TensorFiles:
         self._folder = folder
 
     def read(self, kind: str, name: str, start: int, numel: int, shard: ShardIndex = _WHOLE) -> Tensor:
-        """Read elements [start, start + numel) of a flattened tensor, or of a shard as it was saved.
+        """Read elements [start, start + numel) of a flattened tensor, or of a shard that was saved.
 
         Args:
             kind: `WEIGHT`, or the name of a moment
-            name: the parameter's name in `GPT`
+            name: name of the parameter in `GPT`
             start: index of the first element
             numel: number of elements
-            shard: the tensor-parallel shard
+            shard: tensor-parallel shard to read from
 
         Returns:
-            The elements [numel], fp32, on the CPU.
+            The elements, an fp32 tensor [numel] on the CPU.
 
         Raises:
-            UserError: the checkpoint does not contain all of them
+            UserError: if the checkpoint does not contain all of these elements
 
         """
         result = torch.empty(numel)
@@ -137,7 +141,7 @@ class TensorFiles:
             stop = min(stored.end, end)
             with safe_open(stored.path, "pt") as file:
                 values = file.get_slice(stored.key)
-                for chunk_start in range(position, stop, _CHUNK):  # each chunk is copied twice
+                for chunk_start in range(position, stop, _CHUNK):  # small chunks, because each one is copied twice
                     chunk_end = min(chunk_start + _CHUNK, stop)
                     chunk = values[chunk_start - stored.start : chunk_end - stored.start]
                     result[chunk_start - start : chunk_end - start] = chunk
@@ -145,22 +149,25 @@ class TensorFiles:
         return result
 
     def degree(self, name: str) -> int:
-        """Return the number of tensor-parallel shards in which the parameter was saved."""
+        """Return the number of tensor-parallel shards in which a parameter was saved."""
         while name not in self._degrees and self._unopened:
             self._open(self._unopened.pop(0))
         return self._degrees.get(name, 1)
 
     def read_whole(self, kind: str, name: str, shape: Sequence[int], section: ModelSection) -> Tensor:
-        """Read a whole tensor, whatever number of shards it was saved in.
+        """Read a whole tensor, which may have been saved in any number of shards.
 
         Args:
             kind: `WEIGHT`, or the name of a moment
-            name: the parameter's name in `GPT`
-            shape: its whole shape
-            section: the model
+            name: name of the parameter in `GPT`
+            shape: shape of the whole parameter
+            section: model section of the recipe
+
+        Returns:
+            The tensor in fp32 on the CPU, with the given shape.
 
         Raises:
-            UserError: the checkpoint does not contain all of it
+            UserError: if the checkpoint does not contain all elements of the tensor
 
         """
         degree, numel = self.degree(name), math.prod(shape)
@@ -172,7 +179,7 @@ class TensorFiles:
         return spec.join([self.read(kind, name, 0, numel // degree, index).view(*local_shape) for index in indices])
 
     def _find(self, kind: str, name: str, shard: ShardIndex, element: int) -> _StoredSlice:
-        """Open files until one of them holds the element."""
+        """Open files until one of them contains the element, and return the stored slice with it."""
         while True:
             for stored in self._index[kind, name, shard]:
                 if stored.start <= element < stored.end:
@@ -207,15 +214,15 @@ class TensorFiles:
 
 
 def checksum(tensor: Tensor, indices: Tensor | int) -> int:
-    """Return a checksum modulo 2^64 of the bits of fp32 elements and their indices in the whole tensor.
+    """Return a checksum, modulo 2^64, of fp32 elements and of their indices in the whole tensor.
 
-    Checksums are additive: however a tensor is split, the checksums of its slices have the same sum. Every change of
-    one element changes the checksum, because an odd number has an inverse modulo 2^64. It is computed on the tensor's
-    device, and equal on all devices, because integers wrap around in the same way.
+    The checksum of a tensor is the sum of the checksums of its slices, for every way of splitting the tensor. Every
+    change of one element changes the checksum, because odd numbers have an inverse modulo 2^64. The checksum is computed
+    on the tensor's device. The result is the same on all devices, because integer overflow wraps around on all of them.
 
     Args:
-        tensor: [numel], fp32
-        indices: the index of each element [numel], or of the first of consecutive elements
+        tensor: elements [numel], fp32
+        indices: index of each element [numel], or the index of the first element if they are consecutive
 
     """
     chunk_size = _CHUNK_ON_GPU if tensor.is_cuda else _CHUNK
@@ -234,7 +241,7 @@ def checksum(tensor: Tensor, indices: Tensor | int) -> int:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of integer vectors, for which CUDA has no kernel of its own. `a` may be overwritten."""
+    """Return the dot product of integer vectors, for which torch has no CUDA kernel. May overwrite `a`."""
     return a.mul_(b).sum() if a.is_cuda else a.dot(b)
 
 

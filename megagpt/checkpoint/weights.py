@@ -1,4 +1,4 @@
-"""Save and load the weights of a GPT by parameter name, in fp32, whatever layout trained them."""
+"""Save and load the weights of a GPT by parameter name in fp32, independently of the layout of the training run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def save(weights: Iterable[tuple[str, torch.Tensor]], sink: WriteFile) -> None:
-    """Write weights without optimizer state, as a single rank would.
+    """Write weights without optimizer state, in the format of a checkpoint of a single rank.
 
     Args:
-        weights: names and tensors
-        sink: writes a file
+        weights: pairs of the name and the tensor of each parameter
+        sink: function that writes a file
 
     """
     write_slices((TensorSlice(WEIGHT, name, 0, value.detach().flatten()) for name, value in weights), 0, sink)
@@ -32,15 +32,15 @@ def load(folder: Path, section: ModelSection, document_end: int | None = None) -
     """Load the weights of a checkpoint.
 
     Args:
-        folder: the checkpoint
-        section: the model
-        document_end: see `GPT`
+        folder: folder of the checkpoint
+        section: model section of the recipe
+        document_end: id of the token that ends a document, as in `GPT`
 
     Returns:
-        A model on the CPU, in evaluation mode.
+        The model on the CPU, in evaluation mode.
 
     Raises:
-        UserError: a weight is missing
+        UserError: if a weight is missing
 
     """
     files = TensorFiles(folder)
@@ -50,12 +50,12 @@ def load(folder: Path, section: ModelSection, document_end: int | None = None) -
 
 
 def build_model(weights: Mapping[str, torch.Tensor], section: ModelSection, document_end: int | None = None) -> GPT:
-    """Build a GPT whose parameters are these tensors, without copying them.
+    """Build a GPT whose parameters are the given tensors, without copying them.
 
     Args:
-        weights: a tensor for each parameter's name
-        section: the model
-        document_end: see `GPT`
+        weights: tensor of each parameter by the parameter's name
+        section: model section of the recipe
+        document_end: id of the token that ends a document, as in `GPT`
 
     Returns:
         The model, in evaluation mode.

@@ -1,9 +1,10 @@
-"""The engine: everything that touches DeepSpeed."""
+"""Training engines on top of DeepSpeed. Only this package imports DeepSpeed."""
 
 import os
 
-# DeepSpeed's ZeRO imports its Muon, whose @torch.compile imports all of inductor: seconds of startup for code that is
-# not used here. Only this import is without torch.compile; document masks on GPUs use it (model/document_mask.py).
+# DeepSpeed's ZeRO imports DeepSpeed's Muon, whose @torch.compile imports all of inductor. That costs seconds at startup
+# for code that is not used here. torch.compile is disabled during this import only, because document masks on GPUs use
+# it (model/document_mask.py).
 _WAS_SET = "TORCHDYNAMO_DISABLE" in os.environ
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

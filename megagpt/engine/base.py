@@ -1,4 +1,4 @@
-"""The interface of an engine: all that the training loop knows about DeepSpeed."""
+"""Interface of the training engines. The training loop uses DeepSpeed only through it."""
 
 from __future__ import annotations
 
@@ -19,46 +19,54 @@ ShouldStop = Callable[[], bool]
 
 
 def ignore_step() -> None:
-    """Do nothing when the step begins."""
+    """Do nothing; the default of `at_step`."""
 
 
 def never_stop() -> bool:
-    """Let an evaluation run to its end."""
+    """Return False, so that an evaluation runs to its end; the default of `should_stop`."""
     return False
 
 
 class Engine(Protocol):
-    """Trains one model on one layout. Every method is called on all ranks, in the same order."""
+    """Engine that trains one model on one layout. All ranks must call its methods in the same order."""
 
     def train_update(
         self, batches: Sequence[Batch], accept: Accept = math.isfinite, at_step: AtStep = ignore_step
     ) -> UpdateResult:
-        """Run one update on this rank's micro-batches: forward, backward, clipping, optimizer step, schedule.
+        """Run one update: the passes over this rank's micro-batches, clipping, the optimizer step and the schedule.
 
-        The update is skipped if `accept` rejects its loss or if its gradient is not finite. All state is then as
-        before, except for fp16's loss scale, which decreases if the loss was accepted but the gradient was infinite.
+        The update is skipped if `accept` rejects its loss or if its gradient is not finite. A skipped update leaves all
+        state unchanged, except that the fp16 loss scale decreases if the loss was accepted but the gradient was not
+        finite.
 
         Args:
-            batches: This rank's micro-batches; their number is the same on every rank.
-            accept: Decides from the loss of the global batch whether to make the update. It is called once before
-                the step, on the ranks that compute the loss (in a pipeline, those of the last stage), and must depend
-                on the loss alone.
-            at_step: Called once on every rank when the step begins. That is in the last backward pass, in which
-                gradients are reduced, or in a pipeline after it.
+            batches: This rank's micro-batches. Every rank has the same number of them.
+            accept: Function that returns whether to apply the update, given the loss of the global batch. It is called
+                once before the step, on the ranks that compute the loss (in a pipeline, the ranks of the last stage).
+                Its result must depend on the loss alone.
+            at_step: Function that is called once on every rank when the step begins. Without a pipeline, the step
+                begins before the last backward pass, which also reduces the gradients. In a pipeline, it begins after
+                that pass.
+
+        Returns:
+            The loss, gradient norm, learning rate and number of tokens of the update, and whether it was applied.
         """
         ...
 
     def replicas_differ(self) -> list[str]:
-        """Describe each weight that differs between ranks that replicate it. Collective, the same on every rank."""
+        """Return a description of each weight that differs between its replicas. Collective.
+
+        The result is the same on every rank.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Batch], should_stop: ShouldStop = never_stop) -> float | None:
         """Return the loss in nats per valid token over all ranks' batches, without changing any state.
 
         Args:
-            batches: This rank's batches; their number is the same on every rank.
-            should_stop: Called on every rank before each forward pass, so it may be collective. All ranks must get the
-                same answer.
+            batches: This rank's batches. Every rank has the same number of them.
+            should_stop: Function that returns whether to stop. It is called on every rank before each forward pass, so
+                it may be collective. It must return the same value on all ranks.
 
         Returns:
             The loss, the same on every rank, or None if `should_stop` ended the evaluation early.
@@ -66,19 +74,22 @@ class Engine(Protocol):
         ...
 
     def save_state(self, sink: WriteFile) -> None:
-        """Write everything that `load_state` needs through `sink`, file by file, including the weights by name."""
+        """Write all files that `load_state` needs, including the weights by name, by calling `sink` for each file."""
         ...
 
     def load_state(self, folder: Path) -> None:
-        """Restore weights, optimizer, schedule and RNG state, whatever layout saved them."""
+        """Restore weights, optimizer, schedule and RNG state from a checkpoint that was saved with any layout."""
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each whole parameter with its name in `GPT`, in fp32 on the host. A tied parameter comes once."""
+        """Yield the name in `GPT` and the whole fp32 tensor, on the host, of each parameter.
+
+        A tied parameter is yielded once.
+        """
         ...
 
     def release(self) -> None:
-        """Free what the engine holds. The process group remains, for another engine."""
+        """Free the memory of the engine. The process group remains, so that another engine can use it."""
         ...
 
     def close(self) -> None:

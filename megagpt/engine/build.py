@@ -1,4 +1,4 @@
-"""Build the engine for a layout."""
+"""Build the engine that a layout requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megagpt.engine.zero import ZeroEngine
 
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> Engine:
-    """Build the model with the recipe's initial weights and its engine, and seed dropout.
+    """Build the model with its initial weights, and return an engine for it. Also seeds the dropout.
 
     Args:
         resolved: The DeepSpeed config with the recipe and the layout.
@@ -20,7 +20,7 @@ def build(resolved: Resolved, total_updates: int, rank: Rank, collectives: Colle
         rank: This rank.
         collectives: The collectives of the job.
     """
-    # torch seeds every process differently; tensor-parallel ranks need equal random numbers to stay equal
+    # By default torch seeds every process differently. Tensor-parallel ranks need equal random numbers to stay equal.
     torch.manual_seed(resolved.recipe.seed + rank.rank // resolved.layout.tensor_parallel)
     if resolved.layout.pipeline_stages > 1:
         return PipelineEngine(resolved, total_updates, rank, collectives)

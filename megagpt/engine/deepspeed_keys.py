@@ -1,7 +1,7 @@
-"""Every key of DeepSpeed's JSON config, extracted from DeepSpeed itself, as plain data.
+"""List of all keys of DeepSpeed's JSON config as plain data, extracted from DeepSpeed's own code.
 
 Sections that are pydantic models are described by their fields. For all others, DeepSpeedConfig is constructed from a
-dictionary that records which keys are read, and with which defaults.
+dictionary that records which keys DeepSpeed reads, and with which defaults.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _MODELS: Mapping[str, type[BaseModel]] = {
     "tensor_parallel": TPTrainingConfig,
     "weight_quantization": WeightQuantConfig,
 }
-# Read by deepspeed.initialize and by PipelineEngine directly, not by DeepSpeedConfig (0.19.8).
+# deepspeed.initialize and PipelineEngine read these keys directly, so DeepSpeedConfig does not know them (0.19.8).
 _READ_ELSEWHERE = ("sequence_parallel_size", "data_parallel_size", "pipeline.use_reentrant")
-# The resolver computes with these keys, so that their type must be right; DeepSpeed has no default to derive it from.
+# The resolver computes with the values of these keys, so it has to know their types. DeepSpeed has no defaults from
+# which the types could be derived.
 _TYPES: Mapping[str, Node] = {
     "train_batch_size": {"type": "integer", "minimum": 1},
     "train_micro_batch_size_per_gpu": {"type": "integer", "minimum": 1},
@@ -57,11 +58,12 @@ _RECORDED = (
     "timers",
     "torch_autocast",
 )
-_OPAQUE = ("autotuning", "data_efficiency", "datastates_ckpt", "expert_parallel")  # rejected if enabled
+# The keys inside these sections are not listed. megagpt rejects a config that enables one of these features.
+_OPAQUE = ("autotuning", "data_efficiency", "datastates_ckpt", "expert_parallel")
 
 
 class _RecordingDict(dict[str, Any]):
-    """A dictionary that records each key that is read from a section, with the type of its default."""
+    """Dictionary for one section of the config that records each key that is read, with the type of its default."""
 
     def __init__(self, values: Mapping[str, Any], section: str, recorded: dict[str, Node]) -> None:
         super().__init__(values)
@@ -94,10 +96,10 @@ class _RecordingDict(dict[str, Any]):
 
 
 def known_keys() -> Node:
-    """Return DeepSpeed's keys as nested {"properties": {name: node}}.
+    """Return DeepSpeed's keys as nested dictionaries {"properties": {name: node}}.
 
-    A leaf is a JSON schema, which is {} if DeepSpeed declares no type. "removed" marks keys that DeepSpeed rejects, and
-    "deprecated" contains the name of the replacement.
+    Each leaf is a JSON schema, which is {} if DeepSpeed declares no type for the key. A node with "removed" describes a
+    key that DeepSpeed rejects. The value of "deprecated" is the name of the key that replaces a deprecated one.
     """
     root: Node = {"properties": {}}
     for key, node in _recorded_keys().items():
@@ -125,7 +127,8 @@ def known_keys() -> Node:
 
 def _recorded_keys() -> dict[str, Node]:
     recorded: dict[str, Node] = {}
-    top = _RecordingDict({"train_micro_batch_size_per_gpu": 1}, "", recorded)  # valid for every world size
+    # DeepSpeed requires a batch size, and this one is valid with every world size.
+    top = _RecordingDict({"train_micro_batch_size_per_gpu": 1}, "", recorded)
     for name in (*_RECORDED, *_OPAQUE):
         top[name] = _RecordingDict({}, name, recorded)
     top["checkpoint"]["writer"] = _RecordingDict({}, "checkpoint.writer", recorded)
@@ -137,7 +140,7 @@ def _recorded_keys() -> dict[str, Node]:
 
 
 def _add(root: Node, key: str, node: Node) -> None:
-    """Add a node to the tree, and keep the keys that a section already has."""
+    """Add a node for a dotted key to the tree. Existing entries of the same node are kept."""
     *sections, name = key.split(".")
     inner = root
     for section in sections:
@@ -147,7 +150,7 @@ def _add(root: Node, key: str, node: Node) -> None:
 
 
 def _section_node(model: type[BaseModel]) -> Node:
-    """Describe the fields of a pydantic model under all names that it accepts."""
+    """Return the node of a pydantic model, which lists each field under all names that the model accepts."""
     properties: Node = {}
     for name, info in model.model_fields.items():
         node = _field_node(info.annotation, info.metadata)
@@ -160,7 +163,11 @@ def _section_node(model: type[BaseModel]) -> Node:
 
 
 def _field_node(annotation: Any, metadata: list[Any]) -> Node:
-    """Describe a field: a pydantic model as a section, anything else by the JSON schema of its type, if it has one."""
+    """Return the node of a field.
+
+    A field whose type is a pydantic model becomes a section. The node of any other field is the JSON schema of its
+    type, or {} if the type has none.
+    """
     types = list(_union_members(annotation))
     for member in types:
         if isinstance(member, type) and issubclass(member, BaseModel):
@@ -182,7 +189,7 @@ def _union_members(annotation: Any) -> Iterator[Any]:
 
 
 def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """Replace references by their definitions, so that the node is self-contained."""
+    """Return the JSON schema with all references replaced by their definitions."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
@@ -193,5 +200,5 @@ def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 def snapshot() -> str:
-    """Return the content of config/deepspeed/known_keys.json, for commands that must not import DeepSpeed."""
+    """Return the content of config/deepspeed/known_keys.json, which commands read that must not import DeepSpeed."""
     return json.dumps({"deepspeed": deepspeed.__version__, "keys": known_keys()}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators that training may need, and the type of device that DeepSpeed runs on."""
+"""Access to DeepSpeed's compiled operators that training may need, and to the type of device that it runs on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _BUILDERS = {"async_io": "AsyncIOBuilder", "fused_adam": "FusedAdamBuilder", "qu
 
 
 def load(name: str) -> Any:
-    """Load the operator that DeepSpeed calls `name`, and compile it first if needed.
+    """Return the module of the DeepSpeed operator `name`, which is compiled first if necessary.
 
     Raises:
-        Exception: whatever DeepSpeed's builder raises if the operator cannot be compiled.
+        Exception: If the operator cannot be compiled. DeepSpeed's builders raise exceptions of various types.
     """
     return getattr(op_builder, _BUILDERS[name])().load(verbose=False)
 
 
 def device() -> str:
-    """Return the type of device that DeepSpeed has chosen: "cpu", "cuda" or another."""
+    """Return the type of device that DeepSpeed has chosen, such as "cpu" or "cuda"."""
     return str(get_accelerator().device_name())

@@ -1,4 +1,7 @@
-"""Which device a rank trains on, and what it supports. All decisions are pure functions, testable without a GPU."""
+"""Select the device that a rank trains on, and query its capabilities.
+
+The functions that select a device depend only on their arguments, so they can be tested without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,20 @@ from deepspeed.accelerator import get_accelerator
 from megagpt.errors import MachineError
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-_NO_DEVICES = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES with which people and SLURM hide all GPUs
+# These values of CUDA_VISIBLE_DEVICES hide all GPUs. SLURM sets "NoDevFiles".
+_NO_DEVICES = ("", "-1", "NoDevFiles")
 
 
 def device_index(env: Mapping[str, str], local_rank: int, visible: int) -> int:
     """Return the index of this rank's device among the visible ones.
 
-    A single visible device belongs to this rank if an environment variable restricts the process to it:
-    `srun --gpus-per-task=1` and some wrappers of mpirun hide the devices of the other ranks.
+    If only one device is visible and an environment variable restricts the process to it, that device belongs to this
+    rank. `srun --gpus-per-task=1` and some wrappers of mpirun hide the devices of the other ranks in this way.
 
     Args:
         env: The environment of the process.
         local_rank: Index of the rank on its host.
-        visible: Number of devices that the process sees.
+        visible: Number of devices that are visible to the process.
 
     Raises:
         MachineError: If there are fewer devices than ranks on this host.
@@ -40,10 +44,10 @@ def device_index(env: Mapping[str, str], local_rank: int, visible: int) -> int:
 
 
 def device_env(env: Mapping[str, str], index: int) -> dict[str, str]:
-    """Return the variables from which DeepSpeed and torch read the index of this rank's device.
+    """Return the environment variables from which DeepSpeed and torch read the index of this rank's device.
 
-    ZeRO-3, pipelines and NCCL read LOCAL_RANK themselves. DeepSpeed also requires that OpenMPI's variable, if there is
-    one, has the same value (deepspeed/comm/comm.py).
+    DeepSpeed's ZeRO-3, its pipelines and NCCL all read LOCAL_RANK. DeepSpeed also requires that OpenMPI's variable, if
+    it is set, has the same value (deepspeed/comm/comm.py).
     """
     changed = {"LOCAL_RANK": str(index)}
     if "OMPI_COMM_WORLD_LOCAL_RANK" in env:
@@ -52,7 +56,7 @@ def device_env(env: Mapping[str, str], index: int) -> dict[str, str]:
 
 
 def host_threads(env: Mapping[str, str], cores: int, ranks: int) -> int:
-    """Return the number of threads for host computation of a rank with a GPU, such as an offloaded optimizer.
+    """Return the number of CPU threads of a rank with a GPU. An offloaded optimizer, for example, uses them.
 
     An explicit OMP_NUM_THREADS is respected, except for torchrun's default of 1.
 
@@ -64,19 +68,20 @@ def host_threads(env: Mapping[str, str], cores: int, ranks: int) -> int:
     explicit = env.get("OMP_NUM_THREADS", "")
     if explicit.isdecimal() and not (explicit == "1" and "TORCHELASTIC_RUN_ID" in env):
         return max(1, int(explicit))
-    per_task = env.get("SLURM_CPUS_PER_TASK", "")  # SLURM has already divided the cores
+    per_task = env.get("SLURM_CPUS_PER_TASK", "")  # the number of cores per rank, as divided by SLURM
     return max(1, int(per_task) if per_task.isdecimal() else cores // max(1, ranks))
 
 
 def check_unused_gpus(env: Mapping[str, str], folder: Path = Path("/dev")) -> None:
-    """Check that no GPU is left idle by mistake when training runs on the CPU.
+    """Check that training does not run on the CPU by mistake on a host with GPUs.
 
     Args:
-        env: The environment of the process; DS_ACCELERATOR or CUDA_VISIBLE_DEVICES can leave GPUs idle on purpose.
+        env: The environment of the process. GPUs may be left idle on purpose with DS_ACCELERATOR or
+            CUDA_VISIBLE_DEVICES.
         folder: Folder with the device files of the GPUs.
 
     Raises:
-        MachineError: If there are GPUs that torch does not see.
+        MachineError: If the host has GPUs that torch does not detect.
     """
     if "DS_ACCELERATOR" in env or env.get("CUDA_VISIBLE_DEVICES", "all") in _NO_DEVICES:
         return
@@ -92,7 +97,7 @@ def check_unused_gpus(env: Mapping[str, str], folder: Path = Path("/dev")) -> No
 
 
 def device_name() -> str:
-    """Return the name of this rank's device, for people."""
+    """Return a readable name of this rank's device."""
     kind = str(get_accelerator().device_name())
     if kind == "cpu":
         return f"CPU with {torch.get_num_threads()} threads"
@@ -100,11 +105,11 @@ def device_name() -> str:
 
 
 def supports_precision(precision: str) -> bool:
-    """Return whether the device computes in this precision in hardware; emulation is many times slower."""
+    """Return whether the hardware of the device supports this precision. Emulation would be many times slower."""
     if precision == "fp16":
         return bool(get_accelerator().is_fp16_supported())
     if precision == "bf16" and get_accelerator().device_name() == "cuda":
-        # DeepSpeed and torch answer yes for every GPU, since they count emulation by the compiler
+        # DeepSpeed and torch report bf16 as supported on every GPU, because the compiler can emulate it.
         return bool(torch.version.hip) or torch.cuda.get_device_capability() >= (8, 0)
     return True
 

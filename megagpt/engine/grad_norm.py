@@ -1,4 +1,4 @@
-"""Norm of the whole gradient, by which it is clipped, summed in fp64."""
+"""Compute the norm of the whole gradient in fp64, and clip the gradient by it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 20
-"""elements converted to fp64 at a time"""
+"""number of elements that are converted to fp64 at a time"""
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None) -> float:
-    """Scale the gradients of whole parameters so that their norm is at most `limit`.
+    """Scale the gradients so that the norm of all of them together is at most `limit`.
 
     Args:
-        parameters: Parameters with their gradients; those without one are skipped.
+        parameters: Whole parameters, not partitions. Parameters without a gradient are skipped.
         limit: The largest norm allowed, or None to leave the gradients as they are.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Start DeepSpeed in this process: quietly, without operators that training does not need, and with a timeout."""
+"""Initialize DeepSpeed in this process, with reduced logging, a timeout, and only the operators that training needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megagpt.engine import deepspeed_patches, devices
 
 
 def start(rank: Rank) -> str:
-    """Join the job's process group and select this rank's device. Call once, before anything is built.
+    """Join the job's process group and select this rank's device. Call this once, before building an engine.
 
     Returns:
-        The name of the device, for people.
+        A readable name of the device.
     """
     os.environ.update(rank.env_variables())
     for name in ("DeepSpeed", "torch"):
@@ -31,7 +31,7 @@ def start(rank: Rank) -> str:
     else:
         index = devices.device_index(os.environ, rank.local_rank, accelerator.device_count())
         os.environ.update(devices.device_env(os.environ, index))
-        accelerator.set_device(index)  # before anything is allocated and before NCCL starts
+        accelerator.set_device(index)  # must precede all allocations and the start of NCCL
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(devices.host_threads(os.environ, cores, rank.local_world_size))
     deepspeed_patches.set_default_group_timeout(TIME_LIMIT)

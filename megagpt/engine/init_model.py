@@ -1,4 +1,4 @@
-"""Build the model with its initial weights, which are bitwise the same on every layout."""
+"""Build the model with its initial weights, which are bitwise identical on every layout."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Check that this rank's device supports the precision and the communication that are configured.
+    """Check that this rank's device supports the configured precision and quantized communication.
 
     Args:
-        recipe: The recipe, for the precision.
-        config: The resolved DeepSpeed config, for quantized communication.
+        recipe: The recipe, which sets the precision.
+        config: The resolved DeepSpeed config, which may enable quantized communication.
 
     Raises:
-        UserError: If it does not, or if a required operator cannot be built.
+        UserError: If the device does not support one of them, or if a required operator cannot be built.
     """
     precision = recipe.precision or "fp32"
     if not devices.supports_precision(precision):
@@ -54,20 +54,23 @@ def check_device(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 
 def init_model(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, parallel: ParallelLayers) -> GPT:
-    """Build a GPT in the recipe's precision on this rank's device; at ZeRO stage 3 only this rank's partition of it.
+    """Build a GPT in the recipe's precision on this rank's device. At ZeRO stage 3, build only this rank's partition.
 
-    The fp32 master weights are copied from these weights, so that in low precision they start at rounded values.
+    The fp32 master weights are copied from these weights, so in low precision they start at rounded values.
 
     Args:
         recipe: The recipe with the model and the seed.
         config: The config for deepspeed.initialize.
         zero_stage: The ZeRO stage.
-        parallel: How the layers take part in sequence parallelism.
+        parallel: Settings of the layers for sequence parallelism.
+
+    Returns:
+        The model.
     """
     if zero_stage == 3:
         return _init_partitioned(recipe, config, parallel)
     dtype = _DTYPES[recipe.precision or "fp32"]
-    with torch.device("meta"):  # saves memory and the time for the layers' default initialization
+    with torch.device("meta"):  # avoids the memory and the time of the layers' default initialization
         model = GPT(recipe.model, recipe.document_end, parallel)
     model.to(dtype).to_empty(device=get_accelerator().current_device_name())
     initialize(model, recipe.seed)
@@ -75,11 +78,11 @@ def init_model(recipe: Recipe, config: Mapping[str, Any], zero_stage: int, paral
 
 
 def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
-    """Let blocks, spread evenly over the layers, recompute their activations in the backward pass.
+    """Make some of the blocks, spread evenly over the model, recompute their activations in the backward pass.
 
     Args:
         layers: The layers of the model.
-        number: Number of blocks that recompute.
+        number: Number of blocks that recompute their activations.
         on_host: Whether the inputs of these blocks are kept in host memory.
     """
     blocks = [layer for layer in layers if isinstance(layer, Block)]
@@ -89,7 +92,7 @@ def recompute(layers: Iterable[nn.Module], number: int, on_host: bool) -> None:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter before ZeRO stage 3 partitioned it."""
+    """Return the shape of the whole parameter, even if ZeRO stage 3 has partitioned it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
@@ -98,9 +101,9 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def _init_partitioned(recipe: Recipe, config: Mapping[str, Any], parallel: ParallelLayers) -> GPT:
     """Build a model whose parameters are partitioned as soon as their layer has created them.
 
-    Each is then gathered alone to be set to its initial value. The precision comes from the config: on devices without
-    fp16, zero.Init takes every explicit dtype for bf16 (runtime/zero/partition_parameters.py:409;
-    test_a_dtype_given_to_zero_init_is_taken_for_bf16_without_fp16).
+    The parameters are then gathered one at a time and set to their initial values. The precision is read from the
+    config, because on devices without fp16 zero.Init interprets every explicit dtype as bf16
+    (runtime/zero/partition_parameters.py:409; test_a_dtype_given_to_zero_init_is_taken_for_bf16_without_fp16).
     """
     with deepspeed.zero.Init(config_dict_or_path=dict(config)):
         model = GPT(recipe.model, recipe.document_end, parallel)

@@ -18,12 +18,14 @@ from megagpt.engine import deepspeed_ops
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 
-_SWAP_FOLDERS = ("optimizer", "float32params", "bfloat16params", "float16params")  # DeepSpeed's names
-_PARAMETER_BUFFERS = 16  # for parameters read ahead: those of a block and of the next one
+# DeepSpeed chooses these names for its folders on NVMe.
+_SWAP_FOLDERS = ("optimizer", "float32params", "bfloat16params", "float16params")
+# Number of buffers for parameters that are read ahead. They hold the parameters of two blocks.
+_PARAMETER_BUFFERS = 16
 
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:
-    """Return where `what` ("param" or "optimizer") is offloaded to: "cpu", "nvme" or "none"."""
+    """Return the device to which `what` ("param" or "optimizer") is offloaded: "cpu", "nvme" or "none"."""
     section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
     return str(section.get("device") or "none")
 
@@ -34,21 +36,21 @@ def steps_on_gpu(config: Mapping[str, Any]) -> bool:
 
 
 def configure_nvme(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
-    """Complete a config for offloading to NVMe: a separate folder per run, and buffers that fit the model.
+    """Return a config in which offloading to NVMe uses a separate folder per run, and buffers that fit the model.
 
-    DeepSpeed's default buffers take a gigabyte for every model, and are still too small for a large embedding on few
-    ranks. All runs on a machine would share its default folder, and leave their files there.
+    DeepSpeed's default buffers take a gigabyte even for a small model, and are too small for a large embedding on few
+    ranks. Without separate folders, all runs on a machine would share one folder and leave their files in it.
 
     Args:
         config: The resolved DeepSpeed config, which is not modified.
-        recipe: The recipe, for the size of the model and the run directory.
+        recipe: The recipe, which defines the size of the model and the run directory.
         ranks: Number of ranks over which ZeRO partitions parameters.
 
     Returns:
-        A copy of the config. Buffer sizes that the config states are kept.
+        A modified copy of the config. Buffer sizes that the config sets are kept.
 
     Raises:
-        UserError: If the operator for NVMe cannot be built.
+        UserError: If the config offloads to NVMe and DeepSpeed's operator for it cannot be built.
     """
     completed = copy.deepcopy(dict(config))
     on_nvme = [f"offload_{what}" for what in ("param", "optimizer") if offload_device(config, what) == "nvme"]
@@ -68,7 +70,7 @@ def configure_nvme(config: Mapping[str, Any], recipe: Recipe, ranks: int) -> dic
 
 
 def clear_swap_folders(config: Mapping[str, Any], rank: int) -> list[Path]:
-    """Delete and return this rank's folders on NVMe, which a killed run may have left."""
+    """Delete this rank's folders on NVMe, which a killed run may have left behind. Returns their paths."""
     sections = [config.get("zero_optimization", {}).get(f"offload_{what}") or {} for what in ("param", "optimizer")]
     roots = {Path(section["nvme_path"]) for section in sections if section.get("device") == "nvme"}
     folders = [root / "zero_stage_3" / name / f"rank{rank}" for root in roots for name in _SWAP_FOLDERS]
@@ -78,16 +80,16 @@ def clear_swap_folders(config: Mapping[str, Any], rank: int) -> list[Path]:
 
 
 def remove_swap_folders(folders: Sequence[Path]) -> None:
-    """Remove this rank's folders and their empty parents. Call only when no rank creates new ones."""
+    """Remove this rank's folders and their empty parents. No other rank may be creating folders at the same time."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in list(folder.parents)[:3]:
-            with contextlib.suppress(OSError):  # not empty: it holds another rank's folders
+            with contextlib.suppress(OSError):  # a parent that still holds another rank's folders is not removed
                 parent.rmdir()
 
 
 def _check_operator() -> None:
-    """Load DeepSpeed's operator for asynchronous I/O now, so that an error explains what is missing."""
+    """Raise UserError, with a hint on what is missing, if DeepSpeed's operator for asynchronous I/O cannot be built."""
     try:
         deepspeed_ops.load("async_io")
     except Exception as error:

@@ -1,7 +1,7 @@
-"""The pipeline engine: each stage's layers are on ranks of their own, and micro-batches flow through the stages.
+"""The pipeline engine, which places the layers of each stage on different ranks.
 
 Optimizer states are always partitioned over the data-parallel ranks of a stage (ZeRO-1). Without ZeRO, DeepSpeed would
-clip each stage by the norm of its own gradient
+clip the gradient of each stage by that stage's own norm
 (test_without_zero_a_pipeline_is_not_clipped_by_the_norm_of_the_whole_gradient).
 """
 
@@ -29,7 +29,7 @@ from megagpt.state import IGNORE_INDEX
 
 
 class PipelineEngine(DeepSpeedWrapper):
-    """An `Engine` on DeepSpeed's PipelineModule. All ranks of one pipeline are given the same batches."""
+    """An `Engine` that uses DeepSpeed's PipelineModule. All ranks of one pipeline must get the same batches."""
 
     def __init__(self, resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> None:
         super().__init__(resolved, rank, collectives)
@@ -60,7 +60,7 @@ class PipelineEngine(DeepSpeedWrapper):
         return loss / max(tokens, 1.0)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See `Engine`. Collective: every rank yields all parameters, one after the other."""
+        """See `Engine`. Collective. Every rank yields all parameters."""
         with torch.device("meta"):
             shapes = {name: parameter.shape for name, parameter in GPT(self._section).named_parameters()}
         local = {name: parameter for parameter, name in self._stage.names.items()}
@@ -69,7 +69,7 @@ class PipelineEngine(DeepSpeedWrapper):
             owner = grid.stage_to_global(self._owner(name))
             weight = torch.empty(shape, device=self._engine.device)
             if self._rank.rank == owner:
-                # an offloaded weight is on the host
+                # An offloaded weight is in host memory.
                 shard = safe_get_full_fp32_param(local[name]).detach().float().to(weight.device)
                 spec = shard_spec(name, self._section, self._layout.tensor_parallel)
                 weight = tensor.gather_shards(shard, spec, self._tensor_parallel).contiguous()
@@ -89,7 +89,7 @@ class PipelineEngine(DeepSpeedWrapper):
         return self._stage.names
 
     def _saved_elsewhere(self) -> frozenset[str]:
-        # the last stage's copy of a tied matrix is saved by the first one
+        # The first stage saves a tied matrix, so the last stage does not save its copy.
         return frozenset(name for name in self._stage.names.values() if self._owner(name) != self._stage.stage_id)
 
     def _owner(self, name: str) -> int:
@@ -97,7 +97,10 @@ class PipelineEngine(DeepSpeedWrapper):
         return int(self._stage.stage_owner(int(name.split(".")[1])))
 
     def _pad(self, batch: Batch) -> Batch:
-        """Pad a batch with ignored samples to the shape of training, on which the stages agree only once."""
+        """Pad a batch with ignored samples to the shape of a training batch.
+
+        DeepSpeed's pipeline stages exchange the shape of their tensors only once, so all batches need the same shape.
+        """
         missing = self._layout.micro_batch - len(batch.labels)
         return Batch(
             F.pad(batch.input_ids, (0, 0, 0, missing)), F.pad(batch.labels, (0, 0, 0, missing), value=IGNORE_INDEX)

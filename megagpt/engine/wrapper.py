@@ -1,4 +1,4 @@
-"""What the ZeRO engine and the pipeline engine share: both wrap the engine that deepspeed.initialize returns."""
+"""Base class of the ZeRO engine and the pipeline engine, which wrap the engine that deepspeed.initialize returns."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from megagpt.engine.state.rng_and_loss_scale import RngAndLossScaleSnapshot
 from megagpt.files import WriteFile
 from megagpt.state import IGNORE_INDEX, UpdateResult
 
-# Not passed to DeepSpeed: engine/parallel implements both, and the batch size counts sequence-parallel ranks once
+# These keys are not passed to DeepSpeed. engine/parallel implements tensor and sequence parallelism. DeepSpeed would
+# reject `train_batch_size`, because it counts sequence-parallel ranks as data-parallel ones and the recipe does not.
 _OUR_KEYS = ("tensor_parallel", "sequence_parallel_size", "train_batch_size")
 
 
 class DeepSpeedWrapper:
-    """Base class of the engines: one DeepSpeed engine, its updates, and its state.
+    """Base class of the engines, which runs updates on a DeepSpeed engine and saves and restores its state.
 
-    A subclass calls `_initialize` at the end of its constructor.
+    A subclass must call `_initialize` at the end of its constructor.
     """
 
     _engine: Any
@@ -62,10 +63,10 @@ class DeepSpeedWrapper:
 
         Args:
             model: The model, or the layers of a pipeline stage.
-            optimizer: The optimizer over its parameters.
-            config: The config for DeepSpeed.
+            optimizer: The optimizer of the model's parameters.
+            config: The config for deepspeed.initialize.
             total_updates: Number of updates of the whole run, for the learning rate schedule.
-            grid: The process groups of tensor parallelism, unless the model has its own.
+            grid: DeepSpeed's grid of process groups for tensor parallelism; None if the model creates its own.
         """
         recipe = self._recipe
         self._engine = deepspeed.initialize(
@@ -87,8 +88,9 @@ class DeepSpeedWrapper:
         batches = [self._ulysses.shard_batch(batch) for batch in batches]
         tokens = self._total_tokens(sum(map(valid_tokens, batches)))
         lr = self._engine.optimizer.param_groups[0]["lr"]
-        # DeepSpeed averages over ranks and micro-batches; with this divisor its average is the mean over all tokens.
-        # (backward(scale_wrt_gas=False) would save a factor, but at stage 0 DeepSpeed 0.19.8 divides all the same.)
+        # DeepSpeed averages over ranks and micro-batches. With this divisor, its average is the mean over all tokens.
+        # `backward(scale_wrt_gas=False)` should turn off the average over micro-batches, but at ZeRO stage 0 DeepSpeed
+        # 0.19.8 ignores this option.
         normalizer = max(tokens, 1.0) / (self._layout.zero_partitions * self._layout.accumulation)
         snapshot = RngAndLossScaleSnapshot(self._engine.optimizer)
         loss, accepted = self._forward_backward(batches, normalizer, accept, at_step)
@@ -102,7 +104,7 @@ class DeepSpeedWrapper:
         self._portable_state().save(sink)
 
     def load_state(self, folder: Path) -> None:
-        """See `Engine`. Raises UserError if the state in the engine is not the one that was saved."""
+        """See `Engine`. Raises UserError if the restored state differs from the saved one."""
         self._portable_state().load(folder, self._empty_update)
 
     def replicas_differ(self) -> list[str]:
@@ -116,14 +118,14 @@ class DeepSpeedWrapper:
 
     def close(self) -> None:
         """See `Engine`."""
-        with contextlib.suppress(AttributeError):  # a constructor that failed has no engine
+        with contextlib.suppress(AttributeError):  # `_engine` does not exist if the constructor failed
             self.release()
         stop()
 
     def _forward_backward(
         self, batches: Sequence[Batch], normalizer: float, accept: Accept, at_step: AtStep
     ) -> tuple[float, bool]:
-        """Run all passes and the step of an update; return its loss and whether it was accepted."""
+        """Run all passes and the step of an update. Returns its loss, and whether the loss was accepted."""
         raise NotImplementedError
 
     def _names(self) -> Mapping[torch.nn.Parameter, str]:
@@ -131,7 +133,7 @@ class DeepSpeedWrapper:
         raise NotImplementedError
 
     def _replicated_names(self) -> Mapping[torch.nn.Parameter, str]:
-        """Return the names of those parameters that other ranks may replicate."""
+        """Return the name in `GPT` of each parameter that other ranks may replicate."""
         return self._names()
 
     def _saved_elsewhere(self) -> frozenset[str]:
@@ -159,15 +161,15 @@ class DeepSpeedWrapper:
         self.train_update([Batch(ids, torch.full_like(ids, IGNORE_INDEX))] * self._layout.accumulation)
 
     def _total_tokens(self, local: int) -> float:
-        """Sum a number of tokens over data-parallel and sequence-parallel ranks. Collective."""
+        """Return the sum of a token count over the data-parallel and sequence-parallel ranks. Collective."""
         return self._collectives.all_reduce_sum(local) / (self._layout.pipeline_stages * self._layout.tensor_parallel)
 
 
 def valid_tokens(batch: Batch) -> int:
-    """Return the number of target tokens that count for the loss."""
+    """Return the number of target tokens in a batch that are not ignored by the loss."""
     return int((batch.labels != IGNORE_INDEX).sum())
 
 
 def deepspeed_config(resolved: Resolved) -> dict[str, Any]:
-    """Return the config for deepspeed.initialize: without the keys that the engine implements itself."""
+    """Return the config for deepspeed.initialize, without the features that the engine implements itself."""
     return {key: value for key, value in resolved.config.items() if key not in _OUR_KEYS}

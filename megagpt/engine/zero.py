@@ -1,4 +1,4 @@
-"""The ZeRO engine: data parallelism with optimizer states, gradients and parameters partitioned by stage."""
+"""The ZeRO engine, which partitions optimizer states, gradients and parameters depending on the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ZeroEngine(DeepSpeedWrapper):
         self._initialize(model, optimizer, config, total_updates, self._grid)
 
     def _init_model(self, config: dict[str, Any]) -> GPT:
-        """Build the model with its initial weights, or this rank's shard of it."""
+        """Build the model, or this rank's tensor-parallel shard of it, with its initial weights."""
         parallel = tensor.parallel_layers(self._section, self._tensor_parallel, self._ulysses.shard)
         if self._layout.tensor_parallel == 1:
             model = init_model(self._recipe, config, self._layout.zero_stage, parallel)
@@ -67,12 +67,12 @@ class ZeroEngine(DeepSpeedWrapper):
         return None if stopped else self._sum_over_ranks(loss) / max(self._total_tokens(tokens), 1.0)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See `Engine`. Collective above stage 0; in low precision, the fp32 master weights."""
+        """See `Engine`. Collective above stage 0. In low precision, yields the fp32 master weights."""
         for name, parameter in self._engine.module.named_parameters():
             weight = parameter if self._layout.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             spec = shard_spec(name, self._section, self._layout.tensor_parallel)
             if spec is not None:
-                weight = weight.to(self._engine.device)  # an offloaded weight is on the host
+                weight = weight.to(self._engine.device)  # an offloaded weight is in host memory
                 weight = tensor.gather_shards(weight, spec, self._tensor_parallel)
             yield name, weight.detach().float().cpu().contiguous()
 
@@ -95,13 +95,13 @@ class ZeroEngine(DeepSpeedWrapper):
                 accepted = accept(loss)
                 at_step()
                 if not accepted:
-                    micro_batch_loss = micro_batch_loss * math.nan  # DeepSpeed skips a step with such a gradient
+                    micro_batch_loss = micro_batch_loss * math.nan  # DeepSpeed skips the step if a gradient is NaN
             self._engine.backward(micro_batch_loss)
             self._engine.step()
         return loss, accepted
 
     def _forward(self, batch: Batch, normalizer: float) -> torch.Tensor:
-        """Return the loss of one micro-batch: the sum over its valid tokens, divided by `normalizer`."""
+        """Return the sum of the loss over the valid tokens of one micro-batch, divided by `normalizer`."""
         device = self._engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
@@ -112,14 +112,14 @@ class ZeroEngine(DeepSpeedWrapper):
         return {parameter: name for name, parameter in self._engine.module.named_parameters()}
 
     def _replicated_names(self) -> Mapping[torch.nn.Parameter, str]:
-        # at stage 3, no two ranks hold the same weights
+        # At stage 3, no two ranks hold the same weights.
         return {} if self._layout.zero_stage == 3 else self._names()
 
     def _grad_norm(self) -> float:
         return self._clipping.norm if self._clipping else super()._grad_norm()
 
     def _sum_over_ranks(self, value: torch.Tensor) -> float:
-        """Return the sum over data-parallel and sequence-parallel ranks of a value on the device."""
+        """Return the sum of a value on the device over the data-parallel and sequence-parallel ranks."""
         if self._layout.world_size > 1:
             torch.distributed.all_reduce(value)
         return float(value.item()) / self._layout.tensor_parallel

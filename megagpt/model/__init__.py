@@ -1,1 +1,1 @@
-"""The model: a GPT in plain PyTorch, its loss, and what it costs."""
+"""The model, a GPT in plain PyTorch, with its loss and its computational cost."""

@@ -1,6 +1,7 @@
-"""The table of activation functions of the MLP: to add one, add it here and to `activation` in the recipe's sections.
+"""Table of the MLP's activation functions.
 
-torch is imported only when an activation runs, so that the planner can read the table without it.
+To add an activation function, add it to this table and to `activation` in config/recipe/sections.py. torch is imported
+only when an activation function is called, so that the planner can read the table without importing torch.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation function, and what the planner and the export need to know about it.
+    """One activation function, with properties that the planner and the export need.
 
     Attributes:
-        function: computes [..., d_ff] from the outputs [..., d_ff] of `up` and of `gate`, which is None unless gated
-        saved_tensors: tensors of d_ff values per token that autograd saves in the MLP
-        backward_tensors: gradients of d_ff values per token that exist at once in the backward pass
-        gpt2: `activation_function` of transformers' GPT-2; None if GPT-2 cannot compute it
-        llama: `hidden_act` of transformers' Llama, which is always gated; None if Llama cannot compute it
-        llama_gate_is_up: True if Llama computes it with the matrix `up` as its gate, too
+        function: maps the outputs [..., d_ff] of `up` and of `gate` to [..., d_ff]. The output of `gate` is None if the
+            activation is not gated
+        saved_tensors: number of tensors with d_ff values per token that autograd saves in the MLP
+        backward_tensors: number of gradients with d_ff values per token that exist at once in the backward pass
+        gpt2: value of `activation_function` in transformers' GPT-2, or None if GPT-2 does not support the activation
+        llama: value of `hidden_act` in transformers' Llama, whose MLP is always gated, or None if Llama does not
+            support the activation
+        llama_gate_is_up: True if the export has to use the matrix `up` also as the gate of Llama's MLP
 
     """
 
@@ -36,33 +39,34 @@ class Activation:
 
 
 def _gelu(up: Tensor, gate: Tensor | None) -> Tensor:
-    """The tanh form, as in GPT-2."""
+    """Compute the tanh approximation of GELU, as in GPT-2."""
     from torch.nn.functional import gelu
 
     return gelu(up, approximate="tanh")
 
 
 def _swiglu(up: Tensor, gate: Tensor | None) -> Tensor:
-    """silu(gate) · up (arXiv 2002.05202)."""
+    """Compute silu(gate) · up (SwiGLU, arXiv 2002.05202)."""
     from torch.nn.functional import silu
 
-    assert gate is not None  # the layer has a gate if its activation is gated
+    assert gate is not None  # a layer with a gated activation has a gate
     return silu(gate) * up
 
 
 def _relu2(up: Tensor, gate: Tensor | None) -> Tensor:
-    """max(up, 0)² (Primer, arXiv 2109.08668)."""
+    """Compute max(up, 0)² (Primer, arXiv 2109.08668)."""
     from megagpt.model.fused_ops import relu_squared
 
     return relu_squared(up)
 
 
 ACTIVATIONS = {
-    # saved: input and output
+    # Autograd saves the input and the output.
     "gelu": Activation(_gelu, saved_tensors=2, backward_tensors=1, gpt2="gelu_new"),
-    # saved: gate, its silu, up, and the product of the two
+    # Autograd saves the gate, the SiLU of the gate, `up`, and the product of the last two.
     "swiglu": Activation(_swiglu, saved_tensors=4, backward_tensors=2, llama="silu"),
-    # saved: the positive part and its square; relu(x)² = relu(x) · x is a gated relu with equal matrices
+    # Autograd saves the positive part of the input and its square. Because relu(x)² = relu(x) · x, Llama can compute it
+    # as a gated ReLU whose two matrices are equal.
     "relu2": Activation(
         _relu2, saved_tensors=2, backward_tensors=1, gpt2="relu2", llama="relu", llama_gate_is_up=True
     ),

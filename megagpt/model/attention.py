@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries. Letters in shapes are explained in layers.py."""
+"""Causal self-attention with grouped queries. The docstring of layers.py explains the letters in shapes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from megagpt.model.document_mask import attend_in_blocks
 from megagpt.model.fused_ops import split_heads
 from megagpt.model.parallel import SequenceShard
 
-EPSILON = 1e-5  # of every norm
+EPSILON = 1e-5  # epsilon of every normalization layer
 
 
 class Attention(nn.Module):
     """Causal attention in which `group` query heads share one key/value head.
 
-    The rows of `qkv` are all query heads, then all key heads, then all value heads.
+    The rows of the weight of `qkv` are all query heads, followed by all key heads and all value heads.
 
     Args:
-        layer: number of this attention layer, which finds its keys and values in a KV cache
+        layer: index of this attention layer in a KV cache
         qkv: linear layer from D to (H + 2K)·h, or this tensor-parallel rank's shard of it
-        output: linear layer from H·h to D, or this rank's shard of it
-        head_dim: h
-        group: H / K
-        dropout: probability of dropping an attention weight, and of dropping an output
-        qk_norm: divide each query and key head by its RMS before the rotation, without a weight (arXiv 2010.04245)
-        sequence: this rank's part of each sequence under sequence parallelism
+        output: linear layer from H·h to D, or this tensor-parallel rank's shard of it
+        head_dim: width h of each head
+        group: number of query heads per key/value head, H / K
+        dropout: probability of dropping each attention weight and each element of the output
+        qk_norm: whether to divide each query and key head by its RMS before the rotation (arXiv 2010.04245)
+        sequence: this rank's shard of each sequence, or None without sequence parallelism
 
     """
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self._distributed = None if sequence is None else sequence.distribute(self.attend)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Apply attention to hidden states [B, T, D], and return hidden states [B, T, D]."""
         qkv = self.qkv(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2K, h]
         kv_heads = qkv.shape[2] // (self.group + 2)
         q, k, v = split_heads(qkv, kv_heads, context.rotary, EPSILON if self.qk_norm else None)
@@ -70,17 +70,18 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, mask: Tensor | BlockMask | None = None
     ) -> Tensor:
-        """Mix the values of the tokens that each query attends to.
+        """Compute scaled dot-product attention.
 
         Args:
-            q: [B, T, H, h]
-            k: [B, S, K, h]; S is T, or T is 1
-            v: [B, S, K, h]
-            is_causal: each query attends to earlier tokens only; False if T is 1 and the query attends to all S
-            mask: replaces the causal mask; see `DocumentMask.build`
+            q: queries [B, T, H, h]
+            k: keys [B, S, K, h], where S is T unless T is 1
+            v: values [B, S, K, h]
+            is_causal: whether a query attends only to its own and earlier tokens. If False, T is 1 and the query
+                attends to all S tokens
+            mask: mask that replaces the causal mask, as returned by `DocumentMask.build`
 
         Returns:
-            [B, T, H, h]
+            For each query, the weighted mean of the values that it attends to: [B, T, H, h].
 
         """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -89,8 +90,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         is_grouped = self.group > 1
         if is_grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-            # On GPUs only flash attention supports groups, and it supports neither masks nor fp32. The fallback kernel
-            # would hold all attention scores in memory.
+            # On GPUs only flash attention supports grouped queries, and it supports neither masks nor fp32. For these,
+            # torch would select a kernel that stores all attention scores in memory.
             k, v = (tensor.repeat_interleave(self.group, 1) for tensor in (k, v))
             is_grouped = False
         is_causal = is_causal and mask is None
@@ -99,5 +100,5 @@ class Attention(nn.Module):
 
 
 def apply_dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Drop out elements of x in training; return x itself if there is nothing to drop."""
+    """Apply dropout to x in training. In evaluation, or if the probability is 0, return x itself."""
     return F.dropout(x, probability) if training and probability > 0 else x

@@ -1,4 +1,4 @@
-"""The context of a forward pass: what the layers need to know about a batch besides its hidden states."""
+"""Context of a forward pass, which holds everything that the layers need besides the hidden states."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from megagpt.model.shapes import head_dim
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
-_SMALLEST_FLEX_HEAD = 16  # flex attention's kernels support no narrower heads
+_SMALLEST_FLEX_HEAD = 16  # smallest head_dim that flex attention's kernels support
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Passed unchanged to every layer of one forward pass.
+    """Context that is passed to every layer of one forward pass.
 
-    It is immutable, so that a block that is recomputed in the backward pass sees the batch that it was run on, even
-    if other batches have been run since (as in a pipeline).
+    The context is immutable. A block that is recomputed in the backward pass therefore gets the same context as in the
+    forward pass, even if forward passes of other batches have run in between, as in a pipeline.
 
     Attributes:
-        position_ids: position of each token, int64: [T], or [B, T] if attention is masked at document boundaries
-        rotary: cosine and sine of the rotary embedding at these positions; None with learned positions
-        attention_mask: which keys each query attends to; None for all earlier tokens. See `DocumentMask`.
-        kv_cache: keys and values of earlier tokens, in generation
+        position_ids: int64 position of each token, [T], or [B, T] if attention is masked at document boundaries
+        rotary: cosine and sine of the rotary embedding at these positions, or None with learned positions
+        attention_mask: mask from `DocumentMask.build`, or None if each query attends to all earlier tokens
+        kv_cache: keys and values of earlier tokens in generation, or None in training
 
     """
 
@@ -43,12 +43,12 @@ class ForwardContext:
 
 
 class ContextBuilder:
-    """Builds the contexts of one model's forward passes.
+    """Builder of the contexts for the forward passes of one model.
 
     Args:
-        section: the model
-        document_end: token id that ends a document; if given, attention is masked at document boundaries
-        sequence: this rank's part of each sequence under sequence parallelism
+        section: model section of the recipe
+        document_end: id of the token that ends a document. If given, attention is masked at document boundaries
+        sequence: this rank's shard of each sequence, or None without sequence parallelism
 
     """
 
@@ -60,20 +60,22 @@ class ContextBuilder:
             self._rotary = RotaryEmbedding(head_dim(section), section.seq_len, section.rope_theta)
         self._document_mask: DocumentMask | None = None
         if document_end is not None:
-            # flex attention has no dropout
+            # Flex attention does not support dropout.
             allow_blocks = section.dropout == 0 and head_dim(section) >= _SMALLEST_FLEX_HEAD
             self._document_mask = DocumentMask(document_end, allow_blocks)
         self._sequence = sequence
 
     def for_batch(self, input_ids: Tensor, device: torch.device | None = None) -> ForwardContext:
-        """Build the context of a forward pass over whole sequences.
+        """Build the context of a forward pass in training or evaluation.
+
+        Collective if attention is masked at document boundaries under sequence parallelism.
 
         Args:
-            input_ids: [B, T], this rank's tokens
-            device: device of the layers; by default that of `input_ids`
+            input_ids: token ids [B, T] of this rank
+            device: device of the layers. By default, the device of `input_ids`
 
         Returns:
-            The context, on `device`. Collective if documents are masked under sequence parallelism.
+            The context, with tensors on `device`.
 
         """
         device = input_ids.device if device is None else device
@@ -90,7 +92,7 @@ class ContextBuilder:
         return ForwardContext(position_ids, rotary, mask)
 
     def for_decoding(self, tokens: int, kv_cache: KVCache, device: torch.device) -> ForwardContext:
-        """Build the context for `tokens` new tokens that follow those in `kv_cache`. They count as one document."""
+        """Build the context for `tokens` new tokens that follow the tokens in `kv_cache`, all in the same document."""
         return self._contiguous(kv_cache.length, tokens, device, kv_cache)
 
     def _contiguous(

@@ -1,7 +1,7 @@
-"""Document masking: attention stays within each document of a sequence, and positions restart at each first token.
+"""Document masking, which restricts attention to the tokens of one document and restarts positions at each document.
 
-Without it a token also attends to whatever documents happen to precede its own (the case against that: arXiv
-2404.10830, section 4).
+Without masking, a token also attends to unrelated documents that precede its own in the same sequence (see arXiv
+2404.10830, section 4, for the effects).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class DocumentMask:
-    """Derives position ids and attention masks from the token ids of whole sequences.
+    """Builder of position ids and attention masks from the token ids of whole sequences.
 
     Args:
-        end: token id that ends a document, and belongs to it as its last token
-        allow_blocks: use a block mask on GPUs, with which attention skips blocks that are masked entirely
+        end: id of the token that ends a document. The token belongs to the document that it ends
+        allow_blocks: whether to use a block mask on GPUs, with which attention skips blocks that are masked entirely
 
     """
 
@@ -37,12 +37,12 @@ class DocumentMask:
         self.allow_blocks = allow_blocks
 
     def build(self, input_ids: Tensor) -> tuple[Tensor, Tensor | BlockMask]:
-        """Find the documents in input_ids [B, S].
+        """Build the position ids and the attention mask of input_ids [B, S].
 
         Returns:
-            Position ids [B, S], counted from the first token of each document, and the attention mask. A query attends
-            to itself and to earlier tokens of its document. The mask is [B, 1, S, S] with True where a query attends to
-            a key, or on GPUs a BlockMask.
+            Position ids [B, S], counted from the first token of each document, and the attention mask. A token attends
+            to itself and to earlier tokens of its document. The mask is a BlockMask if block masks can be used.
+            Otherwise it is a tensor [B, 1, S, S] that is True if a query attends to a key.
 
         """
         ends = input_ids == self.end
@@ -56,19 +56,19 @@ class DocumentMask:
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Run attention that skips the masked blocks, from q [B, H, T, h], k and v [B, K, T, h] to [B, H, T, h]."""
+    """Return attention [B, H, T, h] of q [B, H, T, h], k [B, K, T, h] and v [B, K, T, h], skipping masked blocks."""
     run = _compiled(flex_attention) if q.is_cuda else flex_attention
     mixed: Tensor = run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed
 
 
 def dense_mask(document_ids: Tensor) -> Tensor:
-    """Return the mask [B, 1, S, S] of tokens that belong to the documents document_ids [B, S]."""
+    """Return the attention mask [B, 1, S, S] of tokens in the documents document_ids [B, S]."""
     return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)).tril().unsqueeze(1)
 
 
 def block_mask(document_ids: Tensor) -> BlockMask:
-    """Return the same mask as `dense_mask`, as the blocks that a GPU has to compute."""
+    """Return the same mask as `dense_mask` as a BlockMask, which lists the blocks that have to be computed."""
 
     def is_attended(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
@@ -81,13 +81,19 @@ def block_mask(document_ids: Tensor) -> BlockMask:
 
 @cache
 def _compiled(function: Any) -> Any:
-    """Compile to one fused kernel per shape. Uncompiled, all attention scores would be in memory at once."""
+    """Compile a function to one fused kernel per shape.
+
+    Without compilation, flex attention would store all attention scores in memory at once.
+    """
     return torch.compile(function, dynamic=False)
 
 
 @cache
 def _can_compile() -> bool:
-    """Return True if kernels can be compiled here, for which Triton needs a C compiler. Warn once if not."""
+    """Return whether kernels can be compiled on this host. Logs a warning, only once, if they cannot.
+
+    Compilation requires Triton, a C compiler and the header files of Python.
+    """
     compilers = (os.environ.get("CC"), "gcc", "clang")
     has_compiler = any(name and shutil.which(name) for name in compilers)
     header = Path(sysconfig.get_path("include"), "Python.h")

@@ -1,4 +1,4 @@
-"""A GPT as one list of layers, its output, and its initial weights."""
+"""The GPT as a list of layers, the output of its forward pass, and its initial weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from megagpt.state import IGNORE_INDEX
 if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
-INITIAL_STD = 0.02  # GPT-2
+INITIAL_STD = 0.02  # standard deviation of the initial weights, as in GPT-2
 
 
 def build_layers(section: ModelSection, parallel: ParallelLayers = WHOLE) -> list[nn.Module]:
-    """Build the layers in order: token embedding, position embedding if learned, blocks, norm, head.
+    """Build the layers in order: token embedding, learned position embedding if there is one, blocks, norm and head.
 
-    Each layer takes the output of the one before it and the context of the forward pass, so that a pipeline can split
-    the list anywhere. Weights are uninitialized until `initialize`.
+    The inputs of each layer are the output of the previous layer and the context of the forward pass, so a pipeline can
+    split the list anywhere. The weights are uninitialized until `initialize` is called.
 
     Args:
-        section: the model
-        parallel: this rank's part in tensor and sequence parallelism
+        section: model section of the recipe
+        parallel: layers of this rank under tensor and sequence parallelism
 
     Returns:
-        The layers, whose parameters are those of `shapes.layer_shapes`.
+        The layers. Their parameters have the shapes of `shapes.layer_shapes`.
 
     """
     width, rotates, shard = section.d_model, section.position == "rope", parallel.vocabulary
@@ -75,7 +75,7 @@ def _block(section: ModelSection, number: int, parallel: ParallelLayers) -> Bloc
 
 
 class Output(dict[str, Tensor | None]):
-    """Result of a GPT's forward pass. It is a dict because ZeRO-3 finds the tensors in it that need hooks."""
+    """Result of a GPT's forward pass. It is a dict, so that ZeRO-3 finds the tensors that need backward hooks."""
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, head: Head) -> None:
         super().__init__(loss=loss, hidden=hidden)
@@ -84,7 +84,7 @@ class Output(dict[str, Tensor | None]):
 
     @property
     def loss(self) -> Tensor:
-        """Summed cross-entropy divided by the normalizer, an fp32 scalar. Raises ValueError without labels."""
+        """Sum of the cross-entropies divided by the normalizer, an fp32 scalar. Raises ValueError without labels."""
         loss = self["loss"]
         if loss is None:
             raise ValueError("no labels were given, so there is no loss")
@@ -92,19 +92,19 @@ class Output(dict[str, Tensor | None]):
 
     @property
     def logits(self) -> Tensor:
-        """Logits [batch, seq, vocab_size], computed on first access."""
+        """Logits [batch, seq, vocab_size], which are computed on first access."""
         if self._logits is None:
             self._logits = self._head(self["hidden"])
         return self._logits
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameters are named `layers.{i}.…` by their index in `build_layers(section)`.
+    """Decoder-only transformer. Names of parameters begin with `layers.{i}`, the index in `build_layers(section)`.
 
     Args:
-        section: the model
-        document_end: token id that ends a document; if given, attention is masked at document boundaries
-        parallel: this rank's part in tensor and sequence parallelism
+        section: model section of the recipe
+        document_end: id of the token that ends a document. If given, attention is masked at document boundaries
+        parallel: layers of this rank under tensor and sequence parallelism
 
     """
 
@@ -122,12 +122,12 @@ class GPT(nn.Module):
         """Run the model, and compute the loss if labels are given.
 
         Args:
-            input_ids: [batch, seq]
-            labels: [batch, seq], already shifted; -100 is ignored
-            normalizer: divides the loss summed over the valid tokens; by default their number in `labels`
+            input_ids: token ids [batch, seq]
+            labels: ids of the next tokens [batch, seq]. Positions with -100 do not contribute to the loss
+            normalizer: divisor of the summed loss. By default, the number of labels that are not -100
 
         Returns:
-            The loss, and logits that are computed only when they are read.
+            The loss and the logits. The logits are computed only when they are accessed.
 
         """
         context = self.contexts.for_batch(input_ids)
@@ -143,18 +143,20 @@ class GPT(nn.Module):
         return Output(loss, hidden, head)  # type: ignore[arg-type]
 
     def new_kv_cache(self) -> KVCache:
-        """Return an empty cache for `decode`, with room for seq_len tokens."""
+        """Return an empty cache for `decode` with a capacity of seq_len tokens."""
         return KVCache(self.section.n_layer, self.section.seq_len)
 
     def decode(self, input_ids: Tensor, kv_cache: KVCache) -> Tensor:
-        """Read the tokens that follow those in the cache.
+        """Run the model on tokens that follow those in the cache, and append them to the cache.
+
+        All tokens are treated as one document.
 
         Args:
-            input_ids: [batch, seq]; seq is 1 unless the cache is empty
-            kv_cache: extended by these tokens. All tokens count as one document.
+            input_ids: token ids [batch, seq], where seq is 1 unless the cache is empty
+            kv_cache: keys and values of the earlier tokens
 
         Returns:
-            Logits [batch, vocab_size] after the last token.
+            The logits [batch, vocab_size] of the token that follows the last one.
 
         """
         context = self.contexts.for_decoding(input_ids.shape[1], kv_cache, input_ids.device)
@@ -167,19 +169,20 @@ class GPT(nn.Module):
 
 
 def initial_value(name: str, shape: Sequence[int], section: ModelSection, seed: int) -> Tensor:
-    """Compute the initial value of one parameter from these arguments alone.
+    """Compute the initial value of one parameter. The result depends only on the arguments.
 
-    Norm weights are 1, biases 0, and matrices normal with standard deviation 0.02. The projections back into the
-    residual stream have 0.02 / √(2·n_layer) (GPT-2 paper, section 2.3), or are 0 with `init: zero_projections`.
+    Normalization weights are 1 and biases are 0. Matrices are normally distributed with a standard deviation of 0.02.
+    For the projections back into the residual stream, the standard deviation is 0.02 / √(2·n_layer) (GPT-2 paper,
+    section 2.3). With `init: zero_projections`, these projections are 0.
 
     Args:
-        name: the parameter's name in `GPT`
-        shape: its whole shape, before any parallelism
-        section: the model
-        seed: the recipe's seed
+        name: name of the parameter in `GPT`
+        shape: shape of the whole parameter
+        section: model section of the recipe
+        seed: seed of the recipe
 
     Returns:
-        An fp32 tensor on the CPU.
+        The value, an fp32 tensor on the CPU.
 
     """
     if len(shape) == 1:
@@ -189,7 +192,8 @@ def initial_value(name: str, shape: Sequence[int], section: ModelSection, seed: 
         if section.init == "zero_projections":
             return torch.zeros(*shape, device="cpu")
         std /= math.sqrt(2 * section.n_layer)
-    # One random stream per parameter, so that its values do not depend on what else is drawn, or in which order
+    # Each parameter has its own random number generator, so its values do not depend on other parameters or on the
+    # order in which they are initialized.
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(*shape, device="cpu").normal_(0.0, std, generator=generator)
@@ -197,6 +201,6 @@ def initial_value(name: str, shape: Sequence[int], section: ModelSection, seed: 
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """Set every parameter of `model` to its initial value, on any device and in any dtype."""
+    """Set every parameter of `model` to its initial value. The model may be on any device and have any dtype."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, model.section, seed))

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has already read, kept so that generation reads each token only once."""
+"""Cache of keys and values, with which generation has to process each token only once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of all attention layers, for up to `capacity` tokens.
+    """Cache of the keys and values of all attention layers for up to `capacity` tokens.
 
-    `length` is the number of tokens that all layers have stored. During a forward pass each layer calls `update` once,
-    and `GPT.decode` calls `advance` after the last one.
+    During a forward pass each attention layer calls `update` once. After the last layer, `GPT.decode` calls `advance`,
+    which increases `length`, the number of tokens in the cache.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
@@ -21,12 +21,12 @@ class KVCache:
         """Store the keys and values of new tokens.
 
         Args:
-            layer: number of the attention layer
-            keys: [B, T, K, h]
-            values: [B, T, K, h]
+            layer: index of the attention layer
+            keys: keys of the new tokens [B, T, K, h]
+            values: values of the new tokens [B, T, K, h]
 
         Returns:
-            The layer's keys and values of all tokens so far, each [B, length + T, K, h].
+            The keys and values of all tokens so far, each [B, length + T, K, h].
 
         """
         batch, tokens, heads, width = keys.shape
@@ -40,5 +40,5 @@ class KVCache:
         return storage[0][:, :end], storage[1][:, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count the tokens that every layer has now stored."""
+        """Increase `length` by the number of tokens that every layer has stored in this forward pass."""
         self.length += tokens

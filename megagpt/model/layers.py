@@ -1,9 +1,10 @@
-"""The layers of a GPT: embeddings, MLP, norms, block, head. Attention is in attention.py.
+"""Layers of a GPT: embeddings, MLP, normalization, block and head. Attention is in attention.py.
 
-Letters in shapes: B batch, T tokens, D width (d_model), H heads, K key/value heads, h head_dim. Layers do not store
-their number of heads but reshape by head_dim, so that a tensor-parallel shard of a layer works unchanged. Every
-layer maps hidden [B, T, D] to hidden [B, T, D], given the context of the forward pass. The first layer takes token ids
-[B, T], and the head returns logits [B, T, vocab_size] or the loss.
+The letters in shapes are B for the batch size, T for tokens, D for the width (d_model), H for query heads, K for
+key/value heads and h for head_dim. Layers do not store their number of heads but reshape by head_dim, so that the same
+code works for a tensor-parallel shard of a layer. Every layer maps hidden states [B, T, D] to hidden states [B, T, D],
+given the context of the forward pass. Only the input of the first layer is token ids [B, T], and the output of the head
+is logits [B, T, vocab_size] or the loss.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from megagpt.model.parallel import VocabShard
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids [B, T] → hidden [B, T, D]. Holds only the matrix, so that a pipeline can tie it.
+    """Embedding of token ids. The matrix is its only parameter, so that a pipeline can tie it to the head.
 
     Args:
         vocab_size: number of token ids
-        d_model: D
+        d_model: width D of the hidden states
         dropout: probability of dropping an element of the result
-        shard: this tensor-parallel rank's rows; None for all rows
+        shard: rows of the matrix that this tensor-parallel rank holds, or None if it holds all rows
 
     """
 
@@ -43,7 +44,7 @@ class TokenEmbedding(nn.Module):
         self._shard = shard
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
-        """Look up the rows of input_ids [B, T]."""
+        """Return the embeddings [B, T, D] of token ids [B, T], after dropout."""
         return apply_dropout(self._rows(input_ids), self.dropout, self.training)
 
     def _rows(self, input_ids: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class TokenEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a learned vector for each token position (as GPT-2), then applies dropout."""
+    """Learned position embedding, which is added to the hidden states before dropout, as in GPT-2."""
 
     def __init__(self, seq_len: int, d_model: int, dropout: float) -> None:
         super().__init__()
@@ -64,39 +65,40 @@ class PositionEmbedding(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Return the sum of hidden states [B, T, D] and the embeddings of their positions, after dropout."""
         return apply_dropout(hidden + F.embedding(context.position_ids, self.weight), self.dropout, self.training)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (arXiv 1910.07467)."""
+    """RMSNorm over the last dimension: x / rms(x) · weight (arXiv 1910.07467)."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Normalize hidden states [B, T, D]."""
         if hidden.device.type == "cpu":
             return rms_norm(hidden, self.weight, EPSILON)
-        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)  # one kernel on GPUs
+        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)  # a single kernel on GPUs
 
 
 class LayerNorm(nn.LayerNorm):
-    """Mean 0 and variance 1 over the last dimension, then weight and bias."""
+    """LayerNorm over the last dimension, with weight and bias (arXiv 1607.06450)."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model, eps=EPSILON)
 
     def forward(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Normalize hidden states [B, T, D]."""
         return super().forward(hidden)
 
 
 class MLP(nn.Module):
-    """Linear layer, activation, linear layer. A gated activation has a second first layer, `gate`.
+    """MLP that consists of the linear layer `up`, an activation function and the linear layer `down`.
 
-    The linear layers may be shards of a tensor-parallel rank.
+    A gated activation function has a second input, the output of the linear layer `gate`. The linear layers may be
+    tensor-parallel shards.
     """
 
     def __init__(
@@ -110,17 +112,17 @@ class MLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Apply the MLP and dropout to hidden states [B, T, D], and return hidden states [B, T, D]."""
         up = self.up(hidden)
         gate = None if self.gate is None else self.gate(hidden)
         return apply_dropout(self.down(self.activation.function(up, gate)), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP.
+    """Pre-norm residual block of attention followed by an MLP.
 
-    With `recompute` only the block's input is kept for the backward pass (in host memory if "from host"), and
-    everything else is computed again there (arXiv 1604.06174).
+    If `recompute` is "yes" or "from host", only the input of the block is kept for the backward pass, which computes
+    everything else again (arXiv 1604.06174). With "from host", the input is kept in host memory.
     """
 
     def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP) -> None:
@@ -132,7 +134,7 @@ class Block(nn.Module):
         self.recompute: Literal["no", "yes", "from host"] = "no"
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """From hidden [B, T, D] to hidden [B, T, D]."""
+        """Apply the block to hidden states [B, T, D], and return hidden states [B, T, D]."""
         if self.recompute == "no" or not torch.is_grad_enabled():
             return self._run(hidden, context)
         with save_on_cpu(pin_memory=hidden.is_cuda) if self.recompute == "from host" else nullcontext():
@@ -146,14 +148,14 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Projects hidden [B, T, D] to the vocabulary, with a matrix of its own or that of the token embedding.
+    """Projection of hidden states to logits, with a separate matrix or with the matrix of the token embedding.
 
     Args:
         vocab_size: number of token ids
-        d_model: D
-        softcap: bound of the logits; see `project`
-        tied: the embedding whose matrix the head uses; None for a matrix of its own
-        shard: this tensor-parallel rank's rows; None for all rows
+        d_model: width D of the hidden states
+        softcap: bound of the logits, as in `project`
+        tied: token embedding whose matrix the head uses, or None if the head has a separate matrix
+        shard: rows of the matrix that this tensor-parallel rank holds, or None if it holds all rows
 
     """
 
@@ -168,24 +170,25 @@ class Head(nn.Module):
         super().__init__()
         self.softcap = softcap
         self._shard = shard
-        self._tied = None if tied is None else (tied,)  # in a tuple, so that the module is not registered twice
+        # The embedding is stored in a tuple, so that torch does not register it as a submodule a second time.
+        self._tied = None if tied is None else (tied,)
         if tied is None:
             self.weight = nn.Parameter(torch.empty(vocab_size if shard is None else shard.rows, d_model))
 
     def matrix(self) -> Tensor:
-        """Return the projection [vocab_size, D], or this rank's rows of it."""
+        """Return the projection matrix [vocab_size, D], or this rank's rows of it."""
         return self.weight if self._tied is None else self._tied[0].weight
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits, or the loss if labels are given.
 
         Args:
-            hidden: [B, T, D]
-            labels: [B, T]
+            hidden: hidden states [B, T, D]
+            labels: ids of the next tokens [B, T]
 
         Returns:
-            Logits [B, T, vocab_size] (of this rank's rows only, if there is a shard); with labels the summed loss, a
-            scalar, without allocating all logits.
+            Without labels, the logits [B, T, vocab_size], or only the logits of this rank's rows. With labels, the
+            summed loss, a scalar, which is computed without storing all logits at once.
 
         """
         if labels is None:

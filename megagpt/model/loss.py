@@ -1,8 +1,8 @@
 """Cross-entropy of a vocabulary projection, computed without holding all logits in memory.
 
-The logits of a batch are by far its largest tensor: 4 bytes × tokens × vocabulary, and as much again for
-their gradient. Here they exist for one chunk of tokens at a time. The gradients are computed in the same
-pass (softmax minus one-hot), so nothing of a chunk has to be kept, and the backward pass only scales them.
+The logits of a batch are by far its largest tensor. They take 4 bytes × tokens × vocabulary, and their gradient takes
+the same. This module computes them for one chunk of tokens at a time. The gradient of a chunk (softmax minus one-hot)
+is computed in the forward pass, so its logits need not be kept. The backward pass only scales the gradients.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def project(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Ten
     """Project hidden states to logits.
 
     Args:
-        hidden: [..., d_model]
-        weight: [vocab_size, d_model]
-        softcap: c, which bounds the logits smoothly to (-c, c): c·tanh(logits / c) (Gemma 2, arXiv 2408.00118)
+        hidden: hidden states [..., d_model]
+        weight: projection matrix [vocab_size, d_model]
+        softcap: bound c of the logits, which are replaced by c·tanh(logits / c) (Gemma 2, arXiv 2408.00118). None for
+            no bound
 
     Returns:
-        Logits [..., vocab_size] in the inputs' dtype.
+        The logits [..., vocab_size] in the dtype of the inputs.
 
     """
     logits = F.linear(hidden, weight)
@@ -42,15 +43,16 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum the cross-entropy over all labels that are not -100.
 
-    Matrix products run in the inputs' dtype, everything else in fp32. Gradients flow to `hidden` and `weight`.
+    Matrix products are computed in the dtype of the inputs, and everything else in fp32. The result can be
+    differentiated with respect to `hidden` and `weight`.
 
     Args:
-        hidden: [..., d_model]
-        weight: [vocab_size, d_model]
-        labels: [...], int64
-        softcap: see `project`
-        shard: if given, `weight` holds the rows of this tensor-parallel rank, and all ranks pass equal `hidden` and
-            `labels`, and receive the same loss
+        hidden: hidden states [..., d_model]
+        weight: projection matrix [vocab_size, d_model]
+        labels: ids of the next tokens [...], int64
+        softcap: bound of the logits, as in `project`
+        shard: rows of the projection that this tensor-parallel rank holds as `weight`. All ranks must pass equal
+            `hidden` and `labels`, and all get the same loss. None if this rank holds all rows
 
     Returns:
         The sum in nats, an fp32 scalar.
@@ -67,7 +69,7 @@ def cross_entropy_sum(
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Split the tokens into the fewest chunks that are small enough, all of about the same length."""
+    """Return slices that split the tokens into as few chunks as possible, all of about the same length."""
     tokens = len(rows)
     count = max(1, -(-tokens // flops.chunk_tokens(len(weight), rows.device.type == "cpu")))
     edges = [tokens * i // count for i in range(count + 1)]
@@ -77,7 +79,7 @@ def _chunks(rows: Tensor, weight: Tensor) -> Iterator[slice]:
 def _chunk_loss(
     rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of a chunk, its log-probabilities in fp32, and its capped logits."""
+    """Return the loss of a chunk of tokens, the log-probabilities in fp32, and the capped logits."""
     logits = project(rows, weight, softcap)
     if shard is None:
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -95,7 +97,7 @@ def _chunk_loss(
 
 
 def _local_targets(targets: Tensor, rows: int, shard: VocabShard | None) -> Tensor:
-    """Convert targets to rows of this rank's shard. Targets of other ranks are ignored."""
+    """Convert target ids to row indices of this rank's shard. Targets in other shards become IGNORE_INDEX."""
     if shard is None:
         return targets
     local = targets - shard.start
@@ -103,12 +105,13 @@ def _local_targets(targets: Tensor, rows: int, shard: VocabShard | None) -> Tens
 
 
 def _logit_gradient(log_probabilities: Tensor, logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """Return the gradient of the loss with respect to the uncapped logits; overwrites `log_probabilities`.
+    """Return the gradient of the loss with respect to the uncapped logits. Overwrites `log_probabilities`.
 
-    Rows with an ignored label hold arbitrary values. The caller masks the far smaller [tokens, d_model] tensors.
+    The values in rows with an ignored label are arbitrary. The caller masks these rows in the products [tokens,
+    d_model], which are far smaller than the gradient.
     """
     gradient = log_probabilities.exp_()
-    has_target = (targets >= 0).unsqueeze(-1)  # False if another rank has the target's row
+    has_target = (targets >= 0).unsqueeze(-1)  # False if another rank holds the target's row
     gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(-1), -has_target.to(gradient.dtype))
     if softcap is not None:
         gradient *= 1 - (logits.float() / softcap).square()
@@ -116,7 +119,7 @@ def _logit_gradient(log_probabilities: Tensor, logits: Tensor, targets: Tensor, 
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies, whose gradients are computed chunk by chunk in the forward pass."""
+    """Sum of cross-entropies. The forward pass also computes the gradients, one chunk of tokens at a time."""
 
     @staticmethod
     def forward(
@@ -134,13 +137,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             valid = (targets[part] != IGNORE_INDEX).unsqueeze(-1)
             if d_rows is not None:
                 d_rows[part] = (gradient @ weight).mul_(valid)
-            if (
-                for_weight
-            ):  # summed in fp32, because bf16 would round away small contributions to a frequent token's row
+            # The gradient of the weight is summed in fp32, because bf16 would lose small contributions to the row of a
+            # frequent token.
+            if for_weight:
                 product = (gradient.t() @ (rows[part] * valid)).float()
                 d_weight = product if d_weight is None else d_weight.add_(product)
                 del product
-            del log_probabilities, logits, gradient  # before the next chunk allocates its own
+            # Free the memory of this chunk before the next one is computed.
+            del log_probabilities, logits, gradient
         if shard is not None and d_rows is not None:
             d_rows = shard.sum(d_rows)
         ctx.save_for_backward(d_rows, d_weight)
@@ -150,7 +154,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Scale the stored gradients by the incoming one. They are not modified, so that backward can run again."""
+        """Return the stored gradients, scaled by the incoming one.
+
+        The stored gradients are not modified, so that the backward pass can run again.
+        """
         d_rows, d_weight = ctx.saved_tensors
         return (
             None if d_rows is None else d_rows * scale,

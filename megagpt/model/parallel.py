@@ -1,4 +1,4 @@
-"""What the layers of a GPT need from tensor and sequence parallelism. The engine implements it over process groups."""
+"""Interfaces of tensor and sequence parallelism for the layers of a GPT. megagpt.engine.parallel implements them."""
 
 from __future__ import annotations
 
@@ -15,51 +15,54 @@ class VocabShard(Protocol):
     """The rows of a vocabulary matrix that one tensor-parallel rank holds, and the collectives of its group."""
 
     start: int
-    """token id of this rank's first row"""
+    """token id that corresponds to the first row of this rank"""
     rows: int
-    """number of rows per rank"""
+    """number of rows that each rank holds"""
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum x over the ranks in place. Not differentiable."""
+        """Sum x over the ranks in place, and return it. Not differentiable."""
         ...
 
     def max(self, x: Tensor) -> Tensor:
-        """Take the maximum of x over the ranks in place. Not differentiable."""
+        """Replace x in place by its maximum over the ranks, and return it. Not differentiable."""
         ...
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Sum x over the ranks. The gradient of the sum is the gradient of each rank's x."""
+        """Return the sum of x over the ranks. The gradient of the sum is passed on to x on each rank."""
         ...
 
 
 class SequenceShard(Protocol):
-    """The consecutive tokens of every sequence that one sequence-parallel rank holds."""
+    """Shard of every sequence that one sequence-parallel rank holds, which consists of consecutive tokens."""
 
     index: int
-    """number of this rank's shard"""
+    """index of this rank's shard"""
 
     def gather(self, input_ids: Tensor) -> Tensor:
-        """Return the whole sequences [B, S] of the shards' input_ids [B, T]. Collective."""
+        """Gather the token ids [B, T] of all shards, and return whole sequences [B, S]. Collective."""
         ...
 
     def distribute(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap `attend`, which works on whole sequences, so that it takes and returns this rank's tokens."""
+        """Return a function that applies `attend` to whole sequences, given this rank's tokens on every rank.
+
+        The inputs and outputs of the returned function are shards, while those of `attend` are whole sequences.
+        """
         ...
 
 
 def whole_linear(shape: LinearShape, bias: bool) -> nn.Linear:
-    """Return a linear layer that is not split."""
+    """Return a linear layer that is not split over ranks."""
     return nn.Linear(shape.in_features, shape.out_features, bias=bias)
 
 
 @dataclass(frozen=True)
 class ParallelLayers:
-    """How the layers of this rank work together with those of other ranks; by default they are whole.
+    """Settings with which a rank builds its shards of the layers. By default, the layers are not split.
 
     Attributes:
-        linear: builds a linear layer of a block, or this rank's shard of it
-        vocabulary: this rank's rows of the embedding and of the head; None if they are not split
-        sequence: this rank's part of each sequence; None if sequences are not split
+        linear: function that builds a linear layer of a block, or this rank's shard of it
+        vocabulary: this rank's rows of the embedding and of the head, or None if they are not split
+        sequence: this rank's shard of each sequence, or None if sequences are not split
 
     """
 

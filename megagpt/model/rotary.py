@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosines and sines of the angles by which attention rotates queries and keys."""
+"""Rotary position embedding: cosine and sine of the angles by which attention rotates queries and keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class RotaryEmbedding:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) in Llama's rotate-half form.
 
-    Not a module: its tables are not state. They are created on first use per device, so that neither a cast to bf16
-    nor the meta device affects them.
+    This class is not a module, because its tables are not state. They are created on first use on each device, so that
+    neither a cast to bf16 nor the meta device affects them.
     """
 
     def __init__(self, head_dim: int, seq_len: int, theta: float) -> None:
@@ -20,19 +20,19 @@ class RotaryEmbedding:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def contiguous(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, each [tokens, 1, head_dim / 2], fp32, of the positions from `start` on."""
+        """Return cosine and sine of the positions from `start` on, each an fp32 tensor [tokens, 1, head_dim / 2]."""
         cosine, sine = self._on(device)
         return cosine[start : start + tokens], sine[start : start + tokens]
 
     def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, each [B, T, 1, head_dim / 2], fp32, of position_ids [B, T]."""
+        """Return cosine and sine of position_ids [B, T], each an fp32 tensor [B, T, 1, head_dim / 2]."""
         cosine, sine = self._on(position_ids.device)
         return cosine[position_ids], sine[position_ids]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tables [seq_len, 1, head_dim / 2] of all positions."""
+        """Return the cosine and sine of all positions on a device, each [seq_len, 1, head_dim / 2]."""
         if device not in self._tables:
-            with torch.inference_mode(False):  # tables created during evaluation must work in training, too
+            with torch.inference_mode(False):  # tables that are created during evaluation must also work in training
                 exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
                 positions = torch.arange(self.seq_len, device=device).float()
                 angles = torch.outer(positions, 1.0 / self.theta**exponents).unsqueeze(1)

@@ -1,6 +1,6 @@
 """Parameter shapes of a GPT, computed without torch.
 
-The layers are built from these shapes, and parameter counts, FLOPs, tensor-parallel shards and the planner's memory
+The layers are built with these shapes. Parameter counts, FLOPs, tensor-parallel shards and the planner's memory
 estimates are derived from them.
 """
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 FP32_BYTES = 4
 ADAMW_BYTES = 3 * FP32_BYTES
-"""bytes per parameter of an fp32 weight and the two fp32 moments of AdamW, in an optimizer and in a checkpoint"""
+"""bytes per parameter of the fp32 weight and the two fp32 moments of AdamW, in the optimizer and in a checkpoint"""
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""shape of each parameter by its name in `GPT`"""
+"""type of a mapping from the name of a parameter in `GPT` to its shape"""
 
 
 class LinearShape(NamedTuple):
-    """Size of one linear layer of a block, and how tensor parallelism splits it.
+    """Size of one linear layer of a block, and its split under tensor parallelism.
 
     Attributes:
         in_features: size of the input
         out_features: size of the output
-        split: "column" if tensor-parallel ranks split the outputs, "row" if they split the inputs
-        sections: sizes of the matrices that are stacked along the split dimension; each of them is split evenly
+        split: "column" if the outputs are split over tensor-parallel ranks, "row" if the inputs are
+        sections: sizes of the matrices that are stacked along the split dimension, each of which is split evenly
 
     """
 
@@ -43,15 +43,15 @@ def head_dim(section: ModelSection) -> int:
 
 
 def has_bias(section: ModelSection) -> bool:
-    """Return True if linear layers have biases: with layernorm all do (as GPT-2), with rmsnorm none (as Llama)."""
+    """Return whether linear layers have biases. They do with layernorm, as in GPT-2, but not with rmsnorm, as in Llama."""
     return section.norm == "layernorm"
 
 
 def linear_shapes(section: ModelSection) -> dict[str, LinearShape]:
-    """Return the linear layers of one block by their names in it.
+    """Return the shape of each linear layer of a block by its name in the block.
 
-    The split is Megatron's (arXiv 1909.08053): the first layer of attention and of the MLP by its outputs, so that
-    each rank has whole heads, the second by its inputs.
+    The split is the same as in Megatron (arXiv 1909.08053). The first layers of attention and of the MLP are split by
+    their outputs, so that each rank holds whole heads. The second layers are split by their inputs.
     """
     width, key_width = section.d_model, section.n_kv_head * head_dim(section)
     up = LinearShape(width, section.d_ff, "column", (section.d_ff,))
@@ -67,7 +67,7 @@ def linear_shapes(section: ModelSection) -> dict[str, LinearShape]:
 
 
 def layer_shapes(section: ModelSection) -> list[Shapes]:
-    """Return the parameters of each layer of `gpt.build_layers(section)`; a tied head has none of its own."""
+    """Return the parameter shapes of each layer of `gpt.build_layers(section)`. A tied head has no parameters."""
     width, bias = section.d_model, has_bias(section)
     vocabulary: Shapes = {"weight": (section.vocab_size, width)}
     norm: Shapes = {"weight": (width,), "bias": (width,)} if bias else {"weight": (width,)}

@@ -1,4 +1,4 @@
-"""How tensor parallelism shards each parameter: from the whole tensor to a rank's shard, and back."""
+"""Split of each parameter under tensor parallelism, and conversion between whole tensors and shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a parameter is split: it consists of `sections` along `dim`, and each rank has an even part of every section.
+    """Split of a parameter that consists of several sections. Each rank holds an equal part of every section.
 
     Attributes:
         dim: dimension that is split
-        sections: sizes of the sections, in order, such as the queries, keys and values of a fused projection
+        sections: sizes of the sections along `dim`, such as the queries, keys and values of a fused projection
 
     """
 
@@ -28,11 +28,11 @@ class ShardSpec:
     sections: tuple[int, ...]
 
     def shard(self, whole: Tensor, index: int, degree: int) -> Tensor:
-        """Return the shard of one rank, as a tensor of its own.
+        """Return the shard of one rank as a new tensor.
 
         Args:
             whole: the whole parameter
-            index: number of the rank in its tensor-parallel group
+            index: index of the rank in its tensor-parallel group
             degree: number of ranks in the group
 
         """
@@ -42,7 +42,7 @@ class ShardSpec:
         return torch.cat([section.chunk(degree, self.dim)[index] for section in sections], self.dim)
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """Return the whole parameter from the shards of all ranks, in order."""
+        """Return the whole parameter, given the shards of all ranks in order."""
         import torch
 
         sizes = [size // len(shards) for size in self.sections]
@@ -51,18 +51,18 @@ class ShardSpec:
 
 
 def shard_spec(name: str, section: ModelSection, degree: int) -> ShardSpec | None:
-    """Return how a parameter is sharded.
+    """Return the split of a parameter under tensor parallelism.
 
-    `linear_shapes` defines the split of the blocks' linear layers. The rows of the vocabulary are split, too, if their
-    number is divisible by the degree.
+    `linear_shapes` defines the split of the blocks' linear layers. The rows of the embedding and of the head are also
+    split if their number is divisible by the degree.
 
     Args:
-        name: the parameter's name in `GPT`
-        section: the model
+        name: name of the parameter in `GPT`
+        section: model section of the recipe
         degree: number of tensor-parallel ranks
 
     Returns:
-        The split, or None if every rank has the whole parameter.
+        The split, or None if every rank holds the whole parameter.
 
     """
     if degree == 1:
@@ -75,4 +75,4 @@ def shard_spec(name: str, section: ModelSection, degree: int) -> ShardSpec | Non
         return None
     if linear.split == "column":
         return ShardSpec(0, linear.sections)
-    return ShardSpec(1, linear.sections) if kind == "weight" else None  # the bias is added after the sum
+    return ShardSpec(1, linear.sections) if kind == "weight" else None  # each rank holds the whole bias

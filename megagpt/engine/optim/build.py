@@ -1,6 +1,6 @@
-"""Build the optimizer of a recipe: DeepSpeed's fused AdamW on GPUs and torch's on CPUs, or Muon.
+"""Build the optimizer of a recipe: Muon, or AdamW in DeepSpeed's fused version on GPUs and torch's version on CPUs.
 
-The table in config/recipe/optimizers.py lists the optimizers, and what else to change to add one.
+To add an optimizer, see the table in config/recipe/optimizers.py, which also lists what else has to be changed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch.optim.Optimizer:
-    """Build AdamW or Muon over parameter groups: matrices have weight decay; norms and biases do not.
+    """Build AdamW or Muon. Weight decay applies to matrices, but not to normalization weights and biases.
 
     Args:
-        section: The section of the recipe.
-        model: The model, whose parameter names decide on the groups.
+        section: The optimizer section of the recipe.
+        model: The model. The names and shapes of its parameters determine the parameter groups.
         on_gpu: Whether the optimizer's step runs on a GPU.
+
+    Returns:
+        The optimizer.
     """
     groups = _parameter_groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
@@ -48,12 +51,12 @@ def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch
 def attach_muon_plans(
     engine: Any, names: Mapping[Any, str], section: ModelSection, tensor_parallel: TensorParallelGroup
 ) -> None:
-    """Give Muon the plans that reassemble the matrices of the engine's flat buffers. Does nothing for AdamW.
+    """Attach the plans that reassemble the matrices of the engine's flat buffers to Muon. Does nothing for AdamW.
 
     Args:
         engine: The DeepSpeed engine.
         names: The name in `GPT` of each parameter.
-        section: The model.
+        section: The model section of the recipe.
         tensor_parallel: The tensor-parallel group of this rank.
     """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -70,7 +73,10 @@ def attach_muon_plans(
 
 
 def _parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
-    """Return the parameter groups, AdamW's first, since the learning rate of the first group is logged."""
+    """Return the parameter groups.
+
+    The groups that AdamW updates come first, because the learning rate of the first group is logged.
+    """
     decay: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     qkv: list[torch.nn.Parameter] = []
@@ -87,15 +93,16 @@ def _parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[
     ]
     if section.type == "muon":
         shared = {"lr": section.muon_lr, "weight_decay": section.weight_decay, "muon": True}
-        parts = max(block_matrices.values(), default=1)  # a stage of a pipeline may have no block
+        parts = max(block_matrices.values(), default=1)  # a pipeline stage may have no block
         groups += [{"params": qkv, "parts": parts, **shared}, {"params": matrices, "parts": 1, **shared}]
     return [group for group in groups if group["params"]]
 
 
 def _block_matrices(model: nn.Module) -> dict[str, int]:
-    """Map the names of the blocks' matrices to the number of equal blocks of rows into which Muon splits each.
+    """Return, for the name of each matrix in the transformer blocks, the number of parts that Muon updates separately.
 
-    A fused qkv consists of `group` blocks for queries, one for keys and one for values, all as large as the keys.
+    The parts are equal slices of the rows. A fused qkv matrix has `group` parts for the queries, one for the keys and
+    one for the values. Every other matrix is a single part.
     """
     parts = {}
     for name, module in model.named_modules():
@@ -112,7 +119,8 @@ def _deepspeed_fused_adam() -> Any:
 
     try:
         deepspeed_ops.load("fused_adam")
-    except Exception as error:  # nvcc, the compiler or a header is missing; torch's fused kernel needs none of them
+    except Exception as error:
+        # The build fails if nvcc, the C++ compiler or a header is missing. torch's fused AdamW needs none of them.
         log.warning("DeepSpeed's fused Adam cannot be built (%s); using torch's fused AdamW instead", error)
         return None
     return FusedAdam

@@ -1,8 +1,11 @@
-"""Learning rate schedules as closed forms: update n of a warm-up of W uses peak·n/W, and no update uses a rate of 0.
+"""Learning rate schedules in closed form.
 
-`warmup_decay` without a floor is DeepSpeed's WarmupDecayLR, constructed such that it follows the closed form. Left to
-itself, it uses a rate of 0 for the first two updates, and DeepSpeed's cosine schedule never reaches the peak
-(deepspeed/runtime/lr_schedules.py; tests/unit/engine/test_deepspeed_faults.py).
+Update n of a warm-up of W updates uses the learning rate peak·n/W. No update uses a learning rate of 0.
+
+The schedule `warmup_decay` without a minimum learning rate is DeepSpeed's WarmupDecayLR, constructed in a way that it
+follows the closed form. With its default arguments, WarmupDecayLR uses a learning rate of 0 for the first two updates.
+DeepSpeed's cosine schedule is not used, because it never reaches the peak (deepspeed/runtime/lr_schedules.py;
+tests/unit/engine/test_deepspeed_faults.py).
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ def factor(schedule: ScheduleSection, update: int, total: int, floor: float) -> 
     """Return the learning rate of an update as a fraction of the peak.
 
     Args:
-        schedule: The section of the recipe.
-        update: The update, counted from 1. After `total` the rate stays constant.
+        schedule: The schedule section of the recipe.
+        update: Number of the update, counted from 1. After update `total`, the learning rate stays constant.
         total: Number of updates of the whole run.
-        floor: min_lr as a fraction of the peak.
+        floor: The minimum learning rate (`min_lr`) as a fraction of the peak.
     """
     warmup = max(schedule.warmup_updates, 1)  # without a warm-up, the first update uses the peak
     if update <= warmup:
@@ -31,20 +34,23 @@ def factor(schedule: ScheduleSection, update: int, total: int, floor: float) -> 
     decay = total - warmup
     if schedule.type == "wsd":
         decay = min(schedule.decay_updates or decay, decay)
-    # divided by decay + 1, so that the last update still runs above the floor
+    # The divisor is decay + 1, so that the learning rate of the last update is still above the floor.
     progress = max(0, min(update, total) - (total - decay)) / (decay + 1)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.type == "warmup_cosine" else 1 - progress
     return floor + (1 - floor) * shape
 
 
 def build(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: int, peak: float) -> Any:
-    """Build a scheduler with torch's interface, in which each parameter group has its own peak.
+    """Build a learning rate scheduler with torch's interface. Each parameter group has its own peak learning rate.
 
     Args:
-        schedule: The section of the recipe.
-        optimizer: The optimizer, whose groups contain their peak learning rates.
+        schedule: The schedule section of the recipe.
+        optimizer: The optimizer. The learning rate of each of its parameter groups is the peak of that group.
         total: Number of updates of the whole run.
-        peak: The recipe's peak learning rate, of which min_lr is a fraction.
+        peak: The peak learning rate of the recipe. The ratio of `min_lr` to it applies to all groups.
+
+    Returns:
+        The scheduler.
     """
     floor = schedule.min_lr / peak
     if schedule.type == "warmup_decay" and floor == 0 and schedule.warmup_updates >= 2:
@@ -53,14 +59,19 @@ def build(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: in
 
 
 def completed_updates(scheduler: Any) -> int:
-    """Return the number of updates that a scheduler of `build` has counted."""
+    """Return the number of updates that a scheduler has counted. It must have been built by `build`."""
     if isinstance(scheduler, WarmupDecayLR):
         return int(scheduler.last_batch_iteration) - 1
     return int(scheduler.last_epoch)
 
 
 def set_completed_updates(scheduler: Any, updates: int) -> None:
-    """Set a scheduler of `build` to its state after `updates` updates, with the learning rate of the next one."""
+    """Set a scheduler to its state after `updates` updates, and set the learning rate of the next update.
+
+    Args:
+        scheduler: A scheduler that was built by `build`.
+        updates: Number of completed updates.
+    """
     if isinstance(scheduler, WarmupDecayLR):
         scheduler.step(updates + 1)
     else:
@@ -69,7 +80,7 @@ def set_completed_updates(scheduler: Any, updates: int) -> None:
 
 
 def _warmup_decay_lr(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: int) -> Any:
-    """Build DeepSpeed's WarmupDecayLR. It needs a warm-up of at least 2 updates: shorter ones count as 2."""
+    """Build DeepSpeed's WarmupDecayLR, which treats a warm-up of less than 2 updates as one of 2 updates."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     scheduler = WarmupDecayLR(
         optimizer,
@@ -80,5 +91,5 @@ def _warmup_decay_lr(schedule: ScheduleSection, optimizer: torch.optim.Optimizer
         warmup_type="linear",
         last_batch_iteration=0,
     )
-    scheduler.step()  # the constructor sets the rate of update 0, but training begins with update 1
+    scheduler.step()  # the constructor sets the learning rate of update 0, but training begins with update 1
     return scheduler

@@ -1,8 +1,8 @@
-"""Muon for the matrices of the blocks: momentum, orthogonalized by a Newton–Schulz iteration.
+"""The Muon optimizer, which updates a matrix by its momentum, orthogonalized with a Newton–Schulz iteration.
 
-Source: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The iteration of torch's and DeepSpeed's Muon is
-in bf16. A CPU without bf16 units runs that many times slower, and its rounding changes the loss curve; this one keeps
-the precision of the gradient.
+Source: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon). torch and DeepSpeed run the iteration in bf16. On
+a CPU without bf16 units that is many times slower, and the rounding changes the loss curve. This implementation runs it
+in the precision of the gradient.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import torch
 
 from megagpt.engine.optim.muon_all_to_all import MuonAllToAll, split_into_batches
 
-# quintic coefficients of the reference: they maximize the slope at 0, so that five steps suffice
+# Coefficients of the quintic polynomial in the reference implementation. They maximize its slope at 0, so that five
+# steps are enough.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Approximate the nearest semi-orthogonal matrices: singular values end between 0.7 and 1.2.
+    """Approximate the nearest semi-orthogonal matrices. The singular values of the result are between 0.7 and 1.2.
 
     Args:
-        matrices: Matrices [number, rows, columns]. The iteration runs on their shorter side.
+        matrices: Matrices [number, rows, columns].
         steps: Number of Newton–Schulz iterations.
 
     Returns:
@@ -39,7 +40,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def _iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Compute X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ, step by step."""
+    """Apply X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ to X, `steps` times."""
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
@@ -47,10 +48,10 @@ def _iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def _iterate_on_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Compute the same for wide matrices with products of the short side only.
+    """Return the same as `_iterate`, with fewer operations if the matrices are much wider than tall.
 
-    Each step is G ← Q·G·Q, and X is multiplied by the product of all Q at the end. This needs fp32, because rounding
-    errors in G are never corrected from X.
+    Each step only computes Q = a·I + b·G + c·G² and G ← Q·G·Q, which are small matrices. X is multiplied by the product
+    of all Q at the end. This requires fp32, because G is never recomputed from X and accumulates rounding errors.
     """
     gram = x @ x.mT
     product = torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -63,10 +64,10 @@ def _iterate_on_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D weights and AdamW for all others, in one optimizer with torch's interface.
+    """Optimizer with torch's interface that uses Muon for matrices and AdamW for all other parameters.
 
-    A group with `muon: True` holds matrices. Its key `parts` is the number of equal blocks of rows into which each
-    matrix is split first (3 for a fused q, k, v of equal widths). Every other group is passed to torch's fused AdamW.
+    A parameter group with `muon: True` holds matrices. Its key `parts` is the number of equal slices of rows that are
+    orthogonalized separately (3 for a fused q, k, v of equal widths). torch's AdamW updates every other group.
 
     Attributes:
         all_to_all_plans: Maps each ZeRO flat buffer to the plan that reassembles its matrices. Parameters that are not
@@ -77,7 +78,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False, "momentum": momentum})
         adamw_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw = torch.optim.AdamW(adamw_groups, **adamw)
-        for group in adamw_groups:  # the same dictionaries, so that a schedule on this optimizer reaches both
+        # Both optimizers share the dictionaries of the groups, so a learning rate schedule affects both.
+        for group in adamw_groups:
             for key, value in self._adamw.defaults.items():
                 group.setdefault(key, value)
         self.all_to_all_plans: dict[torch.Tensor, MuonAllToAll] = {}
@@ -85,7 +87,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. The gradients of matrices are overwritten."""
-        # not kept from earlier steps: ZeRO steps one group at a time, and load_state_dict replaces all groups
+        # The groups and the state are assigned before each step, because ZeRO steps one group at a time and
+        # load_state_dict replaces all groups.
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw.state = self.state
         self._adamw.step()
@@ -94,7 +97,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Update matrices, those of equal shape together: a few large products instead of many small ones."""
+        """Update the matrices of a group. Matrices of equal shape are stacked, because large products are faster."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         compute_updates = partial(updates, parts=group["parts"])
         whole: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
@@ -109,12 +112,12 @@ class Muon(torch.optim.Optimizer):
                 for direction, update in zip(batch, compute_updates(torch.stack(batch)), strict=True):
                     direction.copy_(update)
         for parameter in parameters:
-            assert parameter.grad is not None  # selected above
+            assert parameter.grad is not None  # `parameters` contains no parameter without a gradient
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(parameter.grad, alpha=-group["lr"])
 
     def _direction(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Apply Nesterov momentum to the gradient, in place."""
+        """Apply Nesterov momentum to the gradient in place. Returns the gradient."""
         state = self.state[parameter]
         gradient = parameter.grad
         assert gradient is not None  # checked by the caller

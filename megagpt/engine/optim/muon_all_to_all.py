@@ -1,10 +1,10 @@
-"""Distributed Muon: matrices that ZeRO and tensor parallelism have sharded are reassembled on one rank for the step.
+"""Distributed Muon, which reassembles each matrix that ZeRO has partitioned on one rank for the optimizer step.
 
 Between updates each rank keeps its range of weights and momentum, as with AdamW. In the step, all fragments of a matrix
-are sent to one of the ranks that hold one of them, and its update is sent back. At stages 1 and 2 only matrices that
-cross a boundary between ranks move; at stage 3 all do. Tensor-parallel shards are gathered on all ranks that hold one.
-DeepSpeed's own Muon in bf16 works the same way (runtime/bf16_optimizer.py), but at its other stages every rank
-reassembles every matrix.
+are sent to one of the ranks that hold a fragment of it. That rank computes the update and sends its fragments back. At
+stages 1 and 2, only matrices that extend over several ranks are sent. At stage 3, all matrices are. Tensor-parallel
+shards of a matrix are gathered on all ranks that hold one. DeepSpeed's bf16 optimizer distributes its own Muon in the
+same way (runtime/bf16_optimizer.py), but DeepSpeed's other optimizers reassemble every matrix on every rank.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megagpt.model.flops import MATRICES_AT_ONCE
 from megagpt.model.sharding import ShardSpec
 
 ComputeUpdates = Callable[[Tensor], Tensor]
-"""maps matrices [number, rows, columns] to their updates"""
+"""type of the function that computes the updates of matrices [number, rows, columns]"""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a rank without ZeRO would hold it: whole, or a tensor-parallel shard of this shape."""
+    """Shape of a matrix, or of a rank's tensor-parallel shard of a matrix, before ZeRO partitions it."""
 
     shape: torch.Size
     shard_spec: ShardSpec | None = None
@@ -36,7 +36,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened matrix, at `offset` in a rank's range of the flat buffer."""
+    """Elements [start, start + numel) of a flattened matrix, at index `offset` in a rank's range of the flat buffer."""
 
     matrix: int
     rank: int
@@ -46,14 +46,14 @@ class Fragment:
 
 
 class MuonAllToAll:
-    """All-to-all plan for the matrices of one flat buffer: which rank reassembles which matrix.
+    """Plan for one flat buffer that assigns each matrix to a rank, and exchanges its fragments with all-to-all.
 
     Args:
         matrices: The matrices of the flat buffer.
-        fragments: Where all ranks of the group hold which elements of each matrix.
-        group: Process group of the ranks that partition the flat buffer.
+        fragments: The fragments of these matrices on all ranks of the group.
+        group: Process group of the ranks over which the flat buffer is partitioned.
         tensor_parallel: The tensor-parallel group of this rank.
-        device: Device of the computation, if the flat buffer is on the host.
+        device: Device on which updates are computed, even if the flat buffer is in host memory.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MuonAllToAll:
         for fragment in fragments:
             if owners[fragment.matrix] == self._rank:
                 self._owned[fragment.matrix].append(fragment)
-        # both sides order fragments by the other rank, and then by matrix
+        # Senders and receivers order fragments by the rank at the other end, and then by matrix.
         sent = [(owners[f.matrix], f) for f in fragments if f.rank == self._rank != owners[f.matrix]]
         sent.sort(key=lambda item: (item[0], item[1].matrix))
         received = [f for f in fragments if f.rank != self._rank == owners[f.matrix]]
@@ -89,7 +89,7 @@ class MuonAllToAll:
         for fragment in received:
             self._recv_offsets[fragment] = sum(self._recv_counts)
             self._recv_counts[fragment.rank] += fragment.numel
-        # the same on every rank, since the exchange is collective
+        # This value must be the same on every rank, because the exchange is collective.
         self._communicates = any(fragment.rank != owners[fragment.matrix] for fragment in fragments)
 
     def replace_by_updates(self, flat: Tensor, compute_updates: ComputeUpdates) -> None:
@@ -97,7 +97,7 @@ class MuonAllToAll:
 
         Args:
             flat: This rank's range of the flat buffer [numel], which is overwritten.
-            compute_updates: Computes the updates of whole matrices.
+            compute_updates: Function that computes the updates of whole matrices.
         """
         received = flat.new_empty(sum(self._recv_counts), device=self._device)
         if self._communicates:
@@ -117,7 +117,7 @@ class MuonAllToAll:
                 flat.narrow(0, fragment.offset, fragment.numel).copy_(update)
 
     def _local_updates(self, matrices: Tensor, spec: ShardSpec | None, compute_updates: ComputeUpdates) -> Tensor:
-        """Gather the tensor-parallel shards, compute updates of whole matrices, and return this rank's shards.
+        """Gather the tensor-parallel shards, compute updates of whole matrices, and return this rank's shards of them.
 
         Collective over the tensor-parallel group if the matrices are sharded.
         """
@@ -128,7 +128,7 @@ class MuonAllToAll:
         return spec.shard(compute_updates(whole), self._tensor_parallel.index, self._tensor_parallel.degree)
 
     def _batches(self) -> Iterator[tuple[ShardSpec | None, list[int]]]:
-        """Yield batches of this rank's matrices with the same shape and the same tensor-parallel split."""
+        """Yield batches of the matrices that this rank reassembles. Those of a batch have the same shape and split."""
         alike: dict[Matrix, list[int]] = defaultdict(list)
         for number in self._owned:
             alike[self._matrices[number]].append(number)
@@ -137,7 +137,7 @@ class MuonAllToAll:
                 yield matrix.shard_spec, batch
 
     def _reassemble(self, flat: Tensor, received: Tensor, number: int) -> Tensor:
-        """Return a matrix of this rank, as a view where it is in one piece."""
+        """Return a matrix that this rank reassembles. The result is a view if the matrix has a single fragment."""
         shape = self._matrices[number].shape
         views = self._views(flat, received, number)
         if len(views) == 1:
@@ -148,7 +148,7 @@ class MuonAllToAll:
         return matrix
 
     def _views(self, flat: Tensor, received: Tensor, number: int) -> list[tuple[Fragment, Tensor]]:
-        """Return the fragments of a matrix of this rank: views of its own range and of the received elements."""
+        """Return each fragment of a matrix, with a view of it in this rank's range or in the received elements."""
         views = []
         for fragment in self._owned[number]:
             if fragment.rank == self._rank:
@@ -163,22 +163,24 @@ class MuonAllToAll:
 
 
 def split_into_batches(matrices: Sequence[Any], numel: int) -> Iterator[list[Any]]:
-    """Split matrices of `numel` elements each into batches that go through the iteration together."""
+    """Yield batches of matrices with `numel` elements each. Muon orthogonalizes the matrices of a batch together."""
     batch_size = max(MATRICES_AT_ONCE // numel, 1)
     for first in range(0, len(matrices), batch_size):
         yield list(matrices[first : first + batch_size])
 
 
 def assign_owners(matrices: Sequence[Matrix], fragments: Sequence[Fragment], ranks: int) -> list[int]:
-    """Choose the rank that reassembles each matrix: of those that hold a fragment, the one with the smallest load.
+    """Choose the rank that reassembles each matrix.
+
+    Of the ranks that hold a fragment of a matrix, the one with the fewest elements to reassemble so far is chosen.
 
     Args:
         matrices: The matrices of a flat buffer.
-        fragments: Where all ranks hold which elements of each matrix.
-        ranks: Number of ranks that partition the flat buffer.
+        fragments: The fragments of these matrices on all ranks.
+        ranks: Number of ranks over which the flat buffer is partitioned.
 
     Returns:
-        The owner's rank for each matrix.
+        The chosen rank of each matrix.
     """
     holders: dict[int, list[int]] = defaultdict(list)
     for fragment in fragments:

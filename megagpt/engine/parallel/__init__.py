@@ -1,1 +1,1 @@
-"""Tensor, sequence and pipeline parallelism on DeepSpeed's process groups."""
+"""Tensor, sequence and pipeline parallelism, based on DeepSpeed's process groups."""

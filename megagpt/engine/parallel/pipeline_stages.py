@@ -1,4 +1,4 @@
-"""A GPT's list of layers, partitioned into the stages of DeepSpeed's pipeline."""
+"""Pipeline stages: partition the layers of a GPT over the stages of DeepSpeed's pipeline."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from megagpt.model.parallel import SequenceShard
 
 
 class PipelineStage(PipelineModule):
-    """The layers of one stage with their initial weights. The layers of other stages take no memory on this rank.
+    """The layers of one pipeline stage. The layers of other stages use no memory on this rank.
 
-    The last stage of a tied model has a copy of the embedding matrix, the only parameter that DeepSpeed keeps equal on
-    several stages. The last stage returns the loss of a micro-batch from `feed`: the sum over its valid tokens, divided
-    by `normalizer`.
+    The last stage of a tied model has a copy of the embedding matrix, and DeepSpeed keeps the two copies equal. The
+    last stage also computes the loss of each micro-batch that `feed` yields. In training, this is the sum over the
+    valid tokens, divided by `normalizer`.
 
     Attributes:
-        names: The name in `GPT` of each parameter.
+        names: The name in `GPT` of each parameter of this stage.
         normalizer: Divisor of the loss in training.
-        loss_sum: Sum of the losses in evaluation.
+        loss_sum: Sum of the losses of all micro-batches in evaluation.
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, rank: int, sequence: SequenceShard | None = None) -> None:
@@ -52,18 +52,21 @@ class PipelineStage(PipelineModule):
         self._mean_loss = math.nan
         self._accepted = False
         self._registered: Iterator[Batch] = iter(())
-        with torch.no_grad():  # it broadcasts the tied matrix, which autograd would otherwise record
-            # `_build` replaces these layers
+        # The constructor broadcasts the tied matrix, which autograd must not record. `_build` replaces the identities.
+        with torch.no_grad():
             super().__init__([nn.Identity] * len(costs), topology=tensor.topology(layout))
 
     def register_batches(self, batches: Iterable[Batch]) -> None:
-        """Register the micro-batches of the coming forward passes. DeepSpeed passes no token ids to inner stages."""
+        """Register the micro-batches of the coming forward passes.
+
+        All stages need the token ids, but DeepSpeed passes them only to the first stage.
+        """
         self._registered = iter(batches)
 
     def forward(self, forward_input: Any) -> Any:
         """Run the layers of this stage on the next registered micro-batch.
 
-        Replaces PipelineModule.forward (deepspeed/runtime/pipe/module.py), which passes one argument only to layers.
+        Replaces PipelineModule.forward (deepspeed/runtime/pipe/module.py), which passes only one argument to layers.
         """
         device = torch.device(get_accelerator().current_device_name())
         context = self._contexts.for_batch(next(self._registered).input_ids, device)
@@ -73,14 +76,14 @@ class PipelineStage(PipelineModule):
         return hidden
 
     def feed(self, batches: Sequence[Batch], accept: Accept = math.isfinite) -> Iterator[Batch]:
-        """Yield micro-batches to DeepSpeed, and keep the labels of each for the forward pass that follows.
+        """Yield micro-batches to DeepSpeed, and store the labels of each one for the forward pass that follows.
 
-        In training, `accept` is called once with the loss over all batches, before the backward pass of the last one.
-        `broadcast_loss` then returns the loss and the decision on every stage.
+        In training, `accept` is called once with the mean loss of all batches, before the backward pass of the last
+        one. After the update, `broadcast_loss` returns the loss and the result of `accept` on every stage.
 
         Args:
-            batches: The micro-batches of an update, or some of an evaluation.
-            accept: Decides from the loss whether to make the update.
+            batches: The micro-batches of an update, or some micro-batches of an evaluation.
+            accept: Function that returns whether to apply the update, given the loss.
         """
         self._accept = accept
         self._total_loss = torch.zeros(())
@@ -91,7 +94,11 @@ class PipelineStage(PipelineModule):
             yield batch
 
     def broadcast_loss(self) -> tuple[float, bool]:
-        """Return the loss of the update and whether it was accepted, as computed by the last stage. Collective."""
+        """Send the loss of the update from the last stage to all stages. Collective.
+
+        Returns:
+            The loss, and whether it was accepted.
+        """
         grid = self.mpu()
         values = torch.tensor([self._mean_loss, self._accepted], dtype=torch.float64)
         values = values.to(get_accelerator().current_device_name())
@@ -101,11 +108,11 @@ class PipelineStage(PipelineModule):
         return loss, bool(accepted)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
-        """Return the holder of the tied matrix's gradient, and the process group of the stages that share it."""
+        """Return the tied matrix, or an object with its gradient, and the process group of the stages that share it."""
         return deepspeed_patches.with_accumulated_gradients(super().get_tied_weights_and_groups())
 
     def _specs(self, layers: Sequence[nn.Module], tied: bool) -> list[Any]:
-        """Return what DeepSpeed partitions: modules, with a tied embedding at both ends."""
+        """Return the layer specs that DeepSpeed partitions. A tied embedding is both the first and the last spec."""
         first, *middle, head = layers
         if not tied:
             return [first, *middle, _HeadWithLoss(head, self._loss)]
@@ -115,13 +122,14 @@ class PipelineStage(PipelineModule):
     def _build(self) -> None:
         """Create the layers of this stage.
 
-        Overrides PipelineModule, whose constructor calls it after the process groups of tensor-parallel layers exist.
+        Overrides a method of PipelineModule. The constructor calls it after creating the process groups, which
+        tensor-parallel layers need.
         """
         self._layer_specs = self._specs(self._create_layers(), self._recipe.model.tie_embeddings)
         super()._build()
 
     def _create_layers(self) -> list[nn.Module]:
-        """Create all layers on the meta device, and allocate and initialize those of this stage."""
+        """Return all layers of the model. The layers of other stages stay on the meta device."""
         section, layout = self._recipe.model, self._layout
         group = tensor.tensor_parallel_group(self.mpu(), layout, self._rank)
         with torch.device("meta"):
@@ -135,7 +143,7 @@ class PipelineStage(PipelineModule):
         return layers
 
     def _partition_layers(self, method: str = "") -> None:
-        """Partition by cost. Overrides PipelineModule, which counts layers, parameters or class names."""
+        """Partition the layers by cost. The overridden method partitions by number of layers or of parameters."""
         self.parts = self._boundaries
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
@@ -143,22 +151,25 @@ class PipelineStage(PipelineModule):
     def _loss(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the loss of the micro-batch that was fed last.
 
-        It is computed in the module's forward pass and not in DeepSpeed's `loss_fn`. BF16_Optimizer clears all
-        gradients when the backward pass reaches the module's output, so that parameters used in `loss_fn` would not be
+        The loss is computed in the module's forward pass and not in DeepSpeed's `loss_fn`. BF16_Optimizer clears all
+        gradients when the backward pass reaches the module's output, so parameters used in `loss_fn` would not be
         trained (test_in_bf16_a_parameter_used_in_loss_fn_is_not_trained).
         """
-        assert self._labels is not None  # DeepSpeed loads a micro-batch just before the last stage's forward pass
+        assert self._labels is not None  # DeepSpeed loads each micro-batch before the forward pass of the last stage
         total: torch.Tensor = head(hidden, self._labels.to(hidden.device, non_blocking=True))
         if not self.training:
             self.loss_sum = self.loss_sum.to(total.device) + total.detach()
             return total
         loss = total / self.normalizer
         if not self._should_learn(loss.detach()):
-            loss.register_hook(lambda gradient: gradient * math.nan)  # DeepSpeed skips the step
+            loss.register_hook(lambda gradient: gradient * math.nan)  # DeepSpeed skips the step if a gradient is NaN
         return loss
 
     def _should_learn(self, loss: torch.Tensor) -> bool:
-        """Add the loss of a micro-batch; with the last one, decide whether to make the update."""
+        """Add the loss of a micro-batch to the total.
+
+        Returns whether to apply the update. This is always True before the last micro-batch of an update.
+        """
         self._total_loss = self._total_loss.to(loss.device) + loss
         self._remaining -= 1
         if self._remaining:
@@ -176,9 +187,9 @@ def local_layers(section: ModelSection, layout: Layout, stage: int) -> list[int]
     The last stage of a tied model also holds the embedding (index 0).
 
     Args:
-        section: The model, whose layers are partitioned by cost.
-        layout: The layout, of which only the number of pipeline stages matters.
-        stage: The stage, counted from 0.
+        section: The model section of the recipe.
+        layout: The layout, which defines the number of pipeline stages.
+        stage: Index of the stage, counted from 0.
     """
     boundaries = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
     local = set(range(boundaries[stage], boundaries[stage + 1]))
@@ -188,7 +199,7 @@ def local_layers(section: ModelSection, layout: Layout, stage: int) -> list[int]
 
 
 class _HeadWithLoss(nn.Module):
-    """The last layer: maps hidden states to the loss."""
+    """Last layer of the pipeline, which computes the loss from hidden states."""
 
     def __init__(self, head: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -196,17 +207,17 @@ class _HeadWithLoss(nn.Module):
         self._loss = loss
 
     def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Map hidden [batch, seq, d_model] to the loss, a scalar."""
+        """Return the loss, a scalar, given hidden states [batch, seq, d_model]."""
         return self._loss(self.head, hidden)
 
 
 class _ExistingTiedLayer(TiedLayerSpec):
-    """Spec of a tied layer that has been created already."""
+    """Layer spec of a tied layer that already exists."""
 
     def __init__(self, layer: nn.Module, forward_fn: Any = None) -> None:
         super().__init__("embedding", type(layer), forward_fn=forward_fn)
         self._layer = layer
 
     def build(self, log: bool = False) -> nn.Module:
-        """Return the layer."""
+        """Return the existing layer."""
         return self._layer

@@ -1,8 +1,8 @@
-"""Tensor parallelism: the matrices of attention, MLP and vocabulary are sharded over ranks (arXiv 1909.08053).
+"""Tensor parallelism, which shards the matrices of attention, MLP and vocabulary over ranks (arXiv 1909.08053).
 
-The layers are our own. DeepSpeed's grid is passed as `mpu`, from which its optimizers learn which ranks share what.
-DeepSpeed's AutoTP would create its process groups over all ranks of the job, and could not be combined with pipeline
-stages.
+This module implements the layers itself. DeepSpeed gets its grid of process groups as `mpu`, so that its optimizers
+know which ranks hold the same parameters. DeepSpeed's AutoTP is not used, because it creates its process groups over
+all ranks of the job and cannot be combined with pipeline stages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megagpt.model.sharding import ShardSpec, shard_spec
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """The ranks that hold the shards of the same layers, and the index of this rank among them."""
+    """Group of the ranks that hold the shards of the same layers, with the index of this rank in the group."""
 
     group: Any = None
     index: int = 0
@@ -36,7 +36,7 @@ def tensor_parallel_group(grid: Any, layout: Layout, rank: int) -> TensorParalle
     """Return the tensor-parallel group of a rank.
 
     Args:
-        grid: DeepSpeed's grid of process groups; not used without tensor parallelism.
+        grid: DeepSpeed's grid of process groups. It may be None without tensor parallelism.
         layout: The layout of the job.
         rank: Index of the rank in the job.
     """
@@ -47,35 +47,35 @@ def tensor_parallel_group(grid: Any, layout: Layout, rank: int) -> TensorParalle
 
 
 class CopyToTensorParallelRegion(torch.autograd.Function):
-    """Identity in the forward pass; all-reduces the gradient over the tensor-parallel group."""
+    """Identity function whose backward pass all-reduces the gradient over the tensor-parallel group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        """Return x, of any shape."""
+        """Return x unchanged."""
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the sum of the gradients of all ranks."""
+        """Return the sum of the gradient over all ranks of the group."""
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
 
 
 class ReduceFromTensorParallelRegion(torch.autograd.Function):
-    """All-reduces over the tensor-parallel group in the forward pass; identity for the gradient."""
+    """All-reduce over the tensor-parallel group, whose backward pass returns the gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        """Return the sum of x, of any shape, over all ranks."""
+        """Return the sum of x over all ranks of the group."""
         total = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the sum, which is that of each rank's x."""
+        """Return the gradient unchanged, because the gradient of the sum is also the gradient of each rank's x."""
         return gradient, None
 
 
@@ -87,19 +87,22 @@ class ColumnParallelLinear(nn.Linear):
         self.group = tensor_parallel.group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in_features], the same on all ranks, to this rank's [..., out_features / degree]."""
+        """Return this rank's outputs [..., out_features / degree] for x [..., in_features], the same on all ranks."""
         return F.linear(CopyToTensorParallelRegion.apply(x, self.group), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Linear):
-    """This rank's shard of a linear layer that is split along its inputs. The bias is whole, and added to the sum."""
+    """This rank's shard of a linear layer that is split along its inputs.
+
+    Each rank holds the whole bias, which is added after summing over the ranks.
+    """
 
     def __init__(self, shape: LinearShape, bias: bool, tensor_parallel: TensorParallelGroup) -> None:
         super().__init__(shape.in_features // tensor_parallel.degree, shape.out_features, bias)
         self.group = tensor_parallel.group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map this rank's x [..., in_features / degree] to [..., out_features], the same on all ranks."""
+        """Return outputs [..., out_features], the same on all ranks, for this rank's x [..., in_features / degree]."""
         total: Tensor = ReduceFromTensorParallelRegion.apply(F.linear(x, self.weight), self.group)
         return total if self.bias is None else total + self.bias
 
@@ -129,14 +132,15 @@ class VocabParallelGroup:
 
 
 def create_grid(layout: Layout) -> Any:
-    """Create DeepSpeed's process groups for a layout without a pipeline. Collective."""
+    """Create DeepSpeed's grid of process groups for a layout without a pipeline. Collective."""
     return PipelineParallelGrid(topology(layout))
 
 
 def topology(layout: Layout) -> Any:
-    """Return the order of ranks: tensor-parallel ranks are adjacent, then data-parallel replicas, then stages.
+    """Return DeepSpeed's topology, which assigns ranks to tensor-parallel groups, replicas and pipeline stages.
 
-    Sequence-parallel ranks count as data-parallel ones (engine/parallel/ulysses.py).
+    The ranks of a tensor-parallel group are adjacent, and the replicas of a stage follow each other. Sequence-parallel
+    ranks count as data-parallel ones (engine/parallel/ulysses.py).
     """
     return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, layout.zero_partitions)
 
@@ -144,12 +148,12 @@ def topology(layout: Layout) -> Any:
 def parallel_layers(
     section: ModelSection, tensor_parallel: TensorParallelGroup, sequence: SequenceShard | None = None
 ) -> ParallelLayers:
-    """Return what a GPT needs to build its layers as this rank's shards.
+    """Return the `ParallelLayers` with which `GPT` builds this rank's shards of its layers.
 
     Args:
-        section: The model.
+        section: The model section of the recipe.
         tensor_parallel: The tensor-parallel group of this rank.
-        sequence: This rank's shard of the sequences; None without sequence parallelism.
+        sequence: This rank's shard of the sequences, or None without sequence parallelism.
     """
     if tensor_parallel.degree == 1:
         return ParallelLayers(sequence=sequence)
@@ -173,15 +177,15 @@ def init_tp_weights(
     """Allocate a module that is on the meta device, and set its initial weights, or one rank's shard of them.
 
     Args:
-        module: A GPT or one of its layers, which is moved to the CPU.
-        prefix: Beginning of the names of its parameters in `GPT`.
-        section: The model.
+        module: A GPT or one of its layers. It is moved to the CPU.
+        prefix: Prefix of the names of the module's parameters in `GPT`.
+        section: The model section of the recipe.
         seed: Seed of the initial weights.
         index: Index of the rank in its tensor-parallel group.
         degree: Number of ranks in the group.
 
     Returns:
-        The names of the parameters in `GPT`, in the module's order.
+        The names in `GPT` of the module's parameters, in the module's order.
     """
     module.to_empty(device="cpu")
     names = []
@@ -204,7 +208,10 @@ def init_tp_model(recipe: Recipe, tensor_parallel: TensorParallelGroup, parallel
     Args:
         recipe: The recipe with the model and the seed.
         tensor_parallel: The tensor-parallel group of this rank.
-        parallel: How the layers are sharded; see `parallel_layers`.
+        parallel: The result of `parallel_layers`.
+
+    Returns:
+        The model.
     """
     with torch.device("meta"):
         model = gpt.GPT(recipe.model, recipe.document_end, parallel)
@@ -213,11 +220,11 @@ def init_tp_model(recipe: Recipe, tensor_parallel: TensorParallelGroup, parallel
 
 
 def gather_shards(shard: Tensor, spec: ShardSpec | None, tensor_parallel: TensorParallelGroup) -> Tensor:
-    """Return a whole tensor from the shards of all ranks. Collective over the group if the tensor is sharded.
+    """Gather the shards of all ranks, and return the whole tensor. Collective over the group if `spec` is not None.
 
     Args:
-        shard: This rank's shard.
-        spec: How the tensor is sharded; None if every rank has the whole tensor.
+        shard: This rank's shard of the tensor.
+        spec: Split of the tensor, or None if every rank holds the whole tensor.
         tensor_parallel: The tensor-parallel group of this rank.
     """
     if spec is None:

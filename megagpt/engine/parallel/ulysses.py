@@ -1,8 +1,9 @@
-"""Ulysses: sequences are sharded over ranks, which exchange heads for tokens around attention (arXiv 2309.14509).
+"""Ulysses sequence parallelism, which shards each sequence over several ranks (arXiv 2309.14509).
 
-To DeepSpeed these ranks are data-parallel ones, which is what they are outside attention: each contributes the
-gradient of its own tokens, and ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not
-used. One of its code paths does not reduce gradients, and another needs a differently scaled loss at stage 3.
+Around attention, these ranks exchange data, so that each computes all tokens of some heads. DeepSpeed treats them as
+data-parallel ranks. This is correct outside attention, where each rank contributes the gradient of its own tokens and
+ZeRO partitions states over all of them. DeepSpeed's key `sequence_parallel_size` is not used. One of the code paths
+that it enables does not reduce gradients, and another one needs a differently scaled loss at stage 3.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from megagpt.config.deepspeed import Layout
 from megagpt.data.loader import Batch
 from megagpt.model.parallel import SequenceShard
 
-_HEADS, _TOKENS = 2, 1  # dimensions of q, k and v
+_HEADS, _TOKENS = 2, 1  # the dimensions of heads and tokens in q, k and v
 
 
 class Ulysses:
-    """This rank's shard of every sequence, and the process group of the ranks that hold the others.
+    """A `SequenceShard` whose collectives run over the process group of the ranks that share each sequence.
 
-    The constructor creates the process groups of all ranks, so it is collective.
+    The constructor is collective, because it creates the process groups of all ranks.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._degree = layout.sequence_parallel
-        stride = layout.tensor_parallel  # sequence-parallel ranks are this far apart
+        stride = layout.tensor_parallel  # difference between the numbers of successive sequence-parallel ranks
         self.index = rank // stride % self._degree
         self._group: Any = None
         if self._degree == 1:
@@ -47,7 +48,7 @@ class Ulysses:
 
     @property
     def shard(self) -> SequenceShard | None:
-        """What the layers need to know about sequence parallelism; None if sequences are not sharded."""
+        """This object, or None if sequences are not sharded."""
         return None if self._degree == 1 else self
 
     def distribute(self, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,6 +1,6 @@
-"""The flat buffers in which DeepSpeed's optimizers keep parameters, and which rank holds which part of each.
+"""Access to the flat buffers of DeepSpeed's optimizers, and to the fragments of parameters that each rank holds.
 
-The attributes that are read are private to DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
+This module reads private attributes of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
 runtime/bf16_optimizer.py). tests/parity compares the resulting updates and checkpoints with a plain PyTorch loop.
 """
 
@@ -22,7 +22,7 @@ from megagpt.engine.optim.muon_all_to_all import Fragment
 
 @dataclass(frozen=True)
 class FlatBuffer:
-    """Flattened parameters, one after the other, partitioned over the ranks of `group`."""
+    """Buffer of flattened parameters, one after the other, that is partitioned over the ranks of `group`."""
 
     param_group: int
     """index of the optimizer's parameter group"""
@@ -30,12 +30,12 @@ class FlatBuffer:
     """this rank's range of the buffer, in fp32"""
     parameters: Sequence[Any]
     fragments: Callable[[], list[Fragment]]
-    """computes the fragments on all ranks; parameters are counted from 0"""
+    """function that returns the fragments on all ranks, in which `matrix` is the index in `parameters`"""
     group: Any
 
 
 def flat_buffers(optimizer: Any) -> Iterator[FlatBuffer]:
-    """Yield the flat buffers of a DeepSpeed optimizer; there are none without ZeRO."""
+    """Yield the flat buffers of a DeepSpeed optimizer. Without ZeRO, there are none."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for number, partition in enumerate(optimizer.fp32_partitioned_groups_flat):
             parameters = optimizer.fp16_groups[number]
@@ -56,11 +56,11 @@ def flat_buffers(optimizer: Any) -> Iterator[FlatBuffer]:
 
 
 def fragments_of_buffer(parameters: Sequence[Any], starts: Sequence[int], length: int) -> list[Fragment]:
-    """Return the fragments at stages 1 and 2, where the buffer is cut into ranges without regard to parameters.
+    """Return the fragments at ZeRO stages 1 and 2, where the ranks hold equal ranges of the buffer.
 
     Args:
         parameters: The parameters in the buffer.
-        starts: The index of each parameter's first element in the buffer.
+        starts: Index in the buffer of the first element of each parameter.
         length: Number of elements in the range of each rank.
     """
     fragments = []
@@ -74,7 +74,7 @@ def fragments_of_buffer(parameters: Sequence[Any], starts: Sequence[int], length
 
 
 def fragments_of_parameters(parameters: Sequence[Any]) -> list[Fragment]:
-    """Return the fragments at stage 3, where each parameter is split evenly over the ranks and padded."""
+    """Return the fragments at ZeRO stage 3, where each parameter is padded and split evenly over the ranks."""
     offset = 0
     fragments = []
     for index, parameter in enumerate(parameters):

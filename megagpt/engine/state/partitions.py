@@ -1,8 +1,8 @@
-"""Which ranges of weights and optimizer states this rank holds at each ZeRO stage, and access to them.
+"""Access to the partitions of weights and optimizer states that this rank holds at each ZeRO stage.
 
-DeepSpeed's own accessors return whole tensors to every rank, and at stages 1 and 2 find moments of the first parameter
-group only, since 0.19.8 links all groups when the first one has stepped
-(test_with_two_parameter_groups_the_moments_of_the_second_are_not_found). The partitions here are found from the
+DeepSpeed's own accessors return whole tensors to every rank. At stages 1 and 2 they find the moments of the first
+parameter group only, because DeepSpeed 0.19.8 links the moments of all groups as soon as the first group has been
+stepped (test_with_two_parameter_groups_the_moments_of_the_second_are_not_found). This module finds partitions by the
 addresses that DeepSpeed attaches to each parameter (`_hp_mapping`, `ds_tensor`).
 """
 
@@ -26,7 +26,7 @@ from megagpt.config.recipe.optimizers import OPTIMIZERS
 from megagpt.engine.state.flat_buffers import flat_buffers
 
 MOMENTS = tuple(dict.fromkeys(state for facts in OPTIMIZERS.values() for state in facts.states))
-"""names of all optimizer states that checkpoints contain"""
+"""names of the optimizer states that checkpoints can contain"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class OptimizerPartition:
     name: str
     start: int
     numel: int
-    parameter: Any  # torch's parameter, with the attributes that DeepSpeed adds
+    parameter: Any  # a torch parameter with additional attributes of DeepSpeed
 
 
 class OptimizerPartitions(Protocol):
@@ -49,24 +49,26 @@ class OptimizerPartitions(Protocol):
         ...
 
     def own(self, rank: int, world_size: int) -> list[OptimizerPartition]:
-        """Return the partitions that this rank saves. Those of all ranks contain each element of the model once."""
+        """Return the partitions that this rank saves. Together, the ranks save each element of the model once."""
         ...
 
     def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
-        """Return the names of the optimizer states, of which there are none before the first update."""
+        """Return the names of the optimizer states of a partition. There are none before the first update."""
         ...
 
     def get(self, partition: OptimizerPartition, kind: str) -> Tensor:
-        """Return the partition [numel] in fp32 of the master weight (WEIGHT) or of an optimizer state."""
+        """Return a partition [numel] of the master weight (if `kind` is WEIGHT) or of an optimizer state, in fp32."""
         ...
 
     def put(self, partition: OptimizerPartition, kind: str, value: Tensor) -> None:
-        """Overwrite the partition with `value` [numel]."""
+        """Overwrite a partition of the master weight or of an optimizer state with `value` [numel]."""
         ...
 
 
 def optimizer_partitions(engine: Any, names: Mapping[Any, str]) -> OptimizerPartitions:
-    """Return access to the partitions of a DeepSpeed engine, by how DeepSpeed has marked its parameters.
+    """Return the implementation of `OptimizerPartitions` for the ZeRO stage of a DeepSpeed engine.
+
+    The stage is recognized by the attributes that DeepSpeed has added to the parameters.
 
     Args:
         engine: The DeepSpeed engine.
@@ -82,7 +84,7 @@ def optimizer_partitions(engine: Any, names: Mapping[Any, str]) -> OptimizerPart
 
 
 class _Replicated:
-    """ZeRO stage 0: every rank holds all states, and saves an equal part of every parameter."""
+    """Partitions at ZeRO stage 0, where every rank holds all states and saves an equal part of every parameter."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
         self._names = names
@@ -113,7 +115,7 @@ class _Replicated:
 
 
 class _FlatPartitions:
-    """ZeRO stages 1 and 2, and DeepSpeed's bf16 optimizer: each partition is a range of a flat buffer."""
+    """Partitions of ZeRO stages 1 and 2 and of DeepSpeed's bf16 optimizer, which are ranges of flat buffers."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer) -> None:
         self._names = names
@@ -152,7 +154,7 @@ class _FlatPartitions:
 
 
 class _Stage3Partitions:
-    """ZeRO stage 3: each rank holds an equal, padded part of every parameter, possibly offloaded to NVMe."""
+    """Partitions at ZeRO stage 3, where each rank holds an equal, padded part of every parameter, possibly on NVMe."""
 
     def __init__(self, names: Mapping[Any, str], optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
         self._names = names
@@ -175,7 +177,7 @@ class _Stage3Partitions:
         return self.all()
 
     def kinds(self, partition: OptimizerPartition) -> tuple[str, ...]:
-        # found by name, since tensors that are on NVMe have no shape
+        # The states are found by name and not by shape, because tensors that are on NVMe have no shape.
         state = self.optimizer.state.get(self._buffers[partition.parameter], {})
         return tuple(kind for kind in MOMENTS if kind in state)
 
@@ -200,5 +202,5 @@ class _Stage3Partitions:
 
 
 def _states_like(parameter: Tensor, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of those optimizer states that have one element per element of the parameter."""
+    """Return the names of the optimizer states that have the same shape as the parameter."""
     return tuple(key for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape)

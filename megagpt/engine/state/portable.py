@@ -1,9 +1,11 @@
-"""Checkpoints of an engine that do not depend on its layout: partitions of weights and moments by parameter name.
+"""Save and restore the state of an engine in checkpoints that do not depend on the layout.
 
-The same code saves and restores every layout. Restoring follows the only order that works at all ZeRO stages. First
-come the master weights; then one update with a zero gradient and a zero learning rate, in which DeepSpeed itself
-creates the moments and copies the master weights to the model's weights, wherever they are replicated; then the moments
-and the step count. At the end, a checksum of every tensor, read back from the engine, is compared with the saved one.
+The checkpoints contain partitions of weights and moments under the name of the parameter, and the same code handles
+every layout. The state is restored in three steps, in the only order that works at all ZeRO stages. The first step
+restores the master weights. The second step runs an update with a zero gradient and a zero learning rate, in which
+DeepSpeed creates the moments and copies the master weights to all replicas of the model's weights. The third step
+restores the moments and the step count. Finally, the checksums of all tensors in the engine are compared with the saved
+ones.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ _SUMMARY = f"{FOLDER}/state.json"
 
 @dataclass(frozen=True)
 class PortableState:
-    """Saves and restores the state of one DeepSpeed engine.
+    """State of one DeepSpeed engine, which can be saved and restored.
 
     Attributes:
         engine: The DeepSpeed engine.
         names: The name in `GPT` of each parameter on this rank.
-        section: The model.
+        section: The model section of the recipe.
         layout: The layout of the engine.
         rank: This rank.
         collectives: The collectives of the job.
@@ -60,7 +62,7 @@ class PortableState:
     saved_elsewhere: frozenset[str] = frozenset()
 
     def save(self, sink: WriteFile) -> None:
-        """Write this rank's partitions and RNG state, and on rank 0 everything else. Collective."""
+        """Write this rank's partitions and RNG state, and on rank 0 all state that is not a tensor. Collective."""
         partitions = optimizer_partitions(self.engine, self.names)
         own = self._own(partitions)
         tensor_files.write_slices(self._slices(partitions, own), self.rank.rank, sink)
@@ -79,14 +81,14 @@ class PortableState:
             sink(_SUMMARY, json.dumps(summary, indent=1).encode())
 
     def load(self, folder: Path, empty_update: Callable[[], object]) -> None:
-        """Restore what any layout has saved. Collective.
+        """Restore the state from a checkpoint that was saved with any layout. Collective.
 
         Args:
-            folder: The checkpoint.
-            empty_update: Runs an update without valid labels.
+            folder: The folder of the checkpoint.
+            empty_update: Function that runs an update without valid labels.
 
         Raises:
-            UserError: If something is missing, or if the restored state is not the one that was saved.
+            UserError: If the checkpoint is incomplete, or if the restored state differs from the saved one.
         """
         summary = _read_summary(folder / _SUMMARY)
         files = TensorFiles(folder, self.rank.rank)
@@ -95,7 +97,7 @@ class PortableState:
             partitions.put(partition, WEIGHT, self._read(files, partition, WEIGHT))
         with _frozen_weights(partitions.optimizer, self.names):
             empty_update()
-        partitions = optimizer_partitions(self.engine, self.names)  # now with moments
+        partitions = optimizer_partitions(self.engine, self.names)  # the empty update has created the moments
         for partition in partitions.all():
             for kind in partitions.kinds(partition):
                 partitions.put(partition, kind, self._read(files, partition, kind))
@@ -107,7 +109,7 @@ class PortableState:
         _restore_rng_state(folder, self.rank.rank // self.layout.tensor_parallel)
 
     def _own(self, partitions: OptimizerPartitions) -> list[OptimizerPartition]:
-        """Return the partitions that this rank saves, so that each element of the model is saved by one rank."""
+        """Return the partitions that this rank saves. Each element of the model is saved by exactly one rank."""
         replica = self.rank.rank // self.layout.tensor_parallel % self.layout.zero_partitions
         first = self.rank.rank % self.layout.tensor_parallel == 0
         return [
@@ -117,7 +119,7 @@ class PortableState:
         ]
 
     def _shard(self, name: str) -> ShardIndex:
-        """Return which tensor-parallel shard of a parameter this rank holds."""
+        """Return the index of the tensor-parallel shard of a parameter that this rank holds."""
         degree = self.layout.tensor_parallel
         if shard_spec(name, self.section, degree) is None:
             return ShardIndex()
@@ -146,14 +148,14 @@ class PortableState:
         return local.reshape(-1)[partition.start : partition.start + partition.numel]
 
     def _shapes(self) -> dict[str, torch.Size]:
-        """Return the whole shape of every parameter of the model by name, on whatever rank it is."""
+        """Return the whole shape of every parameter of the model by name, including those that other ranks hold."""
         with torch.device("meta"):
             return {name: parameter.shape for name, parameter in GPT(self.section).named_parameters()}
 
     def _checksums(
         self, partitions: OptimizerPartitions, which: list[OptimizerPartition]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the checksum over all ranks and the number of elements by `kind:name`. Collective."""
+        """Return the checksum and the number of elements of each tensor over all ranks, by `kind:name`. Collective."""
         shapes = self._shapes()
         keys = [f"{kind}:{name}" for kind in (WEIGHT, *MOMENTS) for name in shapes]
         checksums = dict.fromkeys(keys, 0)
@@ -173,7 +175,11 @@ class PortableState:
         return {key: checksums[key] for key in keys if counts[key]}, counts
 
     def _verify(self, partitions: OptimizerPartitions, expected: Mapping[str, str], folder: Path) -> None:
-        """Compare the state of the engine with the saved checksums. A replicated tensor is counted once per replica."""
+        """Raise UserError if the state of the engine does not match the saved checksums.
+
+        A replicated tensor contributes to its checksum once per replica, so the saved checksum is multiplied by the
+        number of replicas.
+        """
         checksums, counts = self._checksums(partitions, partitions.all())
         shapes = self._shapes()
         wrong = sorted({*expected} ^ {*checksums})
@@ -191,12 +197,16 @@ class PortableState:
 
 @contextlib.contextmanager
 def _frozen_weights(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Keep the optimizer from changing any weight: learning rate, weight decay and gradients are zero."""
+    """Return a context in which the optimizer changes no weight.
+
+    The learning rate, the weight decay and all gradients are zero in this context.
+    """
     saved = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         group["weight_decay"] = 0.0
-    # weights that are not finite would cause gradients with which DeepSpeed skips the step, even without valid labels
+    # Weights that are not finite would cause gradients that are not finite, even without valid labels, and DeepSpeed
+    # would then skip the step.
     hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
     try:
         yield
@@ -209,7 +219,7 @@ def _frozen_weights(optimizer: torch.optim.Optimizer, parameters: Iterable[torch
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    """Read the file with everything but tensors. Raises UserError if it is damaged."""
+    """Return the content of the file with all state that is not a tensor. Raises UserError if the file is damaged."""
     try:
         summary = dict(parse_json(path.read_text(encoding="utf-8")))
         if missing := {"adam_step", "scheduled", "loss_scale", "checksums"} - summary.keys():
@@ -221,7 +231,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _adam_step(partitions: OptimizerPartitions) -> int:
-    """Return the number of AdamW's updates, for its bias correction; 0 if this rank has no state of AdamW."""
+    """Return the step count of AdamW, which its bias correction needs, or 0 if this rank has no state of AdamW."""
     steps = [int(state["step"]) for state in partitions.optimizer.state.values() if "step" in state]
     return max(steps, default=0)
 
@@ -239,7 +249,7 @@ def _rng_file(replica: int) -> str:
 
 
 def _restore_rng_state(folder: Path, replica: int) -> None:
-    """Restore the RNG state of this replica. If none was saved, start from the seed of the first replica."""
+    """Restore the RNG state of this replica. If none was saved, derive a new state from that of the first replica."""
     path = folder / _rng_file(replica)
     set_rng_state(load_file(path if path.exists() else folder / _rng_file(0)))
     if not path.exists():

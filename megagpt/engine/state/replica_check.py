@@ -1,4 +1,4 @@
-"""Check that ranks that replicate weights hold the same values, bit for bit, by comparing checksums."""
+"""Check that all replicas of a weight are bitwise identical, by comparing their checksums."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from megagpt.config.recipe import ModelSection
 from megagpt.model.gpt import GPT
 from megagpt.model.sharding import shard_spec
 
-_ABSENT = -1  # less than every checksum
-_PRIME = (1 << 61) - 1  # checksums are reduced modulo this, so that their negatives fit into 64 bits
+# Value in place of a checksum for a weight that this rank does not hold. It is less than every checksum.
+_ABSENT = -1
+# Checksums are reduced modulo this prime, so that they and their negatives fit into 64 bits.
+_PRIME = (1 << 61) - 1
 _REPORTED = 10
 
 
 def differences(
     names: Mapping[torch.nn.Parameter, str], section: ModelSection, layout: Layout, rank: Rank, collectives: Collectives
 ) -> list[str]:
-    """Describe each weight that differs between ranks that should hold the same. Collective.
+    """Describe each weight that differs between ranks that should hold the same values. Collective.
 
-    The weights are those with which the model computes, between updates. One number per weight is communicated, unless
-    there are differences.
+    This compares the weights in the model's precision, not the fp32 master weights, and must be called between updates.
+    Unless there are differences, the ranks exchange only two numbers per weight.
 
     Args:
-        names: The name in `GPT` of each weight on this rank, which is whole or a tensor-parallel shard.
-        section: The model.
+        names: The name in `GPT` of each weight on this rank. A weight may be a tensor-parallel shard.
+        section: The model section of the recipe.
         layout: The layout of the job.
         rank: This rank.
         collectives: The collectives of the job.
 
     Returns:
-        One line per weight that differs, at most ten, the same on every rank.
+        One line for each weight that differs, but at most ten lines. The result is the same on every rank.
     """
     local = {_key(name, section, layout, rank): _checksum(parameter) for parameter, name in names.items()}
     with torch.device("meta"):
@@ -62,14 +64,14 @@ def _key(name: str, section: ModelSection, layout: Layout, rank: Rank) -> str:
 
 
 def _shard_labels(name: str, section: ModelSection, degree: int) -> list[str]:
-    """Return labels of a parameter's shards. Ranks that hold the same shard, or the whole parameter, must agree."""
+    """Return a label for each shard of a parameter. Weights with the same name and label must be identical."""
     if shard_spec(name, section, degree) is None:
         return [""]
     return [f" shard {index} of {degree}" for index in range(degree)]
 
 
 def _describe(key: str, checksums: list[int | None]) -> str:
-    """Return which ranks agree with each other, the largest group first."""
+    """Return a line that lists the groups of ranks with equal weights, the largest group first."""
     groups = defaultdict(list)
     for rank, checksum in enumerate(checksums):
         if checksum is not None:
