@@ -13,8 +13,8 @@ _POLYNOMIAL = 0xEDB88320  # the polynomial of CRC-32, bit-reflected
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:
     """Compute the CRC-32 of two consecutive byte ranges from the CRC-32 of each.
 
-    CRC-32 is linear over GF(2). The first checksum is advanced by zero bytes, as many as the second range has bytes. The
-    result is the XOR of the advanced checksum and the second checksum.
+    CRC-32 is linear over GF(2). The first checksum is advanced by as many zero bytes as the second range has bytes, and
+    then XORed with the second checksum.
 
     Args:
         first: CRC-32 of the first range.

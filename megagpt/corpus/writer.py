@@ -186,8 +186,8 @@ class CorpusWriter:
         self._publish(".bin", ".idx")
 
     def _publish(self, *suffixes: str) -> None:
-        # The index of an older corpus is removed first, and the new index is renamed last. Files of an older and a newer
-        # corpus can therefore never be mistaken for one corpus.
+        # The index of an older corpus is removed first, and the new index is renamed last. A mix of files from both
+        # corpora can therefore never be mistaken for a corpus.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in suffixes:
             _partial_path(self.prefix, suffix).replace(corpus_file(self.prefix, suffix))
