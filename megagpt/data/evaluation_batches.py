@@ -21,8 +21,8 @@ class EvaluationBatches:
     """Consecutive windows of `seq_len` tokens of a corpus, distributed evenly over the data-parallel ranks.
 
     If all windows are included, every token is a label exactly once. The input for the first label is the
-    end-of-document token, whose id is recorded in the sidecar. If the corpus has no sidecar, this id is unknown, and the
-    first token is ignored as a label. Short windows are padded with ignored labels (-100).
+    end-of-document token, whose id is recorded in the sidecar. Without a sidecar, this id is unknown, and the first
+    token is ignored as a label. Short windows are padded with ignored labels (-100).
 
     Args:
         corpus: corpus to evaluate on.

@@ -49,7 +49,7 @@ class Loader:
         accumulation: micro-batches per update and rank.
         rank: data-parallel rank.
         data_parallel: number of data-parallel ranks.
-        tokenizer: path of the model's tokenizer, which must be the tokenizer of the corpora. If None, it is not checked.
+        tokenizer: path of the model's tokenizer, which must be that of the corpora. If None, it is not checked.
         by_epochs: whether weights are relative numbers of epochs instead of samples.
         skip: ranges of data positions that are not trained on, as pairs (first, last) with both ends included.
         pinned: whether batches are in pinned memory, from which a GPU can copy while it computes.
@@ -117,8 +117,8 @@ class Loader:
 
         The samples of the following update are prefetched from the disk, unless they seem to be in the page cache.
 
-        Raises CorpusChanged if a corpus has changed since it was opened. Truncation is detected when a missing sample is
-        read. Other changes are detected by checking one corpus per update, in turn.
+        Raises CorpusChanged if a corpus has changed since it was opened. Truncation is detected when a missing sample
+        is read. Other changes are detected by checking one corpus per update, in turn.
         """
         next(self._next_to_check).check_unchanged()
         start = self._skipped.kept_index(position)
@@ -172,7 +172,7 @@ class Loader:
         return self._planned[start]
 
     def _plan_updates(self, start: int) -> None:
-        """Locate about 4,096 samples of this rank, for the update at the kept index `start` and the following updates."""
+        """Locate about 4,096 samples of this rank, for the update at the kept index `start` and later updates."""
         updates = max(1, _LOCATED_SAMPLES // self._samples)
         steps = self._accumulation * updates
         kept_indices = rank_positions(start, self._rank, self._data_parallel, self._micro_batch, steps)

@@ -64,8 +64,8 @@ def radices(n: int) -> tuple[int, int]:
 def permute(index: UInt64Array, n: UInt64Array, a: UInt64Array, b: UInt64Array, key: UInt64Array) -> UInt64Array:
     """Return the images of indices under keyed permutations. All arrays are broadcast to `[count]`.
 
-    The permutation is a Feistel network over the mixed radix a·b. A result of n or more is mapped again until it is less
-    than n (cycle walking, Black and Rogaway 2002). Fewer than one in sqrt(n) results need this.
+    The permutation is a Feistel network over the mixed radix a·b. A result of n or more is mapped again until it is
+    less than n (cycle walking, Black and Rogaway 2002). Fewer than one in sqrt(n) results need this.
 
     Args:
         index: indices from 0 to n - 1.

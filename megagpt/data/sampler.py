@@ -40,8 +40,8 @@ class SampleLocations(NamedTuple):
 class Sampler:
     """Maps data positions to samples of one or more sources.
 
-    In the first n samples of the order, for any n, the share of each source deviates from its fraction by at most one
-    block.
+    Among the first n samples, for any n, the number of samples from each source is n times the fraction of that source,
+    to within one block.
 
     Args:
         tokens: number of tokens in each source, `[sources]`.
@@ -73,7 +73,7 @@ class Sampler:
         self.seq_len = seq_len
         self.tokens = tuple(tokens)
         # There is one sample fewer than would fit, so that every epoch can start at a different offset. This does not
-        # apply to packed sources, which have no offsets.
+        # apply to packed sources, whose epochs all start at offset 0.
         self.samples = tuple(
             count // (seq_len + 1) if index in packed else max(1, count // seq_len - 1)
             for index, count in enumerate(tokens)
@@ -135,9 +135,9 @@ class Sampler:
 def blend_slots(weights: Sequence[float]) -> tuple[int, ...]:
     """Return the number of slots of each source in one block, computed by the largest-remainder method.
 
-    The size of a block is the smallest power of two, from 2^10 to 2^30, with which the fraction of every source is within
-    0.1 % of its target. With a single source, a block is a single slot. Raises UserError if even 2^30 slots are not
-    enough.
+    The size of a block is the smallest power of two, from 2^10 to 2^30, with which the fraction of every source is
+    within 0.1 % of its target. With a single source, a block is a single slot. Raises UserError if even 2^30 slots are
+    not enough.
     """
     if len(weights) == 1:
         return (1,)

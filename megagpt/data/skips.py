@@ -12,8 +12,8 @@ import numpy.typing as npt
 class SkippedRanges:
     """Ranges of data positions that are never trained on.
 
-    Samples at all other positions stay at their positions. These kept positions are numbered consecutively from 0. The
-    number of a kept position is its kept index.
+    All other samples stay at their positions. The kept positions are numbered consecutively from 0, and the number of a
+    kept position is called its kept index.
 
     Args:
         ranges: ranges as pairs (first, last) of data positions, with both ends included. They may overlap and be in any
