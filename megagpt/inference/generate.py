@@ -109,7 +109,10 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
 
 
 def printable(text: str) -> str:
-    """Replace control characters by U+FFFD. Models early in training generate them, and they would disturb a terminal."""
+    """Replace control characters by U+FFFD.
+
+    Models generate them early in training, and a terminal would interpret them.
+    """
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
@@ -166,7 +169,10 @@ def sample(
 def _decode(
     model: GPT, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], int], eod: int | None
 ) -> list[int]:
-    """Prefill the prompt, and then decode one token at a time. `pick` chooses each token from its logits [vocab_size]."""
+    """Prefill the prompt, and then decode one token at a time.
+
+    `pick` chooses each token from its logits [vocab_size]. Returns the new tokens.
+    """
     capacity = model.section.seq_len
     device = next(model.parameters()).device
     kv_cache = model.new_kv_cache()

@@ -19,8 +19,9 @@ _MAX_WORDS = 1 << 18  # number of cached words, about 60 MB, above which the cac
 class CachedEncoder:
     """Encodes texts to ids, given as the bytes of .bin.
 
-    With a word-local tokenizer (see `Tokenizer.is_word_local`), the ids of a text are the concatenated ids of its words.
-    A cache of encoded words therefore does not change the result. Other tokenizers encode whole texts, without a cache.
+    With a word-local tokenizer (see `Tokenizer.is_word_local`), the ids of a text are the concatenated ids of its
+    words. A cache of encoded words therefore does not change the result. Other tokenizers encode whole texts, without a
+    cache.
 
     Attributes:
         width: number of bytes per id.
@@ -78,10 +79,10 @@ class CachedEncoder:
 def _split_words(text: str) -> list[str]:
     """Split a text, with an added newline before it, into words.
 
-    Each word starts with a newline or with the space before it. The space itself is omitted from the result. No piece of
-    a word-local tokenizer crosses a newline, or the boundary between a word and the spaces after it. If there are
-    several consecutive spaces, all except the first are replaced by U+2581, so that they become part of the following
-    word. SentencePiece treats a space and U+2581 alike.
+    A word starts with a newline or with a space, but the space is omitted from the result. No piece of a word-local
+    tokenizer crosses a newline, or the boundary between a word and the spaces after it. If there are several
+    consecutive spaces, all except the first are replaced by U+2581, so that they become part of the following word.
+    SentencePiece treats a space and U+2581 alike.
     """
     joined = text.replace("  ", " \u2581").replace("\u2581 ", "\u2581\u2581")
     return ("\n" + joined.replace("\n", " \n")).split(" ")

@@ -15,9 +15,9 @@ TextPosition = tuple[int, int]
 class BoundedSample:
     """Random sample of at most `limit` bytes from all texts that are added.
 
-    Each text is assigned a number, which is the hash of its position. The sample consists of the texts with the smallest
-    numbers, up to the first text that no longer fits. Samples of two parts of the texts can therefore be merged into the
-    sample of both parts.
+    Each text is assigned a number, which is the hash of its position. The sample consists of the texts with the
+    smallest numbers, up to the first text that no longer fits. Samples of two parts of the texts can therefore be merged
+    into the sample of both parts.
 
     Only texts with numbers below `threshold` can be in the sample. The threshold decreases as texts are added. Other
     processes need not send texts with larger numbers.

@@ -66,7 +66,7 @@ class Tokenizer:
         path: path of the file, or the name of the tiktoken encoding as a path.
         vocab_size: number of ids in the vocabulary.
         eod: id of the end-of-document token.
-        sha256: SHA-256 hash of the file, or of the vocabulary of a tiktoken encoding.
+        sha256: SHA-256 hash of the file, or of the name and vocabulary of a tiktoken encoding.
         unknown: id that stands for text which no piece covers, or None if such text is encoded as bytes.
         control_symbols: spellings of the control symbols, to whose ids no text is encoded.
         is_word_local: whether each line and word of a text is encoded independently, so that the ids of a text are the
@@ -90,7 +90,7 @@ class Tokenizer:
         return Tokenizer, (self.path,)  # a tokenizer is pickled as its path, and the other process loads the file
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without `eod` at the end. Lone surrogates are encoded as U+FFFD.
+        """Return the token ids of `text`, which never include `eod`. Lone surrogates are encoded as U+FFFD.
 
         With a word-local tokenizer, the lines of the text are encoded separately. The ids are the same, but encoding a
         long document is several times faster, because SentencePiece's BPE slows down with the length of its input.

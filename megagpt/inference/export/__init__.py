@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from megagpt.model.gpt import GPT
 
 _DTYPE_BY_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# Maximum difference of logits, relative to the largest logit. Differences due to another order of fp32 sums are less than
-# a tenth of it.
+# Maximum difference of logits, relative to the largest logit. A different order of fp32 sums causes differences of less
+# than a tenth of it.
 _TOLERANCE = 1e-4
 
 
@@ -124,8 +124,8 @@ def _transformers() -> Any:
 def _check_logits(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float:
     """Compare the logits of the exported model with those of our model on random tokens.
 
-    Both models compute in fp32, with weights rounded to `dtype`. Returns the largest difference, relative to the largest
-    logit. Raises MachineError if the difference is too large.
+    Both models compute in fp32, with weights rounded to `dtype`. Returns the largest difference, relative to the
+    largest logit. Raises MachineError if the difference is too large.
     """
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True

@@ -111,7 +111,7 @@ def _gpt2_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterato
 def _llama_config(transformers: Any, section: ModelSection) -> Any:
     """Return a Llama configuration, or a Qwen3 configuration if the model uses qk_norm.
 
-    The activation relu2(x) = relu(x)·x is exported as a gated MLP with a relu gate, whose gate and up weights are equal.
+    The activation relu2(x) = relu(x)·x is exported as a gated MLP with a relu gate and equal gate and up weights.
     """
     family = "Qwen3" if section.qk_norm else "Llama"
     return getattr(transformers, f"{family}Config")(
