@@ -1,1 +1,1 @@
-"""Tokenized corpora in Megatron's .bin/.idx format: reader, writer, metadata; inspect, verify and merge."""
+"""Tokenized corpora in Megatron's .bin/.idx format, and the `megagpt data` commands for them."""

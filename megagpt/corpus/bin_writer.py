@@ -1,4 +1,4 @@
-"""Writes .bin, alone or together with other processes, with a checksum for each 64 MiB range."""
+"""Writes the .bin file of a corpus, with a checksum for each 64 MiB range. Several processes can write one file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 
 from megagpt.corpus.crc32 import combine_crc32
 
-_RANGE = 1 << 26  # bytes of .bin that have a checksum of their own
+_RANGE = 1 << 26  # number of bytes of .bin per checksum
 ChecksummedRanges = list[tuple[int, int]]
-"""Length in bytes and CRC-32 of consecutive ranges of a file."""
+"""Consecutive ranges of a file, each given by its length in bytes and its CRC-32."""
 
 
 class BinWriter:
-    """Writer of a new .bin, or of one part of a .bin that several processes write.
+    """Writer of a new .bin file, or of one part of a .bin file that several processes write.
 
-    Ranges end at multiples of 64 MiB in the whole file, whoever writes them, so that `merge_ranges` can join the
-    ranges of several writers.
+    The ranges of every writer end at multiples of 64 MiB in the whole file, so that `merge_ranges` can join the ranges
+    of several writers.
 
     Args:
-        path: the file to write.
-        start: byte offset at which this writer starts in a file that exists; None creates the file.
+        path: path of the file.
+        start: byte offset at which this writer starts in an existing file. If None, a new file is created.
     """
 
     def __init__(self, path: Path, start: int | None = None) -> None:
@@ -50,7 +50,7 @@ class BinWriter:
         self._append(view)
 
     def finish(self) -> ChecksummedRanges:
-        """Flush the file to disk and return the ranges that were written."""
+        """Flush the file to disk, and return the ranges that this writer has written."""
         self._end_range()
         self._file.flush()
         os.fsync(self._file.fileno())

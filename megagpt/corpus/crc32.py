@@ -1,22 +1,28 @@
-"""Combines CRC-32 checksums of consecutive byte ranges: zlib's crc32_combine, which Python's zlib does not expose."""
+"""Combines CRC-32 checksums of consecutive byte ranges, like zlib's crc32_combine.
+
+Python's zlib module does not expose that function.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-_POLYNOMIAL = 0xEDB88320  # of CRC-32, bit-reflected
+_POLYNOMIAL = 0xEDB88320  # the polynomial of CRC-32, bit-reflected
 
 
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """Return the CRC-32 of two consecutive byte ranges from the CRC-32 of each.
+    """Compute the CRC-32 of two consecutive byte ranges from the CRC-32 of each.
 
-    A CRC is linear over GF(2): the result is the second checksum, XORed with the first one advanced by as many zero
-    bytes as the second range has.
+    CRC-32 is linear over GF(2). The first checksum is advanced by as many zero bytes as the second range has bytes, and
+    then XORed with the second checksum.
 
     Args:
         first: CRC-32 of the first range.
         second: CRC-32 of the second range.
-        second_bytes: length of the second range.
+        second_bytes: length of the second range in bytes.
+
+    Returns:
+        CRC-32 of both ranges together.
     """
     power = 0
     while second_bytes:
@@ -40,7 +46,7 @@ def _zero_bytes_matrix(power: int) -> tuple[int, ...]:
 
 
 def _multiply(matrix: tuple[int, ...], vector: int) -> int:
-    """Multiply a bit matrix, given by its columns, by a vector over GF(2)."""
+    """Multiply a bit matrix, given as its columns, by a vector over GF(2)."""
     result = 0
     while vector:
         lowest = vector & -vector

@@ -1,4 +1,4 @@
-"""Writes .idx (see the corpus reader for its layout) in bounded memory."""
+"""Writes the .idx file of a corpus in bounded memory. The layout of the file is described in reader.py."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from megagpt.corpus.crc32 import combine_crc32
 from megagpt.corpus.reader import DTYPE_BY_CODE, HEADER, MAGIC, IntArray
 
-_BLOCK = 1 << 16  # index entries processed at a time
+_BLOCK = 1 << 16  # number of index entries processed at a time
 
 
 class IdxWriter:
     """Writer of an .idx file.
 
-    Sequence lengths are written to their final offset at once. Document boundaries follow the sequence offsets in
-    the file, and the number of sequences is only known at the end, so they are collected in an unnamed temporary
-    file, which disappears even if this process is killed.
+    Sequence lengths are written directly to their final offset. Document boundaries come after the sequence offsets in
+    the file, and the number of sequences is known only at the end. The boundaries are therefore collected in an unnamed
+    temporary file, which disappears even if this process is killed.
 
     Args:
-        path: the file to write.
+        path: path of the file.
         dtype: type of the ids in .bin.
 
     Attributes:
-        sequences: number of sequences so far.
-        documents: number of documents so far.
+        sequences: number of sequences added so far.
+        documents: number of documents added so far.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
@@ -39,7 +39,8 @@ class IdxWriter:
         self.sequences = 0
         self.documents = 0
         self._crc32 = 0
-        # The first documents that have one sequence each: their boundaries count up, and are not collected.
+        # Number of documents at the start of the corpus that have one sequence each. Their boundaries are consecutive
+        # integers and need not be collected.
         self._single_sequence_documents = 0
         with ExitStack() as stack:
             self._file: IO[bytes] = stack.enter_context(path.open("wb"))
@@ -54,12 +55,12 @@ class IdxWriter:
         self._files.close()
 
     def add(self, lengths: IntArray, document_ends: IntArray | None) -> None:
-        """Append sequences and the ends of documents.
+        """Append sequences and document boundaries.
 
         Args:
             lengths: tokens per sequence, `[sequences]`.
-            document_ends: for each document that ends, the number of the sequences in `lengths` up to its end,
-                `[documents]`. None: one document per sequence.
+            document_ends: for each document that ends, the number of sequences in `lengths` up to the end of the
+                document, `[documents]`. If None, each sequence is one document.
         """
         self._write(lengths.astype("<i4", copy=False))
         documents_before = self.documents
@@ -72,7 +73,7 @@ class IdxWriter:
         self.sequences += len(lengths)
 
     def finish(self) -> int:
-        """Write offsets, document boundaries and header, flush the file to disk, and return its CRC-32."""
+        """Write the offsets, document boundaries and header, and flush the file to disk. Returns the file's CRC-32."""
         self._write_offsets()
         boundaries = self._single_sequence_documents + 1
         for start in range(0, boundaries, _BLOCK):
@@ -91,7 +92,7 @@ class IdxWriter:
         return combine_crc32(zlib.crc32(header), self._crc32, body_bytes)
 
     def _write_offsets(self) -> None:
-        """Compute the byte offset of each sequence from the lengths that were written, block by block."""
+        """Compute the byte offset of each sequence from the written lengths, and write the offsets block by block."""
         self._file.flush()
         lengths = np.empty(_BLOCK, "<i4")
         offsets = np.zeros(_BLOCK + 1, "<i8")
@@ -107,7 +108,7 @@ class IdxWriter:
                 offsets[0] = offsets[count]
 
     def _write(self, entries: IntArray) -> None:
-        """Append entries that already have the type of the file."""
+        """Append entries, whose type must be that of the file."""
         content = np.ascontiguousarray(entries).data
         self._file.write(content)
         self._crc32 = zlib.crc32(content, self._crc32)

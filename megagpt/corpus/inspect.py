@@ -1,4 +1,4 @@
-"""`megagpt data inspect`: statistics of a corpus, and some of its documents as text."""
+"""The command `megagpt data inspect`, which shows statistics of a corpus and some of its documents."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megagpt.corpus.reader import CorpusReader
 from megagpt.errors import UserError, without_controls
 from megagpt.tokenizer.tokenizer import Tokenizer
 
-_MAX_LENGTHS = 1_000_000  # documents in the length statistics, spread evenly
-_MAX_IDS = 1_000  # ids that are shown of a document
+_MAX_LENGTHS = 1_000_000  # maximum number of documents in the length statistics, spread evenly over the corpus
+_MAX_IDS = 1_000  # maximum number of ids shown per document
 
 
 @dataclass(frozen=True)
 class DocumentExcerpt:
-    """The start of one document or packed sample.
+    """Beginning of a document or packed sample.
 
     Attributes:
-        number: index of the document.
-        tokens: tokens of the whole document.
-        ids: its first ids.
-        text: text of these ids; None without a tokenizer.
+        number: index of the document or sample.
+        tokens: number of tokens in the whole document or sample.
+        ids: first ids of the document or sample.
+        text: text of these ids, or None without a tokenizer.
         kind: `document` or `sample`.
     """
 
@@ -49,12 +49,14 @@ class Inspection:
     Attributes:
         prefix: prefix of the corpus.
         id_type: type of the ids in .bin.
-        documents, sequences, tokens: totals.
-        lengths: quantiles of the documents' tokens, by name.
-        verified_by: first characters of the tokenizer's hash; None without a sidecar.
-        packed: seq_len of a packed corpus; None for others.
-        padding: padding tokens of a packed corpus.
-        made: how the corpus was made, from the sidecar.
+        documents: number of documents.
+        sequences: number of sequences.
+        tokens: number of tokens.
+        lengths: quantiles of the number of tokens per document, by name.
+        verified_by: first characters of the tokenizer's hash, or None if the corpus has no sidecar.
+        packed: seq_len of a packed corpus, or None if the corpus is not packed.
+        padding: number of padding tokens in a packed corpus.
+        made: description in the sidecar of how the corpus was made.
         shown: excerpts of documents.
     """
 
@@ -94,11 +96,14 @@ def inspect(prefix: str, documents: Sequence[int] = (), sample: int = 0, tokeniz
     Args:
         prefix: prefix of the corpus.
         documents: indices of documents to show.
-        sample: number of further documents to show, spread evenly.
-        tokenizer: tokenizer with which documents are shown as text; None shows ids.
+        sample: number of further documents to show, spread evenly over the corpus.
+        tokenizer: path of the tokenizer with which documents are shown as text. If None, their ids are shown.
+
+    Returns:
+        The statistics and excerpts.
 
     Raises:
-        UserError: the corpus cannot be opened, has no such document, or was made with another tokenizer.
+        UserError: the corpus cannot be opened, lacks one of the documents, or was made with another tokenizer.
     """
     reader = CorpusReader(prefix)
     sidecar = reader.sidecar

@@ -1,4 +1,4 @@
-"""`megagpt data merge`: concatenates several corpora into one."""
+"""The command `megagpt data merge`, which concatenates several corpora into one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from megagpt.corpus.reader import CorpusReader
 from megagpt.corpus.writer import CorpusWriter
 from megagpt.errors import MachineError, UserError
 
-_TOKENS = 1 << 20  # copied at a time
-_ENTRIES = 1 << 20  # index entries copied at a time
+_TOKENS = 1 << 20  # number of tokens copied at a time
+_ENTRIES = 1 << 20  # number of index entries copied at a time
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged corpus. `verified` is False if it has no sidecar, because an input had none."""
+    """Result of merging corpora.
+
+    Attributes:
+        prefix: prefix of the merged corpus.
+        documents: number of documents.
+        tokens: number of tokens.
+        verified: whether the merged corpus has a sidecar. It has one only if all inputs have one.
+        packed: seq_len of a packed corpus, or None if the corpus is not packed.
+    """
 
     prefix: str
     documents: int
@@ -35,14 +43,17 @@ class MergeResult:
 
 
 def merge(prefixes: Sequence[str], output: str) -> MergeResult:
-    """Write the documents of all corpora to one, in the given order.
+    """Concatenate corpora, in the given order, into a new corpus.
 
     Args:
-        prefixes: prefixes of the corpora.
+        prefixes: prefixes of the corpora to merge.
         output: prefix of the new corpus.
 
+    Returns:
+        A summary of the new corpus.
+
     Raises:
-        UserError: the corpora are not compatible, or the output is one of them.
+        UserError: the corpora are not compatible, or the output is one of the inputs.
         MachineError: writing failed.
     """
     readers = [CorpusReader(prefix) for prefix in prefixes]
@@ -86,7 +97,7 @@ def _copy(reader: CorpusReader, writer: CorpusWriter) -> None:
     total = len(reader.tokens)
     for start in range(0, total, _TOKENS):
         writer.write_ids(reader.read_range(start, min(_TOKENS, total - start)))
-    # A document may have sequences in two blocks, so all sequences are added before the ends of documents.
+    # The sequences of a document may be in different blocks, so all sequences are added before the ends of documents.
     for start in range(0, len(reader), _ENTRIES):
         writer.end_sequences(reader.lengths[start : start + _ENTRIES], np.array([], np.int64), 0)
     for start in range(1, len(reader.documents), _ENTRIES):

@@ -1,4 +1,4 @@
-"""Metadata of a corpus that .bin and .idx cannot hold, in a sidecar file PREFIX.json."""
+"""The sidecar file PREFIX.json, which holds metadata of a corpus that .bin and .idx cannot hold."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ class Sidecar:
     """Metadata of one corpus, written when it was prepared. Each attribute is a key of the JSON file.
 
     Attributes:
-        tokenizer_sha256: hash of the tokenizer's file.
-        vocab_size: number of ids of the tokenizer.
+        tokenizer_sha256: SHA-256 hash of the tokenizer file.
+        vocab_size: number of ids in the tokenizer's vocabulary.
         eod: id of the end-of-document token.
         documents: number of documents, including empty ones.
         tokens: number of ids in .bin.
-        text_bytes: UTF-8 bytes of the text, without the end-of-document tokens.
+        text_bytes: size of the text in bytes of UTF-8, without end-of-document tokens.
         bin_crc32: CRC-32 (zlib) of .bin.
         idx_crc32: CRC-32 (zlib) of .idx.
-        version: version of this format.
-        bin_ranges: length in bytes and CRC-32 of consecutive ranges of .bin, which locate damage.
-        made: how the corpus was made, for people: version, options, input warnings.
-        packed: seq_len of a packed corpus, which holds samples of `packed + 1` tokens, each one sequence and one
-            document; None for other corpora.
-        padding: number of padding tokens in a packed corpus: end-of-document tokens that follow another one.
+        version: version of the sidecar format.
+        bin_ranges: length in bytes and CRC-32 of consecutive ranges of .bin, from which damage can be located.
+        made: information for humans on how the corpus was made, such as the megagpt version, options and warnings.
+        packed: seq_len of a packed corpus, or None if the corpus is not packed. A packed corpus holds samples of
+            `packed + 1` tokens, and each sample is stored as one sequence and one document.
+        padding: number of padding tokens in a packed corpus. A padding token is an end-of-document token that follows
+            another end-of-document token.
     """
 
     tokenizer_sha256: str
@@ -51,11 +52,11 @@ class Sidecar:
     padding: int = 0
 
     def to_json(self) -> str:
-        """Return a JSON object with the keys in the order above."""
+        """Return the sidecar as a JSON object, with the attributes as keys."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-# Keys that the first sidecars did not have.
+# Default values of keys that older sidecars do not have.
 _DEFAULTS: dict[str, Any] = {"bin_ranges": [], "made": {}, "packed": None, "padding": 0}
 _NOT_INTEGERS: dict[str, tuple[type, ...]] = {
     "tokenizer_sha256": (str,), "bin_ranges": (list,), "made": (dict,), "packed": (int, type(None)),
@@ -64,7 +65,7 @@ _TYPES = {key.name: _NOT_INTEGERS.get(key.name, (int,)) for key in dataclasses.f
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """Read a sidecar file; None if there is none. Raises UserError if it is invalid."""
+    """Read a sidecar file. Returns None if the file does not exist. Raises UserError if it is invalid."""
     do = f"run `megagpt prepare` again, or remove {path.name} to use the corpus unverified"
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise UserError(f"the sidecar has version {version}, but only version {VERSION} is supported", str(path), do)
-    if "stretches" in content:  # an earlier name of the key
+    if "stretches" in content:  # earlier name of the key "bin_ranges"
         content["bin_ranges"] = content["stretches"]
     values = {key: content.get(key, _DEFAULTS.get(key)) for key in _TYPES}
     invalid = [key for key, types in _TYPES.items() if type(values[key]) not in types]
@@ -90,9 +91,9 @@ def check_same_tokenizer(prefix: str, sidecar: Sidecar | None, other: str, sha25
 
     Args:
         prefix: prefix of the corpus.
-        sidecar: its metadata. Without it nothing is known, and nothing is raised.
-        other: the tokenizer's file, or a corpus that was made with it, to be named in the error.
-        sha256: hash of that tokenizer.
+        sidecar: sidecar of the corpus. If it is None, the tokenizer is unknown and not checked.
+        other: path of the tokenizer, or prefix of a corpus that was made with it, for the error message.
+        sha256: SHA-256 hash of that tokenizer.
     """
     if sidecar and sidecar.tokenizer_sha256 != sha256:
         where = f"{sidecar.tokenizer_sha256[:12]}…  {prefix}\n{sha256[:12]}…  {other}"

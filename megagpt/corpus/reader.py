@@ -1,9 +1,12 @@
 """Reads a tokenized corpus in Megatron's indexed format (.bin and .idx) through memory maps.
 
-`PREFIX.bin` holds all token ids back to back, little-endian, without a header. `PREFIX.idx` holds, little-endian and
-without padding: magic, version, dtype code, number of sequences N, number of document boundaries M = documents + 1,
-then N int32 sequence lengths (tokens), N int64 sequence offsets (bytes in .bin), and M int64 document boundaries
-(the index of each document's first sequence; the last entry is N).
+`PREFIX.bin` holds all token ids one after the other, little-endian, without a header. `PREFIX.idx` holds the following
+values, little-endian and without padding:
+
+    header                34 bytes: magic, version, dtype code, number of sequences N, number of document boundaries M
+    sequence lengths      N × int32, in tokens
+    sequence offsets      N × int64, in bytes of .bin
+    document boundaries   M × int64: the index of each document's first sequence, followed by N (M = documents + 1)
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ from megagpt.corpus.metadata import read_sidecar
 from megagpt.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, M: 34 bytes
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, M
 DTYPE_BY_CODE: dict[int, np.dtype[Any]] = {
     code: np.dtype(kind) for code, kind in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 }
-_PROBES = 64  # ranges of a corpus that are probed
-_PROBE_TOKENS = 1024  # tokens per probed range
+_PROBES = 64  # maximum number of ranges in the probe of a corpus
+_PROBE_TOKENS = 1024  # number of tokens per range in the probe
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -36,37 +39,37 @@ def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
     """Return the path of one file of a corpus.
 
     Args:
-        prefix: path of the corpus without a suffix. A dot in its name does not start a suffix.
-        suffix: `.bin`, `.idx` or `.json`.
+        prefix: path of the corpus without a suffix. The suffix is appended even if the name contains a dot.
+        suffix: suffix of the file, one of `.bin`, `.idx` and `.json`.
     """
     return Path(os.fspath(prefix) + suffix)
 
 
 class CorpusChanged(OSError):
-    """A corpus is no longer what was opened.
+    """Error for a corpus that has changed since it was opened.
 
-    Not a user error: the file may be available again when the command is restarted.
+    This is not a UserError, because the file may be available again when the command is restarted.
     """
 
 
 class CorpusReader:
-    """A memory-mapped corpus. Nothing is copied, and opening takes the same time at any size.
+    """Memory-mapped corpus. Nothing is copied, and the time to open it does not depend on its size.
 
-    A file that is truncated while it is mapped kills the process that reads the missing pages (SIGBUS), so
-    long-running code reads with `read_range`. The arrays keep the map alive and stay valid after the reader is gone.
+    If a mapped file is truncated, reading the missing pages kills the process (SIGBUS). Long-running code therefore
+    reads with `read_range`. The arrays keep the memory map alive and remain valid after the reader has been deleted.
 
     Attributes:
-        tokens: all ids of .bin, `[tokens]`.
+        tokens: all token ids, `[tokens]`.
         lengths: tokens per sequence, `[sequences]`.
         offsets: byte offset of each sequence in .bin, `[sequences]`.
         documents: index of each document's first sequence, `[documents + 1]`.
         dtype: type of the ids.
         fd: file descriptor of .bin.
-        sidecar: metadata of the corpus; None if it has no sidecar file.
-        packed: seq_len of the samples of a packed corpus; None for other corpora.
+        sidecar: metadata of the corpus, or None if it has no sidecar file.
+        packed: seq_len of a packed corpus, or None if the corpus is not packed.
 
     Raises:
-        UserError: a file is missing, is not of this format, or does not match the others.
+        UserError: a file is missing, has the wrong format, or does not match the other files of the corpus.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -94,12 +97,12 @@ class CorpusReader:
         return len(self.lengths)
 
     def sequence(self, index: int) -> IntArray:
-        """Return the ids of one sequence `[length]`, a view of the map."""
+        """Return the ids of one sequence `[length]`, as a view of the memory map."""
         start = int(self.offsets[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
 
     def document(self, index: int) -> IntArray:
-        """Return the ids of one document `[length]`, all its sequences joined: a view of the map."""
+        """Return the ids of all sequences of one document `[length]`, as a view of the memory map."""
         first, end = int(self.documents[index]), int(self.documents[index + 1])
         if first == end:
             return self.tokens[:0]
@@ -107,7 +110,10 @@ class CorpusReader:
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
 
     def document_starts(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the token offsets at which documents start; the index after the last gives the end of the corpus."""
+        """Return the token offsets at which the documents with these indices start.
+
+        The number of documents is also a valid index. Its offset is the end of the corpus.
+        """
         first_sequence = self.documents[indices]
         has_tokens = first_sequence < len(self)
         starts = np.full(len(first_sequence), len(self.tokens), np.int64)
@@ -115,14 +121,17 @@ class CorpusReader:
         return starts
 
     def read_range(self, start: int, count: int) -> bytes:
-        """Read the bytes of some tokens from the file, not through the map.
+        """Read consecutive tokens directly from the .bin file, without the memory map.
 
         Args:
-            start: offset of the first token.
+            start: index of the first token.
             count: number of tokens.
 
+        Returns:
+            The ids as the bytes of .bin.
+
         Raises:
-            CorpusChanged: the file no longer holds them, or can no longer be read.
+            CorpusChanged: the file no longer contains these tokens, or can no longer be read.
         """
         size, offset = count * self.dtype.itemsize, start * self.dtype.itemsize
         try:
@@ -136,14 +145,17 @@ class CorpusReader:
 
     @cached_property
     def probe(self) -> IntArray:
-        """Ids of 64 ranges spread evenly over the corpus, including its start and end; all ids of a small corpus."""
+        """Ids of 64 ranges, spread evenly over the corpus and including its start and end.
+
+        For a small corpus there are fewer ranges, which cover all of its ids.
+        """
         return self._read_probe()
 
     def check_unchanged(self) -> None:
-        """Raise CorpusChanged if .bin is no longer as it was opened.
+        """Raise CorpusChanged if .bin has changed since it was opened.
 
-        Compares the size; if the modification time has changed, also `probe`. A file that was replaced or removed
-        is still open here and passes.
+        The check compares the size of the file and, if the modification time has changed, the probe. It does not detect
+        that the file was replaced or removed, because the original file is still open.
         """
         stat = self._stat()
         if stat == self._size_and_mtime:
@@ -194,7 +206,7 @@ class CorpusReader:
         return DTYPE_BY_CODE[code], sequences, boundaries
 
     def _check_sizes(self, bin_bytes: int) -> None:
-        """Compare the last entries of the index with its counts and with the size of .bin."""
+        """Raise UserError if the last entries of the index contradict its header or the size of .bin."""
         if len(self.documents) == 0 or self.documents[-1] != len(self):
             raise self._index_error("the last document of the index does not end with its last sequence")
         expected = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if len(self) else 0
@@ -225,7 +237,7 @@ class CorpusReader:
 
 
 def _map(path: Path) -> bytes | mmap.mmap:
-    """Map a file read-only. An empty file, which cannot be mapped, gives b""."""
+    """Map a file into memory, read-only. For an empty file, which cannot be mapped, return b""."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:

@@ -1,4 +1,7 @@
-"""`megagpt data verify`: reads and checks all of a corpus: its index, its ids, and both files against the sidecar."""
+"""The command `megagpt data verify`, which reads a whole corpus and checks it for damage.
+
+It checks the index, the ids and, if the corpus has a sidecar, the checksums of both files.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from megagpt.corpus.metadata import Sidecar
 from megagpt.corpus.reader import CorpusReader, corpus_file
 from megagpt.files import crc32
 
-_RANGE = 1 << 26  # bytes of .bin per task of a thread
-_BLOCK = 1 << 22  # bytes read at a time
-_ENTRIES = 1 << 20  # index entries checked per batch
+_RANGE = 1 << 26  # number of bytes of .bin that a thread checks as one task, if the sidecar records no ranges
+_BLOCK = 1 << 22  # number of bytes read at a time
+_ENTRIES = 1 << 20  # number of index entries checked per batch
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Verification:
 
     Attributes:
         prefix: prefix of the corpus.
-        documents, tokens: totals.
-        checked: what was checked; without a sidecar less can be.
-        wrong: what is wrong.
-        packed: seq_len of a packed corpus; None for others.
+        documents: number of documents.
+        tokens: number of tokens.
+        checked: list of the checks that were made. Some checks need a sidecar.
+        wrong: list of the problems that were found.
+        packed: seq_len of a packed corpus, or None if the corpus is not packed.
     """
 
     prefix: str
@@ -53,7 +57,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class _BinRange:
-    """A range of .bin: its byte offset and length, CRC-32, and smallest and largest id (at least 0)."""
+    """Range of .bin that was read.
+
+    Attributes:
+        start: byte offset of the range.
+        size: length of the range in bytes.
+        crc32: CRC-32 of the range.
+        min_id: smallest id in the range, or 0 if no id is negative.
+        max_id: largest id in the range, at least 0.
+    """
 
     start: int
     size: int
@@ -63,14 +75,17 @@ class _BinRange:
 
 
 def verify(prefix: str, workers: int | None = None) -> Verification:
-    """Read and check all of a corpus.
+    """Read a whole corpus and check it for damage.
 
     Args:
         prefix: prefix of the corpus.
-        workers: number of threads; None for one per available core.
+        workers: number of threads. If None, one thread per available core is used.
+
+    Returns:
+        The checks that were made, and the problems that were found.
 
     Raises:
-        UserError: the files cannot be opened as a corpus at all.
+        UserError: the files cannot be opened as a corpus.
     """
     reader = CorpusReader(prefix)
     sidecar = reader.sidecar
@@ -98,7 +113,10 @@ def verify(prefix: str, workers: int | None = None) -> Verification:
 
 
 def _range_bounds(reader: CorpusReader) -> list[tuple[int, int]]:
-    """Return the byte offset and length of ranges of .bin: those of the sidecar if it has them."""
+    """Divide .bin into ranges, and return the byte offset and length of each.
+
+    The ranges are those of the sidecar if it records ranges that cover the whole file.
+    """
     total = len(reader.tokens) * reader.dtype.itemsize
     recorded = reader.sidecar.bin_ranges if reader.sidecar else ()
     sizes = [size for size, _ in recorded]
@@ -121,7 +139,7 @@ def _read_range(reader: CorpusReader, start: int, size: int) -> _BinRange:
 
 
 def _index_problems(reader: CorpusReader) -> Iterator[str]:
-    """Yield what is wrong within the index."""
+    """Yield the problems in the index."""
     offset, width = 0, reader.dtype.itemsize
     for start in range(0, len(reader), _ENTRIES):
         lengths = reader.lengths[start : start + _ENTRIES].astype(np.int64)
@@ -144,7 +162,7 @@ def _index_problems(reader: CorpusReader) -> Iterator[str]:
 
 
 def _checksum_problems(reader: CorpusReader, sidecar: Sidecar, ranges: list[_BinRange]) -> Iterator[str]:
-    """Yield which files do not have the checksums of the sidecar, and for .bin, which bytes."""
+    """Yield a problem for each file that does not match its checksum. For .bin, it names the damaged bytes."""
     checksum = 0
     for part in ranges:
         checksum = combine_crc32(checksum, part.crc32, part.size)
@@ -161,7 +179,7 @@ def _checksum_problems(reader: CorpusReader, sidecar: Sidecar, ranges: list[_Bin
 
 
 def _sample_problems(reader: CorpusReader, sidecar: Sidecar, size: int) -> Iterator[str]:
-    """Yield what is wrong with packed samples of `size` tokens: their lengths, how they end, and their padding."""
+    """Yield the problems of packed samples of `size` tokens: wrong lengths, missing document ends, missing padding."""
     padding = 0
     step = max(1, _ENTRIES // size)
     for start in range(0, len(reader), step):
@@ -182,7 +200,7 @@ def _sample_problems(reader: CorpusReader, sidecar: Sidecar, size: int) -> Itera
 
 
 def _document_end_problems(reader: CorpusReader, eod: int) -> Iterator[str]:
-    """Yield the first document, if any, that does not end with the end-of-document token."""
+    """Yield a problem for the first document that does not end with the end-of-document token, if there is one."""
     for start in range(0, len(reader.documents) - 1, _ENTRIES):
         boundaries = reader.documents[start : start + _ENTRIES + 1]
         with_sequences = np.flatnonzero(np.diff(boundaries) > 0)

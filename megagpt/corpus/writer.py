@@ -1,4 +1,7 @@
-"""Writes a corpus in Megatron's indexed format (.bin and .idx) with its sidecar: completely, or not at all."""
+"""Writes a corpus in Megatron's indexed format (.bin and .idx) with its sidecar.
+
+An incomplete corpus never has the final file names.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from megagpt.errors import UserError
 from megagpt.files import ChecksummedFile
 from megagpt.tokenizer.id_dtype import token_dtype
 
-MAX_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
+MAX_SEQUENCE = 2**31 - 1  # maximum tokens per sequence, because .idx stores lengths as int32
 
 
 class CorpusWriter:
@@ -29,17 +32,19 @@ class CorpusWriter:
     Use it in a `with` block and call `finish` at the end. Until then the files have temporary names, and leaving the
     block without calling `finish` removes them.
 
-    Several processes may write ids into one .bin. The others write behind the ids of this writer, and `other_ranges`
-    must be set to what they wrote, in file order, before `finish` is called.
+    Several processes may write ids to one .bin file. The ids of the other processes come after the ids of this writer.
+    Before `finish` is called, `other_ranges` must be set to the ranges that the other processes wrote, in file order.
 
     Args:
         prefix: path of the corpus without a suffix.
-        vocab_size: number of ids of the tokenizer.
-        dtype: type of the ids in .bin; by default that of the vocabulary's size.
+        vocab_size: number of ids in the tokenizer's vocabulary.
+        dtype: type of the ids in .bin. If None, it is chosen according to the size of the vocabulary.
 
     Attributes:
-        tokens, documents, text_bytes: totals so far.
-        bin_file: the writer of .bin.
+        tokens: number of tokens written so far.
+        documents: number of documents written so far.
+        text_bytes: size in UTF-8 bytes of the text written so far.
+        bin_file: writer of .bin.
         other_ranges: ranges of .bin that other processes wrote.
 
     Raises:
@@ -71,7 +76,7 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # flushing to a full disk, which the error under way already reports
+        with suppress(OSError):  # if the disk is full, the write has already raised an error
             self._files.close()
         for suffix in (".bin", ".idx", ".json"):
             _partial_path(self.prefix, suffix).unlink(missing_ok=True)
@@ -79,14 +84,14 @@ class CorpusWriter:
     def add_document(self, ids: Sequence[int] | IntArray, text_bytes: int) -> None:
         """Append one document.
 
-        A document without ids is written as Megatron's preprocess_data does: a document boundary, but no sequence.
+        As in Megatron's preprocess_data, a document without ids has a document boundary but no sequence.
 
         Args:
             ids: token ids, including the end-of-document token.
-            text_bytes: UTF-8 bytes of the document's text.
+            text_bytes: size of the document's text in bytes of UTF-8.
 
         Raises:
-            UserError: an id is outside the vocabulary (numpy would wrap it around silently).
+            UserError: an id is outside the vocabulary. Without this check, numpy would silently wrap it around.
         """
         array = np.asarray(ids, dtype=np.int64)
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
@@ -97,20 +102,25 @@ class CorpusWriter:
         self.end_documents(np.array([array.size]), text_bytes)
 
     def write_ids(self, ids: bytes | memoryview) -> None:
-        """Append ids, given as the bytes of .bin and already checked; `end_documents` must follow for them."""
+        """Append ids, given as the bytes of .bin, without checking them.
+
+        Afterwards `end_documents` or `end_sequences` must be called for these ids.
+        """
         self.bin_file.write(ids)
 
     def end_documents(self, tokens: IntArray, text_bytes: int) -> None:
-        """End documents whose ids have been written. Documents of more than 2^31 - 1 tokens get several sequences.
+        """End documents whose ids have been written.
+
+        Documents of more than 2^31 - 1 tokens are divided into several sequences.
 
         Args:
             tokens: tokens per document, `[documents]`.
-            text_bytes: UTF-8 bytes of the text of all these documents.
+            text_bytes: total size of the texts of these documents in bytes of UTF-8.
         """
-        if len(tokens) and 0 < tokens.min() <= tokens.max() <= MAX_SEQUENCE:  # nearly always
+        if len(tokens) and 0 < tokens.min() <= tokens.max() <= MAX_SEQUENCE:  # the common case
             self.end_sequences(tokens, None, text_bytes)
             return
-        sequences = -(-tokens.astype(np.int64) // MAX_SEQUENCE)  # per document
+        sequences = -(-tokens.astype(np.int64) // MAX_SEQUENCE)  # number of sequences per document
         document_ends = np.cumsum(sequences)
         lengths = np.full(sequences.sum(), MAX_SEQUENCE, "<i4")
         has_tokens = sequences > 0
@@ -123,9 +133,9 @@ class CorpusWriter:
 
         Args:
             lengths: tokens per sequence, `[sequences]`.
-            document_ends: for each document that ends, the number of the sequences in `lengths` up to its end,
-                `[documents]`. None: one document per sequence.
-            text_bytes: UTF-8 bytes of the text of these documents.
+            document_ends: for each document that ends, the number of sequences in `lengths` up to the end of the
+                document, `[documents]`. If None, each sequence is one document.
+            text_bytes: total size of the texts of these documents in bytes of UTF-8.
         """
         self._idx_file.add(lengths, document_ends)
         self.tokens += int(lengths.sum(dtype=np.int64))
@@ -140,9 +150,9 @@ class CorpusWriter:
         packed: int | None = None,
         padding: int = 0,
     ) -> Sidecar:
-        """Write the index and the sidecar, rename all three files to their final names, and return the sidecar.
+        """Write the index and the sidecar, and rename all three files to their final names. Returns the sidecar.
 
-        Args: see the attributes of `Sidecar`.
+        The arguments are described under the attributes of `Sidecar`.
         """
         ranges = merge_ranges([*self.bin_file.finish(), *self.other_ranges])
         bin_crc32 = 0
@@ -169,22 +179,22 @@ class CorpusWriter:
         return sidecar
 
     def finish_without_sidecar(self) -> None:
-        """Write the index and rename it and .bin to their final names."""
+        """Write the index, and rename .idx and .bin to their final names."""
         self.bin_file.finish()
         self._idx_file.finish()
         corpus_file(self.prefix, ".json").unlink(missing_ok=True)
         self._publish(".bin", ".idx")
 
     def _publish(self, *suffixes: str) -> None:
-        # The index of an older corpus is removed first and the new one comes last, so that files of two corpora never
-        # look like one corpus.
+        # The index of an older corpus is removed first, and the new index is renamed last. A mix of files from both
+        # corpora can therefore never be mistaken for a corpus.
         corpus_file(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in suffixes:
             _partial_path(self.prefix, suffix).replace(corpus_file(self.prefix, suffix))
 
 
 def partial_bin_path(prefix: str) -> Path:
-    """Return the temporary name that .bin has until its corpus is finished."""
+    """Return the temporary path of .bin, which it has until the corpus is finished."""
     return _partial_path(prefix, ".bin")
 
 

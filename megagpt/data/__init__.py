@@ -1,1 +1,1 @@
-"""What training reads: the order of samples, blends of corpora, and batches for training and evaluation."""
+"""The order of training samples, blends of corpora, and batches for training and evaluation."""

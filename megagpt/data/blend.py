@@ -1,4 +1,7 @@
-"""How much of each source a run uses: shown before training, and compared with each source's `max_epochs`."""
+"""Computes how much of each source a run uses.
+
+The result is shown before training, and compared with the `max_epochs` of each source.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from megagpt.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class SourceUsage:
-    """What a run uses of one source.
+    """Amount of one source that a run uses.
 
     Attributes:
         path: prefix of the corpus.
-        tokens: tokens of the corpus.
-        fraction: fraction of all samples that come from it.
-        samples: number of its samples that the run uses, to within one block of the order.
-        epochs: how many times the run reads it.
+        tokens: number of tokens in the corpus.
+        fraction: fraction of all samples that come from this source.
+        samples: number of samples that the run takes from this source, accurate to one block of the data order.
+        epochs: number of times that the run reads the source.
     """
 
     path: str
@@ -31,12 +34,12 @@ class SourceUsage:
 
 
 def source_usage(sampler: Sampler, sources: Sequence[Source], samples: int) -> list[SourceUsage]:
-    """Return what the first `samples` data positions use of each source.
+    """Return the amount of each source that the first `samples` data positions use.
 
     Args:
-        sampler: data order of the run.
-        sources: `data.train` of the recipe.
-        samples: samples of the whole run.
+        sampler: sampler that defines the data order of the run.
+        sources: sources in `data.train` of the recipe.
+        samples: number of samples in the whole run.
     """
     rows = []
     for source, tokens, samples_per_epoch, fraction in zip(
@@ -48,7 +51,7 @@ def source_usage(sampler: Sampler, sources: Sequence[Source], samples: int) -> l
 
 
 def format_table(rows: Sequence[SourceUsage]) -> list[str]:
-    """Return the lines of an aligned table with a header."""
+    """Format the usage of all sources as the lines of an aligned table with a header."""
     cells = [("source", "tokens", "fraction", "samples", "epochs")]
     cells += [(r.path, f"{r.tokens:,}", f"{r.fraction:.2%}", f"{r.samples:,}", f"{r.epochs:,.2f}") for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -66,14 +69,14 @@ def check_max_epochs(
     global_batch: int,
     locate: Callable[[str], str],
 ) -> None:
-    """Raise UserError that names every source that the run reads more often than its `max_epochs`.
+    """Raise UserError if the run reads some sources more often than their `max_epochs`. The error names all of them.
 
     Args:
         rows: result of `source_usage`.
-        sources: `data.train` of the recipe.
-        samples: samples of the whole run.
+        sources: sources in `data.train` of the recipe.
+        samples: number of samples in the whole run.
         global_batch: samples per update.
-        locate: returns the `file:line` of a recipe key.
+        locate: function that returns the location of a recipe key as `file:line`.
     """
     problems = []
     for index, (row, source) in enumerate(zip(rows, sources, strict=True)):

@@ -1,4 +1,4 @@
-"""Evaluation batches: a corpus read once from start to end, for the loss over all of its tokens."""
+"""Batches for evaluation, which read a corpus once from start to end."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from megagpt.data.loader import Batch, check_vocabulary
 from megagpt.errors import UserError
 from megagpt.state import IGNORE_INDEX
 
-_NO_WINDOW = -1  # pads the last batch, so that every rank has the same number of windows
+_NO_WINDOW = -1  # placeholder that pads the last batch, so that every rank has the same number of windows
 
 
 class EvaluationBatches:
     """Consecutive windows of `seq_len` tokens of a corpus, distributed evenly over the data-parallel ranks.
 
-    Every token is a label exactly once. The input of the first label is the end-of-document token; without a sidecar
-    that token is unknown, and the first token is no label. Short windows are padded with ignored labels (-100).
+    If all windows are included, every token is a label exactly once. The input for the first label is the
+    end-of-document token, whose id is recorded in the sidecar. Without a sidecar, this id is unknown, and the first
+    token is ignored as a label. Short windows are padded with ignored labels (-100).
 
     Args:
-        corpus: the corpus to evaluate on.
+        corpus: corpus to evaluate on.
         seq_len: tokens per window.
-        vocab_size: number of ids that the model knows.
+        vocab_size: number of ids in the model's vocabulary.
         micro_batch: windows per batch.
         rank: data-parallel rank.
         data_parallel: number of data-parallel ranks.
-        samples: number of windows, spread evenly over the corpus; None takes all of them.
-        tokenizer: path of the model's tokenizer, to be compared with that of the corpus.
+        samples: number of windows, spread evenly over the corpus. If None, all windows are included.
+        tokenizer: path of the model's tokenizer, which must be the tokenizer of the corpus. If None, it is not checked.
 
     Attributes:
         prefix: prefix of the corpus.
-        tokens: number of labels on all ranks together.
+        tokens: total number of labels on all ranks, without ignored labels.
         is_complete: whether all windows of the corpus are included.
 
     Raises:
-        UserError: the corpus has no tokens, is packed, or holds ids that the model does not know.
+        UserError: the corpus has no tokens, is packed, was made with another tokenizer, or holds ids outside the
+            model's vocabulary.
     """
 
     def __init__(
@@ -70,34 +72,34 @@ class EvaluationBatches:
         self.is_complete = count == all_windows
         self.tokens = int(np.minimum(seq_len, len(corpus.tokens) - windows * seq_len).sum())
         if self._sidecar is None:
-            self.tokens -= 1  # the first token is no label
+            self.tokens -= 1  # the first token is ignored as a label
         batches = -(-count // (micro_batch * data_parallel))
         padded = np.full(batches * data_parallel * micro_batch, _NO_WINDOW, np.int64)
         padded[:count] = windows
-        self._windows = padded.reshape(batches, data_parallel, micro_batch)[:, rank]  # of this rank
+        self._windows = padded.reshape(batches, data_parallel, micro_batch)[:, rank]  # windows of this rank
 
     @property
     def text_bytes(self) -> float | None:
-        """UTF-8 bytes of the text behind the labels, for bits per byte; None without a sidecar.
+        """Size in UTF-8 bytes of the text that the labels encode, or None if the corpus has no sidecar.
 
-        Exact if `is_complete`; for part of a corpus, estimated by its fraction of the tokens.
+        If not all windows are included, the size is estimated from their fraction of the tokens.
         """
         if self._sidecar is None:
             return None
         return self._sidecar.text_bytes * self.tokens / self._sidecar.tokens
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Convert a loss (nats per token) to bits per byte of text, which do not depend on the tokenizer.
+        """Convert a loss (nats per token) to bits per byte of text, a metric that is independent of the tokenizer.
 
-        None without a sidecar.
+        Returns None if the corpus has no sidecar.
         """
         text_bytes = self.text_bytes
         return loss * self.tokens / text_bytes / math.log(2) if text_bytes else None
 
     def batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches in order. All ranks have the same number of batches, so they stay in step.
+        """Yield the batches of this rank in order. All ranks have the same number of batches.
 
-        Raises CorpusChanged if the corpus is no longer what was opened.
+        Raises CorpusChanged if the corpus has changed since it was opened.
         """
         self._corpus.check_unchanged()
         for windows in self._windows.tolist():
@@ -113,9 +115,9 @@ class EvaluationBatches:
         return len(self._windows)
 
     def _fill_row(self, start: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-        """Write the window whose first label is token `start`, with the token before each label as its input."""
+        """Write the window whose first label is the token at `start`. Each input is the token before its label."""
         count = min(self._seq_len, len(self._corpus.tokens) - start)
-        before = min(start, 1)  # tokens before the first label: 0 at the start of the corpus
+        before = min(start, 1)  # number of tokens before the first label, which is 0 at the start of the corpus
         ids = np.frombuffer(self._corpus.read_range(start - before, before + count), self._corpus.dtype)
         labels[:count] = ids[before:]
         inputs[1 - before : count] = ids[:-1]
@@ -126,13 +128,13 @@ class EvaluationBatches:
 
 
 def combine_losses(losses: Sequence[tuple[EvaluationBatches, float]]) -> tuple[float, float | None]:
-    """Return the loss over all tokens of several corpora, and its bits per byte.
+    """Return the mean loss over all tokens of several corpora, and the same loss in bits per byte.
 
     Args:
-        losses: each corpus with its own loss (nats per token).
+        losses: pairs of a corpus and the loss on it, in nats per token.
 
     Returns:
-        Loss in nats per token, and bits per byte (None if a corpus has no sidecar).
+        The loss in nats per token, and in bits per byte (None if a corpus has no sidecar).
     """
     tokens = sum(part.tokens for part, _ in losses)
     loss = sum(loss * (part.tokens / tokens) for part, loss in losses)
@@ -145,7 +147,7 @@ def combine_losses(losses: Sequence[tuple[EvaluationBatches, float]]) -> tuple[f
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), which is infinite where a float overflows (a loss over 709 nats)."""
+    """Return exp(loss), or infinity if that overflows a float (for a loss of more than 709 nats)."""
     try:
         return math.exp(loss)
     except OverflowError:

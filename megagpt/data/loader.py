@@ -1,4 +1,4 @@
-"""Training batches of one data-parallel rank, read directly from the corpora when they are needed."""
+"""Loads the training batches of one data-parallel rank directly from the corpora when they are needed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from megagpt.data.skips import SkippedRanges
 from megagpt.errors import UserError
 from megagpt.state import IGNORE_INDEX
 
-_LOCATED_SAMPLES = 4096  # located at a time, which costs hardly more than locating a few
-_CACHE_PROBES = 64  # number of these samples that are tested for being in the page cache
-_CHECKED_DOCUMENTS = 64  # documents whose last token is compared with the end-of-document token
-_CHECKED_LENGTHS = 1024  # sequences whose lengths are compared to recognize packed corpora
-_Reads = tuple[list[int], list[int], list[int]]  # file descriptors, bytes, offsets: the arguments of os.pread
+# Number of samples that are located at a time, which takes hardly more time than locating a few samples.
+_LOCATED_SAMPLES = 4096
+_CACHE_PROBES = 64  # number of located samples that are tested for being in the page cache
+_CHECKED_DOCUMENTS = 64  # number of documents whose last token is compared with the end-of-document token
+_CHECKED_LENGTHS = 1024  # number of sequences whose lengths are compared to recognize packed corpora
+_Reads = tuple[list[int], list[int], list[int]]  # arguments of os.pread: file descriptors, sizes in bytes, and offsets
 
 
 class Batch(NamedTuple):
-    """One micro-batch: `input_ids` and `labels` (already shifted), int64 `[micro_batch, seq_len]`."""
+    """Micro-batch of `input_ids` and `labels` (already shifted), both int64 `[micro_batch, seq_len]`."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -39,28 +40,28 @@ class Loader:
     """Loads the micro-batches of one data-parallel rank for the update at any data position.
 
     Args:
-        sources: (prefix, weight) pairs. Weights are relative to each other: numbers of samples, or with `by_epochs`
-            numbers of passes through the source.
-        seq_len: tokens per sample.
+        sources: pairs of a corpus prefix and a weight. Weights are relative numbers of samples, or with `by_epochs`
+            relative numbers of epochs.
+        seq_len: tokens per sample, without the last label.
         seed: seed of the data order.
-        vocab_size: number of ids that the model knows.
+        vocab_size: number of ids in the model's vocabulary.
         micro_batch: samples per micro-batch.
         accumulation: micro-batches per update and rank.
         rank: data-parallel rank.
         data_parallel: number of data-parallel ranks.
-        tokenizer: path of the model's tokenizer, to be compared with those of the corpora.
-        by_epochs: whether weights count epochs.
-        skip: (first, last) data positions that are not trained on, both inclusive.
+        tokenizer: path of the model's tokenizer, which must be that of the corpora. If None, it is not checked.
+        by_epochs: whether weights are relative numbers of epochs instead of samples.
+        skip: ranges of data positions that are not trained on, as pairs (first, last) with both ends included.
         pinned: whether batches are in pinned memory, from which a GPU can copy while it computes.
 
     Attributes:
-        sampler: maps data positions to samples.
-        notes: messages for the user, such as which corpora are unverified.
-        fingerprint: identifies the data and its order (plain JSON values), for comparison when a run is resumed.
+        sampler: sampler that maps data positions to samples.
+        notes: messages for the user, for example about unverified corpora.
+        fingerprint: JSON-compatible description of the data and its order, which is compared when a run is resumed.
 
     Raises:
         UserError: a corpus is missing, damaged or too short, was made with another tokenizer, is packed for another
-            seq_len, or holds ids that the model does not know.
+            seq_len, or holds ids outside the model's vocabulary.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Loader:
         self._pinned = pinned
         self._rank, self._data_parallel = rank, data_parallel
         self._micro_batch, self._accumulation = micro_batch, accumulation
-        self._samples = micro_batch * accumulation  # per update and rank
+        self._samples = micro_batch * accumulation  # number of samples per update and rank
         self._global_batch = data_parallel * self._samples
         self._plan_updates(0)
 
@@ -123,8 +124,9 @@ class Loader:
         """Load the micro-batches `[accumulation]` of the update that starts at this data position.
 
         The samples of the following update are prefetched from the disk, unless they seem to be in the page cache.
-        Raises CorpusChanged if a corpus is no longer what was opened: at once if it was truncated, else when its turn
-        comes to be checked (one corpus per update).
+
+        Raises CorpusChanged if a corpus has changed since it was opened. Truncation is detected when a missing sample
+        is read. Other changes are detected by checking one corpus per update, in turn.
         """
         next(self._next_to_check).check_unchanged()
         start = self._skipped.kept_index(position)
@@ -143,10 +145,11 @@ class Loader:
         """Return the token id that ends each document.
 
         Args:
-            given: `data.eod` of the recipe; None takes the id from the corpora.
+            given: `data.eod` of the recipe. If None, the id is taken from the sidecars of the corpora.
 
         Raises:
-            UserError: the id is unknown, the corpora or `given` disagree, or documents end with another token.
+            UserError: the id is unknown, the corpora and `given` specify different ids, or documents end with another
+                token.
         """
         origins: dict[int, str] = {} if given is None else {given: "data.eod"}
         for reader in self._readers:
@@ -161,23 +164,23 @@ class Loader:
             raise UserError(what, where, "prepare the corpora with one tokenizer")
         (end,) = origins
         for reader in self._readers:
-            if reader.fd not in self._padding_by_fd:  # long documents of packed corpora end in a later sample
+            if reader.fd not in self._padding_by_fd:  # a split document ends in a later sample
                 _check_document_ends(reader, end)
         return end
 
     def positions_used(self, position: int) -> int:
-        """Return how many data positions the update at `position` uses: the global batch and any skipped positions."""
+        """Return the number of data positions that the update at `position` uses, including skipped positions."""
         last = self._skipped.kept_index(position) + self._global_batch - 1
         return int(self._skipped.to_positions(np.array([last]))[0]) + 1 - position
 
     def _reads_of_update(self, start: int) -> _Reads:
-        """Return the locations of this rank's samples for the update that starts at a kept index."""
+        """Return the locations of this rank's samples for the update that starts at the kept index `start`."""
         if start not in self._planned:
             self._plan_updates(start)
         return self._planned[start]
 
     def _plan_updates(self, start: int) -> None:
-        """Locate the samples of the updates from a kept index on, about 4,096 samples at a time."""
+        """Locate about 4,096 samples of this rank, for the update at the kept index `start` and later updates."""
         updates = max(1, _LOCATED_SAMPLES // self._samples)
         steps = self._accumulation * updates
         kept_indices = rank_positions(start, self._rank, self._data_parallel, self._micro_batch, steps)
@@ -191,14 +194,14 @@ class Loader:
         self._planned: dict[int, _Reads] = dict(zip(starts, per_update, strict=True))
 
     def _read(self, reads: _Reads) -> npt.NDArray[np.int64]:
-        """Read samples `[accumulation, micro_batch, seq_len + 1]`."""
+        """Read the samples of one update, and return their ids `[accumulation, micro_batch, seq_len + 1]`."""
         length = self.sampler.seq_len + 1
         fds, sizes, offsets = reads
         try:
             content = b"".join(map(os.pread, *reads))
         except OSError:
             content = b""
-        if len(content) != sum(sizes):  # read again through the reader, whose errors explain the failure
+        if len(content) != sum(sizes):  # read again with the reader, whose errors explain the failure
             content = b"".join(
                 self._reader_by_fd[fd].read_range(offset * length // size, length)
                 for fd, size, offset in zip(fds, sizes, offsets, strict=True)
@@ -216,38 +219,48 @@ class Loader:
         return ids.astype(np.int64).reshape(self._accumulation, self._micro_batch, length)
 
     def _batch(self, samples: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Batch:
-        """Build a micro-batch from samples `[micro_batch, seq_len + 1]`, without copying unless it is pinned."""
+        """Build a micro-batch from samples `[micro_batch, seq_len + 1]`. The ids are copied only to pinned memory."""
         batch = Batch(torch.from_numpy(samples[:, :-1]), torch.from_numpy(labels))
         if not self._pinned:
             return batch
-        # Made contiguous first: a copy with gaps between its rows would go through memory that is not pinned.
+        # The tensors are made contiguous first. Copying a tensor with gaps between its rows to a GPU would use memory
+        # that is not pinned.
         return Batch(*(part.contiguous().pin_memory() for part in batch))
 
 
 def _are_cached(reads: Iterable[tuple[int, int, int]]) -> bool:
-    """Return whether all (fd, bytes, offset) are in the page cache, as far as the filesystem reports it without I/O."""
+    """Return True if all reads, given as (fd, bytes, offset), can be served from the page cache.
+
+    If the filesystem cannot tell, return False.
+    """
     try:
         return all(os.preadv(fd, [bytearray(size)], offset, os.RWF_NOWAIT) == size for fd, size, offset in reads)
-    except OSError:  # reading would block, or the filesystem gives no answer
+    except OSError:  # the read would block, or the filesystem does not support this query
         return False
 
 
 def _packed_labels(samples: npt.NDArray[np.int64], padding_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the labels of packed samples. Padding, i.e. a padding id after itself, is ignored.
+    """Return the labels of packed samples, in which padding is replaced by IGNORE_INDEX.
 
-    `padding_ids` is `[micro_batch, 1]`, with IGNORE_INDEX for samples of sources that are not packed.
+    A token is padding if both it and the token before it are the padding id.
+
+    Args:
+        samples: ids `[micro_batch, seq_len + 1]`.
+        padding_ids: padding id of each sample `[micro_batch, 1]`, or IGNORE_INDEX if its source is not packed.
     """
     inputs, labels = samples[:, :-1], samples[:, 1:]
     return np.where((inputs == padding_ids) & (labels == padding_ids), IGNORE_INDEX, labels)
 
 
 def check_vocabulary(reader: CorpusReader, vocab_size: int, tokenizer: str | None = None) -> int:
-    """Check that a model knows the ids of a corpus: by its sidecar, and by 64 ranges spread over its tokens.
+    """Check that the ids of a corpus belong to a model's vocabulary.
+
+    The check uses the sidecar of the corpus, and the ids in 64 ranges spread over the corpus.
 
     Args:
-        reader: the corpus.
-        vocab_size: number of ids that the model knows.
-        tokenizer: path of the model's tokenizer; compared by hash if it is a file and the corpus has a sidecar.
+        reader: reader of the corpus.
+        vocab_size: number of ids in the model's vocabulary.
+        tokenizer: path of the model's tokenizer. Its hash is checked if it is a file and the corpus has a sidecar.
 
     Returns:
         CRC-32 of the ids that were read.
@@ -279,7 +292,7 @@ def _check_packed(reader: CorpusReader, seq_len: int) -> None:
 
 
 def _check_document_ends(reader: CorpusReader, end: int) -> None:
-    """Raise UserError if one of 64 documents spread over the corpus does not end with the token `end`."""
+    """Raise UserError if one of 64 documents, spread over the corpus, does not end with the token `end`."""
     for index in np.linspace(0, len(reader.documents) - 2, _CHECKED_DOCUMENTS).astype(np.int64).tolist():
         document = reader.document(index)
         if len(document) and document[-1] != end:
@@ -289,7 +302,10 @@ def _check_document_ends(reader: CorpusReader, end: int) -> None:
 
 
 def _unverified_note(reader: CorpusReader) -> str:
-    """Return a note for the user if a corpus has no sidecar, else "". Also notes if it looks like a packed corpus."""
+    """Return a note for the user if a corpus has no sidecar, or "" if it has one.
+
+    The note also warns if the corpus looks like a packed corpus.
+    """
     if reader.sidecar:
         return ""
     missing = corpus_file(reader.prefix, ".json")
@@ -318,7 +334,7 @@ def _is_same_content(one: CorpusReader, other: CorpusReader) -> bool:
 
 
 def _identity(reader: CorpusReader, weight: float, probe_crc32: int) -> dict[str, Any]:
-    """Return what identifies a source of a run, wherever its files are."""
+    """Return a description that identifies a source independently of the location of its files."""
     sidecar = reader.sidecar
     identity = {
         "tokens": len(reader.tokens),

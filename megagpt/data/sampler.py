@@ -1,9 +1,10 @@
-"""Maps data positions to samples, as a pure function: no index files, no memory that grows, no history.
+"""Maps data positions to samples with a pure function, which needs no index files and only constant memory.
 
 The tokens of a source are divided into samples of seq_len + 1 tokens that overlap by one token. Each epoch of a source
-starts at another offset, and a keyed permutation shuffles its samples. (A packed source consists of separate samples;
-only their order changes.) Several sources are blended by a pattern of slots, which is shuffled differently in each
-block of data positions. The complete state of a run's data order is one integer, the data position.
+starts at a different offset, and a keyed permutation shuffles its samples. A packed source consists of separate
+samples, so that only their order changes between epochs. Several sources are blended by a pattern of slots, which is
+shuffled differently in each block of data positions. The complete state of a run's data order is a single integer, the
+data position.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import numpy.typing as npt
 from megagpt.data.permutation import UInt64Array, as_uint64, derive_keys, fast_divmod, permute, radices
 from megagpt.errors import UserError
 
-_MIN_BLOCK, _MAX_BLOCK = 1 << 10, 1 << 30  # slots of a blend's pattern
-_OFFSET_KEY, _SAMPLE_KEY, _SLOT_KEY = 1, 2, 3  # so that keys for different purposes differ
+_MIN_BLOCK, _MAX_BLOCK = 1 << 10, 1 << 30  # minimum and maximum number of slots in the pattern of a blend
+_OFFSET_KEY, _SAMPLE_KEY, _SLOT_KEY = 1, 2, 3  # numbers that make the keys for different purposes different
 
 
 class SampleLocations(NamedTuple):
-    """Locations of samples, each array `[count]`.
+    """Locations of samples. All arrays have the shape `[count]`.
 
     Attributes:
-        source: index of the source.
+        source: index of each sample's source.
         epoch: epoch of that source.
-        start: offset of the sample's first token in the source.
+        start: index of the sample's first token in the source.
     """
 
     source: npt.NDArray[np.int64]
@@ -39,22 +40,23 @@ class SampleLocations(NamedTuple):
 class Sampler:
     """Maps data positions to samples of one or more sources.
 
-    In every prefix of the order, each source has its fraction of the samples to within one block.
+    Among the first n samples, for any n, the number of samples from each source is n times the fraction of that source,
+    to within one block.
 
     Args:
-        tokens: tokens per source, `[sources]`.
-        weights: relative number of samples per source, in any unit, `[sources]`.
+        tokens: number of tokens in each source, `[sources]`.
+        weights: relative number of samples from each source, `[sources]`. Weights need not add up to 1.
         seq_len: tokens per sample, without the last label.
         seed: seed of all permutations and offsets.
-        packed: indices of the sources that are packed, i.e. consist of separate samples of seq_len + 1 tokens.
+        packed: indices of the packed sources, which consist of separate samples of seq_len + 1 tokens.
 
     Attributes:
-        samples: samples per epoch of each source.
+        samples: number of samples per epoch of each source.
         fractions: fraction of all samples that come from each source.
-        block_size: data positions per block.
+        block_size: number of data positions per block.
 
     Raises:
-        UserError: a source is shorter than one sample, or a weight is not above 0.
+        UserError: a source is shorter than one sample, or a weight is not positive and finite.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Sampler:
         self.seed = seed
         self.seq_len = seq_len
         self.tokens = tuple(tokens)
-        # One sample fewer than would fit, so that every epoch can start at its own offset; packed sources have none.
+        # There is one sample fewer than would fit, so that every epoch can start at a different offset. This does not
+        # apply to packed sources, whose epochs all start at offset 0.
         self.samples = tuple(
             count // (seq_len + 1) if index in packed else max(1, count // seq_len - 1)
             for index, count in enumerate(tokens)
@@ -93,13 +96,16 @@ class Sampler:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples per epoch of all sources together, which define one epoch of a run."""
+        """Total number of samples per epoch of all sources, which is the length of one epoch of a run."""
         return sum(self.samples)
 
     def locate(self, positions: Sequence[int] | npt.NDArray[np.integer]) -> SampleLocations:
-        """Locate the samples at data positions `[count]`. Each sample occurs once per epoch of its source."""
+        """Return the locations of the samples at data positions `[count]`.
+
+        Each sample occurs once per epoch of its source.
+        """
         source, rank = self._assign_sources(as_uint64(positions))
-        # With a single source, scalars in place of arrays `[count]` are faster.
+        # With a single source, arrays of one element are faster than arrays `[count]`.
         index = source if len(self.tokens) > 1 else source[:1]
         samples = self._samples[index]
         epoch, rank_in_epoch = fast_divmod(rank, samples)
@@ -112,24 +118,26 @@ class Sampler:
         return SampleLocations(source, epoch.astype(np.int64), start.astype(np.int64))
 
     def _assign_sources(self, positions: UInt64Array) -> tuple[npt.NDArray[np.int64], UInt64Array]:
-        """Return the source of each position, and the number of that source's samples at earlier positions."""
+        """Return the source of each position, and the rank of the position among the positions of that source."""
         if self.block_size == 1:
             return np.zeros(len(positions), np.int64), positions
         size = as_uint64([self.block_size])
         block, index = fast_divmod(positions, size)
         a, b = self._block_radices
         slot = permute(index, size, a, b, derive_keys(self.seed, _SLOT_KEY, block))
-        # Before the permutation the slots of a source are consecutive, so a slot's number gives its rank among them.
+        # Before the permutation, the slots of a source are consecutive. The number of a slot therefore determines its
+        # rank among the slots of its source.
         source = np.searchsorted(self._slot_ends, slot, side="right")
         rank = block * self._slots[source] + slot - (self._slot_ends - self._slots)[source]
         return source, rank
 
 
 def blend_slots(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the slots of each source in one block, by the largest-remainder method; one slot for a single source.
+    """Return the number of slots of each source in one block, computed by the largest-remainder method.
 
-    A block has 1,024 slots, or the lowest power of two above that brings each source within 0.1 % of its fraction.
-    Raises UserError if not even 2^30 slots do.
+    The size of a block is the smallest power of two, from 2^10 to 2^30, with which the fraction of every source is
+    within 0.1 % of its target. With a single source, a block is a single slot. Raises UserError if even 2^30 slots are
+    not enough.
     """
     if len(weights) == 1:
         return (1,)
@@ -155,8 +163,8 @@ def rank_positions(
 ) -> npt.NDArray[np.int64]:
     """Return the data positions of one data-parallel rank in one update, `[accumulation, micro_batch]`.
 
-    Sample k of micro-batch j is at position + (j·data_parallel + rank)·micro_batch + k, so that all ranks together
-    take the next data_parallel · micro_batch · accumulation positions, each once.
+    Sample k of micro-batch j is at position + (j·data_parallel + rank)·micro_batch + k. All ranks together therefore
+    use each of the next data_parallel · micro_batch · accumulation positions exactly once.
 
     Args:
         position: data position at which the update starts.

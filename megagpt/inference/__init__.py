@@ -1,1 +1,1 @@
-"""What is done with a trained model: evaluate, generate and export."""
+"""Evaluation of trained models, text generation, and export."""

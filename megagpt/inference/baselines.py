@@ -1,4 +1,4 @@
-"""Baselines for bits per byte: what methods without a neural network achieve on the same validation text."""
+"""Baselines for bits per byte, measured with methods without a neural network on the same validation text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from megagpt.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Baselines:
-    """Bits per byte of the validation text by other methods.
+    """Bits per byte that other methods achieve on the validation text.
 
     Attributes:
-        unigram: predicts each token by its frequency in the training text.
-        xz: compresses the validation text alone with xz.
-        xz_after_training: compresses the training text first, which the model has read too, then the validation text.
+        unigram: bits per byte if each token is predicted by its frequency in the training text.
+        xz: bits per byte if xz compresses only the validation text.
+        xz_after_training: bits per byte if xz first compresses the training text, which the model has also read. Only
+            the additional size due to the validation text is counted.
     """
 
     unigram: float
@@ -33,8 +34,11 @@ def measure_baselines(train: CorpusReader, validation: CorpusReader, tokenizer: 
 
     Args:
         train: corpus that the model was trained on.
-        validation: corpus to predict.
-        tokenizer: tokenizer of both.
+        validation: corpus on which the baselines are measured.
+        tokenizer: tokenizer of both corpora.
+
+    Returns:
+        The baselines in bits per byte.
     """
     training_text, text = (_text(corpus, tokenizer) for corpus in (train, validation))
     with ThreadPoolExecutor() as pool:  # lzma releases the GIL
@@ -44,9 +48,10 @@ def measure_baselines(train: CorpusReader, validation: CorpusReader, tokenizer: 
 
 
 def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> float:
-    """Return the cross-entropy of the validation tokens under add-one smoothed training frequencies, in bits per byte.
+    """Return the cross-entropy of the validation tokens under a unigram model, in bits per byte.
 
-    Padding of a packed training corpus is not counted.
+    The model consists of the token frequencies in the training corpus, with add-one smoothing. Padding in a packed
+    training corpus is not counted.
     """
     size = max(int(train.tokens.max()), int(validation.tokens.max())) + 1
     counts = np.bincount(train.tokens, minlength=size) + 1.0
@@ -57,11 +62,11 @@ def _unigram(train: CorpusReader, validation: CorpusReader, text_bytes: int) -> 
 
 
 def _compressed_bytes(text: bytes) -> int:
-    """Return the size after `xz -9e`, whose window of 64 MiB holds the whole default corpus."""
+    """Return the size of a text compressed by `xz -9e`. Its window of 64 MiB holds the whole default corpus."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def _text(corpus: CorpusReader, tokenizer: Tokenizer) -> bytes:
-    """Decode the text of a corpus (exact, since the tokenizer is lossless)."""
+    """Decode the text of a corpus. The result is exact because the tokenizer is lossless."""
     documents = (corpus.document(index) for index in range(len(corpus.documents) - 1))
     return "".join(tokenizer.decode(document.tolist()) for document in documents).encode()

@@ -1,4 +1,4 @@
-"""`megagpt evaluate`: loss, perplexity and bits per byte of a trained model on unseen text."""
+"""The command `megagpt evaluate`, which measures loss, perplexity and bits per byte of a model on unseen text."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from megagpt.prepare.command import PrepareOptions, prepare_command
 from megagpt.state import IGNORE_INDEX
 from megagpt.tokenizer.tokenizer import Tokenizer
 
-_BATCH_TOKENS = 8192  # per batch: enough to use all cores, and small next to the model
+# Number of tokens per batch, which is enough to use all cores. The memory of a batch is small compared with the model.
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Loss of a model on a whole text, and metrics derived from it.
+    """Loss of a model on a whole text, and metrics derived from the loss.
 
     Attributes:
         run: run directory.
-        data: prefix or text file that was evaluated on.
-        update: update of the checkpoint.
+        data: corpus prefix or text file on which the model was evaluated.
+        update: update at which the checkpoint was saved.
         tokens: number of predicted tokens.
-        loss: nats per token.
+        loss: loss in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: None if the corpus has no sidecar, which records the bytes of its text.
-        yardsticks: baselines on the same text; None if they were not requested.
-        seconds: duration.
+        bits_per_byte: loss in bits per byte, or None if the corpus has no sidecar, which records the size of its text.
+        yardsticks: baselines on the same text, or None if they were not requested.
+        seconds: duration of the evaluation.
     """
 
     run: str
@@ -74,12 +75,15 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
 
     Args:
         run: run directory.
-        data: prefix of a corpus, or a text file; None takes the recipe's validation corpus.
-        yardsticks: whether to measure the baselines too.
+        data: prefix of a corpus, or path of a text file. If None, the recipe's validation corpus is used.
+        yardsticks: whether to measure the baselines as well.
+
+    Returns:
+        The loss and the metrics derived from it.
 
     Raises:
-        UserError: there is no valid checkpoint or nothing to evaluate on, or text or baselines need a tokenizer that
-            the recipe does not name.
+        UserError: there is no valid checkpoint or no text to evaluate on, or a text file or the baselines need a
+            tokenizer that the recipe does not specify.
     """
     start = time.perf_counter()
     loaded = loaded_model.load(run)
@@ -118,7 +122,7 @@ def evaluate(run: Path, data: str | None = None, *, yardsticks: bool = False) ->
 
 
 def _validation_prefix(prefixes: Sequence[str]) -> str:
-    """Return the recipe's only validation corpus. Raises UserError if there is none, or several."""
+    """Return the recipe's only validation corpus. Raises UserError if the recipe has none or several."""
     if not prefixes:
         raise UserError("there is nothing to evaluate on", "the recipe has no data.validation", "give --data")
     if len(prefixes) > 1:
@@ -136,7 +140,7 @@ def _require(tokenizer: Tokenizer | None) -> Tokenizer:
 
 @torch.no_grad()
 def _loss(loaded: loaded_model.LoadedModel, batches: EvaluationBatches) -> float:
-    """Return the mean loss over all labels, in nats."""
+    """Return the mean loss over all labels, in nats per token."""
     model = loaded.model
     device = next(model.parameters()).device
     total = 0.0

@@ -25,7 +25,14 @@ _PREVIEW_TOKENS, _PREVIEW_TEMPERATURE = 40, 0.8
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A prompt and its continuation by the checkpoint of a run."""
+    """A prompt and its generated continuation.
+
+    Attributes:
+        run: run directory.
+        update: update at which the checkpoint was saved.
+        prompt: text that was continued.
+        continuation: generated text.
+    """
 
     run: str
     update: int
@@ -45,13 +52,17 @@ def generate(
         run: run directory.
         prompt: text to continue.
         tokens: maximum number of new tokens.
-        temperature: see `sample`, also for the following arguments.
-        top_k: None to sample from all tokens.
-        top_p: None to sample from all tokens.
+        temperature: divisor of the logits. With 0, the most likely token is always chosen.
+        top_k: number of most likely tokens to sample from, or None for all tokens.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability. If None, all
+            tokens are used.
         seed: random seed.
 
+    Returns:
+        The prompt and its continuation.
+
     Raises:
-        UserError: there is no valid checkpoint, or the recipe names no tokenizer.
+        UserError: there is no valid checkpoint, or the recipe specifies no tokenizer.
     """
     loaded = loaded_model.load(run)
     if loaded.recipe.data.tokenizer is None:
@@ -74,13 +85,16 @@ def generate(
 
 
 def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_path: str, prompt: str) -> str:
-    """Continue a prompt by 40 tokens and return all on one line: the sample that a run prints while it trains.
+    """Continue a prompt by 40 tokens, for the samples that a run prints during training. The random seed is always 0.
 
     Args:
-        named: the model's weights by parameter name.
-        section: the model.
-        tokenizer_path: path of its tokenizer.
-        prompt: text to continue; the seed is always 0.
+        named: weights of the model by parameter name.
+        section: configuration of the model.
+        tokenizer_path: path of the model's tokenizer.
+        prompt: text to continue.
+
+    Returns:
+        The prompt and its continuation on a single line.
     """
     tokenizer = Tokenizer(tokenizer_path)
     model = weights.build_model(named, section)
@@ -126,25 +140,26 @@ def sample(
 ) -> list[int]:
     """Continue a sequence of token ids.
 
-    The context is at most seq_len tokens. When it is full, its oldest quarter is dropped and the rest is prefilled
-    into a new cache: exact for learned and rotary positions alike, and cheaper than a prefill for every token.
+    The context is at most seq_len tokens. When it is full, its oldest quarter is dropped and the rest is prefilled into
+    a new cache. This is exact for both learned and rotary positions, and cheaper than a prefill for every token.
 
     Args:
-        model: the model. Dropout is disabled while sampling.
-        ids: the prompt; if it is empty, `eod` is used.
+        model: model that predicts the tokens. Dropout is disabled during sampling.
+        ids: token ids of the prompt. If the prompt is empty, `eod` is used.
         max_new_tokens: maximum number of new tokens.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_k: sample from this many most likely tokens.
-        top_p: sample from the fewest tokens that together have this probability (arXiv 1904.09751).
-        seed: the same seed gives the same tokens.
-        eod: id that ends the text.
+        temperature: divisor of the logits. With 0, the most likely token is always chosen.
+        top_k: number of most likely tokens to sample from, or None for all tokens.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability (nucleus
+            sampling, arXiv 1904.09751). If None, all tokens are used.
+        seed: random seed. The same seed results in the same tokens.
+        eod: id at which sampling ends, or None.
         vocab_size: number of ids to sample from, for models whose vocabulary is larger than the tokenizer's.
 
     Returns:
         The new tokens, without a final `eod`.
 
     Raises:
-        UserError: the prompt is empty and there is no `eod`.
+        UserError: the prompt is empty and `eod` is None.
     """
     prompt = list(ids)
     if not prompt:
@@ -154,7 +169,7 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     was_training = model.training
-    model.eval()  # no dropout
+    model.eval()  # disables dropout
     try:
         return _decode(model, prompt, max_new_tokens, lambda logits: pick(logits[:vocab_size]), eod)
     finally:
@@ -164,7 +179,10 @@ def sample(
 def _decode(
     model: GPT, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], int], eod: int | None
 ) -> list[int]:
-    """Prefill the prompt, then decode one token at a time, each chosen by `pick` from the logits [vocab_size]."""
+    """Prefill the prompt, and then decode one token at a time.
+
+    `pick` chooses each token from its logits [vocab_size]. Returns the new tokens.
+    """
     capacity = model.section.seq_len
     device = next(model.parameters()).device
     kv_cache = model.new_kv_cache()
@@ -184,17 +202,20 @@ def _decode(
 
 
 def retained_tokens(capacity: int) -> int:
-    """Return how many of the newest tokens are kept when a context of `capacity` tokens is full."""
+    """Return the number of newest tokens that are kept when a context of `capacity` tokens is full."""
     return capacity - capacity // 4
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
-    """Draw one token from logits [vocab_size], fp32 on the CPU; for the other arguments see `sample`."""
+    """Draw a token from logits [vocab_size], which must be fp32 and on the CPU.
+
+    The other arguments are described under `sample`.
+    """
     if temperature == 0:
         return int(logits.argmax())
     sorted_logits, tokens = logits.sort(descending=True, stable=True)
     probabilities = torch.softmax(sorted_logits[:top_k] / temperature, dim=-1)
     if top_p is not None:
-        more_likely = probabilities.cumsum(0) - probabilities  # total probability of the tokens before each
-        probabilities[1:][more_likely[1:] >= top_p] = 0  # the most likely token always stays
+        more_likely = probabilities.cumsum(0) - probabilities  # total probability of all more likely tokens
+        probabilities[1:][more_likely[1:] >= top_p] = 0  # the most likely token is always kept
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,4 +1,4 @@
-"""A trained language model as a Python object: logits and continuations of text. `megagpt.load_model` returns one."""
+"""A trained language model, as returned by `megagpt.load_model`. It computes logits and continues text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The newest valid checkpoint of a run, in fp32, on a GPU if there is one.
+    """Model of the newest valid checkpoint of a run, in fp32, on a GPU if there is one.
 
     Attributes:
-        recipe: the recipe that the run was trained with.
-        update: number of updates that the checkpoint was trained for.
-        model: the model, a `torch.nn.Module` in evaluation mode.
-        tokenizer: the run's tokenizer, or None if its recipe names none.
+        recipe: recipe of the run.
+        update: number of updates after which the checkpoint was saved.
+        model: the model as a `torch.nn.Module`, in evaluation mode.
+        tokenizer: tokenizer of the run, or None if the recipe specifies none.
     """
 
     recipe: Recipe
@@ -38,16 +38,16 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, text: str | Sequence[int]) -> Tensor:
-        """Return the logits of the token that follows each token of a text.
+        """Return the logits that predict the next token after each token of a text.
 
         Args:
-            text: a text, or token ids: at least one, and at most `recipe.model.seq_len`.
+            text: text or token ids. The number of tokens must be from 1 to `recipe.model.seq_len`.
 
         Returns:
-            Logits [tokens, vocab_size], fp32, on the model's device. The last row predicts the token after the text.
+            Logits [tokens, vocab_size] in fp32, on the model's device. The last row predicts the token after the text.
 
         Raises:
-            UserError: there are no or too many tokens, or the run has no tokenizer for a text.
+            UserError: there are no tokens or too many, or `text` is a string and the run has no tokenizer.
         """
         ids = self._ids(text)
         capacity = self.recipe.model.seq_len
@@ -68,15 +68,19 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int = 1234,
     ) -> str:
-        """Continue a prompt, as `megagpt generate` does, and return the continuation without the prompt.
+        """Continue a prompt, like `megagpt generate`.
 
         Args:
             prompt: text to continue.
             tokens: maximum number of new tokens.
-            temperature: divides the logits; 0 always takes the most likely token.
-            top_k: sample from this many most likely tokens; None for no limit.
-            top_p: sample from the fewest tokens that together have this probability; None for no limit.
-            seed: the same seed gives the same text.
+            temperature: divisor of the logits. With 0, the most likely token is always chosen.
+            top_k: number of most likely tokens to sample from, or None for all tokens.
+            top_p: sample from the smallest set of most likely tokens with at least this total probability. If None, all
+                tokens are used.
+            seed: random seed. The same seed results in the same text.
+
+        Returns:
+            The continuation, without the prompt.
 
         Raises:
             UserError: the run has no tokenizer.
@@ -97,7 +101,7 @@ class LanguageModel:
 
 
 def load(run: Path) -> LanguageModel:
-    """Load the newest valid checkpoint of a run directory. Raises UserError if there is none."""
+    """Load the newest valid checkpoint in a run directory. Raises UserError if there is none."""
     loaded = loaded_model.load(run)
     path = loaded.recipe.data.tokenizer
     tokenizer = None if path is None else Tokenizer(path)

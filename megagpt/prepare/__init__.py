@@ -1,1 +1,1 @@
-"""Raw text to a tokenized corpus: readers, chunks, workers, shards, packing and deduplication."""
+"""Preparation of a tokenized corpus from raw text."""

@@ -1,4 +1,4 @@
-"""Splits the input into chunks, the units of work. The split depends on the input alone, not on who does the work."""
+"""Splits the input into chunks, the units of work. The split depends only on the input, not on the workers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megagpt.prepare.readers.file_type import FileFormat
 from megagpt.prepare.readers.inputs import InputFile
 from megagpt.prepare.readers.parquet import count_row_groups
 
-_MIN_BYTES = 4 << 20  # smallest size of a chunk, in bytes of input
-_MAX_BYTES = 64 << 20
-_TARGET_CHUNKS = 4096  # approximate number of chunks if their size is between the two
+_MIN_BYTES = 4 << 20  # minimum chunk size, in bytes of input
+_MAX_BYTES = 64 << 20  # maximum chunk size, in bytes of input
+_TARGET_CHUNKS = 4096  # approximate number of chunks, unless the minimum or maximum size applies
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class InputRange:
     Attributes:
         index: The file's index in the input.
         file: The file.
-        start: The first byte or row group.
-        end: The byte or row group after the last one; None means to the end of the file.
+        start: The first byte or row group of the range.
+        end: The byte or row group after the last one. If None, the range extends to the end of the file.
     """
 
     index: int
@@ -40,7 +40,10 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Ranges of the input that are encoded together into one shard, in this order; `size` is in bytes, approximate."""
+    """Ranges of the input that are encoded, in this order, into one shard. `size` is their approximate total in bytes.
+
+    The number of the chunk is also the number of its shard.
+    """
 
     number: int
     ranges: tuple[InputRange, ...]
@@ -54,7 +57,7 @@ class Chunk:
 
 
 def split_into_chunks(files: Sequence[InputFile]) -> list[Chunk]:
-    """Split the input into chunks, in its order.
+    """Split the input into chunks, in the order of the input.
 
     Large files of lines or rows are split into several chunks, and small files are combined into one. All files of a
     chunk belong to the same corpus.
@@ -62,7 +65,7 @@ def split_into_chunks(files: Sequence[InputFile]) -> list[Chunk]:
     total = sum(file.size for file in files)
     chunk_size = min(max(total // _TARGET_CHUNKS, _MIN_BYTES), _MAX_BYTES)
     chunks: list[Chunk] = []
-    ranges: list[InputRange] = []  # of the next chunk
+    ranges: list[InputRange] = []  # ranges collected for the next chunk
     ranges_size = 0
     for new_range, size in _split_into_ranges(files, chunk_size):
         if ranges and (ranges_size + size > chunk_size or new_range.file.corpus != ranges[0].file.corpus):
@@ -77,7 +80,10 @@ def split_into_chunks(files: Sequence[InputFile]) -> list[Chunk]:
 
 
 def _split_into_ranges(files: Sequence[InputFile], chunk_size: int) -> Iterator[tuple[InputRange, int]]:
-    """Yield ranges of at most about `chunk_size` bytes where the file can be split, each with its approximate size."""
+    """Yield the ranges of all files, each with its approximate size in bytes.
+
+    Files that can be split are divided into ranges of about `chunk_size` bytes.
+    """
     for index, file in enumerate(files):
         can_split = file.supports_ranges and file.compression is Compression.NONE and file.format is not FileFormat.TEXT
         if file.size <= chunk_size or not can_split:

@@ -1,4 +1,4 @@
-"""The commands `megagpt tokenizer train` (text to a tokenizer) and `megagpt prepare` (text to a tokenized corpus)."""
+"""The command `megagpt prepare`, which converts raw text to tokenized corpora."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def prepare_command(
     """Tokenize text into OUTPUT.train.bin/.idx/.json and, if there is a validation part, OUTPUT.validation.*.
 
     Every document is in exactly one of the two parts. The ids of each document are followed by the end-of-document
-    symbol, except that an empty document has no ids. If the command fails or is killed, it leaves nothing that looks
-    like a corpus, and the same call resumes where it stopped.
+    symbol. Empty documents have no ids. If the command fails or is killed, it leaves no incomplete corpus behind, and
+    the same call resumes where it stopped.
 
     Args:
         inputs: Files, folders, patterns, manifests or addresses, see `find_input_files`.
         tokenizer: The path of a tokenizer.
-        output: The prefix OUTPUT of the files that are written.
-        options: How the text is prepared; None means the defaults.
+        output: The prefix OUTPUT of the files to write.
+        options: The options for preparing the text. If None, the defaults are used.
 
     Returns:
-        What was read and written.
+        A summary of what was read and written.
 
     Raises:
         UserError: An input cannot be read, or a part would be empty.
@@ -70,21 +70,21 @@ def prepare_corpora(
 ) -> PreparedCorpora | None:
     """Prepare one corpus or, if a manifest names several, each of them as OUTPUT.NAME, one after the other.
 
-    Processes started by mpirun or srun share the work.
+    If the command was started by mpirun or srun, all of its processes share the work.
 
     Args:
-        inputs: As in `prepare_command`.
-        tokenizer: As in `prepare_command`.
-        output: As in `prepare_command`.
-        options: As in `prepare_command`.
-        out: The stream on which progress is shown; None means not at all.
+        inputs: Files, folders, patterns, manifests or addresses, see `find_input_files`.
+        tokenizer: The path of a tokenizer.
+        output: The prefix OUTPUT of the files to write.
+        options: The options for preparing the text. If None, the defaults are used.
+        out: The stream to which progress is written. If None, no progress is shown.
 
     Returns:
-        What was read and written; None on all ranks but the first.
+        A summary of what was read and written on the first rank, None on all other ranks.
 
     Raises:
-        UserError: As `prepare_command`.
-        MachineError: As `prepare_command`.
+        UserError: An input cannot be read, or a part would be empty.
+        MachineError: The disk is full.
     """
     with process_group(work_directory(os.fspath(output)).parent) as ranks:
         prepared = _prepare(inputs, Tokenizer(tokenizer), os.fspath(output), options or PrepareOptions(), ranks, out)

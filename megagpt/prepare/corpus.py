@@ -42,14 +42,14 @@ class PrepareOptions:
     """How text is prepared. Neither `workers` nor `engine` changes what is written.
 
     Attributes:
-        validation_fraction: The fraction of the documents that go to the validation part.
-        workers: Number of processes; None means one per core.
-        text_key: The key of the text in JSON lines or table rows; dots separate nested keys.
-        strict: Raise an error at the first unusual input, instead of a warning.
-        deduplicate: Omit exact copies of earlier documents.
-        shuffle: Shuffle the documents, in the same order every time.
+        validation_fraction: The fraction of the documents that are assigned to the validation part.
+        workers: The number of processes. If None, one process per core is used.
+        text_key: The key of the text in JSON lines or table rows. Dots separate nested keys.
+        strict: If True, raise an error at the first unusual input instead of counting warnings.
+        deduplicate: If True, omit exact copies of earlier documents.
+        shuffle: If True, shuffle the documents. The same input always gives the same order.
         engine: The tokenizer implementation, see `engines.ENGINES`.
-        pack: The `seq_len` of the samples into which the training part is packed; None means not packed.
+        pack: The `seq_len` of the samples into which the training part is packed. If None, it is not packed.
     """
 
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
@@ -67,11 +67,11 @@ class CorpusJob:
     """One corpus to prepare.
 
     Attributes:
-        files: The files of its input.
+        files: The input files of the corpus.
         tokenizer: The tokenizer.
-        output: The prefix of the files that are written.
-        options: How the text is prepared.
-        folder: The folder of its shards until it is complete.
+        output: The prefix of the files to write.
+        options: The options for preparing the text.
+        folder: The folder that holds the shards until the corpus is complete.
     """
 
     files: Sequence[InputFile]
@@ -82,17 +82,18 @@ class CorpusJob:
 
 
 def write_corpus(job: CorpusJob, ranks: ProcessGroup, out: TextIO | None) -> PrepareSummary:
-    """Write OUTPUT.train.* and OUTPUT.validation.*. Collective: each rank encodes some chunks, and merges some shards.
+    """Write OUTPUT.train.* and OUTPUT.validation.*. Collective.
 
-    If the ranks do not share a file system, all shards are sent to the first rank, which merges them alone.
+    Each rank encodes some of the chunks and merges some of the shards. If the ranks do not share a file system, all
+    shards are sent to the first rank, which merges them alone.
 
     Args:
         job: The corpus to prepare.
         ranks: The processes that share the work.
-        out: The stream on which progress is shown; None means not at all.
+        out: The stream to which progress is written. If None, no progress is shown.
 
     Returns:
-        What was read and written.
+        A summary of what was read and written.
 
     Raises:
         UserError: An input cannot be read, or a part would be empty.
@@ -151,7 +152,10 @@ def _completed(job: CorpusJob, chunks: Sequence[Chunk], create_folder: bool) -> 
 def _encode(
     job: EncodeJob, chunks: Sequence[Chunk], workers: int | None, ranks: ProcessGroup, out: TextIO | None
 ) -> tuple[list[ShardRecord], ChunkError | None]:
-    """Encode this rank's chunks. Returns the records of their shards, or the error of the first chunk that failed."""
+    """Encode this rank's chunks. Returns the records of their shards, and the error of the first chunk that failed.
+
+    If a chunk failed, the list of records is empty. Otherwise the error is None.
+    """
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if ranks.size == 1 else 1
     try:
@@ -164,7 +168,7 @@ def _encode(
 
 
 def _user_error(job: CorpusJob, chunks: Sequence[Chunk], failures: Sequence[ChunkError]) -> BaseException:
-    """Return the error of the first chunk that failed, with its line number counted from the top of the file."""
+    """Return the error of the first chunk that failed, with the line number in the whole file."""
     failure = min(failures, key=lambda failure: failure.number)
     if not isinstance(failure.cause, LocatedError):
         return failure.cause
@@ -176,10 +180,10 @@ def _user_error(job: CorpusJob, chunks: Sequence[Chunk], failures: Sequence[Chun
 def _verify_shards(
     encode_job: EncodeJob, job: CorpusJob, chunks: Sequence[Chunk], ranks: ProcessGroup, out: TextIO | None
 ) -> None:
-    """Compare all shards with their checksums, and encode the chunks of damaged ones again. Collective.
+    """Compare all shards with their checksums, and encode the chunks of damaged shards again. Collective.
 
     Raises:
-        MachineError: A shard is damaged again.
+        MachineError: A shard is still damaged after its chunk was encoded again.
     """
     damaged = _find_damaged(job.folder, chunks, ranks)
     if not damaged:
@@ -202,7 +206,7 @@ def _verify_shards(
 
 
 def _find_damaged(folder: Path, chunks: Sequence[Chunk], ranks: ProcessGroup) -> list[Chunk]:
-    """Return the chunks whose shards do not have the checksums of their records. Collective."""
+    """Return the chunks whose shards do not match the checksums in their records. Collective."""
     own = ranks.local_part(chunks)
     found = ranks.each(lambda: [chunk for chunk in own if not is_intact(folder, chunk.number)])
     return [chunk for damaged in found for chunk in damaged]
@@ -214,7 +218,7 @@ def _print(message: str, ranks: ProcessGroup, out: TextIO | None) -> None:
 
 
 def _finish(job: CorpusJob, ranks: ProcessGroup, chunks: int, begin: float) -> PrepareSummary:
-    """Merge the shards, publish the parts, and return the summary."""
+    """Merge the shards, publish both parts of the corpus, and return the summary."""
     records = list(ranks.first(lambda: workdir.completed_records(job.folder, chunks)).values())
     warnings = summarize_warnings([record.warnings for record in records], job.files)
     published = _merge(job, ranks, records, warnings)
@@ -232,7 +236,14 @@ def _finish(job: CorpusJob, ranks: ProcessGroup, chunks: int, begin: float) -> P
 
 @plain_data.register
 class _Published(NamedTuple):
-    """The published parts, training first; the number of copies that were omitted, and the number of unknown ids."""
+    """Result of publishing a corpus.
+
+    Attributes:
+        parts: The training part, and the validation part if there is one.
+        packing: The result of packing the training part; None if it was not packed.
+        copies: The number of copies of earlier documents that were omitted.
+        unknown: The number of unknown ids in all parts.
+    """
 
     parts: list[PartSummary]
     packing: PackingSummary | None
@@ -248,7 +259,7 @@ def _merge(
     if options.deduplicate:
         with report_write_errors(job.folder):
             keep = np.memmap(ranks.first(lambda: mark_first_copies(job.folder, records)), np.bool_, "r")
-    # Packing reads the merged training part, and writes the final one.
+    # Packing reads the merged training part and writes the final training part.
     prefixes = {False: str(job.folder / "unpacked") if options.pack else f"{job.output}.train"}
     if options.validation_fraction:
         prefixes[True] = f"{job.output}.validation"
@@ -262,7 +273,7 @@ def _merge(
 def _publish(
     job: CorpusJob, writers: Sequence[CorpusWriter], documents: int, unknown: int, warnings: Sequence[WarningCount]
 ) -> _Published:
-    """Rename the files to their final names, if training and validation can use them."""
+    """Rename the files to their final names. Raises UserError if a part has no tokens."""
     tokenizer, options = job.tokenizer, job.options
     parts = [
         PartSummary(f"{job.output}.{name}", writer.documents, writer.tokens, writer.text_bytes)
@@ -283,7 +294,7 @@ def _publish(
 
 
 def _pack(job: CorpusJob, unpacked: CorpusWriter, part: PartSummary, made: dict[str, object]) -> PackingSummary:
-    """Publish a packed copy of the training part, which `unpacked` has written."""
+    """Publish a packed copy of the training part that `unpacked` has written."""
     tokenizer, seq_len = job.tokenizer, job.options.pack
     assert seq_len is not None
     unpacked.finish_without_sidecar()
@@ -305,7 +316,10 @@ def describe_inputs(files: Sequence[InputFile]) -> str:
 
 
 def check_validation_fraction(fraction: float, prefix: str) -> None:
-    """Raise UserError if the fraction is invalid, or if 0 would leave an older validation part to be trained on.
+    """Raise UserError if the validation fraction is invalid.
+
+    The fraction 0 is also invalid if an older validation part exists, because its documents would now be part of the
+    training data.
 
     Args:
         fraction: The validation fraction.
@@ -321,7 +335,7 @@ def check_validation_fraction(fraction: float, prefix: str) -> None:
 
 
 def _plan(job: CorpusJob) -> dict[str, object]:
-    """Return everything that the shards depend on. Shards are reused only if it is the same."""
+    """Return everything that the shards depend on. Shards of an earlier run are reused only if their plan is equal."""
     return {
         "version": 3,
         "sources": [[file.path, file.format.value, file.size, file.fingerprint] for file in job.files],
@@ -333,16 +347,19 @@ def _plan(job: CorpusJob) -> dict[str, object]:
 
 
 def _provenance(options: PrepareOptions, warnings: Sequence[WarningCount]) -> dict[str, object]:
-    """Return how the corpus was made, for its sidecar. The number of workers is not part of it: the bytes are equal."""
+    """Return a description of how the corpus was made, for its sidecar.
+
+    The number of workers is omitted because it does not change the corpus.
+    """
     return {
         "by": f"megagpt {__version__}",
         "options": {name: value for name, value in asdict(options).items() if name != "workers"},
-        "odd": {warning.kind: warning.count for warning in warnings},  # the name is part of the sidecar's format
+        "odd": {warning.kind: warning.count for warning in warnings},  # the key "odd" is part of the sidecar's format
     }
 
 
 def _check_parts(parts: Sequence[PartSummary], fraction: float, warnings: Sequence[WarningCount]) -> None:
-    """Raise UserError if a part has no tokens, since training would fail on it later."""
+    """Raise UserError if a part has no tokens, because training or validation would fail later."""
     documents = sum(part.documents for part in parts)
     for part in parts:
         if part.tokens == 0 and part is parts[0]:

@@ -1,4 +1,4 @@
-"""Exact deduplication: finds documents that are copies of an earlier one by their hashes, in bounded memory."""
+"""Finds documents that are exact copies of an earlier document by comparing hashes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from megagpt.prepare.merge_shards import document_digests
 from megagpt.prepare.shards import ShardRecord
 from megagpt.prepare.workdir import create_memmap
 
-_ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])  # a hash and its document
-_ENTRIES_PER_FILE = 1 << 20  # entries that are sorted at a time, in about 60 MB
+# The two halves of a document's hash, and the index of the document in the whole input.
+_ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
+_ENTRIES_PER_FILE = 1 << 20  # number of entries sorted at a time, which takes about 60 MB
 _MAX_FILES = 256
 
 
 def mark_first_copies(folder: Path, records: Sequence[ShardRecord]) -> Path:
-    """Mark the documents to keep: the first one of each text.
+    """Mark the first document with each text as a document to keep.
 
-    The hashes are distributed to files by their leading bits. Copies are therefore in the same file, and each file is
-    sorted separately.
+    The hashes are distributed to files by their leading bits. Copies of a document are therefore in the same file, and
+    each file can be sorted separately.
 
     Args:
         folder: The folder of the shards, in which the files are created.
         records: The records of all shards.
 
     Returns:
-        A file of one bool per document of the input, in its order: True for documents to keep.
+        The path of a file with one bool per document, in input order. Documents to keep are True.
     """
     count = sum(record.documents for record in records)
     path = folder / "keep"

@@ -1,4 +1,4 @@
-"""Encodes one chunk of the input to one shard: reading, tokenizing, and the split into training and validation."""
+"""Encodes one chunk of the input to one shard: reads, tokenizes, and assigns documents to training or validation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from megagpt.prepare.shards import ShardRecord, ShardWriter
 from megagpt.tokenizer.cached_encoder import CachedEncoder
 from megagpt.tokenizer.tokenizer import Tokenizer, replace_surrogates
 
-_BATCH_CHARACTERS = 1 << 19  # at most, encoded at a time
-_BATCH_DOCUMENTS = 4096
+_BATCH_CHARACTERS = 1 << 19  # a batch is encoded once it has this many characters
+_BATCH_DOCUMENTS = 4096  # maximum number of documents or fragments per batch
 
 ProgressCallback = Callable[[int, int, int, int], None]
-"""Receives the number of further documents, tokens, bytes of text, and bytes of input in completed chunks."""
+"""Function that receives the progress since its last call.
+
+Its arguments are numbers of documents, tokens, bytes of text, and bytes of input in completed chunks.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class EncodeJob:
     Attributes:
         folder: The folder of the shards.
         tokenizer: The tokenizer.
-        validation_fraction: The fraction of the documents that go to the validation part.
+        validation_fraction: The fraction of the documents that are assigned to the validation part.
         text_key: The keys that lead to the text in a JSON line or table row, outermost first.
-        strict: Raise an error at the first unusual input, instead of a warning.
+        strict: If True, raise an error at the first unusual input instead of counting warnings.
         engine: The tokenizer implementation, see `engines.ENGINES`.
     """
 
@@ -49,7 +52,7 @@ class EncodeJob:
 
 
 class ChunkError(Exception):
-    """The exception `cause` occurred while chunk `number` was processed."""
+    """Error while processing the chunk `number`. The original exception is `cause`."""
 
     def __init__(self, number: int, cause: BaseException) -> None:
         super().__init__(number, cause)
@@ -57,7 +60,7 @@ class ChunkError(Exception):
 
 
 class ChunkEncoder:
-    """Encodes one chunk after the other with the same tokenizer, whose cache is kept between chunks."""
+    """Encodes chunks, one after the other, with one tokenizer. Its cache is kept between chunks."""
 
     def __init__(self, job: EncodeJob) -> None:
         self._job = job
@@ -68,11 +71,14 @@ class ChunkEncoder:
         self._unusual_symbols = {symbol.encode(): kind for symbol, kind in symbols.items()}
 
     def encode(self, chunk: Chunk, report: ProgressCallback) -> ShardRecord:
-        """Write the shard of a chunk.
+        """Encode a chunk, and write its shard.
 
         Args:
             chunk: The chunk to encode.
-            report: Called after every batch, and at the end.
+            report: The function that receives the progress after every batch and at the end of the chunk.
+
+        Returns:
+            The record of the shard.
 
         Raises:
             ChunkError: The chunk cannot be read, or the shard cannot be written.
@@ -103,7 +109,7 @@ class ChunkEncoder:
     def _encode_batch(
         self, batch: list[TextFragment], file: int, documents: _DocumentAssembler, warnings: InputWarnings
     ) -> None:
-        """Encode fragments of one file, and add them to its documents."""
+        """Encode fragments of one file, and add them to the documents of the shard."""
         texts = [fragment.text for fragment in batch]
         try:
             raw_texts = list(map(str.encode, texts))
@@ -114,7 +120,8 @@ class ChunkEncoder:
             raw_texts = list(map(str.encode, texts))
         joined = b"".join(raw_texts)
         for symbol, kind in self._unusual_symbols.items():
-            if symbol in joined:  # rare, and so the fragments are not searched one by one in the common case
+            # Symbols are rare, so the fragments are searched one by one only if the batch contains the symbol.
+            if symbol in joined:
                 for fragment, raw in zip(batch, raw_texts, strict=True):
                     warnings.add(kind, InputLocation(file, fragment.line), raw.count(symbol))
         encoded = self._encoder.encode(texts)
@@ -125,7 +132,10 @@ class ChunkEncoder:
 
 @contextmanager
 def _gc_disabled() -> Iterator[None]:
-    """Disable garbage collection: encoding creates no reference cycles, and scanning its lists of words takes time."""
+    """Disable garbage collection within the `with` block.
+
+    Encoding creates no reference cycles, but the collector would repeatedly scan its long lists of words.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -156,9 +166,9 @@ class _DocumentAssembler:
 
         Args:
             fragment: The fragment.
-            file: The index of its file.
-            raw: Its text in UTF-8.
-            ids: Its token ids, as they are stored.
+            file: The index of the fragment's file.
+            raw: The text of the fragment in UTF-8.
+            ids: The token ids of the fragment, as the bytes of .bin.
         """
         self._hash.update(raw)
         self._text_bytes += len(raw)
@@ -184,7 +194,10 @@ class _DocumentAssembler:
         self._shard.end_document(tokens, self._text_bytes, validation, digest)
 
     def totals(self) -> tuple[int, int, int]:
-        """Return the documents, tokens and bytes of text so far, with those of an unfinished document."""
+        """Return the number of documents, tokens and bytes of text so far.
+
+        The tokens and bytes include those of the unfinished document.
+        """
         tokens = self._shard.tokens + self._ids_bytes // self._id_bytes
         return self._shard.documents, tokens, self._shard.text_bytes + self._text_bytes
 

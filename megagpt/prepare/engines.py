@@ -1,6 +1,6 @@
-"""Tokenizer implementations: sentencepiece, or a faster one whose ids are compared with sentencepiece's.
+"""Tokenizer implementations (engines): sentencepiece, and the faster gigatoken.
 
-The comparison covers the beginning of every shard.
+At the beginning of every shard, the ids of gigatoken are compared with those of sentencepiece.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 ENGINES = ("sentencepiece", "gigatoken")
-_CHECKED_CHARACTERS = 1 << 12  # at the beginning of each shard; its first text is always checked
-_CONTEXT_TOKENS = 8  # tokens shown on each side of a difference
+# Number of characters at the beginning of each shard that are checked. The first text is always checked as a whole.
+_CHECKED_CHARACTERS = 1 << 12
+_CONTEXT_TOKENS = 8  # number of tokens shown on each side of a difference
 
 
 def check_engine(engine: str, tokenizer: Tokenizer) -> None:
@@ -30,7 +31,7 @@ def check_engine(engine: str, tokenizer: Tokenizer) -> None:
         tokenizer: The tokenizer.
 
     Raises:
-        UserError: It cannot be used.
+        UserError: The engine cannot be used.
     """
     if engine not in ENGINES:
         raise UserError(f"there is no engine {engine}", "--engine", f"choose {' or '.join(ENGINES)}")
@@ -39,7 +40,7 @@ def check_engine(engine: str, tokenizer: Tokenizer) -> None:
 
 
 def create_encoder(engine: str, tokenizer: Tokenizer) -> CachedEncoder:
-    """Create the encoder of an engine, which has passed `check_engine`, for a tokenizer."""
+    """Create the encoder of an engine for a tokenizer. `check_engine` must have accepted both."""
     return GigatokenEncoder(tokenizer) if engine == "gigatoken" else CachedEncoder(tokenizer)
 
 
@@ -47,10 +48,10 @@ class EngineMismatch(LocatedError):
     """An engine encoded a document differently from sentencepiece.
 
     Args:
-        location: The document.
+        location: The location of the document.
         engine: The name of the engine.
         actual: The engine's tokens around the first difference, as text.
-        expected: The same of sentencepiece.
+        expected: The tokens of sentencepiece around the first difference, as text.
     """
 
     def __init__(self, location: InputLocation, engine: str, actual: str, expected: str) -> None:
@@ -58,7 +59,7 @@ class EngineMismatch(LocatedError):
         self._engine, self._actual, self._expected = engine, actual, expected
 
     def to_user_error(self, where: str) -> UserError:
-        """Return the error for the user; `where` is the location as `file` or `file:line`."""
+        """Return the user-facing error. `where` is the location as `file` or `file:line`."""
         what = f"{self._engine} tokenizes a document differently from sentencepiece"
         width = max(len(self._engine), len("sentencepiece")) + 1
         tokens = (("sentencepiece", self._expected), (self._engine, self._actual))
@@ -68,7 +69,7 @@ class EngineMismatch(LocatedError):
 
 
 class EngineCheck:
-    """Compares an engine's ids for the first documents of each shard with sentencepiece's own, without its cache."""
+    """Compares an engine's ids for the first documents of each shard with uncached sentencepiece ids."""
 
     def __init__(self, engine: str, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
@@ -76,16 +77,16 @@ class EngineCheck:
         self.start_shard()
 
     def start_shard(self) -> None:
-        """Start a new shard, whose first documents are compared."""
+        """Start a new shard. Its first documents will be compared."""
         self._remaining = 0 if self._engine == "sentencepiece" else _CHECKED_CHARACTERS
 
     def compare(self, texts: Iterable[str], locations: Iterable[InputLocation], encoded: Iterable[bytes]) -> None:
-        """Compare the next texts of the shard, as long as they are at its beginning.
+        """Compare the next texts of the shard, until the checked beginning of the shard ends.
 
         Args:
-            texts: The texts.
+            texts: The next texts of the shard.
             locations: The location of each text.
-            encoded: The engine's ids of each text, as they are stored.
+            encoded: The engine's ids of each text, as the bytes of .bin.
 
         Raises:
             EngineMismatch: The ids differ.
@@ -104,7 +105,7 @@ class EngineCheck:
                 )
 
     def _format_tokens(self, ids: Sequence[int], index: int) -> str:
-        """Return the tokens around an index as text, separated as by `tokenizer inspect`."""
+        """Return the tokens around an index as text, separated by `|` as in `tokenizer inspect`."""
         around = ids[max(0, index - _CONTEXT_TOKENS) : index + _CONTEXT_TOKENS]
         size = self._tokenizer.vocab_size
         texts = [self._tokenizer.decode([number]) if number < size else f"[{number}]" for number in around]

@@ -1,4 +1,7 @@
-"""Warnings about unusual input: counted by kind, with the first location of each, or raised as errors with --strict."""
+"""Warnings about unusual input.
+
+Warnings are counted by kind, with the first location of each kind. With --strict, the first one is raised as an error.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,20 @@ WARNING_KINDS: Mapping[str, str] = {
     "blank": "documents of whitespace only, kept",
     "long": "documents of more than 2³¹ tokens, split into several sequences",
 }
-"""Kinds of warnings in the order in which they are reported: what was found, and what was done about it."""
+"""Kinds of warnings, in the order in which they are reported. Each text states the finding and how it was handled."""
 
 
 class InputLocation(NamedTuple):
-    """Location in the input: the index of a file, and a line counted from 1 (0 for the file as a whole)."""
+    """Location in the input: the index of a file, and a line number counted from 1 (0 for the file as a whole)."""
 
     file: int
     line: int
 
 
 class LocatedError(Exception):
-    """An error at a location of the input.
+    """Error at a location of the input.
 
-    Its line number in the file is known only once the lines of all earlier ranges of that file have been counted.
+    The line number in the whole file is known only after the lines of all earlier ranges of that file are counted.
     """
 
     def __init__(self, location: InputLocation, *args: object) -> None:
@@ -45,19 +48,24 @@ class LocatedError(Exception):
         self.location = location
 
     def to_user_error(self, where: str) -> UserError:
-        """Return the error for the user; `where` is the location as `file` or `file:line`."""
+        """Return the user-facing error. `where` is the location as `file` or `file:line`."""
         raise NotImplementedError
 
 
 class InputError(LocatedError):
-    """The first unusual input under --strict. `detail` adds to its kind, for example the JSON parser's message."""
+    """Error for the first unusual input under --strict.
+
+    Attributes:
+        kind: The kind of the unusual input, a key of `WARNING_KINDS`.
+        detail: Further information, for example the JSON parser's message.
+    """
 
     def __init__(self, location: InputLocation, kind: str, detail: str = "") -> None:
         super().__init__(location, kind, detail)
         self.kind, self.detail = kind, detail
 
     def to_user_error(self, where: str) -> UserError:
-        """Return the error for the user; `where` is the location as `file` or `file:line`."""
+        """Return the user-facing error. `where` is the location as `file` or `file:line`."""
         what = f"unusual input: {WARNING_KINDS[self.kind].split(', ')[0]}"
         if self.detail:
             what += f": {self.detail}"
@@ -66,10 +74,16 @@ class InputError(LocatedError):
 
 @dataclass
 class InputWarnings:
-    """Number of warnings by kind, and the first location of each kind, within one chunk of the input.
+    """Warnings about one chunk of the input.
 
-    Line numbers count from where reading began in each file. `lines` is the number of lines read of each file, from
-    which line numbers in the whole file are computed when a file is read in several ranges.
+    Line numbers count from the start of the chunk's range of each file. If a file is read in several ranges, the line
+    numbers in the whole file are computed from `lines`.
+
+    Attributes:
+        strict: If True, warnings are raised as errors.
+        counts: The number of warnings of each kind.
+        first: The first location of each kind.
+        lines: The number of lines that were read from each file, by the index of the file.
     """
 
     strict: bool = False
@@ -81,13 +95,13 @@ class InputWarnings:
         """Add warnings of one kind.
 
         Args:
-            kind: A key of `WARNING_KINDS`.
-            location: Where they occurred.
-            count: How many there were; nothing happens if there were none.
+            kind: The kind of the warnings, a key of `WARNING_KINDS`.
+            location: The location of the warnings.
+            count: The number of warnings. If it is 0, the call has no effect.
             detail: Further information for the error message.
 
         Raises:
-            InputError: Warnings are errors (`strict`), and `count` is not 0.
+            InputError: `strict` is set, and `count` is not 0.
         """
         if not count:
             return
@@ -99,7 +113,7 @@ class InputWarnings:
 
 @dataclass(frozen=True)
 class WarningCount:
-    """Number of warnings of one kind over the whole input, and the first location (`file` or `file:line`)."""
+    """Number of warnings of one kind in the whole input, and their first location (`file` or `file:line`)."""
 
     kind: str
     count: int
@@ -111,7 +125,7 @@ class WarningCount:
 
 
 def summarize_warnings(chunks: Iterable[InputWarnings], files: Sequence[InputFile]) -> tuple[WarningCount, ...]:
-    """Add up the warnings of all chunks, with line numbers counted from the top of each file.
+    """Add up the warnings of all chunks, and convert their line numbers to those in the whole files.
 
     Args:
         chunks: The warnings of each chunk, in the order of the chunks.
@@ -132,11 +146,11 @@ def summarize_warnings(chunks: Iterable[InputWarnings], files: Sequence[InputFil
 
 
 def locate_error(error: LocatedError, earlier: Iterable[InputWarnings], files: Sequence[InputFile]) -> UserError:
-    """Return a located error for the user, with the line number counted from the top of its file.
+    """Convert a located error to a user-facing error with the line number in the whole file.
 
     Args:
-        error: The error of a chunk.
-        earlier: The warnings, with the line counts, of the chunks before it.
+        error: The error that occurred in a chunk.
+        earlier: The warnings of the earlier chunks, which include their line counts.
         files: The files of the input.
     """
     lines: Counter[int] = Counter()

@@ -1,4 +1,4 @@
-"""Merges shards into the parts of a corpus: copies the selected documents of each part, in order or shuffled."""
+"""Merges shards into the training and validation parts of a corpus, in input order or shuffled."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from megagpt.prepare.process_group import ProcessGroup
 from megagpt.prepare.shards import ROW_DTYPE, Rows, ShardRecord
 from megagpt.tokenizer.tokenizer import Tokenizer
 
-# Documents that are processed together. A shuffle permutes the documents of each block, and the blocks.
+# Number of documents per block. A shuffle permutes the documents within each block, and the order of the blocks.
 BLOCK_DOCUMENTS = 1 << 16
-_COPY_BYTES = 1 << 20  # copied at a time
-_SHUFFLE_SEED = 0x6D656761  # fixed, so that the same input gives the same order
+_COPY_BYTES = 1 << 20  # number of bytes copied at a time
+_SHUFFLE_SEED = 0x6D656761  # the seed is fixed, so that the same input gives the same order
 Integers = npt.NDArray[np.int64]
 
 
@@ -35,10 +35,10 @@ class DocumentBlock:
 
     Attributes:
         shard: The number of the shard.
-        row: The index of the first document in the shard.
-        count: Number of documents.
-        first: The index of the first document in the whole input.
-        start: The byte of the shard's .bin file where the ids of the first document begin.
+        row: The index of the block's first document in the shard.
+        count: The number of documents.
+        first: The index of the block's first document in the whole input.
+        start: The byte offset in the shard's .bin file at which the ids of the first document begin.
     """
 
     shard: int
@@ -50,14 +50,14 @@ class DocumentBlock:
 
 @dataclass(frozen=True)
 class DocumentSelection:
-    """Which documents of the shards are copied to each part, and in which order.
+    """Selection and order of the documents that are copied from the shards to each part of the corpus.
 
     Attributes:
         folder: The folder of the shards.
         records: The records of all shards.
         id_bytes: Bytes per token id.
-        keep: One bool per document of the input, True for documents to copy; None means all.
-        shuffle: True if documents are shuffled.
+        keep: One bool per document of the input, True for documents to copy. If None, all documents are copied.
+        shuffle: True if the documents are shuffled.
     """
 
     folder: Path
@@ -72,15 +72,15 @@ class DocumentSelection:
         return [blocks[index] for index in _permutation(len(blocks), 0, self.shuffle).tolist()]
 
     def select(self, block: DocumentBlock, rows: Rows, validation: bool) -> Integers:
-        """Return the documents of a block that are copied to a part, in order.
+        """Return the documents of a block that are copied to one part, in the order in which they are copied.
 
         Args:
             block: The block.
-            rows: The rows of its documents.
+            rows: The rows of the block's documents.
             validation: True for the validation part, False for the training part.
 
         Returns:
-            Indices into `rows`.
+            The indices of the documents in `rows`.
         """
         order = _permutation(block.count, block.first + 1, self.shuffle)
         is_selected = rows["validation"] == validation
@@ -90,7 +90,7 @@ class DocumentSelection:
         return selected
 
     def total_id_bytes(self, blocks: Sequence[DocumentBlock], validation: bool) -> int:
-        """Return the size, in bytes, of the ids that are copied from some blocks to a part."""
+        """Return the total size, in bytes, of the ids that are copied from the given blocks to one part."""
         tokens = 0
         for block in blocks:
             rows = _read_rows(self.folder, block)
@@ -105,16 +105,17 @@ def merge_shards(
     """Write the selected documents to the parts of a corpus. Collective.
 
     Each rank writes the ids of its documents directly to their final offsets in the files. The first rank creates the
-    files and writes the indexes. It alone receives the writers, and may finish them within the `with` block.
+    files and writes the indexes. Only the first rank receives the writers, and it may finish them within the `with`
+    block.
 
     Args:
-        prefixes: The prefix of each part: training (False) and validation (True).
+        prefixes: The prefix of each part, where the key False is the training part and True the validation part.
         tokenizer: The tokenizer.
-        selection: The documents.
+        selection: The documents to write.
         ranks: The processes that share the work.
 
     Yields:
-        The writer of each part on the first rank, and the number of unknown ids in all parts.
+        The writer of each part (empty on all ranks except the first), and the number of unknown ids in all parts.
     """
     with ExitStack() as stack:
         writers: dict[bool, CorpusWriter] = {}
@@ -165,7 +166,8 @@ def document_digests(folder: Path, records: Sequence[ShardRecord]) -> Iterator[t
         records: The records of all shards.
 
     Yields:
-        The index of the block's first document in the whole input, and the hashes as uint64 `[documents, 2]`.
+        The index of the block's first document in the whole input, and the hashes of the block's documents as uint64
+        `[documents, 2]`.
     """
     for block in _blocks(folder, records, 1):
         digest = np.ascontiguousarray(_read_rows(folder, block)["digest"])
@@ -175,7 +177,7 @@ def document_digests(folder: Path, records: Sequence[ShardRecord]) -> Iterator[t
 def _write_index(
     selection: DocumentSelection, blocks: Sequence[DocumentBlock], writers: Mapping[bool, CorpusWriter]
 ) -> None:
-    """Add the documents of all blocks to the index of their part."""
+    """Add the selected documents of all blocks to the indexes of their parts."""
     for block in blocks:
         rows = _read_rows(selection.folder, block)
         for validation, writer in writers.items():
@@ -186,7 +188,7 @@ def _write_index(
 def _copy_ids(
     selection: DocumentSelection, blocks: Sequence[DocumentBlock], files: Mapping[bool, BinWriter], unknown: int | None
 ) -> int:
-    """Copy the ids of some blocks to the files of their parts, and return how many of them are the id `unknown`."""
+    """Copy the ids of the given blocks to the files of their parts. Returns the number of ids equal to `unknown`."""
     unknown_count = 0
     for block in blocks:
         rows = _read_rows(selection.folder, block)
@@ -205,7 +207,10 @@ def _copy_ids(
 
 
 def _read_ids(shard: int, rows: Rows, selected: Integers, start: int, selection: DocumentSelection) -> Iterator[bytes]:
-    """Yield the ids of the selected documents of `rows`, which begin at byte `start` of the open file `shard`."""
+    """Yield the ids of the selected documents.
+
+    The ids of the first document in `rows` begin at byte `start` of `shard`, a file descriptor.
+    """
     if not len(selected):
         return
     ends = start + np.cumsum(rows["tokens"]) * selection.id_bytes
@@ -242,7 +247,7 @@ def _read_rows(folder: Path, block: DocumentBlock) -> Rows:
 
 
 def _permutation(count: int, key: int, shuffle: bool) -> Integers:
-    """Return the integers below `count`, permuted by `key` if `shuffle` is set."""
+    """Return the integers from 0 to `count` - 1, permuted with the key `key` if `shuffle` is set."""
     if not shuffle or count < 2:
         return np.arange(count)
     a, b = (as_uint64([side]) for side in radices(count))

@@ -1,8 +1,8 @@
 """Packs the documents of a corpus into samples of fixed length, so that as few documents as possible are split.
 
-Best-fit-decreasing packing, as in Ding et al. 2024 (arXiv 2404.10830): segments are placed from the longest to the
-shortest, each in the fullest sample that still has room for it. A segment is a document. A document that is longer than
-a sample consists of several segments: as many full samples as it fills, and the remainder.
+The algorithm is best-fit-decreasing packing, as in Ding et al. 2024 (arXiv 2404.10830). Segments are placed from the
+longest to the shortest, each in the fullest sample that still has room for it. A document that fits into a sample is a
+single segment. A longer document is divided into segments of the length of a sample, and the remainder.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from megagpt.errors import MachineError
 from megagpt.prepare.summary import PackingSummary
 from megagpt.prepare.workdir import create_memmap
 
-_ENTRIES = 1 << 16  # documents or segments that are processed together
-_TOKENS = 1 << 20  # tokens that are copied together, approximately
+_ENTRIES = 1 << 16  # number of documents or segments processed together
+_TOKENS = 1 << 20  # approximate number of tokens copied together
 Integers = npt.NDArray[np.int64]
-# Content of a sample as a linked list: the content before, the length of the segments added last, and their number.
+# Content of a sample as a linked list. Each node is the previous content, the length of the segments that were added
+# last, and the number of these segments.
 _Content = tuple["_Content", int, int] | None
 
 
 class SampleGroup(NamedTuple):
-    """`samples` samples that contain segments of the same `lengths` `[segments]`, in tokens and in this order."""
+    """Group of samples whose segments have the same lengths.
+
+    Attributes:
+        samples: The number of samples in the group.
+        lengths: The lengths of the segments in each sample, in tokens and in order, `[segments]`.
+    """
 
     samples: int
     lengths: Integers
@@ -39,18 +45,19 @@ class SampleGroup(NamedTuple):
 def best_fit(counts: Sequence[int]) -> list[SampleGroup]:
     """Assign segments to samples by best-fit decreasing.
 
-    Segments of the same length are placed together, and so are samples with the same content. Time and memory depend on
-    the length of the samples, not on the number of segments.
+    Segments of the same length are placed in one step, and samples with the same content are handled as a group. Time
+    and memory therefore depend on the length of the samples, not on the number of segments.
 
     Args:
         counts: The number of segments of each length, `[sample length + 1]`.
 
     Returns:
-        All samples, grouped by their content.
+        All non-empty samples, grouped by their content.
     """
     longest = len(counts) - 1
-    rooms = [longest]  # tokens of free room that some sample has, ascending
-    # The samples with each amount of room, as their number and content. At first all samples are empty.
+    rooms = [longest]  # all amounts of free room that samples have, in tokens and in ascending order
+    # For each amount of room, the groups of samples that have it, as the number of samples and their content. Initially
+    # all samples are empty.
     samples_by_room: dict[int, list[tuple[int, _Content]]] = {longest: [(sum(counts), None)]}
 
     def put(room: int, samples: int, content: _Content) -> None:
@@ -68,11 +75,11 @@ def best_fit(counts: Sequence[int]) -> list[SampleGroup]:
             samples, content = samples_by_room[room].pop()
             if not samples_by_room[room]:
                 del samples_by_room[room], rooms[index]
-            # The fullest sample with room stays the fullest until it has no room for this length, so that it receives
-            # as many segments as fit at once.
+            # The fullest sample with enough room remains the fullest until it has no room for another segment of this
+            # length. It therefore receives as many of these segments as fit.
             fitting = room // length
-            full = min(samples, remaining // fitting)  # samples that receive `fitting` segments
-            rest = remaining - full * fitting if full < samples else 0  # segments for one more sample
+            full = min(samples, remaining // fitting)  # number of samples that receive `fitting` segments
+            rest = remaining - full * fitting if full < samples else 0  # number of segments for one more sample
             put(room - fitting * length, full, (content, length, fitting))
             if rest:
                 put(room - rest * length, 1, (content, length, rest))
@@ -99,26 +106,26 @@ def _lengths(content: _Content) -> Integers:
 
 
 def pack(reader: CorpusReader, writer: CorpusWriter, seq_len: int, eod: int, folder: Path) -> PackingSummary:
-    """Write all tokens of a corpus, each exactly once, as samples of `seq_len + 1` tokens, one sequence per sample.
+    """Pack a corpus into samples of `seq_len + 1` tokens. Each sample is written as one sequence.
 
-    Samples that are not full are padded with `eod`, which also follows the end of their last document. The groups of
-    samples are interleaved in proportion to their size, so that nearby samples contain documents from nearby positions
-    of the corpus. Memory does not grow with the corpus.
+    Every token of the corpus is written exactly once. Samples that are not full are padded with `eod`, which is also
+    the last token of every document. The groups of samples are interleaved in proportion to their size, so that nearby
+    samples contain documents from nearby positions of the corpus. Memory does not grow with the corpus.
 
     Args:
         reader: The corpus to pack.
-        writer: Receives the samples; the caller finishes it.
+        writer: The writer that receives the samples. The caller must finish it.
         seq_len: Tokens per sample, without the last label.
         eod: The id of the end-of-document symbol.
         folder: The folder for a temporary file with the positions of all segments.
 
     Returns:
-        The number of samples, their padding, and how many documents are split.
+        The number of samples, the number of padding tokens, and the number of documents that are split.
     """
     size, path = seq_len + 1, folder / "segments"
     documents, cut_before, cut_after, counts = _measure(reader, size)
     groups = best_fit(counts.tolist())
-    # Begins of all segments in the corpus, sorted by their length: those of one length are used in this order.
+    # Offsets of all segments in the corpus, sorted by segment length. Segments of equal length are used in this order.
     begins_by_length = create_memmap(path, np.int64, int(counts.sum()))
     cursor = _SegmentCursor(counts)
     for begins, lengths in _segments(reader, size):
@@ -136,13 +143,18 @@ def pack(reader: CorpusReader, writer: CorpusWriter, seq_len: int, eod: int, fol
 
 
 def _measure(reader: CorpusReader, size: int) -> tuple[int, float, int, Integers]:
-    """Count the documents, the documents split without and with packing, and the segments by length `[size + 1]`."""
+    """Count the documents and segments of a corpus.
+
+    Returns:
+        The number of documents, the expected number of documents split without packing, the number of documents split
+        with packing, and the number of segments of each length `[size + 1]`.
+    """
     documents, cut_before, cut_after, counts = 0, 0.0, 0, np.zeros(size + 1, np.int64)
     for bounds in _document_bounds(reader):
         tokens = np.diff(bounds)
         documents += len(tokens)
-        # Without packing, samples overlap by one token, and so begin at every (size - 1)-th token. Of these size - 1
-        # possible offsets, size + 1 - n leave a document of n tokens in one sample.
+        # Without packing, samples overlap by one token and therefore begin at every (size - 1)-th token. With
+        # size + 1 - n of the size - 1 possible offsets, a document of n tokens is not split.
         cut_before += float(np.clip((tokens - 2) / (size - 1), 0, 1).sum())
         cut_after += int((tokens > size).sum())
         counts[size] += (tokens // size).sum()
@@ -152,16 +164,19 @@ def _measure(reader: CorpusReader, size: int) -> tuple[int, float, int, Integers
 
 
 def _document_bounds(reader: CorpusReader) -> Iterator[Integers]:
-    """Yield, in batches, the tokens at which documents begin, followed by the end of the last document of the batch."""
+    """Yield the token offsets at which documents begin, in batches.
+
+    Each batch ends with one more offset, the end of its last document.
+    """
     documents = len(reader.documents) - 1
     for first in range(0, documents, _ENTRIES):
         yield reader.document_starts(np.arange(first, min(first + _ENTRIES, documents) + 1))
 
 
 def _segments(reader: CorpusReader, size: int) -> Iterator[tuple[Integers, Integers]]:
-    """Yield, in batches, the begins and lengths of all segments, in tokens."""
+    """Yield the offsets and lengths of all segments in tokens, in batches."""
     for bounds in _document_bounds(reader):
-        counts = -(-np.diff(bounds) // size)  # segments per document
+        counts = -(-np.diff(bounds) // size)  # number of segments per document
         ends = np.cumsum(counts)
         for first in range(0, int(ends[-1]), _ENTRIES):
             segment = np.arange(first, min(first + _ENTRIES, int(ends[-1])))
@@ -171,13 +186,13 @@ def _segments(reader: CorpusReader, size: int) -> Iterator[tuple[Integers, Integ
 
 
 class _SegmentCursor:
-    """Numbers all segments, sorted by length and, within a length, in the order in which they are taken."""
+    """Numbers all segments by length. Segments of the same length are numbered in the order in which they are taken."""
 
     def __init__(self, counts: Integers) -> None:
         self._next = np.cumsum(counts) - counts  # number of the next segment of each length
 
     def take(self, lengths: Integers) -> Integers:
-        """Return the numbers of the next segments with these lengths."""
+        """Return the number of the next segment of each given length."""
         counts = np.bincount(lengths, minlength=len(self._next))
         numbers = np.empty(len(lengths), np.int64)
         before = np.cumsum(counts) - counts
@@ -187,10 +202,14 @@ class _SegmentCursor:
 
 
 def _interleave(groups: Sequence[SampleGroup], size: int) -> Iterator[list[SampleGroup]]:
-    """Yield all samples in batches of about `_TOKENS` tokens, each with about the same fraction of every group."""
+    """Yield all samples in batches of about `_TOKENS` tokens.
+
+    Each batch contains about the same fraction of every group of samples.
+    """
     samples = np.array([group.samples for group in groups])
     batches = -(-int(samples.sum()) * size // _TOKENS)
-    shift = np.arange(len(groups)) * batches // max(len(groups), 1)  # otherwise all small groups would come last
+    # Without this shift, all small groups would be in the last batches.
+    shift = np.arange(len(groups)) * batches // max(len(groups), 1)
     done = np.zeros_like(samples)
     for batch in range(1, batches + 1):
         due = (samples * batch + shift) // batches
@@ -206,16 +225,20 @@ def _fill_samples(
     Args:
         reader: The corpus.
         batch: The samples.
-        lengths: The lengths of their segments, in order, `[segments]`.
-        begins: The tokens of the corpus at which the segments begin, `[segments]`.
+        lengths: The lengths of the segments of all samples, in order, `[segments]`.
+        begins: The token offsets in the corpus at which the segments begin, `[segments]`.
         size: Tokens per sample.
         eod: The id with which samples are padded.
+
+    Returns:
+        The ids `[samples * size]`, as the bytes of .bin.
 
     Raises:
         MachineError: The corpus was truncated while it was read.
     """
     samples = sum(group.samples for group in batch)
-    segments = np.concatenate([np.full(group.samples, len(group.lengths)) for group in batch])  # of each sample
+    # Number of segments in each sample.
+    segments = np.concatenate([np.full(group.samples, len(group.lengths)) for group in batch])
     before = np.cumsum(lengths) - lengths
     shift = np.arange(samples) * size - before[np.cumsum(segments) - segments]
     ids = np.full(samples * size, eod, reader.dtype).data.cast("B")

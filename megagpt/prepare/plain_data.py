@@ -1,6 +1,7 @@
-"""Serialization of what the tasks of `megagpt prepare` exchange: bytes, or JSON with a fixed list of types.
+"""Serialization of the values that the tasks of `megagpt prepare` exchange.
 
-A message can only create values of the types listed here: no code runs, no name is imported, no file is opened.
+A message is either bytes or JSON. Reading a message can create only values of the types listed in this module. It never
+runs code, imports names or opens files.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ _JSON, _BYTES = b"J", b"B"  # first byte of a message
 
 
 class BadMessage(ValueError):
-    """A message that is not plain data of the listed types."""
+    """Error for a message that is not plain data of the listed types."""
 
 
 def dumps(value: Any) -> bytes:
-    """Return the message from which `loads` restores `value`. Raises TypeError for a type that is not listed."""
+    """Serialize `value` to a message that `loads` can read. Raises TypeError if its type is not listed."""
     if isinstance(value, bytes):
         return _BYTES + value
     return _JSON + json.dumps(_plain(value), separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def loads(message: bytes) -> Any:
-    """Return the value in a message. Raises BadMessage if it is not one that `dumps` produces."""
+    """Return the value of a message. Raises BadMessage if `dumps` could not have written the message."""
     kind, content = message[:1], message[1:]
     if kind == _BYTES:
         return content
@@ -69,13 +70,16 @@ def loads(message: bytes) -> Any:
 
 
 def register(kind: type[Any]) -> type[Any]:
-    """Add a NamedTuple to the listed types. A class decorator."""
+    """Class decorator that adds a NamedTuple to the listed types."""
     _TUPLES[kind.__name__] = kind
     return kind
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON-compatible data: scalars unchanged, everything else as a list that starts with the type's name."""
+    """Convert a value to JSON-compatible data.
+
+    Scalars are unchanged. Every other value becomes a list that starts with the name of its type.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):

@@ -1,4 +1,8 @@
-"""Process group of `megagpt prepare`: one process, or those that mpirun (over MPI) or srun (over sockets) started."""
+"""Process group of `megagpt prepare`.
+
+The group is a single process, or all processes that were started by mpirun (connected by MPI) or srun (connected by
+sockets).
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,15 @@ class ProcessGroup:
     rank, size = 0, 1
 
     def first(self, work: Callable[[], _T]) -> _T:
-        """Run `work` on the first rank and return its result on every rank; if it raises UserError, every rank does."""
+        """Run `work` on the first rank and return its result on every rank. A UserError is raised on every rank."""
         return work()
 
     def each(self, work: Callable[[], _T]) -> list[_T]:
-        """Run `work` on every rank and return all results on every rank. The first UserError is raised on all."""
+        """Run `work` on every rank and return all results on every rank. The first UserError is raised on all ranks."""
         return [work()]
 
     def local_part(self, items: Sequence[_T]) -> Sequence[_T]:
-        """Return this rank's contiguous part of a sequence; the first rank has the first items."""
+        """Return this rank's contiguous part of a sequence. The parts are in rank order."""
         count = len(items)
         return items[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
@@ -45,11 +49,16 @@ class ProcessGroup:
         return True
 
     def gather_files(self, folder: Path, names: Sequence[str]) -> None:
-        """Copy the files in `folder` that each rank names to the first rank, unless it has them."""
+        """Copy files in `folder` from each rank to the first rank, except those that the first rank already has.
+
+        Args:
+            folder: The folder, which has the same path on all ranks.
+            names: The names of the files of this rank.
+        """
 
 
 class _CommunicatingGroup(ProcessGroup):
-    """Several ranks that communicate through mpi4py's communicator, or through one with the same methods."""
+    """Group of several ranks that communicate through an mpi4py communicator, or an object with the same methods."""
 
     def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
@@ -118,10 +127,15 @@ def _outcome(work: Callable[[], _T]) -> _T | UserError:
 
 @contextmanager
 def process_group(folder: Path) -> Iterator[ProcessGroup]:
-    """Connect all ranks of this command.
+    """Connect all ranks of this command for the duration of the `with` block.
 
-    An unexpected error on one rank ends all of them; a UserError is printed by the first rank only. `folder` is that
-    of the output, in which SLURM tasks find the key of their job.
+    An unexpected error on one rank ends all ranks. A UserError is printed only by the first rank.
+
+    Args:
+        folder: The output folder, in which SLURM tasks find the key of their job.
+
+    Yields:
+        The process group.
     """
     rank = from_mpi_or_slurm(os.environ)
     if rank.world_size == 1:
@@ -146,7 +160,7 @@ def process_group(folder: Path) -> Iterator[ProcessGroup]:
 
 
 def _mpi(size: int) -> Any:
-    """Return MPI's communicator of all ranks."""
+    """Return the MPI communicator of all ranks."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -160,7 +174,7 @@ def _mpi(size: int) -> Any:
 
 @contextmanager
 def _errors_on_first_rank_only(rank: int) -> Iterator[None]:
-    """Print a UserError on the first rank only; others exit without a message."""
+    """Raise a UserError only on the first rank. All other ranks exit without a message."""
     try:
         yield
     except UserError as error:

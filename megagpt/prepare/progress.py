@@ -1,4 +1,4 @@
-"""Progress of `prepare`: a live line on a terminal, and a plain line every ten seconds elsewhere."""
+"""Progress of `prepare`, shown as a live line on a terminal, or as a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.table import Table
 
-_SECONDS = 10.0  # between plain lines
+_SECONDS = 10.0  # seconds between two plain lines
 
 
 class Progress:
-    """Counts what was done since it was created. This class shows nothing."""
+    """Counts the documents, tokens and bytes that have been processed. This base class does not show them."""
 
     def __init__(self, total: int) -> None:
-        """Start to count.
+        """Start counting.
 
         Args:
-            total: Bytes of input that are to be processed.
+            total: The total number of bytes of input to process.
         """
         self._total = total
         self._begin = time.monotonic()
@@ -30,10 +30,10 @@ class Progress:
         """Add to the counts.
 
         Args:
-            documents: Further documents.
-            tokens: Further tokens.
-            text_bytes: Further bytes of text.
-            input_bytes: Further bytes of input in completed chunks.
+            documents: The number of documents to add.
+            tokens: The number of tokens to add.
+            text_bytes: The number of bytes of text to add.
+            input_bytes: The number of bytes of input in completed chunks to add.
         """
         self._documents += documents
         self._tokens += tokens
@@ -42,10 +42,10 @@ class Progress:
         self.show()
 
     def show(self) -> None:
-        """Show the counts."""
+        """Show the counts. The base class does nothing."""
 
     def fraction(self) -> float:
-        """Return the fraction of the input that is done."""
+        """Return the fraction of the input that has been processed."""
         return self._input_bytes / self._total if self._total else 0.0
 
     def __str__(self) -> str:
@@ -80,15 +80,19 @@ def show_progress(total: int, out: TextIO | None) -> Iterator[Progress]:
     """Show progress for the duration of the `with` block.
 
     Args:
-        total: Bytes of input that are to be processed.
-        out: The stream on which it is shown; None means not at all.
+        total: The total number of bytes of input to process.
+        out: The stream to which progress is written. If None, no progress is shown.
+
+    Yields:
+        The counts, to which the caller adds.
     """
     if out is None:
         yield Progress(total)
     elif not out.isatty():
         yield _PlainProgress(total, out)
     else:
-        from rich.console import Console  # imported here, since the import takes longer than to prepare a small corpus
+        # These are imported here because the import takes longer than preparing a small corpus.
+        from rich.console import Console
         from rich.live import Live
 
         progress = Progress(total)

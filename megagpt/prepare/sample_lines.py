@@ -1,4 +1,7 @@
-"""Samples the text on which a tokenizer is trained and measured, equally with any number of processes."""
+"""Samples the text on which a tokenizer is trained and measured.
+
+The sample does not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ from megagpt.prepare.workers import ChunkTask, run_tasks
 from megagpt.tokenizer.line_sample import BoundedSample
 from megagpt.tokenizer.tokenizer import SAMPLE_BYTES, training_lines, without_surrogates
 
-_MEASURED_BYTES = 1_000_000  # bytes of text on which the quality of a tokenizer is measured
-_HEAD = _MEASURED_BYTES // 4  # first characters of a document that are measured; a character has at most 4 bytes
+_MEASURED_BYTES = 1_000_000  # maximum bytes of text on which the quality of a tokenizer is measured
+# Only the beginning of a document, up to this number of characters, is measured. It always fits into a sample, since a
+# character has at most 4 bytes.
+_HEAD = _MEASURED_BYTES // 4
 
 
 @dataclass
 class TokenizerSample:
-    """The text on which a tokenizer is trained and measured.
+    """Text on which a tokenizer is trained and measured.
 
     Attributes:
-        lines: Lines to train on.
-        seen: Documents to measure on, from those whose lines are trained on.
-        unseen: Documents to measure on, from the validation part.
-        documents: Number of all documents of the training part.
-        text_bytes: Bytes of those documents, in UTF-8.
+        lines: The lines to train on, sampled from the training part.
+        seen: The documents of the training part to measure on.
+        unseen: The documents of the validation part to measure on.
+        documents: The number of documents in the training part.
+        text_bytes: The size of the training part in bytes of UTF-8.
     """
 
     lines: BoundedSample = field(default_factory=lambda: BoundedSample(SAMPLE_BYTES))
@@ -40,7 +45,7 @@ class TokenizerSample:
     text_bytes: int = 0
 
     def merge(self, other: TokenizerSample) -> None:
-        """Add the sample of other chunks."""
+        """Merge the sample of other chunks into this sample."""
         self.lines.merge(other.lines)
         self.seen.merge(other.seen)
         self.unseen.merge(other.unseen)
@@ -48,7 +53,7 @@ class TokenizerSample:
         self.text_bytes += other.text_bytes
 
     def thresholds(self) -> tuple[int, int, int]:
-        """Return the thresholds of the three samples, above which other processes need not send texts."""
+        """Return the thresholds of the three samples. Texts with larger numbers need not be sent by other processes."""
         return self.lines.threshold, self.seen.threshold, self.unseen.threshold
 
 
@@ -60,8 +65,11 @@ def sample_inputs(
     Args:
         files: The files of the input.
         key: The keys that lead to the text in a JSON line or table row, outermost first.
-        validation_fraction: The fraction of documents that are not trained on.
-        workers: The largest number of processes.
+        validation_fraction: The fraction of the documents that are assigned to the validation part.
+        workers: The maximum number of processes.
+
+    Returns:
+        The sample of the whole input.
 
     Raises:
         UserError: The input cannot be read.
@@ -105,9 +113,10 @@ def _sample_chunk(
 
 
 class _DocumentSampler:
-    """Samples document by document. The lines of a document are added to the sample only at its end.
+    """Adds documents to a sample.
 
-    Only then is its hash known, which decides if it is trained on.
+    The lines of a document are added to the sample only at the end of the document. Only then is its hash known, which
+    decides whether it belongs to the training part.
     """
 
     def __init__(self, sample: TokenizerSample, validation_fraction: float, chunk: int) -> None:

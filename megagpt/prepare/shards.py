@@ -1,7 +1,8 @@
-"""Shards: what the chunks of the input are encoded to. A shard is complete once its record exists, written last.
+"""Shards, the files to which the chunks of the input are encoded.
 
-`NUMBER.bin` holds the token ids of all documents, in the format of a corpus's .bin file. `NUMBER.rows` has one row per
-document, of type `ROW_DTYPE`. `NUMBER.json` is the record.
+A shard consists of three files. `NUMBER.bin` holds the token ids of all documents, in the format of a corpus's .bin
+file. `NUMBER.rows` has one row of type `ROW_DTYPE` per document. `NUMBER.json` is the record. It is written last, and a
+shard is complete if its record exists.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ SUFFIXES = ("bin", "rows", "json")
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Facts about a complete shard.
+    """Record of a complete shard.
 
     Attributes:
-        number: The number of the shard, which is its chunk's.
-        documents: Number of documents.
-        tokens: Number of tokens, end-of-document symbols included.
-        text_bytes: Bytes of the documents' text in UTF-8.
-        bin_bytes: Size of `NUMBER.bin`.
+        number: The number of the shard, which is also the number of its chunk.
+        documents: The number of documents.
+        tokens: The number of tokens, including end-of-document symbols.
+        text_bytes: The size of the documents' text in bytes of UTF-8.
+        bin_bytes: The size of `NUMBER.bin` in bytes.
         bin_crc32: CRC-32 of `NUMBER.bin`.
         rows_crc32: CRC-32 of `NUMBER.rows`.
-        warnings: What was unusual in the chunk.
+        warnings: The warnings about unusual input in the chunk.
     """
 
     number: int
@@ -53,7 +54,11 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Writes one shard, buffered until `flush`. If the `with` block ends without `finish`, the files are removed."""
+    """Writes one shard.
+
+    Ids and rows are buffered until `flush` is called. If the `with` block ends and `finish` was not called, the files
+    are removed.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
@@ -76,17 +81,17 @@ class ShardWriter:
             self._partial(suffix).unlink(missing_ok=True)
 
     def write(self, ids: bytes) -> None:
-        """Append ids to the current document."""
+        """Append ids, given as the bytes of .bin, to the current document."""
         self._new_ids.append(ids)
 
     def end_document(self, tokens: int, text_bytes: int, validation: bool, digest: bytes) -> None:
         """End the current document.
 
         Args:
-            tokens: Its number of tokens.
-            text_bytes: Bytes of its text.
-            validation: True if it belongs to the validation part.
-            digest: The 16-byte hash of its text.
+            tokens: The number of tokens in the document.
+            text_bytes: The size of the document's text in bytes of UTF-8.
+            validation: True if the document belongs to the validation part.
+            digest: The 16-byte hash of the document's text.
         """
         self._new_rows.append(_ROW.pack(tokens, text_bytes, validation, digest))
         self.documents += 1
@@ -101,7 +106,7 @@ class ShardWriter:
             new.clear()
 
     def finish(self, warnings: InputWarnings) -> ShardRecord:
-        """Rename the files to their final names, then write and return the record."""
+        """Flush the files, rename them to their final names, and write the record. Returns the record."""
         self.flush()
         for file, suffix in ((self._bin, "bin"), (self._rows, "rows")):
             file.sync()
@@ -128,9 +133,9 @@ class ShardWriter:
 
 
 def read_shard_record(folder: Path, number: int) -> ShardRecord | None:
-    """Return the record of a complete shard, or None if there is none or its files have another size.
+    """Return the record of a shard, or None if the shard is incomplete or its files have the wrong size.
 
-    The content of the files is not read; `is_intact` compares it with the checksums.
+    This does not read the content of the files. `is_intact` compares it with the checksums.
     """
     try:
         content: dict[str, Any] = parse_json((folder / f"{number}.json").read_bytes())
@@ -145,18 +150,18 @@ def read_shard_record(folder: Path, number: int) -> ShardRecord | None:
 
 
 def is_intact(folder: Path, number: int) -> bool:
-    """Return True if the shard is complete and its files can be read and have the checksums of its record."""
+    """Return True if the shard is complete and its files match the checksums in its record."""
     record = read_shard_record(folder, number)
     if record is None:
         return False
     try:
         checksums = [crc32(folder / f"{number}.{suffix}") for suffix in ("bin", "rows")]
-    except OSError:  # a bad sector
+    except OSError:  # for example because of a bad sector
         return False
     return checksums == [record.bin_crc32, record.rows_crc32]
 
 
 def remove_shard(folder: Path, number: int) -> None:
-    """Remove the files of a shard, its record first, so that it is never taken for complete."""
+    """Remove the files of a shard. The record is removed first, so that the shard never looks complete."""
     for suffix in reversed(SUFFIXES):
         (folder / f"{number}.{suffix}").unlink(missing_ok=True)

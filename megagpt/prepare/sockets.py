@@ -1,6 +1,7 @@
-"""Communication between SLURM tasks over TCP sockets, with the methods of mpi4py that `ranks` uses; MPI is not needed.
+"""Communication between SLURM tasks over TCP sockets, without MPI.
 
-Each connection is authenticated with the secret of the job, and carries only plain data (plain.py).
+The communicator has the methods of mpi4py's communicator that process_group.py uses. Each connection is authenticated
+with the secret of the job, and carries only plain data (see plain_data.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _RESUME = "see its messages, then run the command again: it resumes where it sto
 
 
 class SocketCommunicator:
-    """Star topology: the first task has a channel to each of the others. Raises MachineError if a task has ended."""
+    """Communicator in which the first task has a channel to every other task.
+
+    All methods raise MachineError if a task has ended.
+    """
 
     def __init__(self, rank: int, size: int, channels: dict[int, Channel]) -> None:
         self.rank, self.size, self._channels = rank, size, channels
@@ -37,7 +41,7 @@ class SocketCommunicator:
         return value
 
     def allgather(self, value: Any) -> list[Any]:
-        """Return each task's value, in the order of the tasks, on every task."""
+        """Return the values of all tasks, in task order, on every task."""
         if self.rank:
             self.send(value, 0)
             return list(self.recv(0))
@@ -45,18 +49,19 @@ class SocketCommunicator:
         with selectors.DefaultSelector() as waiting:
             for other, channel in self._channels.items():
                 waiting.register(channel, selectors.EVENT_READ, other)
-            while waiting.get_map():  # in any order, to detect that a task has ended while others still work
+            # Receive values in the order of arrival, so that the end of a task is detected while others still work.
+            while waiting.get_map():
                 for key, _ in waiting.select():
                     waiting.unregister(key.fileobj)
                     values[key.data] = self.recv(key.data)
         return list(self.bcast([values[rank] for rank in range(self.size)]))
 
     def send(self, value: Any, dest: int) -> None:
-        """Send a value to the first task, or from it."""
+        """Send a value to the task `dest`. Either this task or `dest` must be the first task."""
         self._send(plain_data.dumps(value), dest)
 
     def recv(self, source: int) -> Any:
-        """Receive a value from a task."""
+        """Receive a value from the task `source`."""
         try:
             return plain_data.loads(self._channels[source].receive())
         except (ForgedMessage, plain_data.BadMessage) as error:
@@ -74,18 +79,18 @@ class SocketCommunicator:
 
 @contextmanager
 def connected(rank: Rank, folder: Path, env_secret: bytes | None) -> Iterator[SocketCommunicator]:
-    """Connect all tasks of this step of the job.
+    """Connect all tasks of this job step for the duration of the `with` block.
 
     Args:
-        rank: This task.
-        folder: Folder of the key file, which all tasks can read; not used if `env_secret` is set.
-        env_secret: The secret from the environment, None if there is none.
+        rank: The rank of this task.
+        folder: The folder of the key file, which all tasks must be able to read. Not used if `env_secret` is set.
+        env_secret: The secret from the environment, or None if the environment contains no secret.
 
     Yields:
-        This task's connections.
+        The communicator of this task.
 
     Raises:
-        MachineError: Not all tasks have connected in time, or rank 0 cannot be reached.
+        MachineError: Some tasks did not connect in time, or rank 0 cannot be reached.
     """
     endpoint = Endpoint(rank, rank.port, "prepare", folder, env_secret)
     channels: dict[int, Channel] = {}
@@ -109,7 +114,7 @@ def _wait_for_all(endpoint: Endpoint, channels: dict[int, Channel]) -> None:
                 what = f"not all tasks have connected within {limit:g} s"
                 raise MachineError(what, f"missing: {', '.join(missing)}", "see their messages")
             task, channel = caller
-            if task in channels:  # it has connected again after its first connection was cut
+            if task in channels:  # the task has connected again after its first connection was lost
                 channels[task].close()
             channels[task] = channel
 

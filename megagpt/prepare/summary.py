@@ -1,4 +1,4 @@
-"""Summaries that `prepare` and `tokenizer train` print at the end. Their fields are the keys of the --json output."""
+"""Summaries that `prepare` and `tokenizer train` print when they finish. Their fields are the keys of --json output."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class TokenizerQuality:
     """Quality of a tokenizer, measured on a sample of documents.
 
     Attributes:
-        text_bytes: Bytes of the sample, in UTF-8.
+        text_bytes: The size of the sample in bytes of UTF-8.
         seen: True if the tokenizer was trained on documents of the sample.
         bytes_per_token: Bytes of text per token.
-        unknown: The fraction of tokens that are unknown.
-        documents: Number of documents.
-        lost: Number of documents that do not decode to their text.
+        unknown: The fraction of the tokens that are the unknown token.
+        documents: The number of documents in the sample.
+        lost: The number of documents that are not equal to their text after encoding and decoding.
     """
 
     text_bytes: int
@@ -43,13 +43,13 @@ class TokenizerSummary:
     """Result of `tokenizer train`.
 
     Attributes:
-        path: The tokenizer that was written.
+        path: The path of the tokenizer.
         source: A description of the input.
-        vocab_size: Size of its vocabulary.
-        documents: Number of documents that were read for training.
-        text_bytes: Bytes of those documents, in UTF-8.
-        quality: Its measured quality.
-        seconds: Duration.
+        vocab_size: The size of the vocabulary, including special tokens.
+        documents: The number of documents in the training part of the input.
+        text_bytes: The size of these documents in bytes of UTF-8.
+        quality: The measured quality of the tokenizer.
+        seconds: The duration of the command.
     """
 
     path: str
@@ -70,7 +70,14 @@ class TokenizerSummary:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One part of a corpus that was written; `text_bytes` are the bytes of its text in UTF-8."""
+    """One part of a corpus, training or validation.
+
+    Attributes:
+        prefix: The prefix of the part's files.
+        documents: The number of documents.
+        tokens: The number of tokens.
+        text_bytes: The size of the text in bytes of UTF-8.
+    """
 
     prefix: str
     documents: int
@@ -91,12 +98,12 @@ class PackingSummary:
 
     Attributes:
         seq_len: Tokens per sample, without the last label.
-        samples: Number of samples, of `seq_len + 1` tokens each.
-        padding: Number of tokens that are padding.
-        documents: Number of documents.
-        cut_before: Expected number of documents that would be split without packing, averaged over all tokens at which
-            the first sample may begin.
-        cut_after: Number of documents that are split. Only documents longer than a sample are.
+        samples: The number of samples, each of `seq_len + 1` tokens.
+        padding: The number of padding tokens.
+        documents: The number of documents.
+        cut_before: The expected number of documents that would be split without packing, averaged over all tokens at
+            which the first sample may begin.
+        cut_after: The number of documents that are split. Only documents longer than a sample are split.
     """
 
     seq_len: int
@@ -123,11 +130,11 @@ class PrepareSummary:
         source: A description of the input.
         train: The training part.
         validation: The validation part, if there is one.
-        packing: Result of packing the training part, if it was packed.
-        oddities: Warnings about the input.
-        copies: Number of copies of earlier documents that were omitted.
-        unknown: Number of tokens that stand for text without a token in the vocabulary.
-        seconds: Duration.
+        packing: The result of packing the training part, if it was packed.
+        oddities: The warnings about the input.
+        copies: The number of omitted copies of earlier documents.
+        unknown: The number of unknown tokens, which stand for text that the vocabulary does not cover.
+        seconds: The duration of preparing the corpus.
     """
 
     source: str
@@ -156,18 +163,24 @@ class PrepareSummary:
 
 @dataclass(frozen=True)
 class PreparedCorpora:
-    """Result of `prepare`: a summary per corpus and, if there are several, the `data` section of a recipe for them."""
+    """Result of `prepare`.
+
+    Attributes:
+        corpora: The summary of each corpus.
+        data: The `data` section of a recipe that trains on all corpora. Empty if there is only one corpus.
+    """
 
     corpora: tuple[PrepareSummary, ...]
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_summaries(cls, corpora: Sequence[PrepareSummary], weights: Sequence[float | None]) -> PreparedCorpora:
-        """Build the result for corpora that are blended.
+        """Build the result from the summaries of all corpora.
 
         Args:
             corpora: The summary of each corpus.
-            weights: The weight of each corpus in the blend. With None among them, all corpora are read equally often.
+            weights: The weight of each corpus in the blend. If one of them is None, the blend reads all corpora equally
+                often.
         """
         if len(corpora) == 1:
             return cls(tuple(corpora))
@@ -186,7 +199,7 @@ class PreparedCorpora:
     def __str__(self) -> str:
         lines = list(map(str, self.corpora))
         if self.data:
-            import yaml  # imported here, since it is rarely needed
+            import yaml  # imported here because it is rarely needed
 
             text = yaml.safe_dump({"data": self.data}, default_flow_style=None, sort_keys=False, width=10_000)
             lines += ["for a recipe:", text.rstrip()]

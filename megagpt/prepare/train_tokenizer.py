@@ -35,19 +35,20 @@ def train_tokenizer_command(
 ) -> TokenizerSummary:
     """Train a tokenizer on text, and write OUTPUT.model.
 
-    The documents that `prepare` puts into the validation part at the same fraction are not used, so that validation
-    measures text which the tokenizer has not seen.
+    Documents that `prepare` would assign to the validation part with the same fraction are not used for training, so
+    that the validation text is new to the tokenizer.
 
     Args:
         inputs: Files, folders, patterns, manifests or addresses, see `find_input_files`.
-        vocab_size: Size of the vocabulary, with all special tokens.
-        output: The prefix OUTPUT of the file that is written.
-        validation_fraction: The fraction of the documents that go to the validation part.
-        text_key: The key of the text in JSON lines or table rows; dots separate nested keys.
-        workers: Number of processes that read; None means one per core. It does not change the result.
+        vocab_size: The size of the vocabulary, including all special tokens.
+        output: The prefix OUTPUT of the file to write.
+        validation_fraction: The fraction of the documents that are assigned to the validation part.
+        text_key: The key of the text in JSON lines or table rows. Dots separate nested keys.
+        workers: The number of processes that read the input. If None, one process per core is used. The result does not
+            depend on it.
 
     Returns:
-        What was read and written, and the quality of the tokenizer.
+        A summary of what was read and written, with the quality of the tokenizer.
 
     Raises:
         UserError: An input cannot be read, or the vocabulary is too large or too small for the text.
@@ -73,7 +74,12 @@ def train_tokenizer_command(
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text as tokens: the id and text of each. A token with part of a character's bytes has the text U+FFFD."""
+    """A text that has been split into tokens.
+
+    Attributes:
+        tokens: The id and text of each token. If a token holds only part of a character's bytes, its text is U+FFFD.
+        text_bytes: The size of the whole text in bytes of UTF-8.
+    """
 
     tokens: tuple[tuple[int, str], ...]
     text_bytes: int
@@ -82,7 +88,7 @@ class TokenizedText:
         return without_controls("|".join(text for _, text in self.tokens)) + f"\n{self._totals()}"
 
     def colored(self) -> Text:
-        """Return the text with a background color for each token."""
+        """Return the text with the tokens in alternating background colors."""
         from rich.text import Text
 
         colored = Text()
@@ -100,7 +106,10 @@ def inspect_tokenizer(tokenizer: str | os.PathLike[str], text: str) -> Tokenized
 
     Args:
         tokenizer: The path of a tokenizer.
-        text: The text.
+        text: The text to split.
+
+    Returns:
+        The tokens of the text.
     """
     model = Tokenizer(tokenizer)
     tokens = tuple((number, model.decode([number])) for number in model.encode(text))

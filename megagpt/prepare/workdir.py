@@ -1,4 +1,7 @@
-"""The work directory OUTPUT.prepare, which holds the shards until the corpus is complete. One command can use it."""
+"""The work directory OUTPUT.prepare, which holds the shards until the corpus is complete.
+
+Only one command at a time can use a work directory.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ def work_directory(output: str) -> Path:
 class WorkDirectory:
     """Creates and locks the work directory for the duration of the `with` block.
 
-    If the block fails and there are complete shards, the directory is kept, so that the same command can resume.
-    Otherwise it is removed. Raises UserError if another command uses it, or it cannot be created.
+    At the end of the block, the directory is kept if it contains complete shards, so that the same command can resume.
+    Otherwise it is removed. Raises UserError if the directory is in use by another command or cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +52,7 @@ class WorkDirectory:
         self._lock.close()
 
     def _acquire_lock(self) -> IO[str]:
-        """Return the open and locked lock file, which contains our process id."""
+        """Open and lock the lock file, write the id of this process to it, and return it."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / "lock").open("a+")
@@ -68,7 +71,7 @@ class WorkDirectory:
             file.close()  # the folder was removed between opening and locking the file
 
     def _is_current(self, file: IO[str]) -> bool:
-        """Return True if the open file is the lock file that is now in the folder."""
+        """Return True if the open file is still the lock file in the folder."""
         try:
             return (self.folder / "lock").stat().st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:
@@ -76,7 +79,9 @@ class WorkDirectory:
 
 
 def resume_or_reset(folder: Path, plan: dict[str, Any]) -> None:
-    """Create the folder for the shards of a corpus, and keep its files if they were written for the same plan.
+    """Create the folder for the shards of a corpus if it does not exist, and remove files that cannot be reused.
+
+    Files can be reused if they are complete and were written for the same plan.
 
     Args:
         folder: The folder.
@@ -92,7 +97,7 @@ def resume_or_reset(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def completed_records(folder: Path, count: int) -> dict[int, ShardRecord]:
-    """Return the records of the complete shards among the first `count`, by number."""
+    """Return the records of all complete shards with numbers below `count`, as a dict from number to record."""
     found = {number: read_shard_record(folder, number) for number in range(count)}
     return {number: record for number, record in found.items() if record}
 
@@ -100,12 +105,15 @@ def completed_records(folder: Path, count: int) -> dict[int, ShardRecord]:
 def create_memmap(path: Path, dtype: npt.DTypeLike, count: int) -> np.memmap[Any, Any]:
     """Create a file and map it into memory for writing.
 
-    The disk space is allocated first, since a write to a mapped page that finds the disk full kills the process.
+    The disk space is allocated first, because writing to a mapped page on a full disk would kill the process.
 
     Args:
-        path: The file.
-        dtype: The type of its entries.
+        path: The path of the file.
+        dtype: The type of the entries.
         count: The number of entries.
+
+    Returns:
+        The memory map of the file.
 
     Raises:
         OSError: There is not enough disk space.
@@ -117,5 +125,5 @@ def create_memmap(path: Path, dtype: npt.DTypeLike, count: int) -> np.memmap[Any
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with its content, if it exists."""
+    """Remove a folder and its content if it exists."""
     shutil.rmtree(path, ignore_errors=True)

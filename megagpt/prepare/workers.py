@@ -1,4 +1,4 @@
-"""Worker processes that process chunks, and the errors of workers that fail or die."""
+"""Worker processes that process chunks, and the handling of workers that fail or die."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from megagpt.prepare.encode import ChunkEncoder, ChunkError, EncodeJob, Progress
 from megagpt.prepare.input_warnings import LocatedError
 from megagpt.prepare.shards import ShardRecord
 
-# Each worker is a new interpreter, since this process may have threads, with which a fork is not safe.
+# Each worker is a new interpreter, because this process may have threads, and forking such a process is not safe.
 _SPAWN = multiprocessing.get_context("spawn")
 
 _R = TypeVar("_R")
 
 if TYPE_CHECKING:
-    Pipe = Connection[Any, Any]  # not generic at run time
+    Pipe = Connection[Any, Any]  # Connection is not generic at run time
 
 
 class ChunkTask(NamedTuple):
-    """A chunk to process, and a further argument."""
+    """Chunk to process, with an additional argument for the worker."""
 
     chunk: Chunk
     argument: Any = None
 
 
 WorkerFactory = Callable[[], Callable[[ChunkTask, ProgressCallback], _R]]
-"""Called once per worker; returns the function that the worker calls for every task."""
+"""Function that is called once in each worker. It returns the function that the worker calls for every task."""
 
 
 def encode_chunks(job: EncodeJob, chunks: Sequence[Chunk], workers: int, report: ProgressCallback) -> list[ShardRecord]:
-    """Encode chunks to shards, in this process or in several workers. After a failure no new chunk is started.
+    """Encode chunks to shards, in this process or in several workers. After a failure, no new chunk is started.
 
     Args:
-        job: How they are encoded.
-        chunks: The chunks.
-        workers: The largest number of processes.
-        report: Receives the progress.
+        job: The settings for encoding the chunks.
+        chunks: The chunks to encode.
+        workers: The maximum number of processes.
+        report: The function that receives the progress.
 
     Returns:
-        The records of the shards, in any order.
+        The records of the shards, in the order in which the chunks were completed.
 
     Raises:
-        ChunkError: Chunks failed; the error is that of the first one, by number.
+        ChunkError: A chunk failed. If several chunks failed, the error is that of the chunk with the lowest number.
     """
     tasks = map(ChunkTask, chunks)
     return list(run_tasks(partial(_create_encoder, job), tasks, min(workers, len(chunks)), report))
@@ -70,13 +70,13 @@ def run_tasks(
     """Yield the results of tasks, in the order in which they complete.
 
     Args:
-        create: Called once in each worker; the function that it returns is called for every task.
-        tasks: The tasks; the next one is taken when a worker is idle.
-        workers: Number of processes. With 1, the tasks run in this process; with 0, nothing runs.
-        report: Receives the progress.
+        create: The function that creates a worker's function for tasks. It is called once in each worker.
+        tasks: The tasks. The next task is taken from the iterable when a worker is idle.
+        workers: The number of processes. With 1, the tasks run in this process. With 0, no task is run.
+        report: The function that receives the progress.
 
     Raises:
-        ChunkError: Chunks failed; the error is that of the first one, by number.
+        ChunkError: A chunk failed. If several chunks failed, the error is that of the chunk with the lowest number.
     """
     if workers <= 1:
         if workers:
@@ -110,7 +110,10 @@ def run_tasks(
 
 
 def _receive(connection: Pipe, chunk: Chunk, process: SpawnProcess) -> Any:
-    """Return the next message of a worker: progress, a result, or a ChunkError, also if the worker died."""
+    """Return the next message of a worker, which is its progress, a result or a ChunkError.
+
+    If the worker died, return a ChunkError.
+    """
     try:
         return connection.recv()
     except (EOFError, OSError):
@@ -124,7 +127,10 @@ def _receive(connection: Pipe, chunk: Chunk, process: SpawnProcess) -> Any:
 
 @contextmanager
 def _start_workers(create: WorkerFactory[Any], count: int) -> Iterator[dict[Pipe, SpawnProcess]]:
-    """Start worker processes, and return them by the connection to each. They are terminated with the `with` block."""
+    """Start worker processes, and yield a dict from each connection to its process.
+
+    The processes are terminated at the end of the `with` block.
+    """
     pool: dict[Pipe, SpawnProcess] = {}
     try:
         for _ in range(count):
@@ -143,7 +149,8 @@ def _start_workers(create: WorkerFactory[Any], count: int) -> Iterator[dict[Pipe
 
 def _run_worker(connection: Pipe, create: WorkerFactory[Any]) -> None:
     """Receive tasks and send their results until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command terminates its workers
+    # Ctrl-C sends SIGINT to the workers as well, but the command terminates them itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     work = create()
     while True:
@@ -156,12 +163,12 @@ def _run_worker(connection: Pipe, create: WorkerFactory[Any]) -> None:
         except ChunkError as error:
             if isinstance(error.cause, UserError | LocatedError):
                 connection.send(error)
-            else:  # other exceptions may not be picklable, and would lose their traceback
+            else:  # other exceptions might not be picklable, and their traceback would be lost
                 connection.send(ChunkError(task.chunk.number, RuntimeError(traceback.format_exc())))
 
 
 def _exit_with_parent() -> None:
-    """Exit as soon as the command does, also if it was killed."""
+    """Exit as soon as the parent process ends, even if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,1 +1,1 @@
-"""Tokenizers: text to token ids and back, with sentencepiece, Hugging Face or tiktoken vocabularies."""
+"""Tokenizers, which convert text to token ids and back, from SentencePiece, Hugging Face and tiktoken."""

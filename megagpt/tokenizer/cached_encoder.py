@@ -1,4 +1,4 @@
-"""Encodes texts to the bytes of .bin, with a cache of words that makes it several times faster than SentencePiece."""
+"""Encodes texts to the bytes of .bin. A cache of words makes it several times faster than SentencePiece."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from megagpt.tokenizer.id_dtype import token_dtype
 from megagpt.tokenizer.sentencepiece_model import NEWLINE_ID
 from megagpt.tokenizer.tokenizer import Tokenizer
 
-_MAX_WORD_LENGTH = 32  # characters of a cached word
-_MAX_WORDS = 1 << 18  # cached words: about 60 MB
+_MAX_WORD_LENGTH = 32  # maximum number of characters in a cached word
+_MAX_WORDS = 1 << 18  # number of cached words, about 60 MB, above which the cache is emptied
 
 
 class CachedEncoder:
-    """Encodes texts to ids in the type of .bin, little-endian.
+    """Encodes texts to ids, given as the bytes of .bin.
 
-    For word-local tokenizers (see `Tokenizer.is_word_local`) the ids of a text are those of its words, so a cache of
-    encoded words is exact. Other tokenizers encode whole texts.
+    With a word-local tokenizer (see `Tokenizer.is_word_local`), the ids of a text are the concatenated ids of its
+    words. A cache of encoded words therefore does not change the result. Other tokenizers encode whole texts, without a
+    cache.
 
     Attributes:
-        width: bytes per id.
-        end: the end-of-document id in the type of .bin.
+        width: number of bytes per id.
+        end: end-of-document id, as the bytes of .bin.
         is_word_local: whether the tokenizer is word-local.
     """
 
@@ -39,7 +40,7 @@ class CachedEncoder:
         self.is_word_local = tokenizer.is_word_local
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Return the ids of each text, without the end-of-document token. Texts must not hold lone surrogates."""
+        """Return the ids of each text, without the end-of-document token. Texts must not contain lone surrogates."""
         if not self.is_word_local:
             return list(map(self._to_bytes, self._tokenizer.encode_all(texts)))
         if len(self._cache) > _MAX_WORDS:
@@ -50,7 +51,7 @@ class CachedEncoder:
         incomplete: list[tuple[int, list[str], list[bytes | None]]] = []
         for number, text in enumerate(texts):
             words = _split_words(text)
-            # One lookup per word: lookups dominate the time, since each goes to a different part of memory.
+            # Each word is looked up only once. Lookups dominate the time because of their random memory accesses.
             found = list(map(cache.get, words))
             if None in found:
                 missing.update(compress(words, map(not_, found)))
@@ -76,11 +77,12 @@ class CachedEncoder:
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a newline and the text into words. A word that does not start with a newline includes the space before it.
+    """Split a text, with an added newline before it, into words.
 
-    No piece of a word-local tokenizer crosses a newline, or goes from a word to the spaces after it. Of several
-    spaces, all but the first become U+2581, so that they stay with the following word. SentencePiece treats a space
-    and U+2581 alike.
+    A word starts with a newline or with a space, but the space is omitted from the result. No piece of a word-local
+    tokenizer crosses a newline, or the boundary between a word and the spaces after it. If there are several
+    consecutive spaces, all except the first are replaced by U+2581, so that they become part of the following word.
+    SentencePiece treats a space and U+2581 alike.
     """
     joined = text.replace("  ", " \u2581").replace("\u2581 ", "\u2581\u2581")
     return ("\n" + joined.replace("\n", " \n")).split(" ")

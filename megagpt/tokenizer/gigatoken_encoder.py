@@ -1,4 +1,4 @@
-"""The gigatoken engine: encodes much faster than SentencePiece, for the tokenizers of `megagpt tokenizer train`."""
+"""The engine gigatoken, a fast encoder for tokenizers that were trained by `megagpt tokenizer train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megagpt.tokenizer.cached_encoder import CachedEncoder
 from megagpt.tokenizer.sentencepiece_model import EOD_PIECE, bpe_vocab_and_merges
 from megagpt.tokenizer.tokenizer import Tokenizer
 
-_CACHE_GROWTH = 40 << 20  # bytes that gigatoken's cache may grow before it is emptied; it never shrinks by itself
+# Number of bytes by which gigatoken's cache may grow before it is emptied. The cache never shrinks by itself.
+_CACHE_GROWTH = 40 << 20
 _PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 _EOD = EOD_PIECE.encode()
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -21,13 +22,14 @@ _DO = "leave out --engine: SentencePiece encodes with any tokenizer"
 
 
 class GigatokenEncoder(CachedEncoder):
-    """Encodes to the same bytes as `CachedEncoder`, with the package gigatoken.
+    """Encoder that uses the package gigatoken and returns the same bytes as `CachedEncoder`.
 
-    gigatoken turns the spelling of a control symbol into its id, so texts that contain one go to SentencePiece.
+    gigatoken converts the spelling of a control symbol to the id of the symbol. Texts that contain such a spelling are
+    therefore encoded by SentencePiece.
 
     Raises:
-        UserError: gigatoken is not installed, or the tokenizer is not word-local. For other tokenizers gigatoken's
-            ids can differ, for example if a space is added before the text.
+        UserError: gigatoken is not installed, or the tokenizer is not word-local. With other tokenizers, gigatoken's
+            ids can differ from SentencePiece's, for example if the tokenizer adds a space before the text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -37,10 +39,10 @@ class GigatokenEncoder(CachedEncoder):
         self._memory_limit = _resident_bytes() + _CACHE_GROWTH
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Return the ids of each text, without the end-of-document token. Texts must not hold lone surrogates."""
+        """Return the ids of each text, without the end-of-document token. Texts must not contain lone surrogates."""
         if _resident_bytes() > self._memory_limit:
             self._reset_engine()
-            # If the memory was not returned to the system at once, avoid another reset at the next batch.
+            # The memory may not be returned to the system immediately. Avoid another reset at the next batch.
             self._memory_limit = max(self._memory_limit, _resident_bytes() + _CACHE_GROWTH // 4)
         if encoded := self._encode_in_one_call(texts):
             return encoded
@@ -48,7 +50,10 @@ class GigatokenEncoder(CachedEncoder):
         return [(self._encode_in_one_call([text]) or by_sentencepiece([text]))[0] for text in texts]
 
     def _encode_in_one_call(self, texts: Sequence[str]) -> list[bytes] | None:
-        """Return the ids of each text from a single call, which is cheapest; None if a text holds a control symbol."""
+        """Encode all texts in a single call, which is fastest.
+
+        Returns the ids of each text, or None if a text contains the spelling of a control symbol.
+        """
         joined = b"".join([text.encode() + _EOD for text in texts])
         for symbol in self._tokenizer.control_symbols:
             if joined.count(symbol.encode()) != (len(texts) if symbol == EOD_PIECE else 0):
@@ -60,8 +65,8 @@ class GigatokenEncoder(CachedEncoder):
         return [content[start:end] for start, end in zip(starts, ends, strict=False)]
 
     def _reset_engine(self) -> None:
-        """Replace the engine by one with an empty cache."""
-        self._engine: Any = None  # releases the memory of the old one first
+        """Replace the engine by a new one with an empty cache."""
+        self._engine: Any = None  # this releases the memory of the old engine first
         self._engine = _build_engine(self._tokenizer)
 
 
@@ -78,7 +83,10 @@ def check_gigatoken(tokenizer: Tokenizer) -> None:
 
 
 def _build_engine(tokenizer: Tokenizer) -> Any:
-    """Build what gigatoken's own reader of .model files would build from a word-local model, in half the time."""
+    """Build gigatoken's engine for a word-local SentencePiece model.
+
+    The result is the same as that of gigatoken's reader of .model files, in half the time.
+    """
     import gigatoken
 
     ids, merges = bpe_vocab_and_merges(tokenizer.path.read_bytes())

@@ -14,7 +14,7 @@ _EOD_SYMBOLS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<
 
 
 class TokenizerBackend(Protocol):
-    """What a tokenizer library must provide for `Tokenizer`, which documents the attributes."""
+    """Interface of the tokenizer libraries to `Tokenizer`, which documents the attributes."""
 
     sha256: str
     vocab_size: int
@@ -24,30 +24,30 @@ class TokenizerBackend(Protocol):
     is_word_local: bool
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, never those of control symbols."""
+        """Return the token ids of each text. The result never contains the ids of control symbols."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Control symbols give no text."""
+        """Return the text of token ids. Control symbols are omitted."""
 
 
 class HuggingFaceTokenizer:
-    """Tokenizer backend for a `tokenizer.json`; see `TokenizerBackend`.
+    """Tokenizer backend for a `tokenizer.json` file, see `TokenizerBackend`.
 
-    Tokens that it adds around a text, truncation and padding are disabled.
+    Truncation, padding and the addition of special tokens before or after a text are disabled.
 
     Args:
         content: content of the file.
         path: path of the file, for error messages.
 
     Raises:
-        UserError: the content is invalid, the package tokenizers is not installed, or there is no end-of-document
-            token.
+        UserError: the content is invalid, the package tokenizers is not installed, or the tokenizer has no
+            end-of-document token.
     """
 
     is_word_local = False
 
     def __init__(self, content: bytes, path: str) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our workers are separate processes already
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # megagpt's workers are separate processes already
         try:
             import tokenizers
         except ImportError:
@@ -55,11 +55,12 @@ class HuggingFaceTokenizer:
             raise UserError(what, path, 'pip install "megagpt[tokenizers]"') from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the package raises no specific exception
+        except Exception as error:  # the package does not raise a more specific exception
             raise UserError(f"not a Hugging Face tokenizer: {error}", path, "give its tokenizer.json") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # encode their spelling as text: it must not end a document
+        # The spelling of a special token is encoded as text. Otherwise a text could end its document.
+        self._tokenizer.encode_special_tokens = True
         self.sha256 = hashlib.sha256(content).hexdigest()
         ids: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(ids.values()) + 1
@@ -79,7 +80,10 @@ class HuggingFaceTokenizer:
 
 
 class TiktokenEncoding:
-    """Tokenizer backend for a tiktoken encoding; see `TokenizerBackend`.
+    """Tokenizer backend for a tiktoken encoding, see `TokenizerBackend`.
+
+    Args:
+        name: name of the encoding.
 
     Raises:
         UserError: the encoding cannot be loaded, or it has no end-of-document token.
@@ -93,7 +97,7 @@ class TiktokenEncoding:
 
         try:
             self._encoding = tiktoken.get_encoding(name)
-        except Exception as error:  # mostly network errors
+        except Exception as error:  # most often a network error
             do = "tiktoken downloads it on first use; set TIKTOKEN_CACHE_DIR on machines without a network"
             raise UserError(f"cannot load this encoding: {error}", name, do) from None
         digest = hashlib.sha256(f"tiktoken {name}".encode())
@@ -116,7 +120,7 @@ class TiktokenEncoding:
 
 
 def tiktoken_encoding(name: str) -> TiktokenEncoding | None:
-    """Return the tiktoken encoding with this name; None if tiktoken is not installed or has no such encoding."""
+    """Return the tiktoken encoding with this name, or None if tiktoken is not installed or has no such encoding."""
     try:
         import tiktoken
     except ImportError:
@@ -125,7 +129,7 @@ def tiktoken_encoding(name: str) -> TiktokenEncoding | None:
 
 
 def _find_eod(ids: dict[str, int], control_symbols: Sequence[str], path: str) -> int:
-    """Return the id of the end-of-document token. Raises UserError if none of its usual names is a control symbol."""
+    """Return the id of the end-of-document token. Raises UserError if no control symbol has one of its usual names."""
     for symbol in _EOD_SYMBOLS:
         if symbol in control_symbols:
             return ids[symbol]

@@ -1,4 +1,4 @@
-"""Random sample of texts with a bounded size, which does not depend on the order or grouping of the texts."""
+"""Random sample of texts with a bounded size. The sample does not depend on the order or grouping of the texts."""
 
 from __future__ import annotations
 
@@ -7,40 +7,44 @@ import heapq
 import struct
 from collections.abc import Iterator
 
-_MAX_DRAW = 1 << 64  # above every hash
+_MAX_DRAW = 1 << 64  # larger than every hash
 TextPosition = tuple[int, int]
-"""Unique position of a text, by which sampled texts are ordered: for example the chunk, and the line within it."""
+"""Unique position of a text, for example the number of a chunk and of a line in it. Sampled texts are ordered by it."""
 
 
 class BoundedSample:
     """Random sample of at most `limit` bytes from all texts that are added.
 
-    Each text draws a number, the hash of its position. The sample consists of the texts with the smallest numbers, up
-    to the first one that no longer fits. The samples of two halves can therefore be merged into the sample of the
-    whole. Only texts that draw a number below `threshold` can be in the sample. It decreases as texts are added, and
-    other processes need not send texts that draw a larger number.
+    Each text is assigned a number, which is the hash of its position. The sample consists of the texts with the
+    smallest numbers, up to the first text that no longer fits. Samples of two parts of the texts can therefore be merged
+    into the sample of both parts.
+
+    Only texts with numbers below `threshold` can be in the sample. The threshold decreases as texts are added. Other
+    processes need not send texts with larger numbers.
     """
 
     def __init__(self, limit: int, threshold: int = _MAX_DRAW) -> None:
         """Create an empty sample.
 
         Args:
-            limit: The largest total size of the sampled texts, in bytes of UTF-8.
-            threshold: Texts that draw this number or a larger one are ignored.
+            limit: The maximum total size of the sampled texts, in bytes of UTF-8.
+            threshold: Texts with this number or a larger one are ignored.
         """
         self.limit, self.threshold = limit, threshold
         self._size = 0
-        self._heap: list[tuple[int, TextPosition, bytes]] = []  # by negated number: the largest one comes first
+        self._heap: list[
+            tuple[int, TextPosition, bytes]
+        ] = []  # entries have negated numbers, so the largest number is first
 
     def add(self, position: TextPosition, text: str) -> None:
-        """Add a text, which must not contain lone surrogates, at its unique position."""
+        """Add a text with its unique position. The text must not contain lone surrogates."""
         digest = hashlib.blake2b(struct.pack("<qq", *position), digest_size=8).digest()
         number = int.from_bytes(digest, "little")
         if number < self.threshold:
             self._push(number, position, text.encode())
 
     def merge(self, other: BoundedSample) -> None:
-        """Add the texts of another sample, with the numbers that they drew there."""
+        """Add the texts of another sample. They keep their numbers."""
         self.threshold = min(self.threshold, other.threshold)
         for negated, position, text in other._heap:
             if -negated < self.threshold:

@@ -1,4 +1,4 @@
-"""SentencePiece models, and the test of whether one encodes every word independently of its neighbors."""
+"""SentencePiece models, and a test that determines whether a model encodes each word independently of its neighbors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import sentencepiece
 from megagpt.errors import UserError
 
 EOD_PIECE = "<eod>"
-NEWLINE_ID = 2  # in tokenizers that we train: after <unk> and <eod>
+NEWLINE_ID = 2  # id of the newline in tokenizers trained by megagpt, after <unk> and <eod>
 _CROSSES_WORD = re.compile("[^\u2581]\u2581|\n")
-_ROUND_TRIP_TEXT = "  ﬁ ½\t e\u0301  \n end "  # only unchanged by a model that does not normalize
+_ROUND_TRIP_TEXT = "  ﬁ ½\t e\u0301  \n end "  # text that only a model without normalization leaves unchanged
 
 
 class SentencepieceModel:
-    """Tokenizer backend for a SentencePiece .model file; see `TokenizerBackend`.
+    """Tokenizer backend for a SentencePiece .model file, see `TokenizerBackend`.
 
     Args:
         model: content of the file.
         path: path of the file, for error messages.
 
     Raises:
-        UserError: the content is no SentencePiece model, or the model has no end-of-document token.
+        UserError: the content is not a SentencePiece model, or the model has no end-of-document token.
     """
 
     def __init__(self, model: bytes, path: str) -> None:
@@ -56,10 +56,11 @@ class SentencepieceModel:
         return str(self._processor.decode(list(ids)))
 
     def _find_is_word_local(self, pieces: Sequence[str]) -> bool:
-        """Return whether the ids of a text are those of its lines and words; spaces belong to the word after them.
+        """Determine whether the model is word-local, see `Tokenizer.is_word_local`.
 
-        This holds for models trained with our settings (recognized by their first pieces) if no piece crosses the end
-        of a word or line, and if every merge of the BPE produces a piece (scores count down from 0).
+        A model is word-local if it was trained with megagpt's settings (recognized by its first pieces), no piece
+        crosses the end of a word or line, and every BPE merge produces a piece (recognized by scores that count down
+        from 0).
         """
         model = self._processor
         if (pieces[:3], self.eod) != (["<unk>", EOD_PIECE, "\n"], 1):
@@ -79,13 +80,13 @@ class SentencepieceModel:
 
 
 def bpe_vocab_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return what other BPE libraries need to know of a SentencePiece BPE model.
+    """Return the vocabulary and the merges of a SentencePiece BPE model, for other BPE libraries.
 
     Args:
         model: content of the .model file.
 
     Returns:
-        The id of each piece, and the pairs of pieces that merge, in the order in which SentencePiece merges them.
+        The id of each piece, and the pairs of pieces that are merged, in SentencePiece's order of merges.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     all_ids = list(range(processor.vocab_size()))
@@ -104,7 +105,7 @@ def bpe_vocab_and_merges(model: bytes) -> tuple[dict[str, int], list[tuple[str, 
 def _load(model: bytes, path: str) -> Any:
     error = UserError("not a SentencePiece model", path, "give the .model file that `megagpt tokenizer train` wrote")
     if not model:
-        raise error  # sentencepiece would accept it, and print to the console later
+        raise error  # sentencepiece would accept an empty model and print errors to the console later
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError):

@@ -16,12 +16,12 @@ from megagpt.tokenizer.huggingface_tiktoken import HuggingFaceTokenizer, Tokeniz
 from megagpt.tokenizer.line_sample import BoundedSample
 from megagpt.tokenizer.sentencepiece_model import EOD_PIECE, NEWLINE_ID, SentencepieceModel
 
-SAMPLE_BYTES = 20_000_000  # more text hardly changes the merges
-_TRAINING_LINE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or part of it up to a space
+SAMPLE_BYTES = 20_000_000  # maximum bytes of text to train on; more text hardly changes the merges
+_TRAINING_LINE = re.compile(r"[^\n]{1,2000}(?=[ \n]|\Z)|[^\n]{1,2000}")  # a line, or part of a line up to a space
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Settings for an exact round trip: bytes for rare characters, no normalization, no spaces added or removed, and the
-# newline as a symbol of its own, which no merge crosses.
+# Settings with which decoding restores the exact text. Rare characters are encoded as bytes, nothing is normalized, no
+# spaces are added or removed, and the newline is a separate symbol, which no merge crosses.
 _LOSSLESS: dict[str, Any] = {
     "byte_fallback": True,
     "normalization_rule_name": "identity",
@@ -44,7 +44,7 @@ def without_surrogates(text: str) -> str:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """Replace every lone surrogate of `text` by U+FFFD; return the text and the number of replacements."""
+    """Replace every lone surrogate in `text` by U+FFFD. Returns the new text and the number of replacements."""
     return _SURROGATE.subn("\ufffd", text)
 
 
@@ -57,22 +57,23 @@ def _is_unicode(text: str) -> bool:
 
 
 class Tokenizer:
-    """A SentencePiece model, a Hugging Face `tokenizer.json`, or a tiktoken encoding.
+    """Tokenizer that uses a SentencePiece model, a Hugging Face `tokenizer.json` or a tiktoken encoding.
 
     Args:
         path: path of the file, or the name of a tiktoken encoding.
 
     Attributes:
-        vocab_size: number of ids.
+        path: path of the file, or the name of the tiktoken encoding as a path.
+        vocab_size: number of ids in the vocabulary.
         eod: id of the end-of-document token.
-        sha256: hash of the file.
-        unknown: id of text that no piece covers; None if such text is encoded as bytes.
-        control_symbols: spellings of the ids that no text encodes to.
-        is_word_local: whether the ids of a text are those of its lines and words; spaces belong to the word after
-            them.
+        sha256: SHA-256 hash of the file, or of the name and vocabulary of a tiktoken encoding.
+        unknown: id that stands for text which no piece covers, or None if such text is encoded as bytes.
+        control_symbols: spellings of the control symbols, to whose ids no text is encoded.
+        is_word_local: whether each line and word of a text is encoded independently, so that the ids of a text are the
+            concatenated ids of its words. The spaces before a word are part of the word.
 
     Raises:
-        UserError: the file is missing, is no tokenizer, or has no end-of-document token.
+        UserError: the file is missing, is not a tokenizer, or has no end-of-document token.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -86,13 +87,13 @@ class Tokenizer:
         self.is_word_local = backend.is_word_local
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        return Tokenizer, (self.path,)  # pickled by path: another process opens the file itself
+        return Tokenizer, (self.path,)  # a tokenizer is pickled as its path, and the other process loads the file
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, never `eod`. Lone surrogates are encoded as U+FFFD.
+        """Return the token ids of `text`, which never include `eod`. Lone surrogates are encoded as U+FFFD.
 
-        For word-local tokenizers the text is split at newlines, which gives the same ids but is several times faster
-        on long documents: SentencePiece's BPE slows down with the length of its input.
+        With a word-local tokenizer, the lines of the text are encoded separately. The ids are the same, but encoding a
+        long document is several times faster, because SentencePiece's BPE slows down with the length of its input.
         """
         text = without_surrogates(text)
         if not self.is_word_local:
@@ -105,11 +106,11 @@ class Tokenizer:
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without splitting it. Texts must not hold lone surrogates."""
+        """Return the token ids of each text, without splitting the texts. They must not contain lone surrogates."""
         return self._backend.encode_all(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; `eod` gives no text. Raises UserError for an id outside the vocabulary."""
+        """Return the text of `ids`, in which `eod` is omitted. Raises UserError for an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise UserError(
@@ -121,7 +122,10 @@ class Tokenizer:
 
 
 def _load_backend(path: Path) -> TokenizerBackend:
-    """Load a tokenizer file by its content, or a tiktoken encoding by its name if there is no such file."""
+    """Load a tokenizer file, whose type is detected from its content.
+
+    If there is no such file, load the tiktoken encoding with this name.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -140,22 +144,22 @@ def train_tokenizer(
     output_prefix: str | os.PathLike[str],
     sample_bytes: int = SAMPLE_BYTES,
 ) -> Path:
-    """Train a lossless SentencePiece BPE model and write it to `output_prefix`.model.
+    """Train a lossless SentencePiece BPE model, and write it to `output_prefix`.model.
 
-    The training text is sampled by hash over the whole input, so memory is bounded (about 10 bytes per byte of the
-    sample) and the same texts give the same file.
+    The training text is sampled from the whole input by hashes. Memory is therefore bounded (about 10 bytes per byte of
+    the sample), and the same texts always result in the same model.
 
     Args:
-        documents: texts.
-        vocab_size: number of ids, including special ones.
-        output_prefix: path without `.model`.
+        documents: texts to train on.
+        vocab_size: size of the vocabulary, including special tokens.
+        output_prefix: path of the model without `.model`.
         sample_bytes: maximum bytes of text to train on.
 
     Returns:
-        Path of the model.
+        The path of the model.
 
     Raises:
-        UserError: there is no text, or the vocabulary is too small or too large for it.
+        UserError: there is no text, or the vocabulary is too small or too large for the text.
     """
     lines = sample_lines(documents, sample_bytes)
     if not lines:
@@ -171,9 +175,10 @@ def train_tokenizer(
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            max_sentence_length=8192,  # bytes; lines have at most 2,000 characters, and longer ones would be skipped
+            # The limit is in bytes. Longer lines would be skipped, but no line has more than 2,000 characters.
+            max_sentence_length=8192,
             num_threads=1,
-            minloglevel=2,  # no warnings and information on the console
+            minloglevel=2,  # print only errors to the console
             **_LOSSLESS,
         )
     except RuntimeError as error:
@@ -182,7 +187,10 @@ def train_tokenizer(
 
 
 def sample_lines(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """Sample lines by the hash of their index (see `BoundedSample`): `sample_bytes` in total, in input order."""
+    """Sample lines by the hash of their index (see `BoundedSample`).
+
+    Returns lines of at most `sample_bytes` bytes in total, in input order.
+    """
     sample = BoundedSample(sample_bytes)
     for index, line in enumerate(line for text in documents for line in training_lines(without_surrogates(text))):
         sample.add((0, index), line)
@@ -190,7 +198,7 @@ def sample_lines(documents: Iterable[str], sample_bytes: int) -> list[str]:
 
 
 def training_lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text to train on: not blank, and at most 2,000 characters each."""
+    """Yield the non-blank lines of a text, to train on. Lines of more than 2,000 characters are split."""
     for match in _TRAINING_LINE.finditer(text):
         if not match[0].isspace():
             yield match[0]
@@ -208,7 +216,7 @@ def _training_error(message: str, vocab_size: int) -> UserError:
 
 
 def _publish(content: bytes, path: Path) -> Path:
-    """Write the file under a temporary name and rename it when it is complete."""
+    """Write a file under a temporary name, and rename it when it is complete. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

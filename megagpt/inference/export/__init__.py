@@ -1,4 +1,7 @@
-"""`megagpt export`: writes a run's newest checkpoint in Hugging Face's format, after comparing the logits."""
+"""The command `megagpt export`, which converts a run's newest checkpoint to Hugging Face's format.
+
+The logits of the exported model are compared with those of the original model.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,24 @@ if TYPE_CHECKING:
     from megagpt.model.gpt import GPT
 
 _DTYPE_BY_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_TOLERANCE = 1e-4  # relative to the largest logit; fp32 sums in another order stay below a tenth of it
+# Maximum difference of logits, relative to the largest logit. A different order of fp32 sums causes differences of less
+# than a tenth of it.
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported model.
+    """Summary of an exported model.
 
     Attributes:
-        output: folder.
-        update: update of the checkpoint.
-        architecture: class in transformers.
-        dtype: type of the weights.
+        output: folder of the exported model.
+        update: update at which the checkpoint was saved.
+        architecture: name of the model class in transformers.
+        dtype: type of the exported weights.
         parameters: number of parameters.
-        tokenizer: path of the tokenizer that was exported too; None without one.
-        difference: largest difference of its logits from ours, relative to the largest logit.
+        tokenizer: path of the tokenizer that was also exported, or None if no tokenizer was exported.
+        difference: largest difference between the logits of the exported model and those of the original model,
+            relative to the largest logit.
     """
 
     output: str
@@ -59,12 +65,16 @@ def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) ->
 
     Args:
         run: run directory.
-        output: folder to write, which must not exist or be empty.
-        to: format; `hf` is the only one.
-        dtype: type of the weights; None for the precision of training.
+        output: folder of the exported model. It must be empty if it exists.
+        to: format of the exported model. Only `hf` is supported.
+        dtype: type of the exported weights. If None, the type is that of the training precision.
+
+    Returns:
+        A summary of the exported model.
 
     Raises:
-        UserError: transformers has no equivalent architecture or is not installed, or the folder is not empty.
+        UserError: an argument is not supported, transformers is not installed or has no equivalent architecture, or the
+            folder is not empty.
         MachineError: the exported model does not compute the same logits.
     """
     if to != "hf":
@@ -101,7 +111,7 @@ def export(run: Path, output: Path, to: str = "hf", dtype: str | None = None) ->
 
 
 def _transformers() -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so no hub is contacted
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so the hub need not be contacted
     try:
         import transformers
     except ImportError:
@@ -112,9 +122,10 @@ def _transformers() -> Any:
 
 @torch.no_grad()
 def _check_logits(transformers: Any, ours: GPT, folder: Path, dtype: str) -> float:
-    """Compare the logits of the exported model with ours on random tokens, in fp32, with equally rounded weights.
+    """Compare the logits of the exported model with those of our model on random tokens.
 
-    Returns the largest difference, relative to the largest logit. Raises MachineError if it is too large.
+    Both models compute in fp32, with weights rounded to `dtype`. Returns the largest difference, relative to the
+    largest logit. Raises MachineError if the difference is too large.
     """
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True

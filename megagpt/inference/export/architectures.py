@@ -1,4 +1,4 @@
-"""Converts our GPT to the equivalent architecture of transformers: GPT-2, Llama or Qwen3."""
+"""Converts our GPT to the equivalent architecture of transformers, which is GPT-2, Llama or Qwen3."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ def convert(transformers: Any, model: GPT, dtype: torch.dtype) -> Any:
     """Return a transformers model with our weights.
 
     Args:
-        transformers: the imported package.
-        model: our model.
-        dtype: type of the new weights.
+        transformers: the imported package `transformers`.
+        model: model to convert.
+        dtype: type of the weights of the new model.
+
+    Returns:
+        The transformers model.
 
     Raises:
-        UserError: no architecture of transformers is equivalent.
+        UserError: no architecture of transformers is equivalent to the model.
     """
     section = model.section
     if problem := _unsupported_feature(section):
@@ -49,7 +52,7 @@ def convert(transformers: Any, model: GPT, dtype: torch.dtype) -> Any:
         config = _llama_config(transformers, section)
         weights = _llama_weights(section, named)
     config.dtype = dtype
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # the tokenizer defines them
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # the tokenizer defines these ids
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict({name: value.detach().to(dtype).contiguous() for name, value in weights}, assign=True)
@@ -58,7 +61,7 @@ def convert(transformers: Any, model: GPT, dtype: torch.dtype) -> Any:
 
 
 def _unsupported_feature(section: ModelSection) -> str:
-    """Return a feature of this model that no architecture of transformers has; "" if one has them all."""
+    """Return a feature of the model that prevents its conversion, or "" if the model can be converted."""
     layernorm = section.norm == "layernorm"
     if section.logit_softcap is not None:
         return f"logit_softcap: {section.logit_softcap:g}"
@@ -91,7 +94,7 @@ def _gpt2_config(transformers: Any, section: ModelSection) -> Any:
 
 
 def _gpt2_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield our parameters under GPT-2's names. GPT-2 stores matrices transposed."""
+    """Yield our parameters under the names of GPT-2, which stores its matrices transposed."""
     final_norm = section.n_layer + 2
     yield "transformer.wte.weight", named["layers.0.weight"]
     yield "transformer.wpe.weight", named["layers.1.weight"]
@@ -106,9 +109,9 @@ def _gpt2_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterato
 
 
 def _llama_config(transformers: Any, section: ModelSection) -> Any:
-    """Return a Llama configuration, or Qwen3 with qk_norm.
+    """Return a Llama configuration, or a Qwen3 configuration if the model uses qk_norm.
 
-    relu2(x) = relu(x)·x, so it is a relu gate with the same weights as the other factor.
+    The activation relu2(x) = relu(x)·x is exported as a gated MLP with a relu gate and equal gate and up weights.
     """
     family = "Qwen3" if section.qk_norm else "Llama"
     return getattr(transformers, f"{family}Config")(
@@ -143,7 +146,15 @@ def _llama_weights(section: ModelSection, named: Mapping[str, Tensor]) -> Iterat
 
 
 def _heads(section: ModelSection, rows: Tensor, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the rows [heads · head_dim, d_model] of queries, keys and values, with norm weights of 1 if needed."""
+    """Split the qkv weight, and yield the weights of the query, key and value projections.
+
+    With qk_norm, also yield the weights of the query and key norms, which are 1.
+
+    Args:
+        section: configuration of the model.
+        rows: qkv weight, whose rows are those of the queries, keys and values, [rows, d_model].
+        prefix: prefix of the names of the yielded weights.
+    """
     head_dim = section.d_model // section.n_head
     counts = (section.n_head, section.n_kv_head, section.n_kv_head)
     parts = torch.split(rows, [count * head_dim for count in counts])

@@ -1,4 +1,7 @@
-"""Saves tokenizers in transformers' format: a `tokenizer.json` as it is, a SentencePiece model as its BPE merges."""
+"""Saves tokenizers in transformers' format.
+
+A `tokenizer.json` is saved unchanged. A SentencePiece model is converted to a BPE tokenizer with the same merges.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,24 @@ from megagpt.tokenizer.sentencepiece_model import EOD_PIECE, bpe_vocab_and_merge
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 _UNKNOWN = "<unk>"
-_WORDS = "\n|\u2581*[^\u2581\n]+|\u2581+"  # parts of a text that no merge crosses, as in the cached encoder
+# Parts of a text whose boundaries no merge crosses, as in the cached encoder.
+_WORDS = "\n|\u2581*[^\u2581\n]+|\u2581+"
 
 
 def save_tokenizer(transformers: Any, path: str | None, folder: Path, seq_len: int) -> str | None:
-    """Save a tokenizer into a folder that transformers' `from_pretrained` reads.
+    """Save a tokenizer in a folder from which transformers' `from_pretrained` can load it.
+
+    SentencePiece models that are not word-local and tiktoken encodings are not converted, because transformers has its
+    own converters for them.
 
     Args:
-        transformers: the imported package.
-        path: path of our tokenizer; None if the recipe has none.
-        folder: the folder to write to.
-        seq_len: maximum number of tokens of the model.
+        transformers: the imported package `transformers`.
+        path: path of the tokenizer, or None if the recipe specifies none.
+        folder: folder in which the tokenizer is saved.
+        seq_len: maximum number of tokens per sequence of the model.
 
     Returns:
-        `path`; None if there is no tokenizer, or one that cannot be converted. SentencePiece models that are not
-        word-local and tiktoken encodings are not converted: transformers has its own converters for them.
+        `path`, or None if no tokenizer was saved.
     """
     if path is None:
         return None
@@ -46,9 +52,10 @@ def save_tokenizer(transformers: Any, path: str | None, folder: Path, seq_len: i
 
 
 def _bpe_backend(model: bytes) -> Any:
-    """Convert a word-local SentencePiece model to a BPE tokenizer of the package tokenizers, with the same merges.
+    """Convert a word-local SentencePiece model to a BPE tokenizer of the package `tokenizers`, with the same merges.
 
-    There the text `<eod>` encodes to the control symbol, as is usual in transformers; in SentencePiece it never does.
+    The new tokenizer encodes the text `<eod>` to the control symbol, as is usual in transformers. SentencePiece never
+    does this.
     """
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Fast

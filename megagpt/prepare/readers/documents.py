@@ -14,8 +14,8 @@ DEFAULT_VALIDATION_FRACTION = 0.04
 class Document:
     """A complete text and the name of its source, such as `books/a.txt`.
 
-    The validation split hashes `key`, or the text if `key` is empty. Copies of a text therefore land in the same part,
-    and a renamed file stays in its part.
+    The validation split depends on the hash of `key`, or on the hash of the text if `key` is empty. Without a key,
+    copies of a text are therefore always in the same part, and renaming a file does not move its text to another part.
     """
 
     name: str
@@ -26,9 +26,13 @@ class Document:
 class TextFragment(NamedTuple):
     """Consecutive part of a document's text. Most documents consist of a single fragment.
 
-    `is_last` marks the fragment that ends the document. `line` is the line number, counted from 1, if the document is a
-    line or row of a file, and 0 otherwise. `key` is the document's key (see `Document`). Documents are split only after
-    a newline, or between a word and the space that follows it.
+    Documents are split only after a newline, or between a word and the space that follows it.
+
+    Attributes:
+        text: The text of the fragment.
+        is_last: True if the fragment is the last one of its document.
+        line: The line number, counted from 1, if the document is a line or row of a file. Otherwise 0.
+        key: The key of the document, see `Document`.
     """
 
     text: str
@@ -48,21 +52,21 @@ def join_fragments(fragments: Iterable[TextFragment]) -> Iterator[TextFragment]:
 
 
 def text_digest(text: str) -> bytes:
-    """Return the 16-byte MD5 hash of a text or key, which decides its part of the split."""
+    """Return the 16-byte MD5 hash of a text or key. It decides to which part of the corpus a document belongs."""
     return hashlib.md5(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
 
 
 def is_validation(digest: bytes, fraction: float) -> bool:
     """Return True if the document with this hash belongs to the validation part.
 
-    The decision depends on the hash alone: adding documents moves no other document between the parts, and a larger
-    fraction keeps every document of a smaller one.
+    The decision depends only on the hash and the fraction. Adding documents therefore never moves other documents
+    between the parts, and a larger fraction selects all documents that a smaller fraction selects.
 
     Args:
         digest: The 16-byte hash of the document's key or text.
         fraction: The fraction of all documents that are used for validation, from 0 to 1.
     """
     number = int.from_bytes(digest, "big")
-    # The number is reduced modulo 20 first, so that fractions of 0.04 and 0.05 select the 13 documents of the default
-    # corpus on which the published figures were measured.
+    # The published figures were measured on 13 documents of the default corpus. The hash is reduced modulo 20 first, so
+    # that the fractions 0.04 and 0.05 both select these documents.
     return (number % 20 + (number // 20 % 2**32) / 2**32) / 20 < fraction

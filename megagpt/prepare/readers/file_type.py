@@ -1,4 +1,7 @@
-"""Detects the format and compression of a file: first from its content, since names can be wrong, then its name."""
+"""Detects the format and compression of a file.
+
+The content takes precedence over the name of the file, because names can be wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from megagpt.prepare.readers.decompress import Compression, detect_compression, 
 
 
 class FileFormat(Enum):
-    """How a file contains documents."""
+    """Format in which a file contains documents."""
 
     TEXT = "text"  # one document per file
     JSONL = "lines"  # one JSON object per line
@@ -30,13 +33,14 @@ _SUFFIXES = {
     ".parquet": FileFormat.PARQUET,
 }
 SUPPORTED_SUFFIXES = ".txt, .md, .jsonl, .parquet (also .gz, .zst, .xz, .bz2)"
-_HEAD_BYTES = 1 << 16  # bytes from which the format is detected
+_HEAD_BYTES = 1 << 16  # number of bytes at the beginning of a file from which the format is detected
 _OBJECT_START = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
-_SINGLE_VALUE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*\n)")  # a list of objects, or an object on several lines
+# Beginning of a list of objects, or of an object on several lines.
+_SINGLE_VALUE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*\n)")
 
 
 def has_supported_suffix(name: str) -> bool:
-    """Return True if a file of this name is read when its folder is given as input."""
+    """Return True if a file with this name is read if its folder is given as input."""
     return _format_by_name(name) is not None
 
 
@@ -76,7 +80,7 @@ def _format_by_name(path: str) -> FileFormat | None:
 
 
 def _starts_with_object(head: bytes) -> bool:
-    """Return True if the first line is a JSON object. If it is longer than the buffer, check only its beginning."""
+    """Return True if the first line is a JSON object. If the line is longer than `head`, check only its beginning."""
     line, newline, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if not newline and len(head) == _HEAD_BYTES:
         return _OBJECT_START.match(line.decode(errors="replace")) is not None
@@ -87,6 +91,9 @@ def _starts_with_object(head: bytes) -> bool:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Return True if the content is not text: it contains a NUL byte, or more than 5% of it is not valid UTF-8."""
+    """Return True if the content is not text.
+
+    Content is not text if it contains a NUL byte, has the signature of a PDF file, or is more than 5% invalid UTF-8.
+    """
     invalid = head.decode(errors="replace").count("\ufffd")
     return b"\0" in head or head.startswith(b"%PDF") or invalid > len(head) // 20

@@ -1,4 +1,4 @@
-"""Finds the input files: paths, folders, patterns, manifests, standard input and addresses of remote stores."""
+"""Finds the input files in paths, folders, patterns, manifests, standard input and remote stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megagpt.prepare.readers.file_type import SUPPORTED_SUFFIXES, FileFormat, de
 from megagpt.prepare.readers.manifest import ManifestReader
 from megagpt.prepare.readers.remote import is_http, is_remote, open_filesystem, supports_ranges
 
-DEFAULT_CORPUS = "default"  # the input that stands for the default corpus
+DEFAULT_CORPUS = "default"  # name of the input that stands for the default corpus
 STANDARD_INPUT = "-"
 _MANIFEST = "@"
 _PATTERN_CHARACTERS = frozenset("*?[")
@@ -31,12 +31,12 @@ class InputFile:
 
     Attributes:
         path: A local path, or the address of a remote file.
-        format: How it contains documents.
-        size: Bytes of the file, compressed if it is.
-        fingerprint: A text that changes when the content of the file does.
-        compression: How it is compressed.
-        corpus: The corpus that its documents belong to, if a manifest names several.
-        weight: The weight of that corpus in a blend, if a manifest gives one.
+        format: The format of the file.
+        size: The size of the file in bytes, before decompression.
+        fingerprint: A text that changes if the content of the file changes.
+        compression: The compression of the file.
+        corpus: The name of the corpus to which the documents belong, if a manifest specifies it. Otherwise "".
+        weight: The weight of that corpus in a blend, if a manifest specifies it.
         supports_ranges: False if the file can be read only from its beginning.
     """
 
@@ -51,16 +51,19 @@ class InputFile:
 
 
 def find_input_files(inputs: Sequence[str], spool: Path) -> list[InputFile]:
-    """Find the files of the inputs, in the order given; the files of a folder or pattern are sorted by name.
+    """Find the files of the inputs, in the given order. The files of a folder or pattern are sorted by name.
 
     Args:
-        inputs: Each a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see manifest.py), `-` for
-            standard input, or an address such as `s3://…` of a file, folder or pattern. No input, or the single input
-            `default`, is the default corpus.
-        spool: The path to which the content of a pipe is copied; further pipes are copied to `spool`.1 and so on.
+        inputs: The inputs. Each is a file, a folder, a pattern (`data/*.jsonl.zst`), `@FILE` (a manifest, see
+            manifest.py), `-` for standard input, or an address such as `s3://…` of a file, folder or pattern. An empty
+            list and the single input `default` both stand for the default corpus.
+        spool: The path to which the content of a pipe is copied. Further pipes are copied to `spool`.1 and so on.
+
+    Returns:
+        The files of all inputs.
 
     Raises:
-        UserError: An input does not exist, or is not text.
+        UserError: An input does not exist or contains no text.
     """
     if not inputs or list(inputs) == [DEFAULT_CORPUS]:
         return [InputFile(DEFAULT_CORPUS, FileFormat.DEFAULT_CORPUS, 0, "")]
@@ -88,7 +91,7 @@ def _find(name: str, pipes: _PipeCopier, manifests: ManifestReader) -> Iterator[
 def _find_local(name: str, pipes: _PipeCopier, corpus: str = "") -> Iterator[InputFile]:
     for path in _local_paths(name):
         status = path.stat()
-        if stat.S_ISFIFO(status.st_mode):  # for example <(command) in a shell: it can be read only once
+        if stat.S_ISFIFO(status.st_mode):  # for example <(command) in a shell, which can be read only once
             with path.open("rb") as pipe:
                 yield pipes.copy(pipe, corpus)
             continue
@@ -129,14 +132,14 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _find_remote(address: str, corpus: str = "") -> Iterator[InputFile]:
-    """Yield the files of an address, as listed by fsspec."""
+    """Yield the files of a remote address, as listed by fsspec."""
     filesystem, inner = open_filesystem(address)
     try:
         found = [
             (name, filesystem.info(name), _remote_supports_ranges(filesystem, name))
             for name in _remote_names(filesystem, inner)
         ]
-    except Exception as error:  # any exception of the store's own package
+    except Exception as error:  # each store's package raises its own exceptions
         do = "check the address, that it can be reached, and that you have permission to read it"
         raise UserError(f"cannot list this store: {type(error).__name__}: {error}", address, do) from None
     if not found:
@@ -145,7 +148,7 @@ def _find_remote(address: str, corpus: str = "") -> Iterator[InputFile]:
     for name, info, has_ranges in found:
         path = filesystem.unstrip_protocol(name)
         file_format, compression = detect_format(path)
-        # For web servers, `ukey` depends only on the address, and so the ETag and date are included.
+        # For web servers, `ukey` depends only on the address. The ETag and the date are therefore included.
         fingerprint = str([filesystem.ukey(name), info.get("ETag"), info.get("Last-Modified")])
         yield InputFile(
             path, file_format, info["size"] or 0, fingerprint, compression, corpus, supports_ranges=has_ranges
@@ -157,10 +160,10 @@ def _remote_supports_ranges(filesystem: Any, name: str) -> bool:
 
 
 def _remote_names(filesystem: Any, inner: str) -> list[str]:
-    """Return the files of a remote path: of a pattern, of one file, or of a folder."""
+    """Return the files of a remote path, which can be a pattern, a single file or a folder."""
     pattern = _PATTERN_CHARACTERS
     if is_http(filesystem):
-        pattern = pattern - {"?"}  # it begins the query of a web address
+        pattern = pattern - {"?"}  # in a web address, "?" begins the query
     if pattern & set(inner):
         return sorted(filesystem.glob(inner))
     if has_supported_suffix(inner) or not filesystem.isdir(inner):  # for web servers, isdir can be True for a file
@@ -181,7 +184,11 @@ def _find_in_manifest(path: Path, pipes: _PipeCopier, manifests: ManifestReader)
 
 
 class _PipeCopier:
-    """Copies pipes to files. A pipe can be read only once, but the format is detected first, and files are split."""
+    """Copies pipes to files.
+
+    A pipe can be read only once. Its content must be read more than once, because the format is detected first, and
+    large files are read in several ranges.
+    """
 
     def __init__(self, spool: Path) -> None:
         self._spool, self._count = spool, 0

@@ -1,8 +1,8 @@
-"""Reader for JSON lines that are too long to hold in memory: long strings are moved to a temporary file.
+"""Reader for JSON lines that are too long to hold in memory.
 
-The rest of the line, its skeleton, contains a marker in place of each long string. The skeleton is valid JSON exactly
-if the line is, and `json.loads` reads the skeleton or reports what is wrong with it. A long line is therefore treated
-in the same way as a short one.
+Long strings are moved to a temporary file. The skeleton is the rest of the line, with a marker in place of each long
+string. The skeleton is valid JSON if and only if the line is. `json.loads` can therefore parse the skeleton, or report
+the error in it, as it would for a short line.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import IO
 from megagpt.errors import MachineError
 from megagpt.prepare.readers.utf8 import Utf8Decoder
 
-BLOCK_BYTES = 1 << 20  # bytes read at a time
-_MAX_INLINE = 4096  # longer strings, in characters, are moved to the file
-_HEAD = 256  # first characters of such a string, which stay in the skeleton because error messages quote them
-# Characters and escape sequences between which a string may be split. A high surrogate is complete only together with
-# what follows it.
+BLOCK_BYTES = 1 << 20  # number of bytes read at a time
+_MAX_INLINE = 4096  # maximum length in characters of a string that stays in the skeleton
+# Number of characters at the beginning of a long string that stay in the skeleton, because error messages quote them.
+_HEAD = 256
+# Sequence of characters and escape sequences. A string may be split between any two of them. The escape sequence of a
+# high surrogate is complete only if the next character or escape sequence is complete as well.
 _UNITS = re.compile(
     r"""(?: [^"\\]+ | \\[^u] | \\u(?![dD][89abAB]).{4} | \\u[dD][89abAB]..(?=[^\\]|\\[^u]|\\u.{4}) )*""",
     re.DOTALL | re.VERBOSE,
@@ -32,35 +33,35 @@ _UNITS = re.compile(
 
 
 class LongJsonLine:
-    """A JSON line whose long strings are stored in an unnamed temporary file for the duration of the `with` block.
+    """JSON line whose long strings are stored in an unnamed temporary file for the duration of the `with` block.
 
     Attributes:
-        skeleton: The line as text, with a marker in place of each long string.
-        size: Bytes of the whole line.
-        invalid_utf8: Number of invalid UTF-8 sequences in the line, each replaced by U+FFFD.
+        skeleton: The text of the line, with a marker in place of each long string.
+        size: The size of the whole line in bytes.
+        invalid_utf8: The number of invalid UTF-8 sequences in the line. Each is replaced by U+FFFD.
     """
 
     def __init__(self, head: bytes, file: IO[bytes], folder: Path | None) -> None:
         """Read the line to its end.
 
         Args:
-            head: The beginning of the line, already read.
+            head: The beginning of the line, which has already been read.
             file: The file from which the rest of the line is read.
-            folder: The folder of the temporary file; None means the system's folder for temporary files.
+            folder: The folder of the temporary file. If None, the system's folder for temporary files is used.
 
         Raises:
             MachineError: The temporary file cannot be written.
         """
         self._marker = secrets.token_hex(16)  # random, so that no text contains it
         self._folder = folder or Path(tempfile.gettempdir())
-        self._parts: list[str] = []  # of the skeleton
-        self._length = 0  # characters of the skeleton so far
-        # Each marker's offset in the skeleton, and the number of characters that it is shorter than its string.
+        self._parts: list[str] = []  # consecutive parts of the skeleton
+        self._length = 0  # length of the skeleton so far, in characters
+        # For each marker, its offset in the skeleton and the number of characters by which its string is longer.
         self._shifts: list[tuple[int, int]] = []
-        self._ends: list[int] = []  # where each string ends in the temporary file, in bytes
-        self._pending = ""  # text that cannot be interpreted before more of the line is read
+        self._ends: list[int] = []  # offset of the end of each string in the temporary file, in bytes
+        self._pending = ""  # text that cannot be processed until more of the line is read
         self._in_string = False
-        self._in_moved_string = False  # the current string is being written to the file
+        self._in_moved_string = False  # True while the current string is being moved to the file
         self._is_invalid = False
         try:
             self._store: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with the block
@@ -82,11 +83,15 @@ class LongJsonLine:
             self._store.close()
 
     def column(self, offset: int) -> int:
-        """Return the column in the original line, counted from 1, of the character at `offset` in the skeleton."""
+        """Convert an offset in the skeleton to a column in the original line, counted from 1."""
         return offset + 1 + sum(longer for marker, longer in self._shifts if marker < offset)
 
     def read_string(self, value: str) -> Iterator[str]:
-        """Yield, in blocks, the full text of a string that `json.loads` returned for the skeleton."""
+        """Yield the full text of a string, in blocks.
+
+        Args:
+            value: The string as `json.loads` returned it for the skeleton.
+        """
         head, marker, number = value.partition(self._marker)
         yield head
         if marker:
@@ -112,7 +117,7 @@ class LongJsonLine:
             self._keep(self._pending)
 
     def _scan(self, text: str) -> None:
-        """Process the next text of the line, and leave in `_pending` what cannot be interpreted yet."""
+        """Process the next text of the line. Text that cannot be processed yet is stored in `_pending`."""
         offset = 0
         self._pending = ""
         while offset < len(text):
@@ -139,7 +144,7 @@ class LongJsonLine:
             offset = end + 1
 
     def _add_to_string(self, content: str, is_closed: bool) -> None:
-        """Add content to the current string, which ends after it if `is_closed`."""
+        """Add content to the current string. If `is_closed`, the string ends after this content."""
         if not self._in_moved_string:
             if is_closed and len(content) <= _MAX_INLINE:
                 self._keep(content)
@@ -150,7 +155,7 @@ class LongJsonLine:
         try:
             raw = json.loads(f'"{content}"').encode("utf-8", "surrogatepass")
         except json.JSONDecodeError:
-            # json.loads of the skeleton will fail here or earlier, so that the rest of the line is irrelevant.
+            # json.loads will reject the skeleton here or earlier, so the rest of the line is irrelevant.
             self._keep(content)
             self._is_invalid = True
             return
@@ -183,5 +188,8 @@ class LongJsonLine:
 
 
 def _end_of_units(text: str, start: int) -> int:
-    """Return the last offset at which the string that continues at `start` may be split, or where it ends."""
+    """Return the last offset in `text` at which a string that continues at `start` may be split.
+
+    If the string ends within `text`, return the offset of its closing quote.
+    """
     return _UNITS.match(text, start).end()  # type: ignore[union-attr]  # the pattern also matches the empty string

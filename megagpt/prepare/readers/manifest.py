@@ -1,8 +1,10 @@
-"""Manifests: files that list the input files, one path per line, and the corpus that each one belongs to.
+"""Manifests, which list input files and the corpora to which they belong.
 
-    PATH                      goes to the corpus OUTPUT
-    PATH <tab> NAME           goes to the corpus OUTPUT.NAME, with all other files of this name
-    PATH <tab> NAME <tab> 7   also gives this corpus the weight 7 in a blend; one line per name is enough
+Each line has one of these forms:
+
+    PATH                      adds the file to the corpus OUTPUT
+    PATH <tab> NAME           adds the file to the corpus OUTPUT.NAME
+    PATH <tab> NAME <tab> 7   also sets the weight of this corpus in a blend to 7 (one line per corpus is enough)
 
 Relative paths are relative to the manifest's folder. Empty lines and lines that start with # are ignored.
 """
@@ -18,7 +20,13 @@ from megagpt.errors import UserError
 
 
 class ManifestEntry(NamedTuple):
-    """One line of a manifest: the path, the name of its corpus ("" for none), and the location `file:line`."""
+    """Entry of a manifest.
+
+    Attributes:
+        path: The path of the input file.
+        corpus: The name of the corpus to which the file belongs; "" if the line names no corpus.
+        where: The location of the entry as `file:line`.
+    """
 
     path: str
     corpus: str
@@ -29,11 +37,11 @@ class ManifestReader:
     """Reads manifests, and collects the corpora and weights that they name."""
 
     def __init__(self) -> None:
-        self._first_mention: dict[str, str] = {}  # location at which each corpus is first named
-        self._weights: dict[str, tuple[float, str]] = {}  # weight of each corpus, and the location that sets it
+        self._first_mention: dict[str, str] = {}  # location of the first entry of each corpus
+        self._weights: dict[str, tuple[float, str]] = {}  # weight of each corpus, and the location of the weight
 
     def read(self, path: Path) -> Iterator[ManifestEntry]:
-        """Yield the entries of a manifest. Raises UserError if it cannot be read, or if a line is invalid."""
+        """Yield the entries of a manifest. Raises UserError if the file cannot be read, or if a line is invalid."""
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
@@ -45,13 +53,13 @@ class ManifestReader:
                 yield self._entry(file, columns, f"{path}:{number}")
 
     def weights(self, corpora: Set[str]) -> Mapping[str, float]:
-        """Return the weight of each corpus, or nothing if no corpus has one.
+        """Return the weight of each corpus, or an empty mapping if no corpus has a weight.
 
         Args:
-            corpora: The names of all corpora of the input; "" is the corpus without a name.
+            corpora: The names of all corpora of the input, where "" is the corpus without a name.
 
         Raises:
-            UserError: Some corpora have a weight, and others have none.
+            UserError: Only some of the corpora have a weight.
         """
         if self._weights:
             for corpus in sorted(corpora - self._weights.keys()):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from megagpt.errors import UserError
 from megagpt.prepare.readers.remote import is_remote, missing_package, open_remote
 
-_BATCH_ROWS = 1024  # rows read at a time
+_BATCH_ROWS = 1024  # number of rows read at a time
 
 
 def count_row_groups(path: str) -> int:
@@ -20,10 +20,10 @@ class ParquetRow(NamedTuple):
     """The text column of one row.
 
     Attributes:
-        number: The row's number in the file, counted from 1.
-        has_value: False if the column is missing, or null in this row.
-        value: The column's value, which need not be a string.
-        invalid_utf8: Number of invalid UTF-8 sequences in a text, each replaced by U+FFFD.
+        number: The number of the row in the file, counted from 1.
+        has_value: False if the column is missing, or is null in this row.
+        value: The value of the column, which need not be a string.
+        invalid_utf8: The number of invalid UTF-8 sequences in the value. Each is replaced by U+FFFD.
     """
 
     number: int
@@ -33,13 +33,13 @@ class ParquetRow(NamedTuple):
 
 
 def read_rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator[ParquetRow]:
-    """Yield the rows of some row groups.
+    """Yield the rows of consecutive row groups.
 
     Args:
         path: A local path, or the address of a remote file.
         first: The first row group.
         end: The row group after the last one.
-        key: The name of the column, or of nested fields, outermost first.
+        key: The name of the column, followed by the names of nested fields, outermost first.
 
     Raises:
         UserError: The file is damaged.
@@ -57,7 +57,7 @@ def read_rows(path: str, first: int, end: int, key: tuple[str, ...]) -> Iterator
 
 
 def _read_values(file: Any, path: str, group: int, key: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
-    """Yield the column's values in a row group, each with its number of invalid UTF-8 sequences."""
+    """Yield the values of a column in a row group, each with its number of invalid UTF-8 sequences."""
     import pyarrow
     from pyarrow import compute
 
@@ -75,7 +75,7 @@ def _read_values(file: Any, path: str, group: int, key: tuple[str, ...]) -> Iter
 
 
 def _decode(raw: bytes | None) -> tuple[str | None, int]:
-    """Decode bytes, and return the text and the number of invalid UTF-8 sequences replaced by U+FFFD in it."""
+    """Decode UTF-8. Returns the text, and the number of invalid sequences that were replaced by U+FFFD."""
     if raw is None:
         return None, 0
     text = raw.decode(errors="replace")

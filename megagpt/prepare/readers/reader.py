@@ -1,4 +1,4 @@
-"""Reads the documents of an input range as text fragments: text files, JSON Lines and Parquet."""
+"""Reads the documents of an input range as text fragments, from text files, JSON Lines and Parquet files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megagpt.prepare.readers.parquet import count_row_groups, read_rows
 from megagpt.prepare.readers.utf8 import Utf8Decoder
 
 _BOM = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20  # bytes of a text file read at a time, and characters of a text that is not split
-_MAX_LINE = 1 << 22  # bytes of a JSON line that is held in memory
+_BLOCK = 1 << 20  # number of bytes of a text file read at a time, and maximum characters of a text that is not split
+_MAX_LINE = 1 << 22  # maximum bytes of a JSON line that is held in memory
 _DECODER = json.JSONDecoder()
-_LAST_SPLIT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # text up to the last offset where it may be split
+_LAST_SPLIT = re.compile("(?s:.*)(?:\n|[^ \u2581\n](?= ))")  # text up to the last offset at which it may be split
 
 
 def read_fragments(
@@ -34,12 +34,13 @@ def read_fragments(
     Args:
         part: The range to read.
         key: The keys that lead to the text in each JSON object or table row, outermost first.
-        warnings: Receives a warning for everything that cannot be read as text, and is skipped or replaced.
-        folder: The folder for temporary files with the strings of long lines; None means the system's.
+        warnings: The warnings, to which everything that cannot be read as text and is skipped or replaced is added.
+        folder: The folder for temporary files with the strings of long lines. If None, the system's folder for
+            temporary files is used.
 
     Raises:
         UserError: The file cannot be read.
-        InputError: There was a warning, and `warnings` is strict.
+        InputError: A warning occurred, and `warnings.strict` is set.
     """
     file = part.file
     if file.format is FileFormat.DEFAULT_CORPUS:
@@ -57,7 +58,7 @@ def read_fragments(
 
 
 def parse_text_key(text_key: str) -> tuple[str, ...]:
-    """Split a text key such as `a.b` into its names. Raises UserError if one of them is empty."""
+    """Split a text key such as `a.b` at its dots. Raises UserError if one of the names is empty."""
     key = tuple(text_key.split("."))
     if "" in key:
         what = f"the text key `{text_key}` contains an empty name"
@@ -83,10 +84,10 @@ def _decode_blocks(file: IO[bytes], location: InputLocation, warnings: InputWarn
 
 
 def _split(blocks: Iterable[str], document: TextFragment) -> Iterator[TextFragment]:
-    """Split the text of a document, which comes in blocks, into fragments with the line and key of `document`."""
-    pending = ""  # text after the last split
+    """Split the text of a document, given in blocks, into fragments with the line and key of `document`."""
+    pending = ""  # text after the last offset at which the document was split
     for block in blocks:
-        searched = max(len(pending) - 1, 0)  # all but the last pending character were searched before
+        searched = max(len(pending) - 1, 0)  # all pending characters except the last one have been searched
         pending += block
         if match := _LAST_SPLIT.match(pending, searched):
             yield document._replace(text=pending[: match.end()], is_last=False)
@@ -95,7 +96,10 @@ def _split(blocks: Iterable[str], document: TextFragment) -> Iterator[TextFragme
 
 
 def _split_if_long(text: str, line: int) -> Iterable[TextFragment]:
-    """Yield the document of a line or row. A long one is split, since encoding takes many times its size in memory."""
+    """Return the fragments of the document in a line or row.
+
+    Long documents are split, because encoding takes many times their size in memory.
+    """
     if len(text) <= _BLOCK:
         return (TextFragment(text, line=line),)
     blocks = (text[start : start + _BLOCK] for start in range(0, len(text), _BLOCK))
@@ -108,7 +112,7 @@ def _read_lines(
     """Yield the documents of the JSON lines that begin in the range."""
     offset = _seek_first_line(file, part)
     number = 0
-    # Lines are read as bytes, which end at \n only: str.splitlines would also split at U+2028 within a text.
+    # Lines are read as bytes, so that only \n ends a line. str.splitlines would also split a text at U+2028.
     while (part.end is None or offset < part.end) and (line := file.readline(_MAX_LINE)):
         number += 1
         location = InputLocation(part.index, number)
@@ -132,10 +136,13 @@ def _read_lines(
 
 
 def _seek_first_line(file: IO[bytes], part: InputRange) -> int:
-    """Move to the first line that begins in the range, and return its offset; past the range if there is none."""
+    """Move to the first line that begins in the range, and return the offset of the line.
+
+    If no line begins in the range, return an offset at or after the end of the range.
+    """
     if not part.start:
         return 0
-    offset = file.seek(part.start - 1)  # one byte before: it is the newline if a line begins at `start`
+    offset = file.seek(part.start - 1)  # if a line begins at `start`, the byte before it is a newline
     while (part.end is None or offset < part.end) and (block := file.readline(_BLOCK)):
         offset += len(block)
         if block.endswith(b"\n"):
@@ -144,7 +151,7 @@ def _seek_first_line(file: IO[bytes], part: InputRange) -> int:
 
 
 def _text_of_line(raw: bytes, key: tuple[str, ...], location: InputLocation, warnings: InputWarnings) -> str | None:
-    """Return the text of a JSON line, or add a warning and return None if it has none."""
+    """Return the text of a JSON line. If the line has no text, add a warning and return None."""
     try:
         line = raw.decode()
     except UnicodeDecodeError:
@@ -156,16 +163,20 @@ def _text_of_line(raw: bytes, key: tuple[str, ...], location: InputLocation, war
 def _parse(
     line: str, key: tuple[str, ...], location: InputLocation, warnings: InputWarnings, column: Callable[[int], int]
 ) -> str | None:
-    """Return the string at `key` in a JSON line, or add a warning and return None. `column` maps offsets to columns."""
+    """Return the string at `key` in a JSON line. If there is none, add a warning and return None.
+
+    `column` converts offsets in `line` to columns, for error messages.
+    """
     if line.isspace():
         return None
     try:
-        value = _load_json(line.rstrip("\r\n"))  # without the newline, so that an error at the end is on this line
+        # The newline is removed because an error at the end would otherwise be reported after the newline.
+        value = _load_json(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         detail = f"{error.msg.removesuffix(' at')} at column {column(error.pos)}"
         warnings.add("broken_json", location, detail=detail)
         return None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # for example an integer with thousands of digits
         warnings.add("broken_json", location, detail=str(error))
         return None
     except RecursionError:
@@ -179,7 +190,10 @@ def _parse(
 
 
 def _load_json(line: str) -> Any:
-    """Return `json.loads(line)`, in about half the time for objects because the search for whitespace is skipped."""
+    """Return `json.loads(line)`.
+
+    Objects take about half the time of `json.loads`, because the search for surrounding whitespace is skipped.
+    """
     if line[:1] == "{":
         value, end = _DECODER.raw_decode(line)
         if end == len(line):
@@ -188,7 +202,7 @@ def _load_json(line: str) -> Any:
 
 
 def _read_table(part: InputRange, key: tuple[str, ...], warnings: InputWarnings) -> Iterator[TextFragment]:
-    """Yield the documents of row groups of a table. The line of a location is the row's number in the whole file."""
+    """Yield the documents of the row groups in the range. Locations have the number of the row in the whole file."""
     path = part.file.path
     end = count_row_groups(path) if part.end is None else part.end
     for row in read_rows(path, part.start, end, key):

@@ -14,12 +14,15 @@ _T = TypeVar("_T")
 
 
 def is_remote(path: str) -> bool:
-    """Return True if a path is the address of a remote store."""
+    """Return True if a path is the address of a remote file."""
     return "://" in path
 
 
 def open_filesystem(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a remote path, and the path within it. Raises UserError if it is unavailable."""
+    """Return the fsspec file system of a remote path, and the path within it.
+
+    Raises UserError if the file system is unavailable.
+    """
     try:
         import fsspec
     except ImportError:
@@ -32,17 +35,20 @@ def open_filesystem(path: str) -> tuple[Any, str]:
 
 
 def is_http(filesystem: Any) -> bool:
-    """Return True for the file system of web servers. They have no folders, and some can send only whole files."""
+    """Return True for the file system of web servers. They have no folders, and some of them send only whole files."""
     return "http" in filesystem.protocol
 
 
 def open_remote(path: str) -> IO[bytes]:
-    """Open a remote file. Every failure, then and while it is read, is an OSError."""
+    """Open a remote file. All errors of opening and reading it are raised as OSError."""
     return cast("IO[bytes]", io.BufferedReader(_RemoteFile(*open_filesystem(path)), _BUFFER))
 
 
 def supports_ranges(path: str) -> bool:
-    """Return True if a remote file has a known size and can be read from any offset. Raises OSError."""
+    """Return True if a remote file has a known size and can be read from any offset.
+
+    Raises OSError if the file cannot be read.
+    """
     filesystem, inner = open_filesystem(path)
     with _RemoteFile(filesystem, inner) as file:
         if not file.is_streamed:
@@ -52,18 +58,18 @@ def supports_ranges(path: str) -> bool:
 
 
 def missing_package(package: str, extra: str, path: str) -> UserError:
-    """Return the error for a file that cannot be read without an optional package.
+    """Return the error for a file that cannot be read because an optional package is missing.
 
     Args:
         package: The name of the package.
-        extra: The extra of megagpt that installs it.
-        path: The file.
+        extra: The name of the megagpt extra that installs the package.
+        path: The path of the file.
     """
     return UserError(f"reading this needs the package {package}", path, f'pip install "megagpt[{extra}]"')
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file that is requested range by range, or streamed as a whole if the web server does not support ranges."""
+    """Remote file that is read range by range, or streamed as a whole if the web server does not support ranges."""
 
     def __init__(self, filesystem: Any, inner: str) -> None:
         self._filesystem, self._inner = filesystem, inner
@@ -108,13 +114,13 @@ class _RemoteFile(io.RawIOBase):
         return bytes(self._file.read(count))
 
     def _stream(self) -> None:
-        """Reopen the file as a stream of the whole, and skip to the current offset."""
+        """Reopen the file as a stream from its beginning, and skip to the current offset."""
         import aiohttp
 
         self._file.close()
         self.is_streamed = True
-        # There is no limit to the total time, since reading waits for the documents to be encoded. The limit of 300
-        # seconds is for a single read.
+        # The total time is not limited, because reads alternate with the encoding of documents. The limit of 300
+        # seconds applies to each read.
         timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
         client_kwargs = {**self._filesystem.client_kwargs, "timeout": timeout}
         filesystem = type(self._filesystem)(**{**self._filesystem.storage_options, "client_kwargs": client_kwargs})
@@ -125,7 +131,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _with_os_errors(call: Callable[[], _T]) -> _T:
-    """Return the result of `call`, with every exception of the store's own package converted to OSError."""
+    """Return the result of `call`. Exceptions of the store's package are converted to OSError."""
     try:
         return call()
     except OSError:

@@ -1,4 +1,4 @@
-"""Incremental UTF-8 decoding that counts invalid sequences. Text files and long JSON lines are both read with it."""
+"""Incremental UTF-8 decoder that counts invalid sequences, for text files and long JSON lines."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Utf8Decoder:
         """Decode the next block.
 
         Args:
-            block: The next bytes.
-            final: True for the last block, in which an incomplete character is invalid.
+            block: The bytes of the block.
+            final: True for the last block. An incomplete character at its end is invalid.
 
         Returns:
             The decoded text, and the number of invalid sequences that were replaced in it.
