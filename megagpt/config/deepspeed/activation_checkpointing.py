@@ -8,10 +8,8 @@ from typing import Any
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.errors import Problem
 
-RECOMPUTED_BLOCKS_KEY = (
-    # The value is a number of blocks. DeepSpeed itself does not use it and leaves its meaning to the model.
-    "activation_checkpointing.number_checkpoints"
-)
+# The value is a number of blocks. DeepSpeed itself leaves the meaning of this key to the model.
+RECOMPUTED_BLOCKS_KEY = "activation_checkpointing.number_checkpoints"
 CHECKPOINTS_ON_HOST_KEY = "activation_checkpointing.cpu_checkpointing"
 
 

@@ -52,7 +52,7 @@ PRESETS: Mapping[str, _Shape] = {
     "gpt2-355m": _gpt2(24, 16, 1024),
     "gpt2-774m": _gpt2(36, 20, 1280),
     "gpt2-1.5b": _gpt2(48, 25, 1600),
-    # Source: Brown et al. 2020, table 2.1. Here attention is dense in every block. In GPT-3 it alternates with sparse.
+    # Source: Brown et al. 2020, table 2.1. All blocks have dense attention here. In GPT-3, every other block is sparse.
     "gpt3-2.7b": _gpt3(32, 32, 2560),
     "gpt3-6.7b": _gpt3(32, 32, 4096),
     # The table lists a width of 5140, which contradicts its own 40 heads of dimension 128.

@@ -94,7 +94,7 @@ class ConfigTree:
         return f"{location.at}  {location.text if owner == key else key}"
 
     def key_inside(self, key: str) -> str:
-        """Return `key` if it has a location, or else the first key inside it that was given, if there is one."""
+        """Return `key`, unless it has no location and a key inside it was given. Then return the first such key."""
         inside = (other for other in self.locations if other.startswith(f"{key}."))
         return key if key in self.locations else next(inside, key)
 
