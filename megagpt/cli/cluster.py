@@ -1,4 +1,4 @@
-"""Subcommands that check machines: `megagpt hosts`, `megagpt doctor`, and two hidden ones for scripts and the doctor."""
+"""Subcommands that check machines: `megagpt hosts`, `megagpt doctor`, and hidden ones for scripts and the doctor."""
 
 from __future__ import annotations
 
