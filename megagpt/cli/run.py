@@ -93,7 +93,7 @@ def stop(run: RunDirectory) -> None:
 
 @app.command()
 def status(run: RunDirectory, as_json: Json = False) -> None:
-    """Show whether a run is done, running, resumable or failed. The exit code is 0, 3 or 75, and 1 or 2 if it failed."""
+    """Show whether a run is done, running, resumable or failed. The exit code is 0, 3 or 75, or 1 or 2 if it failed."""
     from megagpt.training import status as implementation
 
     result = implementation.read(run)

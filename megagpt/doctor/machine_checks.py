@@ -11,8 +11,8 @@ from megagpt.plan.machine import SAFE_FRACTION
 
 # Clock differences, in seconds, from which an error or a warning is reported.
 _CLOCK_ERROR, _CLOCK_WARNING = 2.0, 0.5
-# Open files that a rank needs at least: a constant, and a number that is multiplied by the world size. They were counted
-# at ZeRO stages 1 and 3 with gloo.
+# Open files that a rank needs at least: a constant, and a number that is multiplied by the world size. Both were
+# counted at ZeRO stages 1 and 3 with gloo.
 _MIN_FILES = (64, 5)
 # Open files that a rank may need with more process groups, with NCCL's connections, and with many corpora.
 _MAX_FILES = (256, 16)

@@ -89,7 +89,7 @@ class Session:
         return self.reachable[0]
 
     def differing(self, *keys: str) -> Iterator[tuple[Host, Any, Any]]:
-        """Yield (host, its fact, fact of the first host) for each reachable host whose fact differs from the first's."""
+        """Yield (host, its fact, the first host's fact) for each reachable host whose fact differs from the first's."""
         expected = _nested(self.first.facts, keys)
         for host in self.reachable[1:]:
             if (fact := _nested(host.facts, keys)) != expected:

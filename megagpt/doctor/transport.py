@@ -230,7 +230,7 @@ def explain_exit(host: str, code: int, error: str) -> Finding:
 
 
 def channel_lines(channel: Channel) -> tuple[Iterator[str], Callable[[str], None]]:
-    """Return an iterator over the lines that a channel receives until it is closed, and a function that sends a line."""
+    """Return an iterator over the lines that a channel receives until it closes, and a function that sends a line."""
 
     def receive() -> Iterator[str]:
         with contextlib.suppress(EOFError, OSError):
