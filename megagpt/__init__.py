@@ -1,4 +1,4 @@
-"""megagpt: raw text to a pre-trained, evaluated, exported GPT, on DeepSpeed."""
+"""Pre-training of GPT models with DeepSpeed, from raw text to an evaluated and exported model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ __all__ = ["__version__", "load_model"]
 def load_model(run: str | Path) -> LanguageModel:
     """Load the newest valid checkpoint of a run directory, to compute logits and generate text with it.
 
-    Imports torch when it is called, not when megagpt is imported. DeepSpeed is not needed.
+    Torch is imported when this function is called, not when megagpt is imported. DeepSpeed is not needed.
+
+    Args:
+        run: the run directory.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        megagpt.errors.UserError: the directory holds no valid checkpoint, or its tokenizer is missing.
+        megagpt.errors.UserError: The directory holds no valid checkpoint, or its tokenizer is missing.
     """
     from megagpt.inference import language_model
 

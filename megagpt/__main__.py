@@ -1,4 +1,4 @@
-"""Entry point of `python -m megagpt`, the same as `megagpt`."""
+"""Entry point of `python -m megagpt`, which is equivalent to `megagpt`."""
 
 import sys
 

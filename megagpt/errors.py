@@ -1,4 +1,4 @@
-"""Errors for users: what is wrong, where, and what to do about it. Also the exit codes."""
+"""Exit codes, and errors that tell the user what is wrong, where it is wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
-EXIT_RUNNING = 3  # only from `megagpt status`: training has not ended
-EXIT_REQUEUE = 75  # stopped after saving: EX_TEMPFAIL of sysexits.h, on which schedulers requeue
+EXIT_RUNNING = 3  # Only `megagpt status` returns this, for a run that is still training.
+EXIT_REQUEUE = 75  # The run was stopped after saving. Schedulers requeue jobs with this code (EX_TEMPFAIL, sysexits.h).
 
 
-# C0 and C1 control characters except tab and line feed, characters that change text direction, and lone surrogates
+# C0 and C1 control characters except tab and line feed, characters that change the text direction, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def without_controls(text: str, colours: bool = False) -> str:
-    """Return text with U+FFFD in place of characters that a terminal interprets instead of showing.
+    """Replace characters that a terminal would interpret instead of showing with U+FFFD.
 
     Args:
-        text: text with parts from untrusted sources: a corpus, a file name, another program's message.
-        colours: keep escape sequences that only change colors.
+        text: text that may come from an untrusted source, such as a corpus, a file name or another program.
+        colours: whether to keep escape sequences that only change colors.
+
+    Returns:
+        The text, which is safe to print.
     """
     parts = _COLOUR.split(text) if colours else [text]
     return "".join(part if number % 2 else _CONTROLS.sub("\ufffd", part) for number, part in enumerate(parts))
@@ -33,7 +36,7 @@ def without_controls(text: str, colours: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: what is wrong, where (`FILE:LINE  key`), and what to do."""
+    """Description of one mistake: what is wrong, where it is (`FILE:LINE  key`), and what to do about it."""
 
     what: str
     where: str = ""
@@ -48,15 +51,15 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake of the user's, printed without a traceback. The exit code is 2.
+    """Raised for a mistake by the user. It is printed without a traceback, and the exit code is 2.
 
-    Holds one or more problems, so that all mistakes in a file can be reported at once.
+    An error holds one or more problems, so that all mistakes in a file can be reported at once.
 
     Args:
-        what: what is wrong.
-        where: where it is wrong, such as `FILE:LINE  key`.
-        do: what to do about it.
-        others: further problems.
+        what: description of what is wrong.
+        where: location of the mistake, such as `FILE:LINE  key`.
+        do: advice on what to do about it.
+        others: additional problems.
     """
 
     exit_code = EXIT_USER
@@ -67,7 +70,7 @@ class UserError(Exception):
 
     @classmethod
     def from_problems(cls, problems: Sequence[Problem]) -> UserError:
-        """Return one error with one or more problems."""
+        """Return a single error that holds all of `problems`, of which there must be at least one."""
         first = problems[0]
         return cls(first.what, first.where, first.do, others=problems[1:])
 
@@ -76,13 +79,13 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """A failure of the machine, such as a full disk. It is printed like a user's mistake, but the exit code is 1."""
+    """Raised for a failure of the machine, such as a full disk. It is printed like a UserError; the exit code is 1."""
 
     exit_code = EXIT_FAILURE
 
 
 def require_linux(what: str) -> None:
-    """Raise UserError unless this is Linux. Otherwise `what` would fail later, in a Linux-only system call."""
+    """Raise UserError if the system is not Linux, because `what` would fail later in a system call of Linux."""
     if sys.platform != "linux":
         raise UserError(
             f"{what} needs Linux, but this is {sys.platform}", "", "use WSL 2 on Windows, or a virtual machine on macOS"
@@ -90,17 +93,17 @@ def require_linux(what: str) -> None:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a count with its noun, such as "1 rank" or "2 ranks"."""
+    """Return a count with its noun in the singular or plural, such as "1 rank" or "2 ranks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def closest_match(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """Return the known name most similar to `name`, or None if none is similar: a wrong remedy is worse than none.
+    """Return the known name that is most similar to `name`, or None if no name is similar enough.
 
     Args:
         name: a name that does not exist.
-        known: the names that do.
-        cutoff: least likeness, from 0 to 1; 0.75 allows one wrong letter of four.
+        known: the existing names.
+        cutoff: minimum similarity, from 0 to 1. For example, 0.75 allows one wrong letter in four.
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

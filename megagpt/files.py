@@ -1,6 +1,6 @@
 """Durable file operations for run directories.
 
-Every write goes through these few functions, so that tests can make each one fail, kill the process there, or count it.
+All writes go through these few functions, so that tests can count them, make each one fail, or kill the process there.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 from megagpt.errors import UserError
 
 WriteFile = Callable[[str, bytes], None]
-"""writes one file of a checkpoint, given its path relative to the checkpoint and its content"""
+"""Function that writes one file, given its path relative to the checkpoint and its content."""
 
 
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON from an untrusted source.
 
     Raises:
-        ValueError: if the text is not JSON, or nested too deeply for Python's parser. `json.loads` alone raises
-            RecursionError for the latter, which callers that handle damaged files do not catch.
+        ValueError: The text is not JSON, or it is nested too deeply for Python's parser. In the second case
+            `json.loads` raises RecursionError, which callers that handle damaged files do not catch.
     """
     try:
         return json.loads(text)
@@ -43,7 +43,7 @@ class WrittenFile:
 
 
 def write(path: Path, data: bytes) -> WrittenFile:
-    """Write a new file and flush it to disk. Raises OSError, also if the path is a symbolic link."""
+    """Write a new file and flush it to disk. Raises OSError if this fails, or if the path is a symbolic link."""
     descriptor = _opened(path, os.O_TRUNC)
     try:
         view = memoryview(data)
@@ -56,12 +56,15 @@ def write(path: Path, data: bytes) -> WrittenFile:
 
 
 def open_to_append(path: Path) -> int:
-    """Return a file descriptor that appends to a file, created if missing. Raises OSError for a symbolic link."""
+    """Return a descriptor that appends to a file, which is created if missing. Raises OSError for a symbolic link."""
     return _opened(path, os.O_APPEND)
 
 
 def _opened(path: Path, flag: int) -> int:
-    """Open a file for writing, unless it is a symbolic link: in another user's run directory it may lead anywhere."""
+    """Open a file for writing, and return its descriptor. Raises OSError if the file is a symbolic link.
+
+    In the run directory of another user, a symbolic link could point to any file.
+    """
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | flag | os.O_NOFOLLOW, 0o644)
     except OSError as error:
@@ -71,12 +74,12 @@ def _opened(path: Path, flag: int) -> int:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Return whether a path, with all symbolic links resolved, is outside of a folder."""
+    """Return whether a path is outside of a folder after all symbolic links are resolved."""
     return not path.resolve().is_relative_to(folder.resolve())
 
 
 def refuse_links_out(run: Path) -> None:
-    """Raise UserError if the run directory or its logs hold a symbolic link that leads out of it."""
+    """Raise UserError if the run directory or its folder `logs` contains a symbolic link that leads out of it."""
     entries = [path for folder in (run, run / "logs") if folder.is_dir() for path in folder.iterdir()]
     for path in sorted(entries):
         if path.is_symlink() and leads_out(path, run):
@@ -85,7 +88,7 @@ def refuse_links_out(run: Path) -> None:
 
 
 def folder_writer(folder: Path) -> WriteFile:
-    """Return a function that writes files into a folder and creates missing folders."""
+    """Return a function that writes files into a folder and creates missing subfolders."""
 
     def sink(name: str, data: bytes) -> None:
         make_folder((folder / name).parent)
@@ -103,17 +106,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Replace a file atomically by a JSON value."""
+    """Replace the content of a file atomically with a JSON value."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder. The new name is durable only after `sync` of the parent folder."""
+    """Rename a folder. The new name is durable only after `sync` is called for the parent folder."""
     os.rename(old, new)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, unless they exist."""
+    """Create a folder and its parents if they do not exist."""
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -131,9 +134,9 @@ def make_run_folder(path: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder and everything in it.
 
-    It is renamed first, so that its name is free even if the removal is interrupted.
+    The folder is renamed first, so that its name is free even if the removal is interrupted.
     """
-    if path.is_symlink():  # remove only the link: its target may belong to somebody else
+    if path.is_symlink():  # Remove only the link, because its target may belong to another user.
         path.unlink()
     elif path.exists():
         doomed = path.with_name(f".removed_{path.name.lstrip('.')}")
@@ -182,7 +185,7 @@ class ChecksummedFile:
         self.close()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append bytes."""
+        """Append bytes to the file."""
         self._file.write(content)
         self.crc32 = zlib.crc32(content, self.crc32)
 
@@ -192,5 +195,5 @@ class ChecksummedFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is buffered, and close the file. Raises OSError if the disk is full."""
+        """Write buffered data and close the file. Raises OSError if the disk is full."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""`megagpt report`: plots a run's loss curve from metrics.jsonl, as an SVG file and in the terminal."""
+"""Implementation of `megagpt report`, which plots the loss curve of a run as an SVG file and in the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PICTURE = "loss.svg"
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Loss (nats per token) by the number of tokens trained on.
+    """Loss (in nats per token) as a function of the number of tokens trained on.
 
     Attributes:
-        tokens: tokens after each update.
+        tokens: number of tokens trained on after each update.
         loss: training loss of each update.
-        validation_tokens: tokens at each validation.
-        validation_loss: loss of each validation.
+        validation_tokens: number of tokens trained on at each validation.
+        validation_loss: validation loss of each validation.
     """
 
     tokens: list[int]
@@ -50,7 +50,7 @@ def read_curve(run: Path) -> LossCurve:
 
 def draw_as_svg(run: Path) -> Path:
     """Plot the curve as an SVG file in the run directory, and return the path of the file."""
-    from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps global state
+    from matplotlib.figure import Figure  # pyplot is not used, because it needs a display and keeps global state.
 
     curve = read_curve(run)
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -58,7 +58,7 @@ def draw_as_svg(run: Path) -> Path:
     axes.plot(curve.tokens, curve.loss, linewidth=0.8, alpha=0.6, label="training, each update")
     axes.plot(curve.validation_tokens, curve.validation_loss, marker="o", label="validation")
     axes.set(xlabel="tokens trained on", ylabel="loss, nats per token")
-    axes.set_title(without_controls(run.name), parse_math=False)  # a name is no formula
+    axes.set_title(without_controls(run.name), parse_math=False)  # A "$" in the name does not begin a formula.
     axes.grid(alpha=0.3)
     axes.legend()
     svg = io.StringIO()
@@ -72,11 +72,14 @@ def draw_as_svg(run: Path) -> Path:
 
 
 def draw_as_text(run: Path, color: bool) -> str:
-    """Plot the curve with characters, 88 columns wide, for a terminal or a log.
+    """Plot the curve with text characters, 88 columns wide, for a terminal or a log.
 
     Args:
-        run: run directory.
+        run: the run directory.
         color: whether to use terminal colors.
+
+    Returns:
+        The plot as text.
     """
     import plotext
 

@@ -1,11 +1,11 @@
-"""Immutable values that the training loop passes between its steps. Imports no torch."""
+"""Immutable values that the training loop passes between its steps. This module does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 IGNORE_INDEX = -100
-"""Label that takes no part in the loss. The value is PyTorch's default `ignore_index`."""
+"""Label that is excluded from the loss. The value is PyTorch's default for `ignore_index`."""
 
 
 @dataclass(frozen=True)
@@ -13,18 +13,18 @@ class TrainState:
     """Progress of a run."""
 
     update: int = 0
-    """updates made"""
+    """number of completed updates"""
     position: int = 0
-    """data position: samples consumed or skipped"""
+    """data position, which is the number of samples consumed or skipped"""
     tokens: int = 0
-    """valid target tokens trained on"""
+    """number of valid target tokens trained on"""
 
     def advanced(self, samples: int, tokens: int) -> TrainState:
         """Return the state after one more update.
 
         Args:
-            samples: data positions that the update consumed.
-            tokens: valid target tokens of the update.
+            samples: number of samples that the update consumed.
+            tokens: number of valid target tokens of the update.
         """
         return TrainState(self.update + 1, self.position + samples, self.tokens + tokens)
 
@@ -42,13 +42,13 @@ class UpdateResult:
     """Result of one update, with the same values on every rank."""
 
     loss: float
-    """loss over the global batch before the update, in nats per token"""
+    """mean loss over the global batch before the update, in nats per token"""
     grad_norm: float
     """gradient norm of the whole model before clipping"""
     lr: float
     """learning rate of this update"""
     tokens: int
-    """valid target tokens of the global batch"""
+    """number of valid target tokens of the global batch"""
     made: bool = True
-    """False if the loss was rejected or the gradient was not finite, so that weights and optimizer are unchanged"""
+    """whether the update was made; False if the loss was rejected or the gradient was not finite"""
     scale: LossScale | None = None

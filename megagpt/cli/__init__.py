@@ -1,9 +1,10 @@
-"""The `megagpt` command. Each group of subcommands has a file; a subcommand imports its implementation when it runs.
+"""The `megagpt` command.
 
-So `megagpt --help` loads neither torch nor DeepSpeed.
+Each group of subcommands has its own file. A subcommand imports its implementation only when it runs, so
+`megagpt --help` loads neither torch nor DeepSpeed.
 
-Exit codes: 0 success, 2 a mistake of the user's (`UserError`), 75 stopped after saving, 1 any other failure. `status`
-also returns 3 for a run that is still training.
+Exit codes are 0 for success, 2 for a mistake by the user (`UserError`), 75 for a run that was stopped after saving, and
+1 for any other failure. `megagpt status` also returns 3 for a run that is still training.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import sys
 from typing import Annotated
 
-# Set before torch is first imported: waiting threads must not spin, or two ranks on one machine starve each other.
+# This must be set before torch is first imported. Waiting threads must not spin, because two ranks on one machine would
+# then starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
@@ -33,7 +35,7 @@ app = typer.Typer(
 app.add_typer(data.tokenizer_app, name="tokenizer")
 app.add_typer(data.data_app, name="data")
 for _module in (data, config, train, run, cluster):
-    app.add_typer(_module.app)  # without a name: its subcommands become subcommands of `megagpt` itself
+    app.add_typer(_module.app)  # Without a name, its subcommands become subcommands of `megagpt` itself.
 
 
 def _print_version(requested: bool) -> None:
@@ -55,14 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` is printed without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without some character shows "?" instead of failing
+            # A character that the terminal's encoding lacks is shown as "?" instead of raising an error.
+            stream.reconfigure(errors="replace")
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         refuse_dashed_overrides(arguments)
         app(expand_home(arguments))
     except UserError as error:
-        sys.stderr.write(f"{error}\n")  # one write, because other ranks write to the same stream
+        sys.stderr.write(f"{error}\n")  # A single write, because other ranks write to the same stream.
         return error.exit_code
-    except SystemExit as end:  # typer exits this way, with code 2 for an invalid option
+    except SystemExit as end:  # Typer exits this way, for example with code 2 for an invalid option.
         return end.code if isinstance(end.code, int) else EXIT_DONE
     return EXIT_DONE

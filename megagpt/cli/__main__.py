@@ -1,4 +1,4 @@
-"""Entry point of `python -m megagpt.cli`, the same as `megagpt`."""
+"""Entry point of `python -m megagpt.cli`, which is equivalent to `megagpt`."""
 
 import sys
 

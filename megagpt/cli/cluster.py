@@ -1,4 +1,4 @@
-"""Subcommands on the machines: `megagpt hosts`, `megagpt doctor`, and two that scripts and the doctor call."""
+"""Subcommands that check machines: `megagpt hosts`, `megagpt doctor`, and hidden ones for scripts and the doctor."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def doctor(
     ] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Find what would stop training here, or on a cluster. Each finding comes with a fix; exits with 1 if any."""
+    """Find what would stop training here, or on a cluster. Suggests a fix for each problem. Exit code 1 if any."""
     from megagpt.doctor import command
 
     options = command.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)
     result = command.doctor(options, os.environ)
-    if result:  # with --as-rank, only rank 0 has the result
+    if result:  # With --as-rank, only rank 0 has the result.
         print_result(result, as_json)
         raise typer.Exit(result.code)
 

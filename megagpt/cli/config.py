@@ -1,4 +1,4 @@
-"""Subcommands on recipes and DeepSpeed configs: `megagpt keys`, `megagpt plan`, and two that scripts call."""
+"""Subcommands for recipes and DeepSpeed configs: `megagpt keys`, `megagpt plan`, and two hidden ones for scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keys(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the keys of a recipe. Shows the type, default, meaning and unit of each, and the model presets."""
+    """List the keys of a recipe. Shows the type, default, meaning and unit of each key, and the model presets."""
     from megagpt.config.recipe import reference as implementation
 
     print_result(implementation.keys(tuple(names or ())), as_json)
@@ -45,7 +45,7 @@ def plan(
     host_memory: Annotated[str | None, typer.Option(help="host memory per node: 512GiB")] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a run takes, and whether it fits. Memory, time, disk and network; and what would fit."""
+    """Estimate what a run takes, and whether it fits. Shows memory, time, disk and network, and changes that fit."""
     from megagpt import plan as implementation
 
     options = implementation.PlanOptions(

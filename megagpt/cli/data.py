@@ -1,4 +1,4 @@
-"""Subcommands on data: `megagpt prepare`, `megagpt tokenizer …` and `megagpt data …`."""
+"""Subcommands for data: `megagpt prepare`, `megagpt tokenizer …` and `megagpt data …`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prepare(
         validation_fraction, workers, text_key, strict, deduplicate, shuffle, engine, pack
     )
     result = implementation.prepare_corpora(inputs, tokenizer, output, options, sys.stderr)
-    if result:  # under a launcher, only one rank has the result
+    if result:  # Under a launcher, only one rank has the result.
         print_result(result.corpora[0] if len(result.corpora) == 1 else result, as_json)
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several subcommands share, each with its help text, and how results are printed."""
+"""Arguments and options that several subcommands share, and functions to order subcommands and print results."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run directo
 TextKey = Annotated[str, typer.Option(help="key of the text in a JSON Lines record; `a.b` is b inside a")]
 Workers = Annotated[int | None, typer.Option(help="worker processes; default: one per core", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
-LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher passes it
+# DeepSpeed's launcher passes this option. It is accepted and ignored.
+LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]
 
 
 class CommandsInOrderOfUse(typer.core.TyperGroup):
     """Command group whose help lists the subcommands in the order in which they are used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the subcommands; hidden ones come last."""
+        """Return the names of the subcommands in the order of use, hidden ones last."""
         return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
@@ -93,9 +94,9 @@ _TEXT_OPTIONS = ("--prompt", "--text-key", "--text_key")
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
-    """Expand `~` in arguments such as `--output=~/x`, which bash passes on as they are.
+    """Expand `~` in arguments such as `--output=~/x`, in which bash does not expand it.
 
-    Without this the command would create a folder that is really named `~`.
+    Without this function, the command would create a folder that is literally named `~`.
     """
     expanded = []
     for argument in arguments:
@@ -109,7 +110,7 @@ def print_result(result: Any, as_json: bool) -> None:
     """Print the result of a subcommand.
 
     Args:
-        result: a dataclass whose `str` is the text for a terminal.
-        as_json: print its fields as one JSON object instead.
+        result: a dataclass. `str(result)` is the text for a terminal.
+        as_json: whether to print the fields of the result as one JSON object instead.
     """
     print(json.dumps(asdict(result)) if as_json else without_controls(str(result), colours=True))

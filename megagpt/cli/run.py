@@ -1,4 +1,4 @@
-"""Subcommands on a run directory: evaluate, generate, export, checkpoints, stop, status, report."""
+"""Subcommands for a run directory: evaluate, generate, export, checkpoints, stop, status, report and a hidden one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def checkpoints(
     verify: Annotated[bool, typer.Option(help="read every byte and compare checksums")] = False,
     as_json: Json = False,
 ) -> None:
-    """List a run's checkpoints. Shows update, tokens, size, layout, and what is wrong with damaged ones."""
+    """List a run's checkpoints. Shows update, tokens, size and layout of each, and the problems of damaged ones."""
     from megagpt.checkpoint import listing as implementation
 
     print_result(implementation.checkpoints(run, verify), as_json)
@@ -97,7 +97,7 @@ def stop(run: RunDirectory) -> None:
 
 @app.command()
 def status(run: RunDirectory, as_json: Json = False) -> None:
-    """Show whether a run is done, running, resumable or failed. Exit code 0, 3, 75, or 1 and 2, for job scripts."""
+    """Show whether a run is done, running, resumable or failed. The exit code is 0, 3 or 75, or 1 or 2 if it failed."""
     from megagpt.training import status as implementation
 
     result = implementation.read(run)

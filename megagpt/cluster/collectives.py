@@ -1,4 +1,4 @@
-"""Collectives on small host values (flags, counts, plain objects) between all ranks, over gloo."""
+"""Collectives between all ranks on small host values (flags, counts and plain objects), over gloo."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 from megagpt.files import parse_json
 
-TIME_LIMIT = timedelta(minutes=20)  # of every process group: if a rank dies, the job ends instead of hanging
+# Timeout of every process group. If a rank dies, the job ends after this time instead of hanging.
+TIME_LIMIT = timedelta(minutes=20)
 
 
 class Collectives:
-    """Collectives on small host values between all ranks, over gloo: no device has to be synchronized.
+    """Collectives between all ranks on small host values. They use gloo, so no device has to be synchronized.
 
-    All ranks must call the same methods in the same order. With one rank every method returns its own input.
+    All ranks must call the same methods in the same order. With one rank, every method returns its own input.
 
     Args:
-        world_size: total number of ranks; the default process group must exist if there are several.
+        world_size: total number of ranks. If there are several, the default process group must exist.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -29,7 +30,7 @@ class Collectives:
             self._group = torch.distributed.new_group(backend="gloo", timeout=TIME_LIMIT)
 
     def all_reduce_sum(self, value: float) -> float:
-        """Return the sum of `value` over all ranks, exact for whole numbers below 2^53."""
+        """Return the sum of `value` over all ranks. The sum is exact for whole numbers below 2^53."""
         if self._group is None:
             return value
         import torch
@@ -50,7 +51,7 @@ class Collectives:
         return [value % (1 << 64) for value in tensor.tolist()]
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Return the elementwise maximum over all ranks of whole numbers between -2^63 and 2^63."""
+        """Return the elementwise maximum of `values` over all ranks. The values must be 64-bit signed integers."""
         if self._group is None:
             return list(values)
         import torch
@@ -62,7 +63,7 @@ class Collectives:
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the values of all ranks in rank order, on every rank.
 
-        Values are plain data and travel as JSON, so tuples arrive as lists, also with one rank.
+        Values must be plain data. They are sent as JSON, so tuples arrive as lists, even with one rank.
         """
         text = json.dumps(value)
         texts = [text]
@@ -78,5 +79,5 @@ class Collectives:
         return self.all_reduce_sum(float(flag)) > 0
 
     def barrier(self) -> None:
-        """Wait until all ranks have called this."""
+        """Wait until all ranks have called this method."""
         self.all_reduce_sum(0.0)

@@ -1,14 +1,14 @@
-"""Mutual proof of a shared secret over a TCP connection, and the authenticated messages that follow it.
+"""Mutual proof of a shared secret over a TCP connection, and authenticated messages after it.
 
     rank 0 -> caller    MAGIC, nonce of rank 0
-    caller -> rank 0    nonce of the caller, its number, HMAC("caller", both nonces, number)
+    caller -> rank 0    nonce of the caller, number of the caller, HMAC("caller", both nonces, number)
     rank 0 -> caller    HMAC("rank 0", both nonces, number)
 
-Fresh nonces make a recorded handshake worthless, and the role in each HMAC keeps a proof from being reflected to its
-author. Every later message has a length limit and an HMAC with a sequence number, under a key per direction that
-is derived from both nonces, so that an attacker who takes over the TCP stream can neither insert, repeat
-nor drop a message.
-Messages are authenticated and not encrypted. Nothing that arrives is unpickled or evaluated.
+Fresh nonces prevent the replay of a recorded handshake. The role in each HMAC prevents a proof from being reflected to
+the process that sent it. Every later message has a length limit and an HMAC that includes a sequence number. Its key
+is different for each direction and is derived from both nonces, so an attacker who takes over the TCP stream can
+neither insert, repeat nor drop a message.
+Messages are authenticated but not encrypted. Received data is never unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ import struct
 import time
 from collections.abc import Callable
 
-MAX_MESSAGE_BYTES = 1 << 30  # memory is allocated only as bytes arrive
+# Messages may be this large because memory is allocated only as their bytes arrive.
+MAX_MESSAGE_BYTES = 1 << 30
 _MAGIC = b"megagpt 1\n"
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
-_REFUSAL = bytes(_MAC_BYTES)  # sent instead of a proof, so that a process of another job gets a clear answer
+# Rank 0 sends this instead of a proof, so that a process of another job gets a clear answer.
+_REFUSAL = bytes(_MAC_BYTES)
 _NUMBER = struct.Struct(">I")
 _SEQUENCE_AND_LENGTH = struct.Struct(">QQ")
 _LENGTH = struct.Struct(">Q")
-_BLOCK = 1 << 20  # bytes per recv
+_BLOCK = 1 << 20  # maximum number of bytes per call of recv
 
 
 class Rejected(Exception):
-    """The other end of a connection has not proved that it has the secret."""
+    """Raised if the other end of a connection has not proved that it knows the secret."""
 
 
 class ForgedMessage(ConnectionError):
-    """A message that was not sent by the authenticated other end, was changed, or is larger than the limit."""
+    """Raised for a message that is forged, modified or larger than the limit."""
 
 
 class Channel:
-    """An authenticated connection: whole messages of bytes, in both directions.
+    """Authenticated connection that sends and receives whole messages of bytes.
 
     Args:
-        connection: The connection, owned by the channel from now on.
-        send_key: Key of the HMAC of each message sent.
-        receive_key: Key of the HMAC of each message received.
+        connection: The connection, which the channel now owns and closes.
+        send_key: HMAC key for messages that are sent.
+        receive_key: HMAC key for messages that are received.
     """
 
     def __init__(self, connection: socket.socket, send_key: bytes, receive_key: bytes) -> None:
@@ -57,14 +59,20 @@ class Channel:
         self._sent = self._received = 0
 
     def send(self, message: bytes) -> None:
-        """Send a message. Raises OSError if the other end is gone."""
+        """Send a message. Raises OSError if the other end has closed the connection."""
         self._connection.sendall(_LENGTH.pack(len(message)))
         self._connection.sendall(message)
         self._connection.sendall(_message_mac(self._send_key, self._sent, message))
         self._sent += 1
 
     def receive(self) -> bytes:
-        """Return the next message. Raises EOFError if the other end has closed, ForgedMessage, or OSError."""
+        """Wait for the next message and return it.
+
+        Raises:
+            ForgedMessage: The message is not authentic or is too large.
+            EOFError: The other end has closed the connection.
+            OSError: The connection has failed.
+        """
         (length,) = _LENGTH.unpack(_exactly(self._connection, _LENGTH.size))
         if length > MAX_MESSAGE_BYTES:
             raise ForgedMessage(f"a message of {length:,} bytes, more than the limit of {MAX_MESSAGE_BYTES:,}")
@@ -76,29 +84,29 @@ class Channel:
         return message
 
     def fileno(self) -> int:
-        """File descriptor of the connection, readable when a message has begun to arrive."""
+        """Return the file descriptor of the connection, which becomes readable when a message begins to arrive."""
         return self._connection.fileno()
 
     def close(self) -> None:
-        """Close the connection; a receive in another thread ends with EOFError."""
+        """Close the connection. A call of `receive` that waits in another thread raises EOFError."""
         close(self._connection)
 
 
 def accept(connection: socket.socket, key: bytes, size: int, end: float) -> tuple[int, Channel]:
-    """Let a caller prove that it has the key, then prove the same to it.
+    """Verify on rank 0 that a caller knows the key, then prove to the caller that rank 0 knows it, too.
 
     Args:
-        connection: A connection that a caller has made.
-        key: Key derived from the secret of the job, see `derive`.
-        size: Number of processes of the job; callers are 1 to `size - 1`.
-        end: Time (`time.monotonic`) by which the caller must be done.
+        connection: A connection that a caller has opened.
+        key: Key derived from the secret of the job (see `derive`).
+        size: Number of processes of the job. Callers have the numbers 1 to `size - 1`.
+        end: Time (`time.monotonic`) by which the caller must have proved that it knows the key.
 
     Returns:
-        Number of the caller, and the channel to it.
+        Number of the caller, and the channel to the caller.
 
     Raises:
-        Rejected: The caller does not have the key.
-        OSError, EOFError: The caller is gone, or is slow.
+        Rejected: The caller does not know the key.
+        OSError, EOFError: The caller has closed the connection, or is too slow.
     """
     ours = secrets.token_bytes(_NONCE_BYTES)
     connection.settimeout(_left(end))
@@ -118,19 +126,19 @@ def accept(connection: socket.socket, key: bytes, size: int, end: float) -> tupl
 
 
 def prove(connection: socket.socket, key: bytes, number: int, end: float) -> Channel:
-    """Prove to rank 0 that this process has the key, and let rank 0 prove the same.
+    """Prove to rank 0 that this process knows the key, and verify that rank 0 knows it, too.
 
     Args:
         connection: A connection to the address of rank 0.
-        key: Key derived from the secret of the job, see `derive`.
+        key: Key derived from the secret of the job (see `derive`).
         number: Number of this process in the job.
-        end: Time (`time.monotonic`) by which rank 0 must be done.
+        end: Time (`time.monotonic`) by which rank 0 must have proved that it knows the key.
 
     Returns:
         The channel to rank 0.
 
     Raises:
-        Rejected: The program that listens does not have the key, is slow, or is not megagpt.
+        Rejected: The listening program does not know the key, is too slow, or is not megagpt.
         OSError, EOFError: The connection has been closed.
     """
     try:
@@ -151,13 +159,13 @@ def prove(connection: socket.socket, key: bytes, number: int, end: float) -> Cha
 
 
 def derive(key: bytes, purpose: bytes, context: bytes) -> bytes:
-    """Return HMAC-SHA256 of a purpose and its context: a proof, or a key for that purpose alone."""
+    """Return the HMAC-SHA256 of a purpose and a context, which serves as a proof or as a key for that purpose only."""
     return hmac.digest(key, _LENGTH.pack(len(purpose)) + purpose + context, "sha256")
 
 
 def close(connection: socket.socket) -> None:
     """Close a connection, and wake up a thread that waits for data on it."""
-    with contextlib.suppress(OSError):  # the other end is already gone
+    with contextlib.suppress(OSError):  # The other end may have closed the connection already.
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
 
@@ -169,7 +177,7 @@ def _message_mac(key: bytes, sequence: int, message: bytes) -> bytes:
 
 
 def _left(end: float) -> float:
-    """Seconds until `end`. Raises TimeoutError if there are none."""
+    """Return the number of seconds until `end`. Raises TimeoutError if `end` has passed."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError("too slow")
@@ -177,7 +185,7 @@ def _left(end: float) -> float:
 
 
 def _exactly(connection: socket.socket, count: int, end: float | None = None) -> bytes:
-    """Receive exactly `count` bytes, all of them before `end` if it is given."""
+    """Receive exactly `count` bytes. Raises TimeoutError if they do not arrive before `end`, if it is given."""
     limit: Callable[[], float | None] = (lambda: None) if end is None else (lambda: _left(end))
     received = bytearray()
     while len(received) < count:

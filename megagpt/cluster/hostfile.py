@@ -1,4 +1,4 @@
-"""DeepSpeed's hostfile, with line numbers in the errors."""
+"""Reader of DeepSpeed's hostfile that reports errors with line numbers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FORMAT = "write `HOST slots=NUMBER`, one host per line; `#` starts a comment li
 def read(path: Path) -> dict[str, int]:
     """Return the number of ranks per host, in the order of the file.
 
-    Stricter than DeepSpeed, which ignores whatever follows the number. Raises UserError with every mistake and its
-    line.
+    The parser is stricter than DeepSpeed's, which ignores any text after the number. Raises UserError with all
+    mistakes and their lines.
     """
     try:
         lines = path.read_text().splitlines()

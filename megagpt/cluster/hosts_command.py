@@ -1,4 +1,4 @@
-"""`megagpt hosts`: check a hostfile, and write the environment variables that the other hosts need."""
+"""Implementation of `megagpt hosts`, which checks a hostfile and writes the environment that other hosts need."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megagpt.errors import Problem, UserError, plural
 
 @dataclass(frozen=True)
 class HostList:
-    """A valid hostfile."""
+    """Hosts and ranks of a valid hostfile."""
 
     hosts: dict[str, int]
-    """ranks per host"""
+    """number of ranks per host"""
     world_size: int
     environment: str | None
-    """absolute path of the file of environment variables, if one was written"""
+    """absolute path of the file with environment variables; None if it was not written"""
 
     def __str__(self) -> str:
         width = max(map(len, self.hosts))
@@ -35,15 +35,19 @@ class HostList:
 
 
 def hosts(file: Path, write: Path | None, env: dict[str, str]) -> HostList:
-    """Check a hostfile: its format, and that the names of its hosts resolve.
+    """Check the format of a hostfile, and that the names of its hosts resolve.
 
     Args:
         file: the hostfile.
-        write: file to which the variables for the other hosts are written, for DS_ENV_FILE; None for no file.
-        env: the environment of this process, from which those variables are taken.
+        write: file to which the environment variables for the other hosts are written, to be passed to DeepSpeed in
+            DS_ENV_FILE; None to write no file.
+        env: the environment of this process, from which these variables are taken.
+
+    Returns:
+        The hosts, with the number of ranks on each.
 
     Raises:
-        UserError: with every mistake in the hostfile.
+        UserError: The hostfile is invalid. The error lists all mistakes at once.
     """
     slots = hostfile.read(file)
     with ThreadPoolExecutor(64) as pool:
@@ -57,12 +61,12 @@ def hosts(file: Path, write: Path | None, env: dict[str, str]) -> HostList:
 
 
 def _resolves(host: str) -> bool:
-    """Return True if ssh would find the address of a host, which may be an alias of ssh's configuration."""
+    """Return True if ssh can find the address of a host. The name may be an alias from ssh's configuration."""
     if reachability.resolves(host):
         return True
     try:
         printed = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout
-    except OSError:  # no ssh here
+    except OSError:  # ssh is not installed on this host.
         return False
     settings = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
     return (

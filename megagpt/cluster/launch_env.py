@@ -1,4 +1,7 @@
-"""Launch environment: rank, local rank, world size, address and port of this process, for every launcher."""
+"""Launch environment, from which a process reads its rank, the world size and the address of rank 0.
+
+All supported launchers set different variables.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,30 @@ from dataclasses import dataclass
 from megagpt.cluster import slurm_nodelist
 from megagpt.errors import MachineError, UserError
 
-_JOB_PORTS = range(20_000, 32_000)  # below the ephemeral ports of Linux
-_FREE_PORTS = range(10_000, 20_000, 2)  # below the ports of SLURM jobs
+# Range of the ports that `job_port` returns. It lies below the ephemeral ports of Linux.
+_JOB_PORTS = range(20_000, 32_000)
+# Range of the ports that `free_port` returns. It lies below the ports of `job_port`.
+_FREE_PORTS = range(10_000, 20_000, 2)
 _CALLS = itertools.count()
-_SPECIAL_STEP = 0xFFFF_FFF0  # step numbers from here on are reserved by SLURM, for batch scripts and interactive shells
+# SLURM reserves step numbers from this one on for batch scripts and interactive shells.
+_SPECIAL_STEP = 0xFFFF_FFF0
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among all processes of the job."""
+    """Rank of this process, and the address of rank 0."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     address: str = "127.0.0.1"
-    """address of rank 0; empty if only MPI knows it"""
+    """address of rank 0; empty if it must be obtained from MPI"""
     port: int = 0
-    """port on which rank 0 listens; 0 for any free port"""
+    """port on which rank 0 listens; 0 selects any free port"""
     launcher: str = "python"
     job: str = ""
-    """the launcher's identifier of the job, the same on all its ranks; empty if it has none"""
+    """the launcher's identifier of the job, which is the same on all ranks; empty if the launcher sets none"""
 
     @property
     def main(self) -> bool:
@@ -40,7 +46,7 @@ class Rank:
         return self.rank == 0
 
     def env_variables(self) -> dict[str, str]:
-        """Return the five variables that torch and DeepSpeed read; without all of them DeepSpeed looks for MPI."""
+        """Return the five variables that torch and DeepSpeed read. If one is missing, DeepSpeed tries to use MPI."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -52,7 +58,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class _LauncherVariables:
-    """Names of the variables in which a launcher passes rank, sizes and job."""
+    """Names of the environment variables in which a launcher passes the rank, the sizes and the job."""
 
     rank: str
     world: str
@@ -61,7 +67,8 @@ class _LauncherVariables:
     job: tuple[str, ...] = ()
 
 
-# in order of precedence: ranks of mpirun inherit the variables of the SLURM step that started its daemons
+# Launchers in order of precedence. Ranks of mpirun inherit the variables of the SLURM step that started its daemons, so
+# SLURM must come last.
 _LAUNCHERS = {
     "environment": _LauncherVariables(
         "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), ("TORCHELASTIC_RUN_ID",)
@@ -76,9 +83,9 @@ _LAUNCHERS = {
 
 
 def from_environment(env: Mapping[str, str]) -> Rank:
-    """Return the rank of this process from its launcher's variables; rank 0 of 1 if there are none.
+    """Return the rank of this process from the variables of its launcher, or rank 0 of 1 if there is no launcher.
 
-    A pure function of `env`. Raises UserError if some of a launcher's variables are missing or invalid.
+    The result depends on `env` only. Raises UserError if variables of the launcher are missing or invalid.
     """
     launcher = next((name for name in _LAUNCHERS if _is_launcher(name, env)), None)
     if launcher is None:
@@ -98,29 +105,29 @@ def from_environment(env: Mapping[str, str]) -> Rank:
 
 
 def from_mpi_or_slurm(env: Mapping[str, str]) -> Rank:
-    """Return the rank among processes started by mpirun or srun, and by no other launcher; see `from_environment`."""
+    """Return the rank of this process as `from_environment` does, but only if mpirun or srun started it."""
     return from_environment({name: value for name, value in env.items() if name not in ("RANK", "WORLD_SIZE")})
 
 
 def job_port(job: str) -> int:
-    """Return a port that depends on the number of a job, so that two jobs on one host do not share it."""
+    """Return a port that depends on the number of a SLURM job, so that two jobs on one host use different ports."""
     return _JOB_PORTS[int(job) % len(_JOB_PORTS)] if job.isdecimal() else 29_500
 
 
 def is_slurm_step(env: Mapping[str, str]) -> bool:
-    """Return True if srun started this process; False in a batch script or in the shell of an allocation."""
+    """Return True if srun started this process, and False in a batch script or an interactive shell."""
     return _number(env, "SLURM_STEP_ID", _SPECIAL_STEP) < _SPECIAL_STEP
 
 
 def free_port() -> int:
-    """Return a port on this host that is free, and so is the next one, for the doctor. Raises MachineError if none is.
+    """Return a free port on this host. The next higher port, which the doctor uses, is free as well.
 
-    The port is not ephemeral, so that the system does not assign it to anybody in the seconds until rank 0 listens
-    there. A process returns each port only once, and processes begin at different ports.
+    The port is outside the ephemeral range, so the system does not assign it to another program before rank 0 listens
+    on it. A process returns each port only once, and different processes begin their search at different ports.
+    Raises MachineError if no port is free.
     """
-    first = int(
-        len(_FREE_PORTS) * (os.getpid() * 0.618034 % 1)
-    )  # golden ratio: processes with near ids begin far apart
+    # Multiplying by the golden ratio makes processes with similar ids begin at distant ports.
+    first = int(len(_FREE_PORTS) * (os.getpid() * 0.618034 % 1))
     for _ in _FREE_PORTS:
         port = _FREE_PORTS[(first + next(_CALLS)) % len(_FREE_PORTS)]
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
@@ -138,11 +145,11 @@ _DO = "let the launcher set its variables, or set RANK, LOCAL_RANK, WORLD_SIZE, 
 
 
 def _is_launcher(launcher: str, env: Mapping[str, str]) -> bool:
-    """Return True if this launcher has started this process."""
+    """Return True if `launcher` started this process."""
     if launcher == "slurm":
         return is_slurm_step(env)
     if launcher == "mpich" and is_slurm_step(env):
-        return "MPI_LOCALRANKID" in env  # srun --mpi=pmi2 also sets PMI_RANK, but not this variable
+        return "MPI_LOCALRANKID" in env  # `srun --mpi=pmi2` sets PMI_RANK, too, but not this variable.
     return _LAUNCHERS[launcher].rank in env
 
 
@@ -153,12 +160,12 @@ def _display_name(launcher: str, env: Mapping[str, str]) -> str:
 
 
 def _rendezvous_address(launcher: str, env: Mapping[str, str], size: int) -> tuple[str, int]:
-    """Return address and port of rank 0: from the launcher, or else from SLURM's list of hosts and the job number."""
+    """Return address and port of rank 0 from the launcher's variables, or from SLURM's host list and job number."""
     address, port = env.get("MASTER_ADDR", ""), _number(env, "MASTER_PORT", 0)
     if size == 1:
         return address or "127.0.0.1", port
     if launcher in ("openmpi", "mpich") and not address:
-        return "", 0  # only MPI knows them
+        return "", 0  # They must be obtained from MPI.
     if launcher == "slurm":
         nodes = slurm_nodelist.expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
         address = address or next(iter(nodes), "")
@@ -172,7 +179,7 @@ def _rendezvous_address(launcher: str, env: Mapping[str, str], size: int) -> tup
 
 
 def _local_size(launcher: str, env: Mapping[str, str], size: int) -> int:
-    """Return the number of ranks on this host; all ranks if the launcher does not set it."""
+    """Return the number of ranks on this host, or the world size if the launcher does not set it."""
     if launcher == "slurm":
         tasks = slurm_nodelist.expand_counts(
             env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
@@ -184,7 +191,7 @@ def _local_size(launcher: str, env: Mapping[str, str], size: int) -> int:
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Return a variable as an integer. Raises UserError if it is not a number, or is missing without a default."""
+    """Return a variable as an integer. Raises UserError if it is not a number, or if it is missing without default."""
     text = env.get(name, "")
     if not text and default is not None:
         return default

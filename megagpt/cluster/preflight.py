@@ -1,7 +1,7 @@
-"""Preflight checks at launch: compare the actual ranks and hosts with what the launcher was given.
+"""Preflight checks at launch, which compare the actual ranks and hosts with those that the launcher was given.
 
-With a mistyped hostfile DeepSpeed starts on one host only, and with the wrong MPI every rank is a world of its own.
-Both would train without an error.
+If the path of the hostfile is mistyped, DeepSpeed starts ranks on one host only. With the wrong MPI library, every
+process is rank 0 of its own job. In both cases training would run without an error.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megagpt.files import parse_json
 
 
 def check_world_size(rank: Rank, expected: int | None, ancestors: Sequence[Sequence[str]] = ()) -> None:
-    """Refuse to train with another number of ranks than intended.
+    """Check that training runs with the intended number of ranks.
 
     Args:
         rank: This rank.
-        expected: The number of ranks of --expect-world-size, None if it was not given.
-        ancestors: Command lines of the processes above this one: `deepspeed --hostfile` with a file that does not
-            exist starts on this host only.
+        expected: The value of --expect-world-size; None if it was not given.
+        ancestors: Command lines of this process's ancestors. If one of them is `deepspeed --hostfile` with a file that
+            does not exist, DeepSpeed has started ranks on this host only.
 
     Raises:
-        UserError: The number of ranks is not the expected one, or the hostfile does not exist.
+        UserError: The number of ranks is not `expected`, or the hostfile does not exist.
     """
     if expected is not None:
         if expected != rank.world_size:
@@ -60,27 +60,27 @@ HOW_TO_FORWARD = (
 
 @dataclass(frozen=True)
 class RankLocation:
-    """Host of a rank: its name, and the address by which other hosts reach it."""
+    """Name of a rank's host, and the address by which other hosts reach it."""
 
     name: str
     address: str
 
 
 def check_hosts(rank: Rank, descriptions: Sequence[str], env: Mapping[str, str], expected: int | None) -> list[str]:
-    """Compare the descriptions of all ranks.
+    """Compare the descriptions of all ranks, and check that they run on all hosts that the launcher was given.
 
     Args:
         rank: This rank.
-        descriptions: What `describe_rank` returned on each rank, in their order.
+        descriptions: The result of `describe_rank` on each rank, in rank order.
         env: Environment of this process.
-        expected: The number of ranks of --expect-world-size, None if it was not given.
+        expected: The value of --expect-world-size; None if it was not given.
 
     Returns:
-        Differences that are allowed, but worth a note.
+        One line per environment variable that differs between ranks, for the log.
 
     Raises:
-        UserError: SLURM or DeepSpeed's launcher was given other hosts, or ranks differ where they must not. The same
-            on every rank.
+        UserError: The ranks do not run on the hosts that SLURM or DeepSpeed's launcher was given, or they differ in
+            something that must be the same. All ranks raise the same error.
     """
     ranks = [parse_json(text) for text in descriptions]
     _check_number_of_hosts(rank, ranks, env, expected)
@@ -98,7 +98,7 @@ def check_hosts(rank: Rank, descriptions: Sequence[str], env: Mapping[str, str],
 def _check_number_of_hosts(
     rank: Rank, ranks: Sequence[dict[str, Any]], env: Mapping[str, str], expected: int | None
 ) -> None:
-    """Refuse to run on fewer hosts than the launcher was given, or on another number than SLURM allocated."""
+    """Raise UserError if there are fewer hosts than the launcher was given, or not as many as SLURM allocated."""
     hosts = sorted({(one["host"], one["boot"]) for one in ranks})
     count = "only rank runs" if rank.world_size == 1 else f"{rank.world_size} ranks run"
     here = f"but the job's {count} on {len(hosts)}: {', '.join(name for name, _ in hosts)}"
@@ -128,15 +128,16 @@ def locations_of_ranks(descriptions: Sequence[str]) -> list[RankLocation]:
 def describe_rank(
     same: Mapping[str, str], environment: Mapping[str, str], ancestors: Sequence[Sequence[str]] = ()
 ) -> str:
-    """Return a description of this rank as JSON, to be compared with those of the others.
+    """Return a description of this rank as JSON, to be compared with those of the other ranks.
 
     Args:
         same: Values that must be the same on every rank, such as versions and checksums.
-        environment: Environment variables that should be the same.
-        ancestors: Command lines of the processes above this one, from which the launcher's hosts are read.
+        environment: Environment variables that should be the same on every rank.
+        ancestors: Command lines of this process's ancestors, from which the launcher's hosts are read.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # two hosts may have the same name
+        # Two hosts may have the same name, but not the same boot id.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
     return json.dumps({
@@ -147,11 +148,11 @@ def describe_rank(
 
 
 def hosts_of_launcher(ancestors: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[str]:
-    """Return the hosts that the launcher was given for the whole job; empty if that is not known.
+    """Return the hosts that the launcher was given for the whole job, or an empty list if they are not known.
 
     Args:
-        ancestors: Command lines of the processes above this one, which include DeepSpeed's launcher.
-        environment: Environment of this process, with the variable of `megagpt hosts --write-environment`.
+        ancestors: Command lines of this process's ancestors, which may include DeepSpeed's launcher.
+        environment: Environment of this process, which may include HOSTS_VARIABLE.
     """
     return list(_world_info(ancestors)) or [
         name for name in environment.get(env_forwarding.HOSTS_VARIABLE, "").split("/") if name
@@ -159,12 +160,12 @@ def hosts_of_launcher(ancestors: Sequence[Sequence[str]], environment: Mapping[s
 
 
 def host_per_rank(ancestors: Sequence[Sequence[str]]) -> list[str]:
-    """Return the host on which DeepSpeed's launcher starts each rank; empty under other launchers."""
+    """Return the host on which DeepSpeed's launcher starts each rank, or an empty list under other launchers."""
     return [host for host, devices in _world_info(ancestors).items() for _ in devices]
 
 
 def _world_info(ancestors: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Return the devices per host, as DeepSpeed's launcher on each host gets them on its command line."""
+    """Return the devices per host from the command line of DeepSpeed's launcher on this host."""
     for argument in (argument for command_line in ancestors for argument in command_line):
         if argument.startswith("--world_info="):
             return dict(parse_json(base64.urlsafe_b64decode(argument.partition("=")[2])))
@@ -172,7 +173,7 @@ def _world_info(ancestors: Sequence[Sequence[str]]) -> dict[str, list[int]]:
 
 
 def ancestors(pid: int | None = None) -> list[list[str]]:
-    """Return the command lines of the processes above this one, parent first; empty on systems without /proc."""
+    """Return the command lines of this process's ancestors, parent first, or an empty list on systems without /proc."""
     lines: list[list[str]] = []
     current = os.getppid() if pid is None else pid
     while current > 1 and len(lines) < 16:
@@ -182,12 +183,16 @@ def ancestors(pid: int | None = None) -> list[list[str]]:
         except OSError:
             break
         lines.append([argument.decode(errors="replace") for argument in arguments])
-        current = int(stat.rpartition(")")[2].split()[1])  # the name, in parentheses, may contain anything
+        # The name of the process, in parentheses, may contain spaces and parentheses itself.
+        current = int(stat.rpartition(")")[2].split()[1])
     return lines
 
 
 def hostfile_of(command_line: Sequence[str]) -> str | None:
-    """Return the hostfile on a command line of DeepSpeed's launcher; None if there is none, or it is no such line."""
+    """Return the hostfile on a command line of DeepSpeed's launcher.
+
+    Returns None if the command line has no hostfile or does not belong to that launcher.
+    """
     names = [Path(argument).name for argument in command_line]
     if "deepspeed" not in names[:3] and "deepspeed.launcher.runner" not in command_line:
         return None
@@ -196,13 +201,16 @@ def hostfile_of(command_line: Sequence[str]) -> str | None:
             return following
         if argument.startswith("--hostfile="):
             return argument.partition("=")[2]
-        if argument.endswith(".py"):  # the script; what follows are its arguments
+        if argument.endswith(".py"):  # This is the script. Its own arguments follow.
             return None
     return None
 
 
 def _slurm_hosts(env: Mapping[str, str]) -> list[str]:
-    """Return the hosts of this SLURM step or allocation; empty if torchrun has restarted with fewer."""
+    """Return the hosts of this SLURM step or allocation, or an empty list after a restart by torchrun.
+
+    torchrun may restart the ranks on fewer hosts.
+    """
     if int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return []
     names = ("SLURM_STEP_NODELIST",) if is_slurm_step(env) else ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
@@ -210,7 +218,7 @@ def _slurm_hosts(env: Mapping[str, str]) -> list[str]:
 
 
 def _difference(name: str, ranks: Sequence[dict[str, Any]]) -> Problem | None:
-    """Return the problem if a value that must be the same differs between ranks."""
+    """Return a problem if a value that must be the same differs between ranks, or None."""
     values = [one["same"].get(name) for one in ranks]
     if (other := _first_different(values)) is None:
         return None
@@ -222,7 +230,7 @@ def _difference(name: str, ranks: Sequence[dict[str, Any]]) -> Problem | None:
 
 
 def _variable_difference(name: str, ranks: Sequence[dict[str, Any]]) -> str | None:
-    """Return a line about an environment variable that differs between ranks."""
+    """Return a line about an environment variable if it differs between ranks, or None."""
     values = [one["environment"].get(name, "not set") for one in ranks]
     if (other := _first_different(values)) is None:
         return None
@@ -231,5 +239,5 @@ def _variable_difference(name: str, ranks: Sequence[dict[str, Any]]) -> str | No
 
 
 def _first_different(values: Sequence[str | None]) -> int | None:
-    """Return the first rank whose value differs from rank 0's."""
+    """Return the first rank whose value differs from that of rank 0, or None if all values are equal."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)

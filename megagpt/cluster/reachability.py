@@ -1,4 +1,4 @@
-"""Addresses of hosts: how others reach this one, and whether they resolve and answer."""
+"""Functions to find the address of this host, and to check whether other hosts resolve and answer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-_UNUSED_PORT = 9  # nobody listens there, but a refused connection is an answer too
-_SECONDS = 2.0  # time to wait for an answer, which a host on the same network sends within milliseconds
+# No program listens on this port, but a host that refuses the connection has answered.
+_UNUSED_PORT = 9
+# Seconds to wait for an answer. A host on the same network answers within milliseconds.
+_SECONDS = 2.0
 
 
 def own_address() -> str:
-    """Return the address by which other hosts reach this one: that of the default route, found without sending."""
+    """Return the address by which other hosts reach this host, or its name if the address cannot be determined.
+
+    If the host's name resolves to the loopback, the address of the default route is used. No packet is sent.
+    """
     name = socket.gethostname()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             address = socket.gethostbyname(name)
             if not address.startswith("127."):
                 return address
-            probe.connect(("192.0.2.1", 9))  # an address reserved for documentation (RFC 5737)
+            probe.connect(("192.0.2.1", 9))  # This address is reserved for documentation (RFC 5737).
             return str(probe.getsockname()[0])
         except OSError:
             return name
@@ -28,13 +33,13 @@ def resolves(name: str) -> bool:
     """Return True if this host can find the address of a host name."""
     try:
         socket.getaddrinfo(name, None)
-    except (OSError, UnicodeError):  # UnicodeError: an empty or overlong label, such as in "node..2"
+    except (OSError, UnicodeError):  # UnicodeError is raised for an empty or overlong label, as in "node..2".
         return False
     return True
 
 
 def unreachable_addresses(addresses: Sequence[str]) -> list[str]:
-    """Return the addresses that do not answer within seconds: the cable is cut, or the host is down."""
+    """Return the addresses that do not answer within a few seconds, because the host is down or disconnected."""
     with ThreadPoolExecutor(64) as pool:
         answers = pool.map(_answers, addresses)
         return [address for address, answered in zip(addresses, answers, strict=True) if not answered]

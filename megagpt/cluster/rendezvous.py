@@ -1,6 +1,6 @@
-"""Rendezvous of the ranks of a job. Before anything is built they compare which job they belong to.
+"""Rendezvous of the ranks of a job, at which they check that they belong to the same job.
 
-Without this, rank 1 of a second job on the same port becomes a rank of the first one, and waits there forever.
+Without this check, rank 1 of a second job on the same port would join the first job and wait there forever.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from megagpt.cluster import preflight, reachability, tcp
 from megagpt.cluster.launch_env import Rank, free_port
 from megagpt.errors import MachineError, UserError
 
-JOIN_LIMIT = timedelta(minutes=10)  # for all ranks to start: hosts may read their Python from a slow disk
-_ANSWER_LIMIT = timedelta(seconds=30)  # rank 0 publishes its job at once
-_REPORT_INTERVAL = timedelta(seconds=30)  # between two lines about missing ranks
+# Time for all ranks to start. It is long because hosts may load Python from a slow disk.
+JOIN_LIMIT = timedelta(minutes=10)
+# Time to wait for the name of rank 0's job, which rank 0 publishes as soon as it starts.
+_ANSWER_LIMIT = timedelta(seconds=30)
+# Time between two messages about missing ranks.
+_REPORT_INTERVAL = timedelta(seconds=30)
 
 
 @contextmanager
 def rendezvous(rank: Rank, name: str, limit: timedelta = JOIN_LIMIT) -> Iterator[Rank]:
-    """Wait for the other ranks of the job. Leave the context when the job ends.
+    """Wait for the other ranks of the job. The context must stay open until the job ends.
 
     Args:
         rank: This rank.
-        name: Name of the job, the same on all its ranks and different for every other job, such as its run directory.
-        limit: Time for all ranks to start.
+        name: Name of the job, such as its run directory. It must be the same on all ranks of this job, and different
+            from the names of other jobs.
+        limit: Time limit for all ranks to start.
 
     Yields:
         This rank, with the address and port of rank 0.
@@ -50,11 +54,11 @@ def rendezvous(rank: Rank, name: str, limit: timedelta = JOIN_LIMIT) -> Iterator
         if not _agent_listens():
             _check_in(store, rank, limit)
     yield rank
-    del store  # on rank 0 it keeps torch's own store on the same port alive
+    del store  # Until here, the store of rank 0 keeps torch's own store on the same port alive.
 
 
 def _agent_listens() -> bool:
-    """Return True if torchrun's agent listens instead of rank 0. It also separates jobs, and outlives its ranks."""
+    """Return True if torchrun's agent listens instead of rank 0. The agent separates jobs and outlives its ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -73,7 +77,10 @@ def _store(rank: Rank, limit: timedelta) -> Any:
 
 
 def _compare_jobs(store: Any, rank: Rank, job: str) -> None:
-    """Publish the job on rank 0; on other ranks compare it. A rank of another job leaves no trace in the store."""
+    """Publish the name of the job on rank 0, and compare it with this rank's job on the other ranks.
+
+    A rank of another job does not write to the store. Raises MachineError if the jobs differ.
+    """
     if rank.main:
         store.set("megagpt/job", job)
         return
@@ -87,7 +94,10 @@ def _compare_jobs(store: Any, rank: Rank, job: str) -> None:
 
 
 def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
-    """Record once that this rank has started; rank 0 waits for all."""
+    """Record that this rank has started. Rank 0 then waits for all ranks.
+
+    Raises MachineError if another process has recorded the same rank.
+    """
     if store.add(f"megagpt/started/{rank.rank}", 1) > 1:
         raise MachineError(
             f"two processes are rank {rank.rank} of the job at {rank.address}:{rank.port}",
@@ -99,7 +109,7 @@ def _check_in(store: Any, rank: Rank, limit: timedelta) -> None:
 
 
 def _wait_for_ranks(store: Any, rank: Rank, limit: timedelta) -> None:
-    """Wait until all ranks have started; meanwhile print which are missing, on which host, and why if that is known."""
+    """Wait until all ranks have started. Regularly prints which ranks are missing, their hosts, and possible causes."""
     keys = {number: f"megagpt/started/{number}" for number in range(rank.world_size)}
     hosts = preflight.host_per_rank(preflight.ancestors())
     started, missing = time.monotonic(), list(keys)
@@ -116,14 +126,14 @@ def _wait_for_ranks(store: Any, rank: Rank, limit: timedelta) -> None:
                 print(f"megagpt: waiting for {line}", file=sys.stderr, flush=True)
         try:
             store.wait(list(keys.values()), min(_REPORT_INTERVAL, limit - elapsed + timedelta(milliseconds=1)))
-        except RuntimeError:  # not all within that time
+        except RuntimeError:  # Not all ranks have started within that time.
             missing = [number for number, key in keys.items() if not store.check([key])]
         else:
             missing = []
 
 
 def _describe_missing(missing: Sequence[int], hosts: Sequence[str], duration: str = "") -> list[str]:
-    """Return a line per host with its missing ranks, such as "rank 1 on node2: the name does not resolve"."""
+    """Return one line per host with its missing ranks, such as "rank 1 on node2: the name does not resolve"."""
     by_host: dict[str, list[str]] = {}
     for number in missing:
         by_host.setdefault(hosts[number] if number < len(hosts) else "", []).append(str(number))
@@ -142,7 +152,7 @@ def _describe_missing(missing: Sequence[int], hosts: Sequence[str], duration: st
 
 
 def _address_from_mpi(rank: Rank) -> Rank:
-    """Let rank 0 choose address and port, and broadcast them with MPI, which started the ranks."""
+    """Return `rank` with an address and port that rank 0 chooses and broadcasts over MPI."""
     do = (
         "export MASTER_ADDR=HOST_OF_RANK_0 and MASTER_PORT=PORT to all ranks (mpirun -x, -genv): then MPI is not needed"
     )

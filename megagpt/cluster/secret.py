@@ -1,8 +1,9 @@
-"""The secret of a job, which its processes share and nobody else can read; it is never on a command line.
+"""The secret of a job, which its processes share and which no other user can read.
 
-Either the environment variable MEGAGPT_JOB_SECRET, which srun and mpirun forward and which only the user (and root) can
-read from a process, or a key file that rank 0 writes into a folder that all hosts can read: mode 0600, owned by this
-user, and removed as soon as all processes have connected. It also contains the address and port of rank 0.
+The secret is either in the environment variable MEGAGPT_JOB_SECRET or in a key file, and never on a command line. The
+variable is forwarded by srun and mpirun, and only the user and root can read it from a process. The key file is written
+by rank 0 into a folder that all hosts can read. It belongs to this user, has mode 0600, also contains the address and
+port of rank 0, and is removed as soon as all processes have connected.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ VARIABLE = "MEGAGPT_JOB_SECRET"
 HOW_TO_SET = (
     f"export {VARIABLE}=$(openssl rand -hex 32) before the launcher starts the processes, which must forward it"
 )
-_MIN_LENGTH = 32  # characters of the variable: an eavesdropper could guess shorter secrets by trying all of them
-_MAX_BYTES = 4096  # bytes of a key file
+# Minimum number of characters of the variable. An eavesdropper could find a shorter secret by trying all of them.
+_MIN_LENGTH = 32
+_MAX_BYTES = 4096  # maximum size of a key file in bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class JobKey:
 
 
 def from_environment(env: Mapping[str, str]) -> bytes | None:
-    """Return the secret in MEGAGPT_JOB_SECRET, None if it is not set. Raises UserError if it is short."""
+    """Return the secret in MEGAGPT_JOB_SECRET, or None if it is not set. Raises UserError if it is too short."""
     text = env.get(VARIABLE, "")
     if not text:
         return None
@@ -49,25 +51,25 @@ def from_environment(env: Mapping[str, str]) -> bytes | None:
 
 
 def state_folder(env: Mapping[str, str]) -> Path:
-    """Return the folder of this user where commands without an output keep their key files (XDG_STATE_HOME)."""
+    """Return this user's folder for the key files of commands that have no output folder (in XDG_STATE_HOME)."""
     base = env.get("XDG_STATE_HOME", "")
     return Path(base if base.startswith("/") else Path.home() / ".local" / "state") / "megagpt"
 
 
 def key_file_name(purpose: str, job: str, port: int) -> str:
-    """Return the name of a job's key file: the same for all its processes, another one for other jobs."""
+    """Return the name of a job's key file, which is the same for all processes of the job and no other job."""
     return f"{purpose}.{re.sub(r'[^A-Za-z0-9_.-]', '_', job)[:100]}.{port}.key"
 
 
 def publish_key(path: Path, key: JobKey) -> None:
-    """Write the key file, replacing one that a dead job of this name has left.
+    """Write the key file. Replaces a file that an earlier job of the same name has left behind.
 
     Args:
-        path: The key file.
-        key: What the other processes need.
+        path: Path of the key file.
+        key: Secret, address and port that the other processes need.
 
     Raises:
-        UserError: The filesystem does not keep the file from others.
+        UserError: The filesystem does not protect the file from other users.
         MachineError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -90,7 +92,7 @@ def publish_key(path: Path, key: JobKey) -> None:
 
 
 def read_key(path: Path) -> JobKey | str:
-    """Return the content of a key file, or the reason why there is none that can be trusted (yet)."""
+    """Return the content of a key file, or the reason why it does not exist (yet) or cannot be trusted."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -111,12 +113,12 @@ def read_key(path: Path) -> JobKey | str:
 
 
 def remove_key(path: Path) -> None:
-    """Remove the key file, if it is still there."""
+    """Remove the key file if it exists."""
     path.unlink(missing_ok=True)
 
 
 def _unsafe(status: os.stat_result) -> str:
-    """Return why somebody else may have written or read a key file; "" if nobody can."""
+    """Return the reason why another user may have written or read a key file, or "" if no other user can."""
     if not stat.S_ISREG(status.st_mode):
         return "it is not a regular file"
     if status.st_uid != os.geteuid():

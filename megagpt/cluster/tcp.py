@@ -1,8 +1,8 @@
-"""Authenticated TCP connections: rank 0 listens, the other processes of the job connect, and both prove that they
-belong to it.
+"""Authenticated TCP connections between rank 0, which listens, and the other processes of a job.
 
-Plain sockets, because the ranks of `megagpt doctor` must reach rank 0 even if torch is broken, and `prepare` needs no
-torch. The error messages are shared with the rendezvous over torch's store.
+Both ends of a connection prove that they belong to the job. Plain sockets are used because the ranks of
+`megagpt doctor` must reach rank 0 even if torch is broken, and because `megagpt prepare` does not need torch. The error
+messages are shared with the rendezvous over torch's store.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from megagpt.cluster.reachability import own_address, resolves
 from megagpt.cluster.secret import JobKey
 from megagpt.errors import MachineError, UserError
 
-_PAUSE = 0.1  # seconds between two attempts
-_CONNECT = 10.0  # seconds for one attempt to connect
-_PROOF = 5.0  # seconds in which a caller must prove that it belongs to this job
-_ANSWER = 30.0  # seconds in which rank 0 must answer
-_MIN_PENDING = 64  # unproven callers served at a time; if there are more, the oldest is dropped
+_PAUSE = 0.1  # seconds between two attempts to connect
+_CONNECT = 10.0  # time limit for one attempt to connect, in seconds
+_PROOF = 5.0  # time limit for a caller to prove that it belongs to this job, in seconds
+_ANSWER = 30.0  # time limit for the proof of rank 0, in seconds
+# Minimum number of unproven callers that are served at the same time. If there are more, the oldest is dropped.
+_MIN_PENDING = 64
 USE_OTHER_PORT = "give this job another port: `deepspeed --master_port`, `torchrun --master_port`, or MASTER_PORT"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the processes of a job connect to rank 0, and where they find the job's secret.
+    """Address at which the processes of a job connect to rank 0, and source of the job's secret.
 
     Args:
-        rank: This process.
-        port: Port on which rank 0 listens. If it is in use, rank 0 chooses another and writes it into the key file.
-        purpose: Command whose processes connect here; two commands of one job have different keys.
-        folder: Folder of the key file, which all hosts of the job can read.
-        env_secret: The secret from the environment; if None, the key file is used.
+        rank: Rank of this process.
+        port: Port on which rank 0 listens. If it is in use, rank 0 chooses another port and writes it into the key
+            file.
+        purpose: Name of the command whose processes connect. Two commands of one job have different keys.
+        folder: Folder of the key file, which all hosts of the job must be able to read.
+        env_secret: The secret from the environment; None if the key file is used.
     """
 
     rank: Rank
@@ -67,8 +69,8 @@ def connect(endpoint: Endpoint, limit: float) -> Channel:
     """Connect to rank 0, which may not be listening yet.
 
     Args:
-        endpoint: Address of rank 0, and this process.
-        limit: Seconds after which to give up.
+        endpoint: Address of rank 0, and the rank of this process.
+        limit: Time limit in seconds.
 
     Returns:
         The channel to rank 0, which has proved that it belongs to this job.
@@ -119,15 +121,16 @@ def _connect_once(endpoint: Endpoint, where: JobKey, end: float) -> Channel:
 def listen(endpoint: Endpoint, limit: float) -> Iterator[Iterator[tuple[int, Channel]]]:
     """Listen on rank 0 for the other processes of the job.
 
-    Strangers are served concurrently, each for a limited time, and can neither delay nor replace them.
+    All callers are served concurrently, each for a limited time. A caller that does not belong to the job can therefore
+    neither delay nor replace one that does.
 
     Args:
-        endpoint: Where to listen.
-        limit: Seconds after which no more callers are yielded.
+        endpoint: Address at which to listen.
+        limit: Time in seconds after which no more callers are yielded.
 
     Yields:
-        Iterator of the callers that have proved that they belong to this job: number and channel, in the order of
-        arrival. A process that connects twice is yielded twice; it uses the later channel.
+        Iterator over the number and channel of each caller that has proved that it belongs to this job, in the order
+        of arrival. A process that connects twice is yielded twice and uses the later channel.
 
     Raises:
         MachineError: Rank 0 cannot listen, or cannot write the key file.
@@ -151,12 +154,13 @@ def listen(endpoint: Endpoint, limit: float) -> Iterator[Iterator[tuple[int, Cha
 
 
 class _Listener:
-    """Serves each caller on a thread of its own until it has proved that it belongs to the job."""
+    """Serves each caller in a separate thread until the caller has proved that it belongs to the job."""
 
     def __init__(self, server: socket.socket, key: bytes, size: int) -> None:
         self._server, self._key, self._size = server, key, size
         self._most = max(_MIN_PENDING, 2 * size)
-        self._pending: dict[socket.socket, None] = {}  # in the order of arrival
+        # Connections of callers that have not proved anything yet, in the order of arrival.
+        self._pending: dict[socket.socket, None] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._proven: queue.Queue[tuple[int, Channel]] = queue.Queue()
@@ -167,7 +171,7 @@ class _Listener:
         self._thread.start()
 
     def proven_until(self, end: float) -> Iterator[tuple[int, Channel]]:
-        """Yield callers that have proved that they belong to the job, until the time (`time.monotonic`) is `end`."""
+        """Yield callers that have proved that they belong to the job, until the time `end` (`time.monotonic`)."""
         while (left := end - time.monotonic()) > 0:
             try:
                 yield self._proven.get(timeout=left)
@@ -195,7 +199,7 @@ class _Listener:
                 connection, _ = self._server.accept()
             except TimeoutError:
                 continue
-            except OSError:  # too many open files, or the caller is gone
+            except OSError:  # There are too many open files, or the caller has disconnected.
                 time.sleep(_PAUSE)
                 continue
             with self._lock:
@@ -222,7 +226,10 @@ class _Listener:
 
 
 def _listen(endpoint: Endpoint) -> socket.socket:
-    """Listen on the job's address only. If its port is in use, take another one, which the key file can publish."""
+    """Return a socket that listens on the job's address only.
+
+    If the port is in use and the job has a key file, any free port is used, because the key file can publish it.
+    """
     ports = (endpoint.port,) if endpoint.env_secret else (endpoint.port, 0)
     for port in ports:
         try:
@@ -234,11 +241,11 @@ def _listen(endpoint: Endpoint) -> socket.socket:
 
 
 def _listen_on_address(rank: Rank, port: int) -> socket.socket:
-    """Listen on a port of the address by which the other processes reach this host."""
+    """Return a socket that listens on the address by which the other processes reach this host."""
     one_host = rank.local_world_size == rank.world_size or rank.address == "localhost"
     addresses = _addresses_of(rank.address)
     if not one_host and all(_is_loopback(address) and address != rank.address for _, address in addresses):
-        addresses = _addresses_of(own_address())  # the host's own name resolves to the loopback, as on Debian
+        addresses = _addresses_of(own_address())  # On Debian, the host's own name resolves to the loopback.
     backlog = max(128, rank.world_size)
     family, address = addresses[0]
     try:
@@ -246,14 +253,13 @@ def _listen_on_address(rank: Rank, port: int) -> socket.socket:
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
-    family, address = _addresses_of(own_address())[
-        0
-    ]  # the job's address is translated (NAT) before it reaches this host
+    # This host does not have the job's address itself, because the address is translated (NAT) on the way.
+    family, address = _addresses_of(own_address())[0]
     return socket.create_server((address, port), family=family, backlog=backlog)
 
 
 def _addresses_of(name: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Return the addresses of a name, IPv4 first."""
+    """Return the addresses to which a name resolves, IPv4 first."""
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return sorted((entry[0], str(entry[4][0])) for entry in found)
 
@@ -265,7 +271,7 @@ def _is_loopback(address: str) -> bool:
 def check_address(rank: Rank) -> None:
     """Raise UserError if the address of rank 0 does not resolve.
 
-    Not under Kubernetes, where the name of a pod resolves only once the pod has started.
+    The check is skipped under Kubernetes, because the name of a pod does not resolve before the pod has started.
     """
     if not resolves(rank.address) and "KUBERNETES_SERVICE_HOST" not in os.environ:
         raise UserError(
@@ -276,7 +282,7 @@ def check_address(rank: Rank) -> None:
 
 
 def rank_0_unreachable(rank: Rank, port: int, why: str) -> MachineError:
-    """Return the error for a rank 0 that does not answer."""
+    """Return the error for the case that rank 0 does not answer."""
     return _unreachable(rank, f"{rank.address}:{port}", why)
 
 
@@ -289,7 +295,7 @@ def _unreachable(rank: Rank, at: str, why: str) -> MachineError:
 
 
 def _no_key_file(endpoint: Endpoint, why: str, limit: float) -> MachineError:
-    """Return the error for a missing key file, or one that this process cannot trust."""
+    """Return the error for a key file that is missing or cannot be trusted."""
     return MachineError(
         f"rank {endpoint.rank.rank} on {socket.gethostname()} found no key file of its job within {limit:g} s: {why}",
         str(endpoint.key_file),
@@ -298,7 +304,7 @@ def _no_key_file(endpoint: Endpoint, why: str, limit: float) -> MachineError:
 
 
 def _not_of_this_job(endpoint: Endpoint, where: JobKey) -> MachineError:
-    """Return the error for a listening program that does not have the secret of this job."""
+    """Return the error for the case that the listening program does not know the secret of this job."""
     return MachineError(
         f"another program listens at {where.address}:{where.port}: it does not have the secret of this job"
         + (f" ({endpoint.rank.job})" if endpoint.rank.job else ""),
@@ -318,7 +324,7 @@ def port_in_use(rank: Rank, port: int, why: str) -> MachineError:
 
 
 def port_shared_by_jobs(rank: Rank, port: int, theirs: str, ours: str) -> MachineError:
-    """Return the error for a port on which rank 0 of another job has answered."""
+    """Return the error for a port on which rank 0 of another job listens."""
     return MachineError(
         f"two jobs share the port {port} of {rank.address}: {theirs} listens there, this is {ours}",
         f"rank {rank.rank}, launcher: {rank.launcher}",

@@ -1,1 +1,1 @@
-"""Configuration: the recipe defines what is trained, the DeepSpeed config how it is distributed."""
+"""Configuration. The recipe defines what is trained, and the DeepSpeed config defines how training is distributed."""

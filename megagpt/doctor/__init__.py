@@ -1,1 +1,1 @@
-"""`megagpt doctor`: find what would stop training on this machine or cluster, before training starts there."""
+"""Implementation of `megagpt doctor`, which finds problems of a machine or cluster before training starts there."""

@@ -1,4 +1,4 @@
-"""The doctor's agent on each host: receives requests and sends results, one line of JSON each."""
+"""The doctor's agent on each host. It receives requests and sends results, each as one line of JSON."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from megagpt.doctor import host_facts
 from megagpt.files import parse_json
 
 PREFIX = "megagpt-doctor "
-"""start of each line of the protocol; other lines, such as what a login shell prints, are ignored"""
+"""Start of each line of the protocol. Other lines, such as the output of a login shell, are ignored."""
 
 REQUESTS = ("hello", "facts", "clock", "visible_markers", "remove_marker", "remove_folders", "probe_torch",
             "all_reduce")  # fmt: skip
-"""methods of Agent that may be requested; no other can be"""
+"""Methods of Agent that may be requested."""
 
 
 class Agent:
-    """Handles requests: each is the name of a method, with its arguments.
+    """Handles requests, each of which consists of the name of a method and its arguments.
 
     Args:
-        progress: Called with a description of what this agent does next.
-        identity: Returned by `hello`: rank and local rank, if this process is a rank.
+        progress: Function that is called with a description of the agent's next step.
+        identity: Values that `hello` returns in addition to the host: rank and local rank if this process is a rank.
     """
 
     def __init__(self, progress: Callable[[str], None], identity: dict[str, Any]) -> None:
@@ -39,13 +39,13 @@ class Agent:
         self._marker: host_facts.RunDirectoryMarker | None = None
 
     def hello(self, limit: float) -> dict[str, Any]:
-        """Return the host's name and this agent's identity; the agent exits by itself after `limit` seconds."""
+        """Return the host's name and this agent's identity, and make the agent exit by itself after `limit` seconds."""
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(round(limit))
         return {"host": socket.gethostname(), **self._identity}
 
     def facts(self, requirements: dict[str, Any], session: str, number: int) -> dict[str, Any]:
-        """Return all facts about this host, and write a marker into the run directory if there is one."""
+        """Return all facts about this host. If the job has a run directory, write a marker into it."""
         found = host_facts.collect(requirements, self._progress)
         if run_dir := requirements["run_dir"]:
             self._progress(f"run directory, writing into {run_dir}")
@@ -74,11 +74,17 @@ class Agent:
         return {}
 
     def probe_torch(self, limit: float, **arguments: Any) -> dict[str, Any]:
-        """Return what torch and DeepSpeed report about this host (probes.probe_torch)."""
+        """Run `probes.probe_torch` in a separate process, and return its result."""
         return ProbeProcess("torch", {**arguments, "limit": limit}).result(limit)
 
     def all_reduce(self, limit: float, ranks: list[list[int]], **arguments: Any) -> dict[str, Any]:
-        """Take part in an all-reduce over the ranks of all hosts; `ranks` are the (rank, local rank) started here."""
+        """Take part in an all-reduce over the ranks of all hosts, and return the results of the ranks on this host.
+
+        Args:
+            limit: Time limit in seconds.
+            ranks: Pairs of (rank, local rank), one for each rank to start on this host.
+            arguments: Arguments of `probes.all_reduce` that are the same for all ranks.
+        """
         arguments["limit"] = limit
         probes = [ProbeProcess("all-reduce", {**arguments, "rank": rank, "local_rank": local}) for rank, local in ranks]
         end = time.monotonic() + limit
@@ -86,7 +92,7 @@ class Agent:
 
 
 class ProbeProcess:
-    """A process that runs one of the probes (probes.py)."""
+    """A process that runs one of the probes in probes.py."""
 
     def __init__(self, probe: str, arguments: dict[str, Any]) -> None:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -97,10 +103,11 @@ class ProbeProcess:
         )
 
     def result(self, limit: float) -> dict[str, Any]:
-        """Wait for the probe, then kill it and its children, and return all parts of its result.
+        """Wait for the probe, kill it and its children, and return all parts of its result.
 
-        If the probe failed, `died` has the last line of its errors. If it did not end within `limit` seconds, `hung`
-        has the limit. In both cases `at` is the step at which that happened.
+        If the probe has failed, the result contains `died`, the last line of its standard error. If it has not ended
+        within `limit` seconds, the result contains `hung`, which is the limit. In both cases `at` is the step at which
+        this happened.
         """
         failure: dict[str, Any] = {}
         try:
@@ -125,12 +132,16 @@ class ProbeProcess:
         return found | failure
 
     def _kill(self) -> None:
-        """Kill the whole session of the process, and remove its build locks: the next build would wait forever."""
+        """Kill all processes of the probe's session, and remove its build locks.
+
+        If a build lock remained, the next build would wait for it forever.
+        """
         locks = [Path(lock["path"]) for lock in host_facts.build_locks()]
         held = [lock for lock in locks if self._process.pid in host_facts.lock_holders(lock)]
         for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getsid(pid) == self._process.pid:  # ninja gives each compiler a process group of its own
+                # Sessions are compared, because ninja starts each compiler in a process group of its own.
+                if os.getsid(pid) == self._process.pid:
                     os.kill(pid, signal.SIGKILL)
         self._process.wait()
         for lock in held:
@@ -138,12 +149,12 @@ class ProbeProcess:
 
 
 def serve(requests: Iterable[str], send: Callable[[str], object], **identity: Any) -> None:
-    """Handle requests until there are no more, or the other end is gone.
+    """Handle requests until there are no more, or until the connection is closed.
 
     Args:
-        requests: Lines of the protocol.
-        send: Sends a line of the protocol.
-        identity: What `hello` returns about this process.
+        requests: Lines that are received. Those that do not begin with PREFIX are ignored.
+        send: Function that sends a line.
+        identity: Values that `hello` returns about this process.
     """
 
     def send_message(message: dict[str, Any]) -> None:
@@ -159,14 +170,17 @@ def serve(requests: Iterable[str], send: Callable[[str], object], **identity: An
                     raise ValueError(f"unknown request: {name!r:.40}")
                 send_message({"result": getattr(agent, name)(**arguments)})
     except (BrokenPipeError, ConnectionError):
-        pass  # nobody is left to report to
+        pass  # The process that sent the requests has ended.
     finally:
         agent.remove_marker()
         agent.remove_folders()
 
 
 def main() -> None:
-    """Serve standard input and output; whatever else is printed goes to standard error."""
+    """Handle requests from standard input, and send results to standard output.
+
+    Anything else that this process prints goes to standard error.
+    """
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     serve(sys.stdin, output.write)

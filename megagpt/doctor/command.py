@@ -1,6 +1,6 @@
-"""`megagpt doctor`: find what would stop training on this machine or cluster, before training starts there.
+"""The command `megagpt doctor`, which finds problems of a machine or cluster before training starts there.
 
-An agent on each host collects facts (host_facts.py) and runs probes (probes.py); this process checks their results.
+An agent on each host collects facts (host_facts.py) and runs probes (probes.py). This process checks the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command; see `megagpt doctor --help`."""
+    """Options of the command, as described by `megagpt doctor --help`."""
 
     hostfile: Path | None = None
     as_rank: bool = False
@@ -44,14 +44,14 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
     """Check this host, the hosts of a hostfile, or the hosts of all ranks.
 
     Args:
-        options: What to check. A host that does not answer a step within the time limit is reported as lost.
+        options: Options of the command. A host that does not answer within the time limit is reported as lost.
         env: Environment of this process.
 
     Returns:
-        The report; None on ranks other than 0.
+        The report on rank 0, and None on other ranks.
 
     Raises:
-        UserError: A mistake in the hostfile, the recipe or the config.
+        UserError: The hostfile, the recipe or the config has a mistake.
     """
     rank = from_environment(env) if options.as_rank else Rank()
     if rank.rank > 0:
@@ -69,10 +69,11 @@ def doctor(options: Options, env: Mapping[str, str]) -> Report | None:
 
 
 def run(session: Session) -> Report:
-    """Collect facts from all hosts, run all checks, and end whatever was started."""
+    """Collect facts from all hosts, end all processes that were started there, and return the results of all checks."""
     from rich.console import Console
 
-    with Console(stderr=True).status("collecting facts from the hosts") as status:  # shown on a terminal only
+    # The status line is shown only if standard error is a terminal.
+    with Console(stderr=True).status("collecting facts from the hosts") as status:
         try:
             collect_from_hosts(session, status.update)
             if network_checks.can_all_reduce(session):
@@ -84,7 +85,7 @@ def run(session: Session) -> Report:
 
 
 def check(session: Session) -> Report:
-    """Run all checks on what has been collected. Without a reachable host only the connections can be checked."""
+    """Run all checks on the collected facts. If no host is reachable, only connections and launcher are checked."""
     findings = []
     for name, run_check in checks().items():
         if session.reachable or name in ("connection", "launcher"):
@@ -122,7 +123,7 @@ def checks() -> dict[str, Callable[[Session, CheckResult], None]]:
 
 
 def _start_agents(slots: Mapping[str, int], env: Mapping[str, str]) -> list[Host]:
-    """Start an agent on each host of a hostfile, reached the way DeepSpeed's launcher does."""
+    """Start an agent on each host of a hostfile, over ssh as DeepSpeed's launcher does, or directly on this host."""
     if not _is_this_host(slots) and shutil.which("ssh") is None:
         raise UserError("ssh is not installed on this host", "", "install OpenSSH's client (Debian: openssh-client)")
     first_rank, hosts = 0, []
@@ -141,7 +142,7 @@ def _is_this_host(names: Collection[str]) -> bool:
 
 
 def _ranks_of_this_host(env: Mapping[str, str]) -> int:
-    """Return how many ranks DeepSpeed would start here: one per device, or one on a CPU."""
+    """Return the number of ranks that DeepSpeed would start here: one per device, or one without a device."""
     if env.get("DS_ACCELERATOR", "cuda") != "cuda":
         return 1
     if visible := env.get("CUDA_VISIBLE_DEVICES"):
@@ -152,7 +153,7 @@ def _ranks_of_this_host(env: Mapping[str, str]) -> int:
 def _launcher_facts(hosts: list[str], env: Mapping[str, str]) -> LauncherFacts:
     keep_alive = {}
     for host in hosts:
-        command = ["ssh", *transport.pdsh_ssh_options(env), "-G", host]  # prints ssh's settings for this host
+        command = ["ssh", *transport.pdsh_ssh_options(env), "-G", host]  # This prints ssh's settings for `host`.
         printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         settings = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
         keep_alive[host] = int(settings.get("serveraliveinterval", 0)) * int(settings.get("serveralivecountmax", 0))

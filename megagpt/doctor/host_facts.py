@@ -1,4 +1,4 @@
-"""Facts about this host, collected with the standard library alone, so that they arrive even if torch does not load."""
+"""Facts about this host, collected with the standard library alone because torch may fail to load."""
 
 from __future__ import annotations
 
@@ -23,23 +23,28 @@ from typing import Any
 from megagpt.cluster import env_forwarding, free_port
 from megagpt.files import parse_json
 
-_ENDS_BYTES = 1 << 20  # read from the start and the end of a corpus file
-_CAP_IPC_LOCK = 14  # linux/capability.h; with this capability the limit on locked memory does not apply
-_CGROUP_UNLIMITED = 1 << 60  # cgroups v1 report about this many bytes if there is no limit
-_SIOCGIFADDR = 0x8915  # linux/sockios.h: get the address of an interface
+_ENDS_BYTES = 1 << 20  # number of bytes that are read at the start and at the end of a corpus file
+# With this capability (linux/capability.h), the limit on locked memory does not apply.
+_CAP_IPC_LOCK = 14
+# If there is no limit, cgroups v1 reports a number larger than this.
+_CGROUP_UNLIMITED = 1 << 60
+# Request that returns the address of a network interface (linux/sockios.h).
+_SIOCGIFADDR = 0x8915
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_MARKER = b"megagpt doctor\n" * 512  # larger than what a filesystem stores in the inode, to detect a full disk
+# The marker is larger than the data that a filesystem can store in the inode, so that a full disk is detected.
+_MARKER = b"megagpt doctor\n" * 512
 
 
 def collect(requirements: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
     """Collect all facts about this host.
 
     Args:
-        requirements: Fields of `JobRequirements`: which files, corpora and folders to look at.
-        progress: Called with the name of each fact before it is collected, so that a hang can be located.
+        requirements: Fields of `JobRequirements`, which define the files, corpora and folders to examine.
+        progress: Function that is called with the name of each fact before it is collected, so that a hang can be
+            located.
 
     Returns:
-        Facts by name, as plain values.
+        The facts by name, as plain values.
     """
     facts: dict[str, Callable[[], Any]] = {
         "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
@@ -67,7 +72,7 @@ def collect(requirements: dict[str, Any], progress: Callable[[str], None]) -> di
 
 
 def package_requirements() -> list[str]:
-    """Return the requirements of the installed megagpt without extras; empty if it is not installed."""
+    """Return the requirements of megagpt without its extras, or an empty list if megagpt is not installed."""
     try:
         return [line for line in requires("megagpt") or [] if "extra ==" not in line]
     except PackageNotFoundError:
@@ -75,7 +80,7 @@ def package_requirements() -> list[str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the version of megagpt and of each package that it requires; "" if it is not installed."""
+    """Return the version of megagpt and of each package that it requires, or "" for packages that are not installed."""
     versions = {}
     for line in ["megagpt", *package_requirements()]:
         name = re.split(r"[^\w.-]", line)[0]
@@ -87,7 +92,7 @@ def package_versions() -> dict[str, str]:
 
 
 def code_checksum() -> dict[str, str]:
-    """Return the folder of this megagpt, and a checksum of all its Python files."""
+    """Return the folder of the megagpt package, and a checksum of all Python files in it."""
     folder, digest = Path(__file__).parent.parent, hashlib.blake2b(digest_size=4)
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
@@ -95,7 +100,7 @@ def code_checksum() -> dict[str, str]:
 
 
 def file_checksum(path: Path) -> str:
-    """Return a checksum of a file; "" if it cannot be read."""
+    """Return a checksum of a file, or "" if it cannot be read."""
     try:
         return hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
     except OSError:
@@ -103,15 +108,15 @@ def file_checksum(path: Path) -> str:
 
 
 def corpus_identity(prefix: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Return what identifies a corpus without reading all of it.
+    """Return values that identify a corpus, without reading all of it.
 
     Args:
-        prefix: Path of the corpus without the suffix.
-        progress: Called before each file is read.
+        prefix: Path of the corpus without .bin or .idx.
+        progress: Function that is called with a description before each file is read.
 
     Returns:
         The sizes of .bin and .idx in bytes, the CRC-32 of the first and last MiB of both, and the checksums that the
-        sidecar (.json) records. `missing` has an error message for each file that cannot be read.
+        sidecar (.json) records. The list `missing` has an error message for each file that cannot be read.
     """
     found: dict[str, Any] = {"missing": [], "sizes": {}, "sidecar": None, "ends": 0}
     for suffix in (".bin", ".idx"):
@@ -134,12 +139,12 @@ def corpus_identity(prefix: str, progress: Callable[[str], None]) -> dict[str, A
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free space of the disk that holds `path`, or would hold it."""
+    """Return the free space, in bytes, of the disk on which `path` exists or would be created."""
     return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
 
 
 def resource_limits() -> dict[str, Any]:
-    """Return the limits of this process, which its ranks would inherit; None means unlimited."""
+    """Return the resource limits of this process, which its ranks would inherit. None means unlimited."""
 
     def limits_of(kind: int) -> list[int | None]:
         return [None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(kind)]
@@ -153,11 +158,12 @@ def resource_limits() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Return total and available memory in bytes, both at most the limit of this process's cgroup."""
+    """Return the total and the available memory in bytes. Neither exceeds the limit of this process's cgroup."""
     lines = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
     total, available = int(lines["MemTotal"]) << 10, int(lines["MemAvailable"]) << 10
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or "max"
+        # The file of the other version of cgroups does not exist, and a file without a limit contains "max".
+        with contextlib.suppress(OSError, ValueError):
             limit = int(Path(file).read_text())
             if limit < _CGROUP_UNLIMITED:
                 total, available = min(total, limit), min(available, limit)
@@ -165,7 +171,7 @@ def memory() -> dict[str, int]:
 
 
 def nvidia_driver() -> dict[str, Any]:
-    """Return the number of NVIDIA devices and the version of the driver; 0 and "" without a driver."""
+    """Return the number of NVIDIA devices and the version of the driver, or 0 and "" without a driver."""
     text = ""
     with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text()
@@ -175,7 +181,7 @@ def nvidia_driver() -> dict[str, Any]:
 
 
 def build_locks() -> list[dict[str, Any]]:
-    """Return the lock files of builds of DeepSpeed's operators, and whether a process on this host is building."""
+    """Return the lock files of DeepSpeed's operator builds, and whether a process on this host holds each of them."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     paths = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
@@ -183,28 +189,28 @@ def build_locks() -> list[dict[str, Any]]:
 
 
 def lock_holders(lock: Path) -> list[int]:
-    """Return the processes on this host that have a lock file open; torch keeps it open until the build has ended."""
+    """Return the ids of the processes on this host that have a lock file open, as torch does during a build."""
     target, found = str(lock.resolve()), []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+        with contextlib.suppress(OSError):  # The process may have ended, or may belong to another user.
             if os.readlink(link) == target:
                 found.append(int(link.parts[2]))
     return found
 
 
 def interfaces() -> dict[str, str]:
-    """Return the IPv4 address of each network interface that has one, in the system's order."""
+    """Return the IPv4 addresses of the network interfaces by name, in the system's order."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # no IPv4 address
+            with contextlib.suppress(OSError):  # The interface may have no IPv4 address.
                 reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 found[name] = socket.inet_ntoa(reply[20:24])
     return found
 
 
 def own_name_addresses() -> list[str]:
-    """Return the addresses of this host's own name: gloo and NCCL use them by default."""
+    """Return the addresses to which this host's own name resolves. Gloo and NCCL use them by default."""
     try:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)})
     except OSError:
@@ -212,15 +218,21 @@ def own_name_addresses() -> list[str]:
 
 
 def external_interface(found: dict[str, str]) -> tuple[str, str]:
-    """Return name and address of the first interface other than the loopback, as `hostname -I`; empty if none."""
+    """Return name and address of the first interface except the loopback, or empty strings if there is none.
+
+    This is the address that `hostname -I` prints first.
+
+    Args:
+        found: Addresses by interface name, from `interfaces`.
+    """
     return next(((name, address) for name, address in found.items() if not address.startswith("127.")), ("", ""))
 
 
 class RunDirectoryMarker:
-    """A file that this host writes into the run directory, to see whether it is writable and shared.
+    """A file that this host writes into the run directory, to find out whether it is writable and shared.
 
     Args:
-        run_dir: The run directory; it is created if it does not exist.
+        run_dir: The run directory, which is created if it does not exist.
         session: Name of this session of the doctor.
         number: Number of this host.
     """
@@ -231,7 +243,7 @@ class RunDirectoryMarker:
         self._created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
 
     def write(self) -> dict[str, object]:
-        """Write the marker; return the error message ("" on success), and whether the disk is full."""
+        """Write the marker. Returns the error message ("" on success), and whether the disk is full."""
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._file.write_bytes(_MARKER)
@@ -251,9 +263,9 @@ class RunDirectoryMarker:
             self._file.unlink(missing_ok=True)
 
     def remove_folders(self) -> None:
-        """Remove the folders that were created for the marker, once all hosts have removed theirs."""
+        """Remove the folders that were created for the marker. All hosts must have removed their markers before."""
         for folder in self._created:
-            with contextlib.suppress(OSError):  # already removed by another host, or in use
+            with contextlib.suppress(OSError):  # The folder may be in use, or already removed by another host.
                 folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""What a recipe and a DeepSpeed config require of the hosts, read without DeepSpeed, which may not load here."""
+"""Requirements of a job on its hosts, read from recipe and config without DeepSpeed, which may fail to load here."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobRequirements:
-    """What every host is checked for; empty fields are not checked. Sizes are in bytes."""
+    """Requirements that every host is checked for. Empty fields are not checked. Sizes are in bytes."""
 
     recipe: str = ""
     config: str = ""
     files: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
-    """path prefixes"""
+    """prefixes of the corpora"""
     run_dir: str = ""
     keep_last: int | None = None
-    """number of checkpoints kept; None keeps all"""
+    """number of checkpoints that are kept; None keeps all"""
     checkpoint: int = 0
-    """free space that saving one checkpoint requires"""
+    """free space that is needed to save one checkpoint"""
     operators: tuple[str, ...] = ()
     """DeepSpeed's compiled operators that must load on every host"""
     gpu_operators: tuple[str, ...] = ()
-    """operators that are tried on hosts with a GPU"""
+    """compiled operators that should load on hosts with a GPU"""
     offloads: bool = False
     host: int = 0
-    """host memory per rank, on a host with GPUs"""
+    """host memory per rank on a host with GPUs"""
     host_alone: int = 0
-    """host memory per rank, on a host without GPU"""
+    """host memory per rank on a host without GPUs"""
     device: int = 0
     """device memory per rank"""
     nvme: str = ""
     """folder to which state is offloaded"""
     nvme_bytes: int = 0
-    """bytes per rank in that folder"""
+    """space that each rank needs in the folder `nvme`"""
 
     @property
     def complete(self) -> bool:
@@ -52,16 +52,19 @@ class JobRequirements:
 def read_requirements(
     recipe: Path | None, config: Path | None, overrides: Sequence[str], world_size: int
 ) -> JobRequirements:
-    """Return what a job requires of its hosts.
+    """Return the requirements of a job on its hosts.
 
     Args:
-        recipe: The recipe; None for no checks that depend on it.
-        config: The DeepSpeed config; None for no checks that depend on it.
-        overrides: `key=value` arguments for the recipe, and `ds.key=value` for the config.
-        world_size: Number of ranks.
+        recipe: Path of the recipe; None to skip all checks that depend on it.
+        config: Path of the DeepSpeed config; None to skip all checks that depend on it.
+        overrides: `key=value` arguments for the recipe, and `ds.key=value` arguments for the config.
+        world_size: Total number of ranks.
+
+    Returns:
+        The requirements.
 
     Raises:
-        UserError: A mistake in the recipe, the config or the overrides, as training would report it.
+        UserError: The recipe, the config or an override has a mistake that training would report, too.
     """
     if overrides and recipe is None:
         raise UserError("overrides need a recipe, but none is given", " ".join(overrides), "pass --recipe")
@@ -74,7 +77,7 @@ def read_requirements(
         loaded = recipes.load(recipe, tuple(overrides))
         muon = loaded.optimizer.type == "muon"
         tokenizer = loaded.data.tokenizer or ""
-        if tokenizer.endswith((".model", ".json")):  # otherwise it is the name of an encoding
+        if tokenizer.endswith((".model", ".json")):  # Otherwise it is the name of a tiktoken encoding.
             files.append(tokenizer)
         fields |= _from_recipe(loaded)
         if config is not None:
@@ -107,7 +110,7 @@ def _memory(config: Path, recipe: Recipe, overrides: Sequence[str], world_size: 
 
 
 def _from_config(path: Path, overrides: Sequence[str], muon: bool) -> dict[str, Any]:
-    """Return operators and folders; of the recipe they depend on nothing but the optimizer."""
+    """Return the operators and folders that a config requires. They also depend on the recipe's optimizer."""
     from megagpt.config.syntax.hjson_reader import read_hjson
 
     tree = read_hjson(path)

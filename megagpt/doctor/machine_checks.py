@@ -1,4 +1,4 @@
-"""Checks of clocks, devices, memory, limits, data and disks, from what the hosts have reported."""
+"""Checks of the clocks, devices, memory, limits, data and disks that the hosts have reported."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from megagpt.doctor.software_checks import NO_CONFIG, NO_RECIPE, failure_of
 from megagpt.errors import plural
 from megagpt.plan.machine import SAFE_FRACTION
 
-_CLOCK_ERROR, _CLOCK_WARNING = 2.0, 0.5  # seconds
-_MIN_FILES = (64, 5)  # open files per rank: a constant, and a number per rank of the job; counted at ZeRO 1 and 3, gloo
-_MAX_FILES = (256, 16)  # the same with more process groups, NCCL's connections, and many corpora
+# Clock differences, in seconds, from which an error or a warning is reported.
+_CLOCK_ERROR, _CLOCK_WARNING = 2.0, 0.5
+# Open files that a rank needs at least: a constant, and a number that is multiplied by the world size. Both were
+# counted at ZeRO stages 1 and 3 with gloo.
+_MIN_FILES = (64, 5)
+# Open files that a rank may need with more process groups, with NCCL's connections, and with many corpora.
+_MAX_FILES = (256, 16)
 _UNLIMITED = "`ulimit -l unlimited`: memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity for slurmd, " \
              "`docker run --ulimit memlock=-1`"  # fmt: skip
 
 
 def check_data(session: Session, result: CheckResult) -> None:
-    """Every host has every corpus, the same by size, first and last MiB, and the checksums in the sidecar."""
+    """Check that every host has the same corpora. Compares sizes, first and last MiB, and checksums in the sidecar."""
     if not session.requirements.recipe:
         result.skip(NO_RECIPE)
         return
@@ -50,7 +54,7 @@ def _difference(corpus: dict[str, dict[str, int]], expected: dict[str, dict[str,
 
 
 def check_run_directory(session: Session, result: CheckResult) -> None:
-    """Every host can write into the run directory, and sees what the others have written."""
+    """Check that every host can write into the run directory, and sees the files that other hosts have written."""
     path, hosts = session.requirements.run_dir, session.reachable
     if not path:
         result.skip(NO_RECIPE)
@@ -70,7 +74,7 @@ def check_run_directory(session: Session, result: CheckResult) -> None:
 
 
 def check_disk(session: Session, result: CheckResult) -> None:
-    """There is room for checkpoints, and for state that is offloaded to NVMe."""
+    """Check that there is enough disk space for checkpoints, and for state that is offloaded to NVMe."""
     needed, run_dir = session.requirements, session.requirements.run_dir
     if not run_dir:
         result.skip(NO_RECIPE)
@@ -100,7 +104,7 @@ def check_disk(session: Session, result: CheckResult) -> None:
 
 
 def check_clock(session: Session, result: CheckResult) -> None:
-    """The clocks agree: whether a run is alive is read from the modification times of its files."""
+    """Check that the clocks agree, because modification times of files show whether a run is alive."""
     if session.single_host:
         return
     for host in session.reachable:
@@ -114,7 +118,7 @@ def check_clock(session: Session, result: CheckResult) -> None:
 
 
 def check_devices(session: Session, result: CheckResult) -> None:
-    """There are as many devices as ranks, torch can use them, and they are the same model on every host."""
+    """Check that each rank has a device, that torch can use it, and that all hosts have the same model of device."""
     hosts = [host for host in session.reachable if "torch" in host.probe]
     for host in hosts:
         _check_devices_of(host, result)
@@ -151,7 +155,7 @@ def _check_devices_of(host: Host, result: CheckResult) -> None:
 
 
 def check_open_files(session: Session, result: CheckResult) -> None:
-    """The limit on open files allows a connection to every rank."""
+    """Check that the limit on open files allows a connection to every rank."""
     minimum, maximum = (constant + per_rank * session.world_size for constant, per_rank in (_MIN_FILES, _MAX_FILES))
     limits = {host.name: host.facts["limits"]["open_files"] for host in session.reachable}
     for host, (soft, hard) in limits.items():
@@ -169,7 +173,7 @@ def check_open_files(session: Session, result: CheckResult) -> None:
 
 
 def check_locked_memory(session: Session, result: CheckResult) -> None:
-    """Enough memory may be locked for transfers by InfiniBand and NVMe."""
+    """Check that enough memory may be locked for transfers by InfiniBand and NVMe."""
     limits = {host.name: host.facts["limits"]["locked_memory"] for host in session.reachable}
     for host in session.reachable:
         limit, adapters = limits[host.name], ", ".join(host.facts["infiniband"])
@@ -183,7 +187,7 @@ def check_locked_memory(session: Session, result: CheckResult) -> None:
 
 
 def check_pinned_memory(session: Session, result: CheckResult) -> None:
-    """Host memory can be pinned for transfers to a GPU."""
+    """Check that host memory can be pinned for transfers to a GPU."""
     hosts = [host for host in session.reachable
              if "pinned" in host.probe or host.probe.get("at", "").startswith(PINNING)]  # fmt: skip
     if not hosts:
@@ -199,7 +203,7 @@ def check_pinned_memory(session: Session, result: CheckResult) -> None:
 
 
 def check_device_memory(session: Session, result: CheckResult) -> None:
-    """The fullest rank fits into device memory."""
+    """Check that the rank that needs the most memory fits into device memory."""
     hosts, needed = [host for host in session.reachable if _uses_gpu(host)], session.requirements.device
     if not hosts or not session.requirements.complete:
         result.skip(NO_CONFIG if hosts else "no GPU")
@@ -211,7 +215,10 @@ def check_device_memory(session: Session, result: CheckResult) -> None:
 
 
 def check_host_memory(session: Session, result: CheckResult) -> None:
-    """The ranks and the state offloaded to the host fit into its memory; on a host without GPU, everything."""
+    """Check that the ranks of each host and the state that they offload fit into its memory.
+
+    On a host without GPUs, all state must fit into host memory.
+    """
     needs = session.requirements
     if not needs.complete:
         result.skip(NO_CONFIG)
@@ -231,7 +238,7 @@ def _uses_gpu(host: Host) -> bool:
 
 
 def _check_room(result: CheckResult, host: Host, needed: float, available: float, who: str) -> None:
-    """Compare an estimate with the memory available, with a margin for what no estimate includes."""
+    """Report an error or a warning if an estimate exceeds the available memory, or comes too close to it."""
     if needed > SAFE_FRACTION * available:
         report = result.error if needed > available else result.warn
         what = f"{format_bytes(available)} available, but {who} about {format_bytes(needed)}"

@@ -1,4 +1,4 @@
-"""Checks of ssh and of the network between hosts, from what the hosts have reported."""
+"""Checks of ssh and of the network between hosts, based on the facts that the hosts have reported."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from megagpt.doctor.session import Host, Session
 from megagpt.doctor.software_checks import failure_of
 from megagpt.errors import plural
 
-_MAX_SSH_TIMEOUT = 120  # seconds until ssh should give up a silent host
+# Maximum time, in seconds, after which ssh should disconnect from a host that has become silent.
+_MAX_SSH_TIMEOUT = 120
 
 
 def check_connection(session: Session, result: CheckResult) -> None:
-    """Every host answers. A host that is lost may have failed another check, whose name the finding has then."""
+    """Check that every host answers.
+
+    If the reason why a host does not answer belongs to another check, the finding has the name of that check.
+    """
     result.findings += [host.lost for host in session.hosts if host.lost]
     if session.single_host and not result.findings:
         result.skip("no other hosts: no --hostfile")
@@ -23,7 +27,7 @@ def check_connection(session: Session, result: CheckResult) -> None:
 
 
 def check_launcher(session: Session, result: CheckResult) -> None:
-    """The program that DeepSpeed's launcher starts ranks with is here, and detects a host that has become silent."""
+    """Check that pdsh, with which DeepSpeed starts ranks, is installed, and that ssh detects silent hosts."""
     launcher = session.launcher
     if launcher is None:
         return
@@ -40,7 +44,7 @@ def check_launcher(session: Session, result: CheckResult) -> None:
 
 
 def check_interface(session: Session, result: CheckResult) -> None:
-    """Ranks offer each other a reachable address: by default gloo uses that of the host's own name."""
+    """Check that gloo will use a reachable address. By default, gloo uses the address of the host's own name."""
     if session.single_host:
         return
     for host in session.reachable:
@@ -51,7 +55,7 @@ def check_interface(session: Session, result: CheckResult) -> None:
 
 
 def _interface_problem(host: Host) -> tuple[str, str] | None:
-    """Return what is wrong with the interface that gloo will use, and what to do; None if nothing is."""
+    """Return what is wrong with the interface that gloo will use and what to do about it, or None if it is fine."""
     found, resolved = host.facts["network"]["interfaces"], host.facts["network"]["resolved"]
     name, address = host_facts.external_interface(found)
     listed = ", ".join(f"{one} {of_interface}" for one, of_interface in found.items())
@@ -80,14 +84,14 @@ def _interface_of_gloo(host: Host) -> str:
 
 
 def can_all_reduce(session: Session) -> bool:
-    """Return False if an all-reduce would only wait because of a problem that has already been found."""
+    """Return whether an all-reduce can be tried. It would hang if a problem with the hosts has already been found."""
     ready = all(host.lost is None and "torch" in host.probe for host in session.hosts)
     connected = session.single_host or not any(_interface_problem(host) for host in session.reachable)
     return session.world_size > 1 and ready and connected
 
 
 def check_all_reduce(session: Session, result: CheckResult) -> None:
-    """All ranks find each other and sum a tensor, over each backend that training uses."""
+    """Check that all ranks find each other and can sum a tensor over each backend that training uses."""
     if session.world_size < 2:
         result.skip("only one rank")
         return

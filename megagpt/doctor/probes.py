@@ -1,6 +1,7 @@
-"""Programs that the doctor runs in processes of their own, because torch, DeepSpeed or the network may hang or crash.
+"""Programs that the doctor runs in separate processes, because torch, DeepSpeed or the network may hang or crash.
 
-`python -m megagpt.doctor.probes torch|all-reduce ARGUMENTS`: each line printed is a JSON object, a part of the result.
+The command is `python -m megagpt.doctor.probes torch|all-reduce ARGUMENTS`. Each line that it prints is a JSON object
+with a part of the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from megagpt.files import parse_json
 
 PINNING, BUILDING = "pinning ", "building or loading "
-"""start of a step (`at`); the amount of memory or the operator follows"""
+"""Beginnings of the names of steps (`at`). The amount of memory or the name of the operator follows."""
 
 _PINNED_BYTES = 1 << 30
 _REDUCED_BYTES = {"gloo": 32 << 20, "nccl": 256 << 20}
@@ -29,17 +30,23 @@ Output = Callable[[dict[str, Any]], None]
 def start_probe() -> tuple[dict[str, Any], Output]:
     """Return the arguments of this process, and a function that prints a part of the result as a line of JSON.
 
-    Whatever else is written to standard output is redirected to standard error.
+    Anything else that is written to standard output is redirected to standard error.
     """
     arguments: dict[str, Any] = parse_json(sys.argv[-1])
-    signal.alarm(round(arguments["limit"]) + 5)  # the process that started this one may have died
+    # The parent process normally enforces the limit, but it may have died.
+    signal.alarm(round(arguments["limit"]) + 5)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return arguments, lambda part: print(json.dumps(part), file=out, flush=True)
 
 
 def probe_torch(arguments: dict[str, Any], output: Output) -> None:
-    """Report devices, pinned memory, and whether DeepSpeed and its operators load; each part as soon as it is known."""
+    """Report devices, pinned memory, and whether DeepSpeed and its operators load. Each part is reported at once.
+
+    Args:
+        arguments: Arguments of this process, with the names of the operators to load.
+        output: Function that prints a part of the result.
+    """
     output({"at": "import torch"})
     has_cuda = _report_devices(output)
     if has_cuda:
@@ -62,8 +69,13 @@ def probe_torch(arguments: dict[str, Any], output: Output) -> None:
 def all_reduce(arguments: dict[str, Any], output: Output) -> None:
     """Join the other ranks, sum a tensor over each backend, and report the bus bandwidth in bytes per second.
 
-    Bus bandwidth as in nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n × size / time, which does not depend on the
-    number of ranks n. Gloo carries checkpoints and stop requests, NCCL the training traffic of GPUs.
+    The bus bandwidth is defined as in nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n × size / time. Unlike size / time,
+    it does not depend on the number of ranks n. Gloo is used for checkpoints and stop requests, and NCCL for the
+    training traffic of GPUs.
+
+    Args:
+        arguments: Arguments of this process: rank, world size, address, backends and time limit.
+        output: Function that prints a part of the result.
     """
     output({"at": "import torch"})
     import torch
@@ -76,12 +88,12 @@ def all_reduce(arguments: dict[str, Any], output: Output) -> None:
     speeds = {}
     for backend in arguments["backends"]:
         output({"at": f"all-reduce over {backend}"})
-        # `srun --gpus-per-task=1` shows each rank only its own device
+        # With `srun --gpus-per-task=1`, each rank sees only its own device, as device 0.
         device = "cpu" if backend == "gloo" else f"cuda:{arguments['local_rank'] % torch.cuda.device_count()}"
         group = distributed.new_group(backend=backend, timeout=limit)
         tensor = torch.empty(_REDUCED_BYTES[backend] // 4, device=device)
         seconds = []
-        for _ in range(1 + _REPETITIONS):  # the first opens the connections and is not counted
+        for _ in range(1 + _REPETITIONS):  # The first repetition opens the connections and is not counted.
             tensor.fill_(rank + 1)
             started = time.perf_counter()
             distributed.all_reduce(tensor, group=group)
@@ -115,7 +127,7 @@ def _pin_memory() -> None:
 
 
 def _error_of(function: Callable[[], object]) -> str:
-    """Return the first line of the error that `function` raises, "" if none: any error is part of the report."""
+    """Call `function`, and return the first line of the error that it raises, or "" if it succeeds."""
     try:
         function()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Findings of the checks, and the report of all of them: a table for people, plain values for programs."""
+"""Findings of the checks, and the report of all findings as a table or as plain values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _COUNT_LABELS = {ERROR: "failed", WARNING: "with a warning", OK: "passed", SKIPP
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of a check on some hosts; without hosts, on all of them.
+    """Result of a check on the given hosts, or on all hosts if none are given.
 
-    `status` is "ok", "warning" (training starts, but somebody should look at this), "error" (training fails, or is
-    not what it seems) or "skipped".
+    `status` is "ok", "warning" (training can start, but the finding should be examined), "error" (training would fail
+    or give wrong results) or "skipped".
     """
 
     check: str
@@ -39,11 +39,11 @@ class CheckResult:
         self.findings: list[Finding] = []
 
     def error(self, what: str, do: str, *hosts: str) -> None:
-        """Record something that would make training fail, or wrong."""
+        """Record a problem that would make training fail or give wrong results."""
         self.findings.append(Finding(self.check, ERROR, what, do, hosts))
 
     def warn(self, what: str, do: str, *hosts: str) -> None:
-        """Record something that somebody should look at."""
+        """Record a problem that does not stop training but should be examined."""
         self.findings.append(Finding(self.check, WARNING, what, do, hosts))
 
     def passed(self, what: str) -> None:
@@ -52,20 +52,20 @@ class CheckResult:
             self.findings.append(Finding(self.check, OK, what))
 
     def skip(self, why: str) -> None:
-        """Record that nothing was checked, and why."""
+        """Record that nothing was checked, and the reason."""
         self.findings.append(Finding(self.check, SKIPPED, why))
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, in the order of the checks. `ok` is True if none is an error."""
+    """All findings, in the order of the checks. `ok` is True if no finding is an error."""
 
     ok: bool
     findings: tuple[Finding, ...]
 
     @classmethod
     def from_findings(cls, findings: Sequence[Finding]) -> Report:
-        """Merge equal findings on several hosts into one."""
+        """Return the report of these findings. Equal findings on several hosts are merged into one."""
         merged: dict[tuple[str, str, str, str], list[str]] = {}
         for finding in findings:
             hosts = merged.setdefault((finding.check, finding.status, finding.what, finding.do), [])
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """Number of findings by status, as text: the last line of the table."""
+        """Text with the number of findings by status, which is the last line of the report."""
         statuses = [row.status for row in self.findings]
         return ", ".join(f"{statuses.count(one)} {label}" for one, label in _COUNT_LABELS.items() if one in statuses)
 
@@ -95,7 +95,7 @@ class Report:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def table(self) -> Table:
-        """Return a table with one row per finding, each followed by what to do about it."""
+        """Return a table with one row per finding, each followed by advice on what to do about it."""
         from rich.padding import Padding
         from rich.table import Table
         from rich.text import Text

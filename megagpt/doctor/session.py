@@ -1,4 +1,4 @@
-"""A session of the doctor: all hosts handle the same requests in parallel, each within a time limit."""
+"""A session of the doctor, in which all hosts handle the same requests in parallel, each within a time limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLOCK_READINGS = 3
 
 
 class HostAgent(NamedTuple):
-    """An agent on a host, and the (rank, local rank) of each rank that it starts there."""
+    """Connection to an agent on a host, and the (rank, local rank) of each rank that the agent starts."""
 
     connection: AgentConnection | None
     ranks: list[list[int]]
@@ -27,18 +27,18 @@ class HostAgent(NamedTuple):
 
 @dataclass
 class Host:
-    """What is known of a host so far."""
+    """A host, its agents, and the results that it has reported so far."""
 
     name: str
     agents: Sequence[HostAgent]
-    """the first one answers all requests; the others only start ranks"""
+    """agents on this host; the first one handles all requests, and the others only start ranks"""
     lost: Finding | None = None
-    """why the host does not answer any more"""
+    """reason why the host no longer answers; None if it does"""
     facts: dict[str, Any] = field(default_factory=dict)
     clock: tuple[float, float] = (0.0, 0.0)
-    """seconds by which the host's clock is ahead of this host's, and the uncertainty"""
+    """number of seconds by which the host's clock is ahead of the local clock, and its uncertainty"""
     visible_markers: list[int] | None = None
-    """numbers of the hosts whose markers in the run directory this host sees"""
+    """numbers of the hosts whose markers in the run directory are visible on this host"""
     probe: dict[str, Any] = field(default_factory=dict)
     all_reduce: list[dict[str, Any]] = field(default_factory=list)
 
@@ -50,26 +50,26 @@ class Host:
 
 @dataclass(frozen=True)
 class LauncherFacts:
-    """What DeepSpeed's launcher would use on this host."""
+    """Programs, ssh settings and environment variables that DeepSpeed's launcher would use on this host."""
 
     pdsh: bool
     keep_alive: Mapping[str, int]
-    """seconds after which ssh gives up a silent host, by host; 0 means never"""
+    """number of seconds after which ssh disconnects from each host if it becomes silent; 0 means never"""
     not_forwarded: tuple[str, ...]
-    """variables that training depends on, and that the other hosts would not get, or with another value"""
+    """variables that affect training but would be missing on the other hosts, or have another value there"""
 
 
 @dataclass(frozen=True)
 class Session:
-    """The hosts to check, and what they are checked for."""
+    """The hosts to check, and the requirements that they are checked for."""
 
     hosts: Sequence[Host]
     requirements: JobRequirements
     limit: float
-    """seconds per step"""
+    """time limit per step in seconds"""
     single_host: bool = False
     launcher: LauncherFacts | None = None
-    """None unless ssh would start the ranks"""
+    """facts about DeepSpeed's launcher; None unless it would start the ranks over ssh"""
     package_requirements: tuple[str, ...] = ()
     """requirements of the megagpt package, as pip writes them"""
 
@@ -85,24 +85,27 @@ class Session:
 
     @property
     def first(self) -> Host:
-        """The first reachable host, with which the others are compared."""
+        """The first reachable host, with which the other hosts are compared."""
         return self.reachable[0]
 
     def differing(self, *keys: str) -> Iterator[tuple[Host, Any, Any]]:
-        """Yield each reachable host whose fact differs from the first host's: the host, its fact, the first host's."""
+        """Yield (host, its fact, the first host's fact) for each reachable host whose fact differs from the first's."""
         expected = _nested(self.first.facts, keys)
         for host in self.reachable[1:]:
             if (fact := _nested(host.facts, keys)) != expected:
                 yield host, fact, expected
 
     def dead_locks(self) -> list[tuple[Host, dict[str, Any]]]:
-        """Return the build locks that no process on any host holds, with the host; hosts may share the folder."""
+        """Return the build locks that no process on any host holds, each with its host.
+
+        All hosts are considered, because they may share the folder of the locks.
+        """
         locks = [(host, lock) for host in self.reachable for lock in host.facts["locks"]]
         building = {lock["path"] for _, lock in locks if lock["building"]}
         return [(host, lock) for host, lock in locks if lock["path"] not in building]
 
     def close(self) -> None:
-        """End whatever was started on the hosts."""
+        """Close all connections, which ends the agents on the hosts."""
         for connection in (agent.connection for host in self.hosts for agent in host.agents):
             if connection:
                 connection.close()
@@ -115,11 +118,11 @@ def _nested(facts: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def collect_from_hosts(session: Session, progress: Callable[[str], None]) -> None:
-    """Collect facts and probe results from all hosts. A host that is lost is left out of the steps after that.
+    """Collect facts and probe results from all hosts. A host that no longer answers is omitted from later steps.
 
     Args:
-        session: The session, whose hosts are filled in.
-        progress: Called with a description of the next step.
+        session: The session. The results are stored in its hosts.
+        progress: Function that is called with a description of the next step.
     """
     limit, requirements, name = session.limit, session.requirements, f"doctor-{secrets.token_hex(4)}"
 
@@ -139,12 +142,18 @@ def collect_from_hosts(session: Session, progress: Callable[[str], None]) -> Non
         on_all_hosts(session, lambda _, connection: connection.request("remove_folders", limit))
     building = f", and {', '.join(requirements.operators)}: compiling takes minutes" if requirements.operators else ""
     progress(f"loading torch and DeepSpeed on the hosts{building}")
-    locked = {lock["operator"] for _, lock in session.dead_locks()}  # loading these would wait forever
+    # Loading an operator with a dead lock would wait forever.
+    locked = {lock["operator"] for _, lock in session.dead_locks()}
     on_all_hosts(session, lambda host, connection: _probe(session, host, connection, locked))
 
 
 def on_all_hosts(session: Session, step: Callable[[Host, AgentConnection], object]) -> None:
-    """Run a step for the first agent of all reachable hosts in parallel; mark hosts that do not answer as lost."""
+    """Run a step with the first agent of each reachable host in parallel. Hosts that do not answer are marked as lost.
+
+    Args:
+        session: The session.
+        step: Function of a host and the connection to its first agent.
+    """
     _in_parallel(session, [(host, host.agents[0]) for host in session.reachable],
                  lambda host, agent: step(host, agent.connection))  # type: ignore[arg-type]  # fmt: skip
 
@@ -162,13 +171,13 @@ def _in_parallel(
     with ThreadPoolExecutor(max(len(connected), 1)) as pool:
         try:
             list(pool.map(lambda one: run(*one), connected))
-        except BaseException:  # Ctrl-C: closing the connections ends the steps that still wait
+        except BaseException:  # After Ctrl-C, closing the connections ends the steps that still wait.
             session.close()
             raise
 
 
 def all_reduce_over_ranks(session: Session) -> None:
-    """Run an all-reduce over all ranks, at the address that DeepSpeed would choose for rank 0."""
+    """Run an all-reduce over all ranks, which connect to the address that DeepSpeed would choose for rank 0."""
     first = session.hosts[0]
     external_address = host_facts.external_interface(first.facts["network"]["interfaces"])[1]
     has_cuda = all(host.probe.get("accelerator") == "cuda" for host in session.reachable)
@@ -188,7 +197,10 @@ def all_reduce_over_ranks(session: Session) -> None:
 
 
 def _clock_offset(connection: AgentConnection, limit: float) -> tuple[float, float]:
-    """Return how far a host's clock is ahead, measured halfway through the request, and half the round trip, in s."""
+    """Return the number of seconds by which a host's clock is ahead, and the uncertainty of this number.
+
+    The host is assumed to read its clock halfway through the request, so the uncertainty is half the round-trip time.
+    """
     sent, started = time.time(), time.perf_counter()
     theirs = connection.request("clock", limit)["time"]
     half = (time.perf_counter() - started) / 2
@@ -211,7 +223,7 @@ def hosts_of_ranks(rank: Rank, limit: float, env: Mapping[str, str]) -> list[Hos
 
     Args:
         rank: This rank.
-        limit: Seconds to wait. A rank that has not connected by then becomes a lost host of its own.
+        limit: Time to wait, in seconds. A rank that has not connected by then is returned as a separate, lost host.
         env: Environment of this process.
 
     Returns:

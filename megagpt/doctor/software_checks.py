@@ -1,4 +1,4 @@
-"""Checks of Python, packages, code, recipe, environment variables and operators, from what the hosts have reported."""
+"""Checks of Python, packages, code, recipe, environment variables and operators that the hosts have reported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NO_CONFIG = "needs --recipe and --deepspeed_config"
 
 
 def failure_of(probe: dict[str, object]) -> str:
-    """Return why a probe has ended before its result was complete; "" if it did not."""
+    """Return the reason why a probe has ended before its result was complete, or "" if the result is complete."""
     return f"not finished after {probe['hung']:.0f} s" if "hung" in probe else str(probe.get("died", ""))
 
 
 def check_python(session: Session, result: CheckResult) -> None:
-    """Every host has the same Python version."""
+    """Check that every host has the same Python version."""
     first = session.first
     for host, version, expected in session.differing("python", "version"):
         what = f"Python {version}; {first.name} has {expected}"
@@ -30,7 +30,7 @@ def check_python(session: Session, result: CheckResult) -> None:
 
 
 def check_packages(session: Session, result: CheckResult) -> None:
-    """Every required package is installed, in a version that megagpt supports, and the same on every host."""
+    """Check that every required package is installed, in a supported version that is the same on every host."""
     first = session.first
     requirements = {re.split(r"[^\w.-]", line)[0]: line for line in session.package_requirements}
     for host in session.reachable:
@@ -61,7 +61,7 @@ def _satisfies(version: str, requirement: str) -> bool:
 
 
 def check_imports(session: Session, result: CheckResult) -> None:
-    """Torch and DeepSpeed load."""
+    """Check that torch and DeepSpeed can be loaded."""
     for host in session.reachable:
         failure, step = failure_of(host.probe), host.probe.get("at", "")
         if failure and not step.startswith((BUILDING, PINNING)):
@@ -74,7 +74,7 @@ def check_imports(session: Session, result: CheckResult) -> None:
 
 
 def check_code(session: Session, result: CheckResult) -> None:
-    """Every host has the same megagpt, file by file."""
+    """Check that every host has the same source files of megagpt."""
     first = session.first
     for host, checksum, expected in session.differing("code", "checksum"):
         what = f"the code in {host.facts['code']['folder']} ({checksum}) differs from {first.name}'s ({expected})"
@@ -83,7 +83,7 @@ def check_code(session: Session, result: CheckResult) -> None:
 
 
 def check_recipe(session: Session, result: CheckResult) -> None:
-    """The files of the command line are the same on every host. Whether they fit together was checked before."""
+    """Check that recipe, config and tokenizer are the same on every host. Their content was checked before."""
     first, requirements = session.first, session.requirements
     if not requirements.files:
         result.skip(NO_CONFIG)
@@ -102,7 +102,7 @@ def check_recipe(session: Session, result: CheckResult) -> None:
 
 
 def check_environment(session: Session, result: CheckResult) -> None:
-    """Environment variables that training depends on are the same on every host, and `deepspeed` forwards them."""
+    """Check that environment variables that affect training are the same on every host, and that they are forwarded."""
     if session.single_host:
         return
     for name in sorted({name for host in session.reachable for name in host.facts["environment"]}):
@@ -118,7 +118,7 @@ def check_environment(session: Session, result: CheckResult) -> None:
 
 
 def check_operators(session: Session, result: CheckResult) -> None:
-    """The compiled operators of DeepSpeed that this layout needs load, and no dead build locks them."""
+    """Check that the compiled operators that the layout needs can be loaded, and are not locked by a dead build."""
     requirements = session.requirements
     dead_locks = session.dead_locks()
     for host, lock in dead_locks:

@@ -1,4 +1,4 @@
-"""Connections to the agents: over ssh, to a process on this host, or over a socket to a running rank."""
+"""Connections to agents, which run on another host (over ssh), on this host, or in a running rank (over a socket)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ from megagpt.doctor.report import ERROR, Finding
 from megagpt.errors import UserError
 from megagpt.files import parse_json
 
-COMPILE_FACTOR = 10  # time limit of steps that may compile operators, in multiples of other steps' limit
-_SSH_CONNECT = 10  # seconds until ssh gives up connecting
-_HELLO = 5.0  # seconds in which a connected rank must identify itself
-_NO_FOLDER, _NO_PYTHON, _SSH_FAILED = 101, 102, 255  # exit codes of the remote command line; 255 is ssh's own
-_FORWARDED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # name prefixes, deepspeed/launcher/runner.py
+# Steps that may compile operators have a time limit that is longer by this factor.
+COMPILE_FACTOR = 10
+_SSH_CONNECT = 10  # time limit for ssh to connect, in seconds
+_HELLO = 5.0  # time limit for a connected rank to identify itself, in seconds
+# Exit codes of the remote command line. The last one is that of ssh itself.
+_NO_FOLDER, _NO_PYTHON, _SSH_FAILED = 101, 102, 255
+# Prefixes of the variables that DeepSpeed forwards (deepspeed/launcher/runner.py).
+_FORWARDED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 class HostLost(Exception):
-    """A host does not answer any more. `finding` explains why."""
+    """Raised if a host no longer answers. `finding` contains the reason."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.what)
@@ -45,11 +48,11 @@ class AgentConnection:
     """Connection to the agent on one host.
 
     Args:
-        source: Lines from the agent.
-        send: Sends a line to the agent.
+        source: Lines that the agent sends.
+        send: Function that sends a line to the agent.
         host: Name of the host, for messages.
-        explain_end: Returns a finding that explains why the agent has ended.
-        close: Ends what was started for this connection.
+        explain_end: Function that returns a finding with the reason why the agent has ended.
+        close: Function that closes the connection and ends processes that were started for it.
     """
 
     def __init__(
@@ -63,7 +66,8 @@ class AgentConnection:
         self.host = host
         self.close = close
         self._send, self._explain_end = send, explain_end
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None at the end
+        # Messages from the agent, followed by None when the agent has ended.
+        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, args=(source,), daemon=True).start()
 
     def request(self, name: str, limit: float, /, **arguments: Any) -> dict[str, Any]:
@@ -71,14 +75,14 @@ class AgentConnection:
 
         Args:
             name: One of `agent.REQUESTS`.
-            limit: Seconds to wait.
+            limit: Time to wait for the result, in seconds.
             arguments: Arguments of the request.
 
         Returns:
-            The result.
+            The result of the request.
 
         Raises:
-            HostLost: No result arrived in time, or the agent has ended.
+            HostLost: No result arrived within `limit` seconds, or the agent has ended.
         """
         step, end = name, time.monotonic() + limit
         try:
@@ -96,7 +100,8 @@ class AgentConnection:
         raise HostLost(self._explain_end())
 
     def _read(self, source: Iterable[str]) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # connection reset or closed, or not a JSON object
+        # The connection may be reset or closed, or a line may not be a JSON object.
+        with contextlib.suppress(OSError, ValueError, TypeError):
             for line in source:
                 if line.startswith(PREFIX):
                     self._messages.put(dict(parse_json(line[len(PREFIX) :])))
@@ -104,17 +109,28 @@ class AgentConnection:
 
 
 def agent_lifetime(limit: float) -> float:
-    """Return the seconds after which an agent exits by itself, if nobody ends it before."""
+    """Return the number of seconds after which an agent exits by itself if its connection has not been closed before.
+
+    Args:
+        limit: Time limit per step, in seconds.
+    """
     return limit * (5 + 2 * COMPILE_FACTOR)
 
 
 def start_local_agent() -> AgentConnection:
-    """Start an agent on this host."""
+    """Start an agent on this host, and return the connection to it."""
     return _start([sys.executable, "-m", "megagpt", "host-agent"], socket.gethostname())
 
 
 def start_agent_over_ssh(host: str, env: Mapping[str, str]) -> AgentConnection:
-    """Start an agent on another host, with the Python, folder and variables that `deepspeed` would give its ranks."""
+    """Start an agent on another host, and return the connection to it.
+
+    The agent has the same Python, folder and environment variables that `deepspeed` would give to the ranks there.
+
+    Args:
+        host: Name of the host, as in the hostfile.
+        env: Environment of this process.
+    """
     folder, python = os.getcwd(), sys.executable
     variables = " ".join(
         f"{name}={shlex.quote(value)}" for name, value in variables_forwarded_by_deepspeed(env).items()
@@ -129,7 +145,10 @@ def start_agent_over_ssh(host: str, env: Mapping[str, str]) -> AgentConnection:
 
 
 def variables_forwarded_by_deepspeed(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that DeepSpeed's launcher sets on other hosts: by name, and from its environment file."""
+    """Return the variables that DeepSpeed's launcher sets on other hosts.
+
+    It forwards variables of `env` with certain prefixes, and reads further variables from its environment file.
+    """
     found = {name: value for name, value in env.items() if name.startswith(_FORWARDED_BY_DEEPSPEED)}
     found["PYTHONPATH"] = ":".join(filter(None, (os.getcwd(), env.get("PYTHONPATH", ""))))
     for folder in (Path.home(), Path(".")):
@@ -162,7 +181,7 @@ def _start(command: Sequence[str], host: str) -> AgentConnection:
         process.kill()
         process.wait()
         for stream in (stdin, stdout, errors):
-            with contextlib.suppress(OSError):  # a request that the agent has not read
+            with contextlib.suppress(OSError):  # The buffer may hold a request that the agent has not read.
                 stream.close()
 
     return AgentConnection(stdout, stdin.write, host, explain_end, close)
@@ -190,14 +209,17 @@ _EXITS = (
     (None, "", "connection", "the doctor's agent exited with code {code}: {error}",
      "run `python -m megagpt host-agent` there by hand, and fix what it reports"),
 )  # fmt: skip
-"""exit code (None: any), a part of the last line of errors, and the check, what and do of the finding; first match"""
+"""Rows of exit code (None for any), part of the last line of standard error, and check, what and do of a finding.
+
+The first row that matches is used.
+"""
 
 
 def explain_exit(host: str, code: int, error: str) -> Finding:
-    """Return a finding that explains why the agent of a host, or the ssh to it, has ended.
+    """Return a finding with the reason why the agent of a host, or the ssh process that started it, has ended.
 
     Args:
-        host: The host.
+        host: Name of the host.
         code: Exit code of the agent, of ssh, or of the command line that ssh ran.
         error: Last line of standard error.
     """
@@ -208,7 +230,7 @@ def explain_exit(host: str, code: int, error: str) -> Finding:
 
 
 def channel_lines(channel: Channel) -> tuple[Iterator[str], Callable[[str], None]]:
-    """Return the lines that arrive over a channel until the other end is gone, and a function that sends a line."""
+    """Return an iterator over the lines that a channel receives until it closes, and a function that sends a line."""
 
     def receive() -> Iterator[str]:
         with contextlib.suppress(EOFError, OSError):
@@ -219,15 +241,16 @@ def channel_lines(channel: Channel) -> tuple[Iterator[str], Callable[[str], None
 
 
 def connection_to_rank(channel: Channel, host: str) -> AgentConnection:
-    """Return the connection to a rank over the channel that it has opened."""
+    """Return the connection to the agent in a rank, over the channel that the rank has opened."""
     ended = _connection_error(host, "the rank has ended", "see its log")
     return AgentConnection(*channel_lines(channel), host, lambda: ended, channel.close)
 
 
 def _endpoint(rank: Rank, env: Mapping[str, str]) -> Endpoint:
-    """Return the endpoint of the doctor's ranks: on the port after MASTER_PORT, where a launcher may already listen.
+    """Return the endpoint to which the doctor's ranks connect.
 
-    It does not use torch's store, so that the report also arrives from a host whose torch is broken.
+    It uses the port after MASTER_PORT, because a launcher may already listen on MASTER_PORT itself. It does not use
+    torch's store, so that the report also arrives from a host on which torch is broken.
     """
     if not rank.address or not rank.port:
         raise UserError(
@@ -239,7 +262,16 @@ def _endpoint(rank: Rank, env: Mapping[str, str]) -> Endpoint:
 
 
 def serve_as_rank(rank: Rank, limit: float, env: Mapping[str, str]) -> None:
-    """Connect to rank 0 and act as its agent. Raises MachineError if rank 0 does not answer within `limit` seconds."""
+    """Connect to rank 0 and act as the doctor's agent on this rank.
+
+    Args:
+        rank: This rank.
+        limit: Time limit to connect to rank 0, in seconds.
+        env: Environment of this process.
+
+    Raises:
+        MachineError: Rank 0 does not answer within `limit` seconds.
+    """
     channel = tcp.connect(_endpoint(rank, env), limit)
     try:
         agent.serve(*channel_lines(channel), rank=rank.rank, local_rank=rank.local_rank)
@@ -252,11 +284,11 @@ def accept_ranks(rank: Rank, limit: float, env: Mapping[str, str]) -> dict[int, 
 
     Args:
         rank: This rank.
-        limit: Seconds to wait.
+        limit: Time to wait, in seconds.
         env: Environment of this process.
 
     Returns:
-        Host, local rank and connection of each rank that has connected, this one included, by its number.
+        Host, local rank and connection of each rank that has connected, keyed by rank. Rank 0 is included.
 
     Raises:
         MachineError: The port is in use, or the key of the job cannot be written.
@@ -276,7 +308,7 @@ def accept_ranks(rank: Rank, limit: float, env: Mapping[str, str]) -> dict[int, 
                 connection.close()
                 continue
             connection.host = host
-            if number in ranks:  # the rank has connected again after its first connection was cut
+            if number in ranks:  # The rank has connected again after its first connection was interrupted.
                 ranks[number][2].close()
             ranks[number] = (host, local_rank, connection)
     return ranks

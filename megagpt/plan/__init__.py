@@ -1,4 +1,7 @@
-"""`megagpt plan`: what a run will take, and whether it fits, before anything is built. Loads no torch or DeepSpeed."""
+"""Implementation of `megagpt plan`, which estimates what a run takes and whether it fits.
+
+Planning neither builds the model nor loads torch or DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from megagpt.plan.verdict import Fit, fit
 
 
 def plan(options: PlanOptions) -> Plan:
-    """Plan one run. Raises UserError if recipe, config or machines are invalid."""
+    """Return the plan of one run. Raises UserError if recipe, config or options are invalid."""
     world_size, nodes = _machines(options)
     device = None if options.device is None else machine.parse_device(options.device)
     host_memory = None
@@ -67,7 +70,7 @@ def search(options: PlanOptions) -> SearchResult:
 
 
 def _notes(resolved: Resolved, *, has_device: bool) -> tuple[str, ...]:
-    """What the plan could not take into account."""
+    """Return notes about the resolved config, and about costs that the plan does not include."""
     notes = list(resolved.notes)
     note = version_note()
     if note:
@@ -82,7 +85,7 @@ def _notes(resolved: Resolved, *, has_device: bool) -> tuple[str, ...]:
 
 
 def _machines(options: PlanOptions) -> tuple[int, int]:
-    """Return the number of ranks, and of nodes."""
+    """Return the number of ranks and the number of nodes."""
     nodes, ranks_per_node, world_size = options.nodes, options.ranks_per_node, options.world_size
     if world_size is None:
         return (nodes or 1) * (ranks_per_node or 1), nodes or 1

@@ -1,4 +1,4 @@
-"""Find small changes to a layout that make it fit, as overrides to add to the command."""
+"""Find small changes that make a layout fit, in the form of overrides to add to the command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megagpt.config.deepspeed import Resolved
 
 _MAX_SUGGESTIONS = 3
-_MAX_TENSOR_PARALLEL = 8  # more GPUs are rarely joined by a fast link
+_MAX_TENSOR_PARALLEL = 8  # Fast links rarely connect more GPUs than this.
 _Overrides = tuple[str, ...]
 _Cost = int
 
@@ -25,16 +25,16 @@ _Cost = int
 def nearest(
     resolved: Resolved, resolve: Callable[[_Overrides], Resolved], fits: Callable[[Resolved], bool]
 ) -> tuple[str, ...]:
-    """Find up to three sets of overrides that make a run fit, the fewest and cheapest first.
+    """Find up to three sets of overrides that make a run fit.
 
     Args:
-        resolved: the run that does not fit
-        resolve: resolves the run with more overrides
-        fits: returns True if a resolved run fits
+        resolved: the resolved config of the run that does not fit.
+        resolve: function that resolves the config with additional overrides.
+        fits: function that returns True if a resolved run fits.
 
     Returns:
-        The sets, each joined by spaces. None of them changes all the keys that an earlier one changes.
-
+        The sets of overrides, each joined by spaces. Small and cheap sets come first. A set that changes all keys of an
+        earlier set is omitted.
     """
     found: list[_Overrides] = []
     for overrides in _candidates(resolved):
@@ -43,7 +43,7 @@ def nearest(
         try:
             if fits(resolve(overrides)):
                 found.append(overrides)
-        except UserError:  # this layout is not possible
+        except UserError:  # This layout is not possible.
             continue
         if len(found) == _MAX_SUGGESTIONS:
             break
@@ -51,7 +51,7 @@ def nearest(
 
 
 def _candidates(resolved: Resolved) -> Iterator[_Overrides]:
-    """All combinations, the fewest overrides first, then by cost: micro-batch, traffic, arithmetic, offload."""
+    """Yield all combinations of overrides, ordered by their number and then by the cost to the speed of training."""
     groups = [
         [(0, ()), *options]
         for options in (
@@ -99,7 +99,7 @@ def _more_tensor_parallelism(resolved: Resolved) -> list[tuple[_Cost, _Overrides
 
 
 def _offload(resolved: Resolved) -> list[tuple[_Cost, _Overrides]]:
-    """Offload the optimizer, the parameters, or both."""
+    """Return the overrides that offload the optimizer, the parameters, or both."""
     zero = ZeroSettings(resolved)
     options: list[tuple[_Cost, _Overrides]] = [
         (20 * number, (f"ds.zero_optimization.offload_{what}.device=cpu",))

@@ -1,4 +1,4 @@
-"""Costs of a run besides memory: tokens, FLOPs, time, network traffic, disk."""
+"""Estimates of the costs of a run other than memory: tokens, FLOPs, time, network traffic and disk space."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Length:
     tokens_per_update: int
     tokens: int | None
     flops: float | None
-    """of the model, forward and backward, without recomputation"""
+    """FLOPs of the model's forward and backward passes, without recomputation"""
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds at the highest and the lowest utilization published for similar layouts."""
+    """Time of a run in seconds, at the highest and the lowest utilization published for similar layouts."""
 
     shortest: float
     longest: float
@@ -44,7 +44,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends per update, by kind, on the ranks that send most."""
+    """Number of bytes that the rank with the most traffic sends per update, by kind of parallelism."""
 
     data_parallel: int
     tensor_parallel: int
@@ -54,17 +54,17 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes on the disk that all ranks share."""
+    """Number of bytes on the disk that all ranks share."""
 
     checkpoint: int
     checkpoints: int | None
-    """all that are kept, and one being written; None if their number grows with every save"""
+    """size of all checkpoints that are kept and of one being written; None if their number grows with every save"""
     corpus: int | None
-    """if each token is read once"""
+    """size of the corpus if each token is read once; None if the number of tokens is not known"""
 
 
 def length(resolved: Resolved) -> Length:
-    """Return the length of training. A length in epochs needs the sidecar files of the corpora."""
+    """Return the length of training. If it is given in epochs, the sidecar files of the corpora are needed."""
     recipe = resolved.recipe
     per_update = recipe.batch.global_size * recipe.model.seq_len
     updates = None
@@ -82,16 +82,15 @@ def length(resolved: Resolved) -> Length:
 
 
 def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
-    """Estimate the time of a run: FLOPs divided by ranks, peak FLOP/s and utilization.
+    """Estimate the time of a run from its FLOPs, the number of ranks, and the peak FLOP/s and utilization of the device.
 
     Args:
-        resolved: recipe, config and layout
-        flops: FLOPs of the run
-        device: name of the device
+        resolved: the recipe, config and layout of the run.
+        flops: FLOPs of the run; None if they are not known.
+        device: name of the device.
 
     Returns:
-        The time, or None if one of the factors is unknown, as with offload.
-
+        The time, or None if one of these factors is unknown, which is always the case with offload.
     """
     recipe, layout = resolved.recipe, resolved.layout
     peak = cost.peak_flops(device, recipe.precision or "fp32")
@@ -105,11 +104,11 @@ def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
 
 
 def traffic(resolved: Resolved) -> Traffic:
-    """Return the bytes that a rank sends per update.
+    """Return the number of bytes that a rank sends per update.
 
-    All collectives are rings: an all-reduce over n ranks sends 2(n - 1)/n of its bytes, an all-gather or
-    reduce-scatter (n - 1)/n. ZeRO section 7 (arXiv 1910.02054), Megatron (arXiv 1909.08053), Ulysses (arXiv
-    2309.14509).
+    All collectives are assumed to be rings. An all-reduce of s bytes over n ranks then sends 2(n - 1)/n · s bytes per
+    rank, and an all-gather or reduce-scatter sends half of that. The formulas are from ZeRO (arXiv 1910.02054, section
+    7), Megatron (arXiv 1909.08053) and Ulysses (arXiv 2309.14509).
     """
     layout, section = resolved.layout, resolved.recipe.model
     zero = ZeroSettings(resolved)
@@ -120,11 +119,13 @@ def traffic(resolved: Resolved) -> Traffic:
     hidden = layout.micro_batch * section.seq_len // layout.sequence_parallel * section.d_model * zero.element
     blocks = -(-section.n_layer // layout.pipeline_stages)
     recomputed = layout.recomputed_blocks / section.n_layer
-    # all-reduces per block: forward after attention and MLP; backward before qkv, up and gate, each on its own
+    # Number of all-reduces per block. The forward pass has one after attention and one after the MLP. The backward pass
+    # has one for each of the projections qkv, up and gate.
     all_reduces = 2 * (1 + recomputed) + (3 if section.is_gated else 2)
     all_reduce = 2 * _ring(layout.tensor_parallel)
     kv_width = section.n_kv_head * (section.d_model // section.n_head)
-    exchanged = hidden * 2 * (1 + kv_width / section.d_model)  # queries and attention output, keys and values
+    # The all-to-alls exchange queries, the output of attention, keys and values.
+    exchanged = hidden * 2 * (1 + kv_width / section.d_model)
     all_to_all = _ring(layout.sequence_parallel) * exchanged
     return Traffic(
         data_parallel=int(_data_parallel(zero, max(rank.total for rank in ranks))) + between_zero_ranks,
@@ -135,13 +136,13 @@ def traffic(resolved: Resolved) -> Traffic:
 
 
 def _data_parallel(zero: ZeroSettings, parameters: int) -> float:
-    """Bytes of gradients and weights between the ranks that hold the same part of the model."""
+    """Return the bytes of gradients and weights that a rank sends to ranks that hold the same part of the model."""
     low, reduced, fraction = zero.element * parameters, zero.reduced * parameters, _ring(zero.shards)
     stage, micro_batches = zero.layout.zero_stage, zero.layout.accumulation
     if stage == 0:
         return 2 * fraction * FP32_BYTES * parameters
     if stage == 1:
-        return fraction * (2 * reduced + low)  # DeepSpeed all-reduces whole gradients here
+        return fraction * (2 * reduced + low)  # At stage 1, DeepSpeed all-reduces whole gradients.
     if stage == 2:
         return fraction * (reduced * micro_batches + low)
     return fraction * micro_batches * (2 * low + reduced)
@@ -152,12 +153,11 @@ def _ring(ranks: int) -> float:
 
 
 def disk(resolved: Resolved, tokens: int | None) -> Disk:
-    """Return the disk space of a run.
+    """Return the disk space that a run needs.
 
     Args:
-        resolved: recipe, config and layout
-        tokens: tokens of the run, if known
-
+        resolved: the recipe, config and layout of the run.
+        tokens: number of tokens of the run; None if it is not known.
     """
     recipe = resolved.recipe
     checkpoint = cost.checkpoint_bytes(recipe.model)

@@ -1,4 +1,4 @@
-"""Devices by name: their memory, and the fraction of their peak FLOP/s that published runs have reached."""
+"""Known devices with their memory, and the fractions of their peak FLOP/s that published runs have reached."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _MEMORY = {"V100-16": 16, "V100-32": 32, "A100-40": 40, "A100-80": 80, "A800": 80, "H100": 80, "H800": 80, "H200": 141}
-"""nominal, GiB"""
+"""Nominal memory of each device in GiB."""
 SAFE_FRACTION = 0.8
-"""Estimates up to this fraction of a GPU's memory never ran out in 454 runs on A100 and H100 (arXiv 2411.06465). The
-rest is for the CUDA context, NCCL's buffers and fragmentation."""
+"""Fraction of a GPU's memory up to which an estimate is considered safe.
+
+In 454 runs on A100 and H100, no run with an estimate up to this fraction ran out of memory (arXiv 2411.06465). The rest
+is needed for the CUDA context, NCCL's buffers and fragmentation.
+"""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device with memory. If its name is known, its peak FLOP/s are, too."""
+    """A device and its memory. The peak FLOP/s are known only for devices with a known name."""
 
     name: str
     memory: int
-    """bytes"""
+    """size of the memory in bytes"""
 
 
 def parse_device(text: str, option: str = "--device") -> Device:
-    """Parse a device name, or a size: 24GiB, 24GB, 24 (GiB).
+    """Parse the name of a device, or a memory size such as 24GiB, 24GB or 24 (in GiB).
 
     Args:
-        text: the value of the option
-        option: the option, for the error message
+        text: the value of the option.
+        option: the name of the option, for the error message.
+
+    Returns:
+        The device.
 
     Raises:
-        UserError: the text is neither
-
+        UserError: The text is neither a known device nor a size.
     """
     if text in _MEMORY:
         return Device(text, _MEMORY[text] * _GIB)
@@ -51,7 +56,7 @@ def parse_device(text: str, option: str = "--device") -> Device:
 
 @dataclass(frozen=True)
 class Utilization:
-    """Lowest and highest fraction of its peak FLOP/s that a device has reached, and in which runs."""
+    """Lowest and highest fraction of its peak FLOP/s that a device has reached, and the runs that reached them."""
 
     low: float
     high: float
@@ -59,8 +64,9 @@ class Utilization:
 
 
 _FOUNDRY = "llm-foundry scripts/train/benchmarking (FSDP)"
-# Model FLOPs as counted by flops.flops_per_token, without recomputation, rounded outwards to whole percent.
-# Keys: device, whether there is tensor or pipeline parallelism, whether most blocks are recomputed.
+# The utilization refers to the model's FLOPs as counted by flops.flops_per_token, without recomputation. The lowest
+# value is rounded down and the highest value is rounded up to a whole percent. The keys are: device, whether there is
+# tensor or pipeline parallelism, and whether most blocks are recomputed.
 _REACHED = {
     ("H100", False, False): Utilization(0.33, 0.47, f"{_FOUNDRY}, 7B and 13B; torchtitan, Llama 3.1 8B"),
     ("H100", False, True): Utilization(0.30, 0.39, f"{_FOUNDRY}, 7B and 30B"),
@@ -72,20 +78,20 @@ _REACHED = {
     ("V100", False, False): Utilization(0.33, 0.42, "bigscience tr3m, 1.3B"),
     ("V100", False, True): Utilization(0.28, 0.35, "bigscience tr3m, 1.3B"),
 }
-_SAME_COMPUTE = {"A800": "A100", "H800": "H100", "H200": "H100"}  # with the same arithmetic units
+# Devices that have the same arithmetic units as another device.
+_SAME_COMPUTE = {"A800": "A100", "H800": "H100", "H200": "H100"}
 
 
 def utilization(name: str, layout: Layout, blocks: int) -> Utilization | None:
     """Return the utilization that published runs with a similar layout have reached.
 
     Args:
-        name: name of the device
-        layout: the layout of the run
-        blocks: number of the model's blocks
+        name: name of the device.
+        layout: the layout of the run.
+        blocks: number of transformer blocks of the model.
 
     Returns:
         The utilization, or None if no published run of this kind is known.
-
     """
     kind = name.partition("-")[0]
     splits_model = layout.tensor_parallel * layout.pipeline_stages > 1

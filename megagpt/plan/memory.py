@@ -1,4 +1,7 @@
-"""Memory of the fullest rank, by part and moment, before anything is built."""
+"""Estimate of the memory of the fullest rank, by kind of tensor, at the moment of its peak.
+
+The estimate is computed from recipe, config and layout, without building the model.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,27 @@ if TYPE_CHECKING:
     from megagpt.config.recipe import ModelSection
 
 PROCESS_BYTES = 4 << 30
-"""Host memory of a rank besides what is counted: Python, torch, CUDA, pages of the corpus. 3 to 5 GB in BigScience's
-runs on A100 (bigscience-workshop/bigscience, tr11)."""
+"""Host memory of a rank for Python, torch, CUDA and pages of the corpus, which are not counted one by one.
+
+In BigScience's runs on A100 it was 3 to 5 GB (bigscience-workshop/bigscience, tr11).
+"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank at the moment when it holds most. Host and NVMe are counted separately."""
+    """Memory of the fullest rank, in bytes, at its peak. Memory on the host and on NVMe is counted separately."""
 
     weights: int
     gradients: int
     optimizer: int
-    """fp32 weights and moments"""
+    """size of the fp32 weights and moments"""
     buffers: int
-    """for communication, gathered weights, and copies while the optimizer steps"""
+    """size of communication buffers, gathered weights, and copies during the optimizer step"""
     activations: int
     loss: int
-    """logits of a chunk, and the gradients that the loss computes in its forward pass"""
+    """size of the logits of a chunk, and of the gradients that the loss computes in its forward pass"""
     moment: str
+    """name of the moment at which the memory peaks"""
     stage: int
     """pipeline stage of the rank"""
     host: int
@@ -42,17 +48,16 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Bytes on the device."""
+        """Total memory on the device, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.loss
 
 
 def memory(resolved: Resolved, on_cpu: bool = False) -> Memory:
-    """Return the memory of the rank that holds most.
+    """Return the memory of the rank that needs the most.
 
     Args:
-        resolved: recipe, config and layout
-        on_cpu: the device is the host itself
-
+        resolved: the recipe, config and layout of the run.
+        on_cpu: whether the run uses CPUs, so that the device is the host itself.
     """
     moments = [
         moment for stage in range(resolved.layout.pipeline_stages) for moment in _moments(resolved, stage, on_cpu)
@@ -61,7 +66,7 @@ def memory(resolved: Resolved, on_cpu: bool = False) -> Memory:
 
 
 def _moments(resolved: Resolved, stage: int, on_cpu: bool) -> list[Memory]:
-    """Memory of a pipeline stage at each moment that can be its peak."""
+    """Return the memory of a rank of a pipeline stage at each moment that can be its peak."""
     layout, section = resolved.layout, resolved.recipe.model
     zero = ZeroSettings(resolved)
     local = local_parameters(section, layout, stage)
@@ -98,7 +103,7 @@ def _moments(resolved: Resolved, stage: int, on_cpu: bool) -> list[Memory]:
 
 
 def _early_gradients(state: StateBytes, zero: ZeroSettings, local: LocalParameters) -> int:
-    """Gradients when the backward pass reaches the blocks: those kept, and that of the head."""
+    """Return the bytes of gradients when the backward pass reaches the blocks: kept ones, or the gradient of the head."""
     head = local.layers[-1] * zero.element
     return min(state.gradients, max(state.kept_gradients, head))
 
@@ -106,10 +111,10 @@ def _early_gradients(state: StateBytes, zero: ZeroSettings, local: LocalParamete
 def _saved_activations(
     section: ModelSection, layout: Layout, shape: MicroBatchShape, local: LocalParameters, stage: int
 ) -> tuple[int, int]:
-    """Activations of all micro-batches in flight on the device, and on the host.
+    """Return the bytes of the activations of all micro-batches in flight, on the device and on the host.
 
-    A pipeline of p stages holds min(p - stage, m) micro-batches (1F1B, DeepSpeed's runtime/pipe/schedule.py), each with
-    the output of the stage. One more tensor is the gradient that the stage receives.
+    In a pipeline of p stages, a stage holds min(p - stage, m) of m micro-batches, each with the output of the stage
+    (the 1F1B schedule in DeepSpeed's runtime/pipe/schedule.py). The gradient that the stage receives is added.
     """
     blocks = len({name.split(".")[1] for name in local.shapes if name.endswith(".attention.qkv.weight")})
     recomputed = -(-blocks * layout.recomputed_blocks // section.n_layer)
@@ -123,6 +128,10 @@ def _saved_activations(
 
 
 def _initialization(zero: ZeroSettings, local: LocalParameters) -> int:
-    """Host memory of the initial fp32 weights: the rank's shard if we split the model ourselves."""
+    """Return the host memory of the initial fp32 weights, in bytes.
+
+    With tensor or pipeline parallelism, a rank creates its whole shard at once. Otherwise it creates one parameter at
+    a time.
+    """
     is_split = zero.layout.tensor_parallel > 1 or zero.layout.pipeline_stages > 1
     return FP32_BYTES * (local.total if is_split else local.largest)

@@ -1,7 +1,8 @@
-"""Memory and traffic of Muon where they differ from AdamW: one moment less per matrix, and whole matrices in the step.
+"""Differences in memory and traffic between Muon and AdamW.
 
-Follows engine/optim/muon.py and engine/optim/muon_all_to_all.py tensor by tensor.
-tests/unit/plan/test_muon_memory.py compares it with torch.
+Muon has one moment less per matrix, and reassembles whole matrices for the optimizer step. The formulas follow the
+tensors in engine/optim/muon.py and engine/optim/muon_all_to_all.py. tests/unit/plan/test_muon_memory.py compares them
+with torch.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ if TYPE_CHECKING:
 
 
 def matrices(shapes: Shapes) -> Shapes:
-    """Return the parameters that Muon updates: the blocks' matrices."""
+    """Return the shapes of the parameters that Muon updates, which are the matrices of the transformer blocks."""
     return {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.count(".") > 2}
 
 
 def elements(shapes: Shapes) -> int:
-    """Return the number of elements of the matrices that Muon updates."""
+    """Return the total number of elements of the matrices that Muon updates."""
     return sum(map(math.prod, matrices(shapes).values()))
 
 
 def adjust(state: StateBytes, zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Return the state of a rank under Muon.
+    """Return the training state of a rank with Muon.
 
     Args:
-        state: what the rank would hold under AdamW
-        zero: the ZeRO settings
-        local: the rank's parameters
-
+        state: the training state that the rank would hold with AdamW.
+        zero: the ZeRO settings.
+        local: the rank's parameters.
     """
     shards = 1 if zero.layout.zero_stage == 0 else zero.shards
     moment = FP32_BYTES * -(-elements(local.shapes) // shards)
@@ -46,23 +46,23 @@ def adjust(state: StateBytes, zero: ZeroSettings, local: LocalParameters) -> Sta
     if state.pinned and location == "host":
         saved["pinned"] = state.pinned - moment
     gradients = state.gradients
-    if zero.layout.zero_stage:  # at stage 0 the reduced copy is gone by then
+    if zero.layout.zero_stage:  # At stage 0, the reduced copy has been freed by then.
         gradients += state.step
     if zero.layout.zero_stage in (1, 2) and location == "optimizer" and zero.accumulator == zero.element:
-        gradients = moment + zero.bucket  # DeepSpeed frees gradients group by group, and the matrices come last
+        # DeepSpeed frees the gradients of one parameter group after the other, and the matrices come last.
+        gradients = moment + zero.bucket
     return replace(state, **saved, matrices=gradients + _workspace(zero, local, shards))
 
 
 def traffic(zero: ZeroSettings, local: LocalParameters) -> tuple[int, int]:
-    """Return the bytes that a rank sends per update to reassemble matrices and return the results.
+    """Return the number of bytes that a rank sends per update to reassemble matrices and to send the results back.
 
     Args:
-        zero: the ZeRO settings
-        local: the rank's parameters
+        zero: the ZeRO settings.
+        local: the rank's parameters.
 
     Returns:
-        Bytes between ZeRO's ranks, and between tensor-parallel ranks.
-
+        The bytes that are sent to other ZeRO ranks, and those that are sent to other tensor-parallel ranks.
     """
     stage, shards, degree = zero.layout.zero_stage, zero.shards, zero.layout.tensor_parallel
     total = elements(local.shapes)
@@ -71,7 +71,7 @@ def traffic(zero: ZeroSettings, local: LocalParameters) -> tuple[int, int]:
     if stage == 3:
         exchanged = owned * (shards - 1) // shards
     elif stage > 0 and shards > 1:
-        exchanged = _largest_matrix(local)  # at most one matrix crosses a partition boundary
+        exchanged = _largest_matrix(local)  # At most one matrix crosses a partition boundary.
     return 2 * FP32_BYTES * exchanged, FP32_BYTES * owned * (degree - 1)
 
 
@@ -80,7 +80,7 @@ def _largest_matrix(local: LocalParameters) -> int:
 
 
 def _workspace(zero: ZeroSettings, local: LocalParameters, shards: int) -> int:
-    """Bytes of the iteration over the largest batch of matrices that a rank reassembles."""
+    """Return the peak bytes of Muon's iteration, for the largest batch of matrices that a rank reassembles."""
     degree = zero.layout.tensor_parallel
     most = 0
     for (rows, columns, blocks), count in _count_by_shape(zero.section, local, degree).items():
@@ -91,28 +91,30 @@ def _workspace(zero: ZeroSettings, local: LocalParameters, shards: int) -> int:
         most = max(most, room + (FP32_BYTES * number * size // degree if degree > 1 else 0))
     if zero.layout.zero_stage == 3:
         partition = FP32_BYTES * -(-elements(local.shapes) // shards)
-        return partition + max(most, partition)  # the results of other ranks' matrices, and what is returned to them
+        # The rank holds its own results, and either the workspace or the results for other ranks.
+        return partition + max(most, partition)
     crossing = _largest_matrix(local) if shards > 1 else 0
-    return most + FP32_BYTES * crossing  # one matrix that crosses a partition boundary
+    return most + FP32_BYTES * crossing  # One matrix may cross a partition boundary.
 
 
 def iteration_bytes(size: int, short: int, long: int) -> int:
     """Return the peak bytes of `engine.optim.muon.updates`, including its input.
 
     Args:
-        size: number of elements of all matrices
-        short: length of the shorter side of each matrix
-        long: length of the longer side
-
+        size: total number of elements of all matrices.
+        short: length of the shorter side of each matrix.
+        long: length of the longer side of each matrix.
     """
-    squares = size * short // long  # elements of all X·Xᵀ
-    if 2 * long >= 3 * short:  # iterates on matrices of the size of X·Xᵀ: six exist at once, or three and the result
+    squares = size * short // long  # number of elements of all products X·Xᵀ
+    if 2 * long >= 3 * short:
+        # The iteration works on matrices of the size of X·Xᵀ. At its peak there are six of them, or three and the result.
         return FP32_BYTES * (2 * size + max(6 * squares, size + 3 * squares))
-    return FP32_BYTES * (4 * size + 2 * squares)  # iterates on X itself: the input and the intermediate results
+    # The iteration works on X itself, and holds the input and intermediate results.
+    return FP32_BYTES * (4 * size + 2 * squares)
 
 
 def _count_by_shape(section: ModelSection, local: LocalParameters, degree: int) -> Counter[tuple[int, int, int]]:
-    """Number of whole matrices by rows, columns and the blocks of rows that Muon treats separately."""
+    """Return the number of whole matrices by (rows, columns, number of row blocks that Muon treats separately)."""
     counts: Counter[tuple[int, int, int]] = Counter()
     for name, shape in matrices(local.shapes).items():
         spec = shard_spec(name, section, degree)

@@ -1,4 +1,4 @@
-"""What one rank holds: its parameters, its ZeRO settings, and the bytes of its training state."""
+"""Parameters, ZeRO settings and size of the training state of one rank."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class LocalParameters:
-    """The parameters of one rank: those of its pipeline stage, split by tensor parallelism, before ZeRO shards them."""
+    """Parameters of one rank's pipeline stage, split by tensor parallelism but not yet sharded by ZeRO."""
 
     shapes: Shapes
     layers: tuple[int, ...]
-    """number of parameters of each of its layers"""
+    """number of parameters of each layer of the stage"""
 
     @property
     def total(self) -> int:
-        """Number of parameters."""
+        """Total number of parameters."""
         return sum(map(math.prod, self.shapes.values()))
 
     @property
@@ -42,13 +42,12 @@ def local_parameters(section: ModelSection, layout: Layout, stage: int = 0) -> L
     """Return the parameters of each rank of a pipeline stage.
 
     Args:
-        section: the model
-        layout: the layout of the run
-        stage: number of the pipeline stage
+        section: the shape of the model.
+        layout: the layout of the run.
+        stage: number of the pipeline stage.
 
     Returns:
-        The parameters. The last stage of a tied model holds a copy of the embedding matrix.
-
+        The parameters. If embedding and head are tied, the last stage holds a copy of the embedding matrix.
     """
     layers = layer_shapes(section)
     boundaries = flops.boundaries(flops.layer_costs(section), layout.pipeline_stages)
@@ -61,7 +60,7 @@ def local_parameters(section: ModelSection, layout: Layout, stage: int = 0) -> L
 
 
 def _shard(shapes: Shapes, section: ModelSection, degree: int) -> Shapes:
-    """Shapes of one tensor-parallel rank."""
+    """Return the shapes of the parameters on one tensor-parallel rank."""
     local = {}
     for name, shape in shapes.items():
         spec = shard_spec(name, section, degree)
@@ -71,24 +70,24 @@ def _shard(shapes: Shapes, section: ModelSection, degree: int) -> Shapes:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of the training state of one rank. Everything is on the device, unless host or NVMe is named."""
+    """Size of the training state of one rank, in bytes. Everything except `host`, `pinned` and `nvme` is on the device."""
 
     weights: int
     optimizer: int
-    """fp32 weights, where they are tensors of their own, and moments"""
+    """size of the moments, and of the fp32 weights if they are separate tensors"""
     gradients: int
-    """at the end of the backward pass"""
+    """size of the gradients at the end of the backward pass"""
     kept_gradients: int
-    """of earlier micro-batches, when a backward pass begins"""
+    """size of the gradients of earlier micro-batches when a backward pass begins"""
     buffers: int
-    """for reducing gradients and gathering weights during the forward and backward passes"""
+    """size of the buffers that reduce gradients and gather weights during the forward and backward passes"""
     step: int
-    """while gradients are reduced and the optimizer steps; activations are gone by then"""
+    """temporary memory of the reduction and the optimizer step, when the activations have been freed"""
     matrices: int = 0
-    """while Muon reassembles matrices; activations and gradients are gone by then"""
+    """memory for Muon's update of matrices, when the activations have been freed"""
     host: int = 0
     pinned: int = 0
-    """the page-locked part of `host`"""
+    """size of the page-locked part of `host`"""
     nvme: int = 0
 
 
@@ -106,9 +105,9 @@ class ZeroSettings:
         self.element = _BYTES_PER_ELEMENT[self.precision]
         """bytes per weight"""
         self.accumulator = 2 if self.precision == "fp16" else FP32_BYTES
-        """bytes per accumulated gradient: fp16 accumulates in fp16, bf16 in fp32 (config/deepspeed/precision.py)"""
+        """bytes per accumulated gradient; fp16 is accumulated in fp16, but bf16 in fp32 (config/deepspeed/precision.py)"""
         self.reduced = FP32_BYTES if resolved.config.get("communication_data_type") == "fp32" else self.element
-        """bytes per gradient in a reduction"""
+        """bytes per gradient during a reduction"""
 
     def number(self, key: str, default: int) -> int:
         """Return a number of elements from the config, or DeepSpeed's default."""
@@ -116,31 +115,37 @@ class ZeroSettings:
         return int(default if value in (None, "auto") else value)
 
     def device(self, what: str) -> str:
-        """Return where "param" or "optimizer" is offloaded to: none, cpu or nvme."""
+        """Return the device to which "param" or "optimizer" is offloaded: none, cpu or nvme."""
         return str(self._offload(what).get("device") or "none")
 
     def is_pinned(self, what: str) -> bool:
-        """Return True if the host memory of "param" or "optimizer" is page-locked."""
+        """Return True if "param" or "optimizer" is offloaded to page-locked host memory."""
         return bool(self._offload(what).get("pin_memory"))
 
     def offload_number(self, what: str, key: str, default: int) -> int:
-        """Return a number from the section offload_`what`, or DeepSpeed's default."""
+        """Return a number from the section offload_`what` of the config, or DeepSpeed's default.
+
+        Args:
+            what: "param" or "optimizer".
+            key: name of the key in the section.
+            default: DeepSpeed's default.
+        """
         return int(self._offload(what).get(key) or default)
 
     @property
     def offloads(self) -> bool:
-        """True if the optimizer or the parameters are offloaded."""
+        """True if the optimizer, the parameters or both are offloaded."""
         return {self.device("optimizer"), self.device("param")} != {"none"}
 
     @property
     def offloaded_bytes(self) -> tuple[int, int]:
-        """Bytes per parameter on the host and on NVMe."""
+        """Number of bytes per parameter that are offloaded to the host, and to NVMe."""
         devices = (self.device("optimizer"), self.device("param"))
         return offloaded_bytes(self.layout.zero_stage, self.element, self.accumulator, *devices)
 
     @property
     def bucket(self) -> int:
-        """Bytes of the buffer in which gradients are gathered for reduction, allocated in full for any model size."""
+        """Size in bytes of the buffers that collect gradients for reduction, which does not depend on the model."""
         has_two = self._keys.get("overlap_comm") and self.layout.zero_stage < 3
         return self.number("reduce_bucket_size", 500_000_000) * self.reduced * (2 if has_two else 1)
 
@@ -149,22 +154,21 @@ class ZeroSettings:
 
 
 def offloaded_bytes(stage: int, element: int, accumulator: int, optimizer: str, param: str) -> tuple[int, int]:
-    """Return the offloaded bytes per parameter, summed over all ranks.
+    """Return the number of offloaded bytes per parameter, summed over all ranks.
 
-    The offloaded optimizer consists of the fp32 weight, moments and gradient. If it is on the host, a copy of the new
-    weight (stages 1 and 2) or the sum of gradients (stage 3) is there, too. With NVMe, the sum of gradients is on the
+    The offloaded optimizer consists of the fp32 weight, moments and gradient. If it is on the host, so is a copy of the
+    new weight (stages 1 and 2) or the sum of gradients (stage 3). If it is on NVMe, the sum of gradients is on the
     host.
 
     Args:
-        stage: ZeRO stage
-        element: bytes per weight
-        accumulator: bytes per accumulated gradient
-        optimizer: none, cpu or nvme
-        param: none, cpu or nvme
+        stage: ZeRO stage.
+        element: bytes per weight.
+        accumulator: bytes per accumulated gradient.
+        optimizer: device to which the optimizer is offloaded: none, cpu or nvme.
+        param: device to which the parameters are offloaded: none, cpu or nvme.
 
     Returns:
-        Bytes on the host, and on NVMe.
-
+        The number of bytes on the host, and on NVMe.
     """
     host = nvme = 0
     if optimizer == "cpu":

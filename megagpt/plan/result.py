@@ -1,4 +1,4 @@
-"""What `megagpt plan` takes and returns, and the text of a plan for a terminal."""
+"""Options and result of `megagpt plan`, and the text of a plan for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What to plan for: `device` is a name or a size, `host_memory` a size per node."""
+    """Options of `megagpt plan`. `device` is a name or a memory size, and `host_memory` is a memory size per node."""
 
     recipe: Path
     deepspeed_config: Path
@@ -31,7 +31,7 @@ class PlanOptions:
 class Plan:
     """Everything that can be computed before a run, in bytes, seconds and FLOPs.
 
-    `changes` are overrides with which the run fits: each entry is one alternative.
+    If the run does not fit, each entry of `changes` is an alternative set of overrides with which it does.
     """
 
     parameters: int
@@ -40,14 +40,14 @@ class Plan:
     zero_stage: int
     data_parallel: int
     parallelism: str
-    """pipeline, tensor and sequence parallelism, if there is any"""
+    """description of pipeline, tensor and sequence parallelism; "" if there is none"""
     micro_batch: int
     accumulation: int
     global_batch: int
     recomputed_fraction: float
-    """of the blocks"""
+    """fraction of the blocks that are recomputed"""
     bubble_fraction: float
-    """of the time, in which pipeline stages are idle"""
+    """fraction of the time in which a pipeline stage is idle"""
     offloads: bool
     memory: Memory
     fit: Fit

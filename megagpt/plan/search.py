@@ -9,12 +9,13 @@ from pathlib import Path
 from megagpt.errors import UserError
 from megagpt.plan.result import Plan, PlanOptions
 
-_RECOMPUTATION_COST = 1 / 3  # a second forward pass, relative to a forward and a backward pass
+# Cost of a second forward pass relative to a forward and a backward pass.
+_RECOMPUTATION_COST = 1 / 3
 
 
 @dataclass(frozen=True)
 class ConfigChoice:
-    """A config that fits, with the overrides that it needs, and the figures by which it is ranked."""
+    """A config that fits, the overrides that it needs for this, and the values by which it is ranked."""
 
     config: str
     overrides: str
@@ -25,22 +26,22 @@ class ConfigChoice:
     memory_fraction: float
     offloads: bool
     recomputed_fraction: float
-    """of the blocks"""
+    """fraction of the blocks that are recomputed"""
     bubble_fraction: float
-    """of the time, in which pipeline stages are idle"""
+    """fraction of the time in which a pipeline stage is idle"""
     sent: int
-    """bytes that a rank sends per update"""
+    """number of bytes that a rank sends per update"""
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        """Sort key: no offload first, then the least arithmetic and idle time, then the fewest bytes sent."""
+        """Sort key that prefers configs without offload, then little arithmetic and idle time, then little traffic."""
         relative_time = (1 + _RECOMPUTATION_COST * self.recomputed_fraction) / (1 - self.bubble_fraction)
         return self.offloads, round(relative_time, 3), self.sent
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The configs that fit, best first, and by name the reason why each other config does not."""
+    """The configs that fit, best first, and for each other config the reason why it does not fit."""
 
     world_size: int
     device: str
@@ -73,15 +74,17 @@ class SearchResult:
 
 
 def search(options: PlanOptions, plan: Callable[[PlanOptions], Plan]) -> SearchResult:
-    """Plan every .json file of a folder.
+    """Plan every .json file in a folder, and rank the configs that fit.
 
     Args:
-        options: what to plan for; `deepspeed_config` is the folder
-        plan: plans one config
+        options: the options of the command, in which `deepspeed_config` is the folder.
+        plan: function that plans a single config.
+
+    Returns:
+        The configs that fit, best first, and the reasons why the others do not.
 
     Raises:
-        UserError: the folder has no configs, or no device is given
-
+        UserError: The folder contains no configs, or no device is given.
     """
     folder = options.deepspeed_config
     files = sorted(folder.glob("*.json"))
@@ -118,7 +121,7 @@ def search(options: PlanOptions, plan: Callable[[PlanOptions], Plan]) -> SearchR
 
 def _choice(file: Path, overrides: str, plan: Plan) -> ConfigChoice:
     sent = plan.traffic
-    assert plan.fit.device_memory is not None  # `search` requires a device
+    assert plan.fit.device_memory is not None  # It is None only if no device is given, which `search` rejects.
     return ConfigChoice(
         config=file.stem,
         overrides=overrides,

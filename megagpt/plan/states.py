@@ -1,8 +1,8 @@
-"""Bytes of a rank's training state, as DeepSpeed 0.19.8 allocates it for our engines.
+"""Size of a rank's training state, as DeepSpeed 0.19.8 allocates it for megagpt's engines.
 
-The formulas follow DeepSpeed's optimizer wrappers: none at stage 0; BF16_Optimizer at stage 1 in bf16
-(runtime/bf16_optimizer.py); DeepSpeedZeroOptimizer at stages 1 and 2 (zero/stage_1_and_2.py);
-DeepSpeedZeroOptimizer_Stage3 (zero/stage3.py). tests/parity/test_planned_memory.py compares each of them with the
+The formulas follow DeepSpeed's optimizer wrappers. There is none at stage 0. At stage 1 in bf16 it is BF16_Optimizer
+(runtime/bf16_optimizer.py), otherwise at stages 1 and 2 DeepSpeedZeroOptimizer (zero/stage_1_and_2.py), and at stage 3
+DeepSpeedZeroOptimizer_Stage3 (zero/stage3.py). tests/parity/test_planned_memory.py compares each formula with the
 tensors of a real engine.
 """
 
@@ -14,16 +14,17 @@ from megagpt.model.shapes import ADAMW_BYTES, FP32_BYTES
 from megagpt.plan import muon
 from megagpt.plan.rank_state import LocalParameters, StateBytes, ZeroSettings
 
-_ALLREDUCE_ELEMENTS = 500_000_000  # per reduction at stage 0: engine.py, MEMORY_OPT_ALLREDUCE_SIZE, which no key sets
+# Number of elements per reduction at stage 0. This is MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py, which cannot be
+# configured.
+_ALLREDUCE_ELEMENTS = 500_000_000
 
 
 def state_bytes(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Return the bytes of the training state of a rank.
+    """Return the size of the training state of a rank, in bytes.
 
     Args:
-        zero: the ZeRO settings
-        local: the rank's parameters
-
+        zero: the ZeRO settings.
+        local: the rank's parameters.
     """
     stage = zero.layout.zero_stage
     if stage == 0:
@@ -40,7 +41,10 @@ def state_bytes(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _stage0(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Stage 0, fp32: torch's own tensors, and the engine's copy of the gradients while it reduces them."""
+    """Return the state at stage 0, which is always in fp32.
+
+    It consists of torch's own tensors, and a copy of the gradients while the engine reduces them.
+    """
     weights = FP32_BYTES * local.total
     return StateBytes(
         weights=weights,
@@ -53,9 +57,10 @@ def _stage0(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _stage1_bf16(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Stage 1 in bf16: unsharded gradients both in bf16 and accumulated in fp32, reduced in a bf16 copy.
+    """Return the state at stage 1 in bf16.
 
-    If all gradients fit into one reduction, they are first flattened into an fp32 tensor.
+    Gradients are not sharded, and exist both in bf16 and, accumulated, in fp32. They are reduced in a bf16 copy. If all
+    gradients fit into one reduction, they are first flattened into an fp32 tensor.
     """
     low = 2 * local.total
     high = FP32_BYTES * local.total
@@ -70,11 +75,11 @@ def _stage1_bf16(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _stage1_2(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Stages 1 and 2: weights in flat buffers, of which each rank has an fp32 copy of its partition."""
+    """Return the state at stages 1 and 2. Weights are in flat buffers, and each rank has an fp32 copy of its partition."""
     gradients = zero.element * local.total
     kept = gradients
     if zero.layout.zero_stage == 2:
-        # bf16 adds into one fp32 buffer; otherwise both the sum and the addend exist
+        # In bf16, gradients are added to a single fp32 buffer. Otherwise both the sum and the addend exist.
         kept = _per_shard(zero.accumulator * local.total, zero)
         gradients = kept * (2 if zero.accumulates and zero.accumulator == zero.element else 1)
     is_flattened = zero.layout.zero_stage == 1 or zero.accumulator == zero.element
@@ -89,9 +94,12 @@ def _stage1_2(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _stage1_2_offloaded(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Stages 1 and 2 with the optimizer on the host, and a buffer there for the largest gradient."""
+    """Return the state at stages 1 and 2 with the optimizer on the host.
+
+    The host also holds a buffer for the largest gradient.
+    """
     host = _per_shard(zero.offloaded_bytes[0] * local.total, zero) + zero.element * local.largest
-    sums_in_fp32 = zero.accumulator != zero.element  # True for bf16; these sums stay on the device
+    sums_in_fp32 = zero.accumulator != zero.element  # This is the case for bf16. These sums stay on the device.
     gradients = zero.accumulator * local.total
     if zero.layout.zero_stage == 2:
         gradients = _per_shard(zero.accumulator * local.total, zero) if sums_in_fp32 else 0
@@ -110,9 +118,10 @@ def _stage1_2_offloaded(zero: ZeroSettings, local: LocalParameters) -> StateByte
 
 
 def _stage3(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Stage 3: a partition of every parameter, of its fp32 copy (in fp32, too), and of the sum of gradients.
+    """Return the state at stage 3.
 
-    Weights are gathered ahead of their use, up to stage3_max_live_parameters.
+    Each rank holds a partition of every parameter, of its fp32 copy and of the sum of its gradients. The fp32 copy
+    exists even if training is in fp32. Weights are gathered before they are used, up to stage3_max_live_parameters.
     """
     partition = -(-local.total // zero.shards)
     low = zero.element * partition
@@ -122,7 +131,7 @@ def _stage3(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
     on_device = zero.device("optimizer") == "none"
     host, nvme = (size * partition for size in zero.offloaded_bytes)
     pinned = host if zero.is_pinned("optimizer") or zero.is_pinned("param") else 0
-    nvme_buffers = 0  # host memory through which tensors on NVMe pass
+    nvme_buffers = 0  # bytes of host memory for the transfer of tensors from and to NVMe
     if zero.device("optimizer") == "nvme":
         nvme_buffers += zero.offload_number("optimizer", "buffer_count", 4) * step
     if zero.device("param") == "nvme":
@@ -145,7 +154,10 @@ def _stage3(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _live_parameters(zero: ZeroSettings, local: LocalParameters) -> int:
-    """Maximum number of gathered parameters: small ones always, others up to the limit or the largest layer."""
+    """Return the maximum number of gathered parameters.
+
+    Small parameters are always gathered. Others are gathered up to a limit, which is at least the largest layer.
+    """
     threshold = zero.number("stage3_param_persistence_threshold", 100_000)
     small = sum(size for shape in local.shapes.values() if (size := math.prod(shape)) <= threshold)
     return small + max(zero.number("stage3_max_live_parameters", 1_000_000_000), max(local.layers))

@@ -1,4 +1,4 @@
-"""Whether a rank fits its device, and the ranks of a node fit its host memory."""
+"""Check whether a rank fits into the memory of its device, and the ranks of a node into host memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOES_NOT_FIT: Final = "does not fit"
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes wanted and available, on the device of the fullest rank and on its host."""
+    """Memory that is needed and available, in bytes, on the device of the fullest rank and on its host."""
 
     device: Verdict
     device_name: str | None
@@ -25,7 +25,7 @@ class Fit:
     device_memory: int | None
     host: Verdict
     host_wanted: int
-    """of all ranks of a node"""
+    """host memory that all ranks of a node need together"""
     host_memory: int | None
 
     @property
@@ -40,14 +40,16 @@ class Fit:
 
 
 def fit(memory: Memory, device: Device | None, ranks_per_node: int, host_memory: int | None) -> Fit:
-    """Compare what a run takes with what its machines have.
+    """Compare the memory that a run needs with the memory that is available.
 
     Args:
-        memory: memory of the fullest rank
-        device: the device of each rank; None: not checked
-        ranks_per_node: number of ranks that share a host
-        host_memory: bytes per node; None: not checked
+        memory: memory of the fullest rank.
+        device: the device of each rank; None to skip the check.
+        ranks_per_node: number of ranks that share a host.
+        host_memory: available host memory per node in bytes; None to skip the check.
 
+    Returns:
+        The result of the comparison.
     """
     device_memory = None if device is None else device.memory
     host_wanted = ranks_per_node * memory.host

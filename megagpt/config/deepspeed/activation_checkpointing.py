@@ -1,4 +1,4 @@
-"""Activation checkpointing: recompute activations in the backward pass instead of keeping them."""
+"""Activation checkpointing, which recomputes activations in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 from megagpt.config.deepspeed.view import ConfigView
 from megagpt.errors import Problem
 
-RECOMPUTED_BLOCKS_KEY = (
-    "activation_checkpointing.number_checkpoints"  # number of blocks; DeepSpeed leaves it to the model
-)
+# The value is a number of blocks. DeepSpeed itself leaves the meaning of this key to the model.
+RECOMPUTED_BLOCKS_KEY = "activation_checkpointing.number_checkpoints"
 CHECKPOINTS_ON_HOST_KEY = "activation_checkpointing.cpu_checkpointing"
 
 
 def recomputation(view: ConfigView, blocks: int) -> tuple[int, bool]:
-    """Read the settings.
+    """Read the settings of activation checkpointing.
 
     Args:
         view: the DeepSpeed config.
-        blocks: transformer blocks of the model.
+        blocks: number of transformer blocks of the model.
 
     Returns:
         The number of blocks that are recomputed, and whether their inputs are kept in host memory.
@@ -29,11 +28,11 @@ def recomputation(view: ConfigView, blocks: int) -> tuple[int, bool]:
 
 
 def recomputation_problems(view: ConfigView, blocks: int) -> Iterator[Problem]:
-    """Yield a problem if more blocks are recomputed than exist, or if there are no inputs to offload.
+    """Yield a problem if more blocks are recomputed than exist, or if offloading is on but no block is recomputed.
 
     Args:
         view: the DeepSpeed config.
-        blocks: transformer blocks of the model.
+        blocks: number of transformer blocks of the model.
     """
     count, on_host = recomputation(view, blocks)
     if count > blocks:
@@ -53,7 +52,7 @@ def fill_recomputation(config: dict[str, Any], count: int) -> None:
     """Write the number of recomputed blocks into a resolved config that has the section.
 
     Args:
-        config: the config, which is changed.
+        config: the config, which is modified in place.
         count: number of recomputed blocks.
     """
     section: Mapping[str, Any] | None = config.get("activation_checkpointing")

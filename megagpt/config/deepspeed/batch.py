@@ -12,8 +12,10 @@ from megagpt.errors import Problem
 
 MICRO_BATCH_KEY = "train_micro_batch_size_per_gpu"
 ACCUMULATION_KEY = "gradient_accumulation_steps"
-_MAX_MICRO_BATCH_TOKENS = 16_384  # of an automatic micro-batch: enough to keep a GPU busy, few enough to fit
-_MICRO_BATCHES_PER_STAGE = 4  # at least, if a pipeline's micro-batch is automatic: see _largest_micro_batch
+# An automatic micro-batch has at most this many tokens: enough to keep a GPU busy, but few enough to fit into memory.
+_MAX_MICRO_BATCH_TOKENS = 16_384
+# An automatic micro-batch is small enough to give a pipeline this many micro-batches per stage (_largest_micro_batch).
+_MICRO_BATCHES_PER_STAGE = 4
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class BatchSplit:
     """How each data-parallel replica splits its samples of one update."""
 
     micro: int
-    """samples per micro-batch"""
+    """number of samples per micro-batch"""
     accumulation: int
-    """micro-batches per update"""
+    """number of micro-batches per update"""
 
 
 def split_batch(
@@ -33,12 +35,12 @@ def split_batch(
 
     Args:
         view: the DeepSpeed config, which may fix the micro-batch, the accumulation, or both.
-        recipe: the recipe, which owns the global batch.
-        replicas: data-parallel replicas.
-        degrees: parallelism degrees; an automatic micro-batch is small enough to keep all pipeline stages busy.
+        recipe: the recipe, which defines the size of the global batch.
+        replicas: number of data-parallel replicas.
+        degrees: parallelism degrees. An automatic micro-batch is small enough to keep all pipeline stages busy.
 
     Returns:
-        The split, or the problem if the global batch does not divide.
+        The split, or a problem if the global batch cannot be divided evenly.
     """
     total = recipe.batch.global_size
     micro, accumulation = view.explicit(MICRO_BATCH_KEY, 0), view.explicit(ACCUMULATION_KEY, 0)
@@ -74,10 +76,10 @@ def divisors(number: int) -> list[int]:
 
 
 def _largest_micro_batch(samples: int, seq_len: int, stages: int) -> int:
-    """Return the largest divisor of `samples` that stays within the token limit, and at least 1.
+    """Return the largest divisor of `samples` that stays within the token limit, or 1 if there is none.
 
-    A pipeline of p stages is idle for (p - 1) / (m + p - 1) of the time with m micro-batches, which is less than a
-    fifth for m = 4·p.
+    With m micro-batches, each of the p stages of a pipeline is idle for a fraction (p - 1) / (m + p - 1) of the time.
+    For m = 4·p this is less than a fifth.
     """
     limit = max(samples // (_MICRO_BATCHES_PER_STAGE * stages), 1) if stages > 1 else samples
     fitting = (size for size in divisors(samples) if size <= limit and size * seq_len <= _MAX_MICRO_BATCH_TOKENS)
@@ -85,13 +87,13 @@ def _largest_micro_batch(samples: int, seq_len: int, stages: int) -> int:
 
 
 def _multiples(value: int, step: int) -> str:
-    """The multiples of `step` just below and above `value`, which is not one."""
+    """Return the multiples of `step` just below and above `value`, which is not a multiple itself."""
     below = value // step * step
     return join_words(str(multiple) for multiple in (below, below + step) if multiple)
 
 
 def _nearest_divisors(number: int, given: int) -> str:
-    """The divisors of `number` just below and above `given`, which is not one."""
+    """Return the divisors of `number` just below and above `given`, which is not a divisor itself."""
     below = max((divisor for divisor in divisors(number) if divisor < given), default=0)
     above = min((divisor for divisor in divisors(number) if divisor > given), default=0)
     return join_words(str(divisor) for divisor in (below, above) if divisor)

@@ -15,7 +15,10 @@ _FILE = Path(__file__).with_name("known_keys.json")
 
 @lru_cache(maxsize=1)
 def recorded_keys() -> Mapping[str, Any]:
-    """Return the recorded `engine.deepspeed_keys.known_keys()`. `megagpt deepspeed-keys` prints an updated file."""
+    """Return the recorded result of `engine.deepspeed_keys.known_keys()`.
+
+    `megagpt deepspeed-keys` prints an updated file.
+    """
     keys: Mapping[str, Any] = parse_json(_FILE.read_text(encoding="utf-8"))["keys"]
     return keys
 

@@ -11,47 +11,47 @@ from megagpt.config.recipe import Recipe
 
 @dataclass(frozen=True)
 class Layout:
-    """World size, parallelism degrees, ZeRO stage, and how the global batch is split.
+    """World size, parallelism degrees, ZeRO stage, and the split of the global batch.
 
-    Rank numbers run over tensor-parallel parts first, then over sequence-parallel parts, data-parallel replicas and
-    pipeline stages.
+    Consecutive ranks differ first in their tensor-parallel part, then in their sequence-parallel part, data-parallel
+    replica and pipeline stage.
     """
 
     world_size: int
     data_parallel: int
     micro_batch: int
-    """samples in one forward pass of one data-parallel replica"""
+    """number of samples in one forward pass of a data-parallel replica"""
     accumulation: int
-    """micro-batches per update of each data-parallel replica"""
+    """number of micro-batches per update of each data-parallel replica"""
     zero_stage: int
     pipeline_stages: int = 1
     tensor_parallel: int = 1
     sequence_parallel: int = 1
     recomputed_blocks: int = 0
-    """transformer blocks, evenly spaced, whose activations are recomputed in the backward pass"""
+    """number of evenly spaced transformer blocks whose activations are recomputed in the backward pass"""
     activations_on_host: bool = False
     """whether the saved inputs of recomputed blocks are kept in host memory"""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Layout:
-        """Restore a layout from the fields in a checkpoint's manifest; unknown fields are ignored."""
+        """Restore a layout from the fields in a checkpoint's manifest. Unknown fields are ignored."""
         known = {field.name for field in fields(cls)}
         defaults = {"data_parallel": 1, "micro_batch": 1, "accumulation": 1}
         return cls(**{**defaults, **{name: value for name, value in record.items() if name in known}})
 
     @property
     def zero_partitions(self) -> int:
-        """Ranks over which ZeRO partitions states: data-parallel replicas and sequence-parallel parts."""
+        """Number of ranks over which ZeRO partitions states: data-parallel replicas times sequence-parallel parts."""
         return self.data_parallel * self.sequence_parallel
 
     @property
     def pipeline_bubble(self) -> float:
-        """Fraction of the time that each pipeline stage is idle: (p - 1) / (m + p - 1) of p stages, m micro-batches."""
+        """Fraction of time that a pipeline stage is idle: (p - 1) / (m + p - 1) for p stages and m micro-batches."""
         return (self.pipeline_stages - 1) / (self.accumulation + self.pipeline_stages - 1)
 
     @property
     def parallelism(self) -> str:
-        """How the model is split, as in "2 pipeline stages, tensor parallel 4", or "" if every rank holds all of it."""
+        """Description of how the model is split, such as "2 pipeline stages, tensor parallel 4"; "" if it is not."""
         parts = []
         if self.pipeline_stages > 1:
             parts.append(f"{self.pipeline_stages} pipeline stages")
@@ -63,13 +63,13 @@ class Layout:
 
     @property
     def sharding(self) -> str:
-        """How model and optimizer are split, as in "2 pipeline stages, ZeRO stage 1"."""
+        """Description of how model and optimizer are split, such as "2 pipeline stages, ZeRO stage 1"."""
         zero = f"ZeRO stage {self.zero_stage}"
         return f"{self.parallelism}, {zero}" if self.parallelism else zero
 
     @property
     def batch_product(self) -> str:
-        """How the global batch is split, as in "8 × 4 × 2" (replicas × micro-batch × accumulation)."""
+        """Description of how the global batch is split, such as "8 × 4 × 2" (replicas × micro-batch × accumulation)."""
         return f"{self.data_parallel} × {self.micro_batch} × {self.accumulation}"
 
     def __str__(self) -> str:
@@ -85,12 +85,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed config in which every "auto" is replaced by a value, and what follows from it."""
+    """A DeepSpeed config in which every "auto" is replaced by a value, and the layout that follows from it."""
 
     config: dict[str, Any]
-    """the config for `deepspeed.initialize`, which gets optimizer and schedule as objects"""
+    """the config for `deepspeed.initialize`, without optimizer and schedule, which are passed as objects"""
     layout: Layout
     recipe: Recipe
     """the recipe, with its precision filled in"""
     notes: tuple[str, ...]
-    """what was changed or is worth knowing, one line each"""
+    """messages for the user about changed or noteworthy settings, one line each"""

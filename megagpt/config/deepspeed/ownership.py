@@ -1,4 +1,7 @@
-"""Keys of the DeepSpeed config whose values the recipe owns: "auto" is filled in, any other value is a conflict."""
+"""Keys of the DeepSpeed config whose values the recipe owns.
+
+An "auto" is replaced by the recipe's value. Any other value that differs from the recipe's is a conflict.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ class OwnedKey:
     owner: str
     """dotted key of the recipe"""
     name: str
-    """what the value is, for error messages"""
+    """description of the value for error messages"""
     value: Any
-    """the value that follows from the recipe; None if DeepSpeed has no equivalent, so that only "auto" is allowed"""
+    """the value that follows from the recipe; None if DeepSpeed has no equivalent and only "auto" is allowed"""
 
 
 _SCHEDULERS = {"warmup_decay": "WarmupDecayLR", "warmup_cosine": "WarmupCosineLR", "wsd": None}
 
 
 def owned_keys(recipe: Recipe) -> tuple[OwnedKey, ...]:
-    """Return all owned keys except those of precision, which has its own rules (precision.py)."""
+    """Return all owned keys except those of the precision, which has its own rules (precision.py)."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     length = next(name for name, value in recipe.length if value is not None)
     params = "optimizer.params"
@@ -82,7 +85,7 @@ def ownership_conflicts(view: ConfigView, recipe: Recipe, values: Sequence[Owned
 
 
 def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Problem:
-    """Return the problem of one value that is set in two places, with both in one table.
+    """Return the problem of a value that is set both in the recipe and in the DeepSpeed config.
 
     Args:
         value: the owned key.
@@ -94,7 +97,7 @@ def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Pro
         (value.owner, _in_recipe(recipe, value.owner), recipe.location(value.owner) or "default"),
         view.row(value.key),
     ]
-    file = location.rpartition(":")[0]  # "" for the command line
+    file = location.rpartition(":")[0]  # This is "" for the command line.
     do = f'write "auto" in {file} (the recipe owns it)' if file else f"use {value.owner}=VALUE (the recipe owns it)"
     kept = _kept_in_recipe(value, view, recipe)
     if kept and not recipe.location(value.owner):
@@ -106,13 +109,13 @@ def ownership_conflict(value: OwnedKey, view: ConfigView, recipe: Recipe) -> Pro
 
 
 def _kept_in_recipe(value: OwnedKey, view: ConfigView, recipe: Recipe) -> str:
-    """Return the value of the recipe that keeps the config's value, or "" if it cannot be written there as it is."""
+    """Return the config's value as it would be written in the recipe, or "" if the recipe uses another unit or type."""
     stated, own = view.get(value.key), _in_recipe(recipe, value.owner)
     numbers = stated if isinstance(stated, list) else [stated]
     if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
         return ""
     if value.value != (list(own) if isinstance(own, tuple) else own):
-        return ""  # another unit, such as a ratio
+        return ""  # The config uses another unit, such as a ratio.
     is_off = value.key == "gradient_clipping" and stated == 0
     return "null" if is_off else format_value(stated)
 

@@ -17,7 +17,7 @@ SEQUENCE_PARALLEL_KEY = "sequence_parallel_size"
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """Into how many parts each replica of the model is split, in three ways; 1 means not split."""
+    """Numbers of parts into which each replica of the model is split in each dimension; 1 means no split."""
 
     stages: int
     tensor: int
@@ -25,7 +25,7 @@ class ParallelDegrees:
 
     @property
     def ranks(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """Number of ranks that together hold one replica of the model."""
         return self.stages * self.tensor * self.sequence
 
 
@@ -33,8 +33,8 @@ NOT_PARALLEL = ParallelDegrees(1, 1, 1)
 
 
 def parallel_degrees(view: ConfigView) -> ParallelDegrees:
-    """Return the degrees that a config states."""
-    tensor = max(view.explicit(TENSOR_PARALLEL_KEY, 1), 1)  # DeepSpeed's 0 means off
+    """Return the parallelism degrees that a config sets."""
+    tensor = max(view.explicit(TENSOR_PARALLEL_KEY, 1), 1)  # In DeepSpeed, 0 turns tensor parallelism off.
     return ParallelDegrees(view.explicit(PIPELINE_STAGES_KEY, 1), tensor, view.explicit(SEQUENCE_PARALLEL_KEY, 1))
 
 
@@ -43,8 +43,8 @@ def parallel_problems(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees
 
     Args:
         view: the DeepSpeed config.
-        recipe: the recipe with the shape of the model.
-        degrees: the degrees that the config states.
+        recipe: the recipe, which defines the shape of the model.
+        degrees: the degrees that the config sets.
     """
     model = recipe.model
     if degrees.stages > model.n_layer:
@@ -75,7 +75,7 @@ def parallel_problems(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees
 
 
 def _ignored_autotp_keys(view: ConfigView) -> Iterator[Problem]:
-    """Yield a problem per key of DeepSpeed's AutoTP that has no effect, because megagpt splits its own layers."""
+    """Yield a problem for each key of DeepSpeed's AutoTP that has no effect because megagpt splits its own layers."""
     section = view.get("tensor_parallel", {})
     for name in section if isinstance(section, dict) else ():
         if name != "autotp_size" and view.is_valid(f"tensor_parallel.{name}"):

@@ -1,4 +1,4 @@
-"""Precision of training: the recipe's, or that of the DeepSpeed config if the recipe has none."""
+"""Precision of training, taken from the recipe, or from the DeepSpeed config if the recipe does not set it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PRECISION_KEYS = ("bf16.enabled", "fp16.enabled")
 
 
 def resolve_precision(view: ConfigView, recipe: Recipe) -> tuple[Recipe, list[Problem]]:
-    """Determine the precision.
+    """Determine the precision of training.
 
     Args:
         view: the DeepSpeed config.
         recipe: the recipe, whose precision may be None.
 
     Returns:
-        The recipe with its precision filled in, and the problems.
+        The recipe with its precision filled in, and the problems that were found.
     """
     stated = {key[:4]: view.explicit(key, None) for key in PRECISION_KEYS}
     on = [name for name, enabled in stated.items() if enabled]
@@ -41,11 +41,11 @@ def fill_precision(config: dict[str, Any], precision: str) -> None:
     """Write the precision into a resolved config.
 
     Args:
-        config: the config, which is changed.
-        precision: fp32, bf16 or fp16; bf16 accumulates its gradients in fp32.
+        config: the config, which is modified in place.
+        precision: fp32, bf16 or fp16. With bf16, gradients are accumulated in fp32.
     """
     for name in ("bf16", "fp16"):
         config[name] = {**(config.get(name) or {}), "enabled": precision == name}
     if precision == "bf16":
-        # DeepSpeed's default is to accumulate in bf16, which loses small gradients (DeepSpeed #1800, #2768).
+        # By default DeepSpeed accumulates in bf16, which loses small gradients (DeepSpeed #1800, #2768).
         config["data_types"] = {**(config.get("data_types") or {}), "grad_accum_dtype": "fp32"}

@@ -46,13 +46,17 @@ def load(
     Args:
         path: the JSON file.
         recipe: the recipe.
-        world_size: number of ranks.
-        known: the keys that DeepSpeed knows: `engine.deepspeed_keys.known_keys()`, or `known_keys.recorded_keys()`.
+        world_size: total number of ranks.
+        known: the keys that DeepSpeed knows, from `engine.deepspeed_keys.known_keys()` or
+            `known_keys.recorded_keys()`.
         overrides: `ds.key=value` arguments that replace values of the file. Other arguments override the recipe
             instead and are ignored here.
 
+    Returns:
+        The resolved config, its layout, the recipe with its precision filled in, and notes for the user.
+
     Raises:
-        UserError: with every mistake at once.
+        UserError: The config is invalid or does not fit the recipe. The error lists all mistakes at once.
     """
     if Path(path).suffix in (".yaml", ".yml"):
         do = "give a DeepSpeed config (JSON), such as those in ds_configs, and the recipe as --recipe"
@@ -80,7 +84,7 @@ def load(
 def _resolve_layout(
     view: ConfigView, recipe: Recipe, world_size: int
 ) -> tuple[Layout | None, list[str], list[Problem]]:
-    """Return the layout (None if it is impossible), the notes, and the problems."""
+    """Return the layout (None if no layout is possible), notes for the user, and the problems."""
     degrees = parallel_degrees(view)
     zero_stage, notes = _zero_stage(view, recipe, degrees)
     problems = [*unsupported_settings(view, world_size), *parallel_problems(view, recipe, degrees)]
@@ -111,9 +115,9 @@ def _resolve_layout(
 
 
 def _zero_stage(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees) -> tuple[int, list[str]]:
-    """Return the ZeRO stage to run, and notes if it is not the given one.
+    """Return the ZeRO stage to use, and a note if it differs from the one in the config.
 
-    DeepSpeed's stage 0 is wrong in low precision, in pipelines and with tensor parallelism.
+    DeepSpeed's stage 0 gives wrong results in low precision, in pipelines and with tensor parallelism.
     """
     stage = view.explicit(ZERO_STAGE_KEY, 0)
     if stage == 0 and recipe.precision != "fp32":
@@ -127,7 +131,7 @@ def _zero_stage(view: ConfigView, recipe: Recipe, degrees: ParallelDegrees) -> t
 
 
 def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Sequence[OwnedKey]) -> dict[str, Any]:
-    """Return the config for `deepspeed.initialize`, which gets optimizer and schedule as objects."""
+    """Return the config for `deepspeed.initialize`, without optimizer and schedule, which are passed as objects."""
     config = copy.deepcopy(dict(values))
     for block in ("optimizer", "scheduler"):
         config.pop(block, None)
@@ -136,7 +140,8 @@ def _fill(values: Mapping[str, Any], recipe: Recipe, layout: Layout, owners: Seq
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": layout.zero_stage}
     fill_precision(config, recipe.precision or "fp32")
     fill_recomputation(config, layout.recomputed_blocks)
-    config["zero_allow_untested_optimizer"] = True  # megagpt's own optimizers are not on DeepSpeed's list
+    # DeepSpeed's list of tested optimizers does not include megagpt's own.
+    config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", _NEVER_PRINT)
     config.setdefault("wall_clock_breakdown", False)

@@ -1,6 +1,6 @@
-"""Unsupported settings: those that DeepSpeed would ignore, reject later, or get wrong, with reason and alternative.
+"""Settings that DeepSpeed would ignore, reject later, or implement incorrectly, each with a reason and an alternative.
 
-The reasons were measured with DeepSpeed 0.19.8. Numbers such as #6926 are issues of DeepSpeed on GitHub.
+The behavior was verified with DeepSpeed 0.19.8. Numbers such as #6926 refer to DeepSpeed's issues on GitHub.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ UNSUPPORTED_SETTINGS = (
 
 
 def unsupported_settings(view: ConfigView, world_size: int) -> Iterator[Problem]:
-    """Yield a problem for each unsupported value and combination.
+    """Yield a problem for each unsupported value and each unsupported combination of values.
 
     Args:
         view: the DeepSpeed config.
-        world_size: number of ranks.
+        world_size: total number of ranks.
     """
     for setting in UNSUPPORTED_SETTINGS:
         value = view.get(setting.key, setting.harmless[0])
@@ -150,7 +150,10 @@ def unsupported_settings(view: ConfigView, world_size: int) -> Iterator[Problem]
 
 
 def _reduction(view: ConfigView, stage: int) -> Iterator[Problem]:
-    """Yield settings that DeepSpeed's optimizers reject only when built (stage_1_and_2.py, stage3.py: __init__)."""
+    """Yield problems that DeepSpeed would report only later, when it builds its optimizers.
+
+    The corresponding checks are in `__init__` of DeepSpeed's stage_1_and_2.py and stage3.py.
+    """
     key = f"{_ZERO}.allgather_bucket_size"
     size = view.explicit(key, 2)
     if stage < 3 and size % 2:

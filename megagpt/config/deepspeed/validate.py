@@ -13,7 +13,7 @@ from megagpt.config.syntax.yaml_reader import ConfigTree, is_yaml_text
 from megagpt.errors import Problem, closest_match
 
 Node = Mapping[str, Any]
-"""`{"properties": {name: Node}}` for a section, or the JSON schema of a value; see engine/deepspeed_keys.py"""
+"""A section as `{"properties": {name: Node}}`, or the JSON schema of a value (see engine/deepspeed_keys.py)."""
 
 _DTYPES = {"enum": ["fp32", "bf16", "fp16"]}
 _NULL = {"type": "null"}
@@ -40,15 +40,15 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class KeyChecker:
-    """Checks single keys. Unsupported settings and combinations are in unsupported.py."""
+    """Checks each key on its own. Unsupported settings and combinations are checked in unsupported.py."""
 
     tree: ConfigTree
     known: Node
     auto_allowed: frozenset[str]
-    """keys that may be "auto", because megagpt fills them in"""
+    """keys whose value may be "auto" because megagpt fills them in"""
 
     def check(self) -> tuple[list[Problem], frozenset[str]]:
-        """Return all problems, and the keys that cannot be used because of them."""
+        """Return all problems, and the keys whose values cannot be used because of them."""
         problems = list(self._walk(self.tree.values, self.known, ""))
         return [problem for _, problem in problems], frozenset(key for key, _ in problems)
 
@@ -77,10 +77,11 @@ class KeyChecker:
         return Problem(what, self.tree.where(key), do)
 
     def _unknown(self, key: str, node: Node) -> Problem:
-        """Return the problem of an unknown key, with the most similar name or the section it belongs to."""
+        """Return the problem of an unknown key, which suggests the most similar key or the section it belongs to."""
         section, _, name = key.rpartition(".")
         same_name = [other for other in _keys(self.known) if other.rpartition(".")[2] == name]
-        if 0 < len(same_name) < 4:  # a name like `enabled` is in too many sections to suggest one
+        # A name such as `enabled` occurs in too many sections to suggest one of them.
+        if 0 < len(same_name) < 4:
             sections = join_words(other.rpartition(".")[0] or "the top level" for other in same_name)
             do = f"move it to {join_words(same_name)}"
             return self._problem(f"misplaced key {key}: {name} belongs to {sections}", key, do)
@@ -92,12 +93,12 @@ class KeyChecker:
 
 
 def is_literal(known: Node, key: str, text: str) -> bool:
-    """Return whether an override uses its value as it is, because its key takes text.
+    """Return whether the value of an override is used literally, because its key holds text, or is parsed as YAML.
 
     Args:
         known: the keys that DeepSpeed knows.
         key: dotted key of the DeepSpeed config.
-        text: the value as given.
+        text: the value as the user wrote it.
     """
     node: Node = known
     for name in key.split("."):
@@ -109,7 +110,7 @@ def expand_paths(tree: ConfigTree) -> None:
     """Expand `~` and environment variables in the paths of a DeepSpeed config. Problems are added to the tree.
 
     Args:
-        tree: the given values, which are changed.
+        tree: the config, which is modified in place.
     """
     for key in _PATH_KEYS:
         *outer, last = key.split(".")
@@ -130,8 +131,8 @@ def matches_schema(value: Any, node: Node) -> bool:
     """Return whether a value has the type and range that a JSON schema requires.
 
     Args:
-        value: the value.
-        node: the schema, or a section of keys.
+        value: the value to check.
+        node: the JSON schema of the value, or a section of keys.
     """
     if "properties" in node:
         return isinstance(value, dict) or (value is None and bool(node.get("nullable")))
@@ -160,7 +161,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _keys(node: Node, section: str = "") -> Iterator[str]:
-    """Yield every dotted key that may be used, without removed and deprecated ones."""
+    """Yield every dotted key except those that are removed or deprecated."""
     for name, inner in node["properties"].items():
         if inner.get("removed") or "deprecated" in inner:
             continue

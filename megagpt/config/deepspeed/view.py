@@ -15,7 +15,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class ConfigView:
-    """A config tree without its malformed values, so that no mistake is reported twice."""
+    """View of a config that hides malformed values, so that no mistake is reported twice."""
 
     tree: ConfigTree
     broken: frozenset[str]
@@ -44,18 +44,21 @@ class ConfigView:
         return default if value in (None, "auto") else value
 
     def row(self, key: str) -> TableRow:
-        """Return the row of a key in the table of an error message."""
+        """Return the row for a key in the table of an error message: key, value and location."""
         location = self.tree.locations.get(key)
         return key, self.get(key), location.at if location else "default"
 
     def problem(self, what: str, keys: Sequence[str], do: str, *, defaults: Sequence[TableRow] = ()) -> Problem:
-        """Return the problem of one key, or of the combination of several.
+        """Return a problem that involves one or several keys, with a table of their values.
 
         Args:
-            what: what is wrong.
+            what: description of what is wrong.
             keys: the keys of the config that are involved.
-            do: what to do about it.
-            defaults: table rows of values from elsewhere, such as the recipe.
+            do: advice on what to do about it.
+            defaults: additional table rows for values that the config does not contain, such as those of the recipe.
+
+        Returns:
+            The problem.
         """
         rows = [*(self.row(key) for key in keys), *defaults]
         return Problem(what, format_table(rows) if len(rows) > 1 else self.tree.where(keys[0]), do)

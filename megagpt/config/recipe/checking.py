@@ -26,10 +26,13 @@ from megagpt.errors import Problem, closest_match
 
 
 def check_values(tree: ConfigTree) -> tuple[Recipe | None, list[Problem]]:
-    """Validate all values.
+    """Validate all values of a recipe.
+
+    Args:
+        tree: the values as given, with their source locations.
 
     Returns:
-        The recipe, or None if the values do not make one, and every problem.
+        The recipe (None if the values are invalid), and all problems.
     """
     recipe = None
     errors: Sequence[Mapping[str, Any]] = ()
@@ -50,8 +53,8 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
     """Yield every dotted key of a recipe, including the names of sections.
 
     Args:
-        model: the section to list.
-        prefix: put before each name, such as "optimizer.".
+        model: the section whose keys are listed.
+        prefix: text to put before each name, such as "optimizer.".
     """
     for name, info in model.model_fields.items():
         yield prefix + name
@@ -59,16 +62,20 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
             yield from known_keys(info.annotation, f"{prefix}{name}.")
 
 
-_ELSEWHERE = 0.85  # likeness from which a key of another section is suggested
-_PREFIX_KEYS = frozenset({"data.train", "data.validation"})  # one prefix as text, or a list
+# A key of another section is suggested only if its name is at least this similar (see `closest_match`).
+_ELSEWHERE = 0.85
+# The value of these keys is either a single prefix, as text, or a list of prefixes.
+_PREFIX_KEYS = frozenset({"data.train", "data.validation"})
 
 
 def is_literal(key: str, text: str) -> bool:
-    """Return whether an override uses its value as it is, because its key takes text: a path, a name or a prompt.
+    """Return whether the value of an override is used literally instead of being parsed as YAML.
+
+    This is the case for keys that hold text, such as a path, a name or a prompt.
 
     Args:
         key: dotted key of a recipe.
-        text: the value as given.
+        text: the value as the user wrote it.
     """
     if is_yaml_text(text):
         return False
@@ -95,7 +102,7 @@ def expand_paths(tree: ConfigTree) -> list[Problem]:
     """Expand `~` and environment variables in the paths of a recipe, and return the problems with them.
 
     Args:
-        tree: the given values, which are changed.
+        tree: the values as given, which are modified in place.
     """
     problems: list[Problem] = []
 
@@ -129,7 +136,7 @@ def _key(error: Mapping[str, Any]) -> str:
 
 
 def _problems_of_single_keys(errors: Sequence[Mapping[str, Any]], tree: ConfigTree) -> list[Problem]:
-    """Return the problems with single keys, unknown keys first.
+    """Return the problems that involve a single key, beginning with unknown keys.
 
     A missing key is not reported if an unknown key is probably a misspelling of it.
     """
@@ -186,7 +193,7 @@ def _unknown(key: str, tree: ConfigTree) -> tuple[Problem, str | None]:
 
 
 def _wanted(schema: Mapping[str, Any], path: Sequence[str]) -> tuple[str, str]:
-    """Return a description of the values that a key allows, and its help text."""
+    """Return a description of the values that a key allows, and the key's help text."""
     definitions: Mapping[str, Any] = schema["$defs"]
     node: Mapping[str, Any] = schema
     for part in path:
@@ -200,15 +207,15 @@ def _wanted(schema: Mapping[str, Any], path: Sequence[str]) -> tuple[str, str]:
 
 
 def apply_rule(rule: Rule, tree: ConfigTree, broken: set[str]) -> Problem | None:
-    """Apply one rule.
+    """Check one rule between keys.
 
     Args:
         rule: the rule.
-        tree: the given values.
+        tree: the values as given.
         broken: keys whose values are malformed.
 
     Returns:
-        The problem, or None if the rule holds or if a value it needs is missing or malformed.
+        The problem, or None if the rule holds or if a value that it needs is missing or malformed.
     """
     function, keys = rule
     try:
@@ -234,7 +241,7 @@ def _where(rows: Sequence[TableRow], key: str, tree: ConfigTree) -> str:
 
 
 def _origin(key: str, tree: ConfigTree) -> str:
-    """Return where a value comes from: a source location, the preset, or "default"."""
+    """Return the origin of a value: a source location, the preset, or "default"."""
     if key in tree.locations:
         return tree.locations[key].at
     name = key.rpartition(".")[2]
@@ -251,9 +258,9 @@ def _preset(tree: ConfigTree) -> str:
 
 
 def _lookup(key: str, tree: ConfigTree, broken: set[str]) -> Any:
-    """Return the value of a key as given, else from the preset, else the default.
+    """Return the value of a key as given, or else the preset's value, or else the default.
 
-    Raises KeyError if there is none, or if the given one is malformed.
+    Raises KeyError if there is no value, or if the given value is malformed.
     """
     if any(key == b or key.startswith(f"{b}.") or b.startswith(f"{key}.") for b in broken):
         raise KeyError(key)

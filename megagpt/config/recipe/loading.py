@@ -1,4 +1,4 @@
-"""Load a recipe from a YAML file and `key=value` overrides, and write it back."""
+"""Load a recipe from a YAML file and `key=value` overrides, and write a recipe as YAML."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `key=value` arguments that replace values of the file. Arguments that begin with `ds.` override the
             DeepSpeed config instead and are ignored here.
 
+    Returns:
+        The validated recipe.
+
     Raises:
-        UserError: with every mistake in the file and the overrides at once.
+        UserError: The file or an override is invalid. The error lists all mistakes at once.
     """
     refuse_deepspeed_config(path)
     tree = read_yaml(path)
@@ -63,7 +66,7 @@ def refuse_deepspeed_config(path: str | Path) -> None:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, with every key, in order. `load` reads it back as an equal recipe."""
+    """Return a recipe as YAML, with all keys and defaults in a fixed order. `load` reads it back as an equal recipe."""
     values = recipe.model_dump(mode="json")
     return str(yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True))
 
@@ -75,10 +78,13 @@ def total_updates(recipe: Recipe, samples_per_epoch: int) -> int:
 
     Args:
         recipe: the recipe.
-        samples_per_epoch: samples in the training data; used only if the length is given in epochs.
+        samples_per_epoch: number of samples in the training data. It is used only if the length is given in epochs.
+
+    Returns:
+        The number of updates.
 
     Raises:
-        UserError: if warm-up and decay are longer than training.
+        UserError: Warm-up and decay together are longer than training.
     """
     length, batch_size = recipe.length, recipe.batch.global_size
     if length.updates is not None:
@@ -88,7 +94,8 @@ def total_updates(recipe: Recipe, samples_per_epoch: int) -> int:
         exact = Fraction(length.tokens, batch_size * recipe.model.seq_len)
     else:
         key = "length.epochs"
-        exact = Fraction(str(length.epochs)) * samples_per_epoch / batch_size  # via str: 1.1 is exactly 11/10
+        # Converting through a string makes 1.1 exactly 11/10.
+        exact = Fraction(str(length.epochs)) * samples_per_epoch / batch_size
     updates = math.ceil(exact)
     schedule = recipe.schedule
     violation = check_schedule_fits(schedule.warmup_updates, schedule.decay_updates, updates)

@@ -1,6 +1,6 @@
-"""The optimizers that a recipe can choose, with the facts about each that checks, planning and checkpoints need.
+"""The optimizers that a recipe can choose, and the properties of each that checks, planning and checkpoints need.
 
-A new optimizer needs an entry here, its type and keys in OptimizerSection (config/recipe/sections.py), and its
+To add an optimizer, add an entry here, its type and keys in OptimizerSection (config/recipe/sections.py), and its
 implementation (engine/optim/build.py).
 """
 
@@ -16,7 +16,7 @@ class OptimizerKey:
 
     name: str
     advice: str | None = None
-    """how to choose the value if the key is required; None if it has a default"""
+    """advice on how to choose the value if the key is required; None if the key has a default"""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class DeepSpeedParameter:
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What is known about an optimizer apart from its implementation."""
+    """Properties of an optimizer that are needed outside of its implementation."""
 
     deepspeed_type: str
-    """its name in DeepSpeed configs"""
+    """name of the optimizer in DeepSpeed configs"""
     states: tuple[str, ...]
-    """names of the fp32 states with one value per element, as in checkpoints"""
+    """names, as used in checkpoints, of the fp32 states that have one value per element"""
     matrix_states: int
-    """number of these states for an element of a block's matrix"""
+    """number of these states that each matrix of a transformer block has"""
     steps_on_whole_matrices: bool = False
-    """whether the step reassembles sharded matrices"""
+    """whether sharded matrices are reassembled for the optimizer step"""
     keys: tuple[OptimizerKey, ...] = ()
     deepspeed_parameters: tuple[DeepSpeedParameter, ...] = ()
-    """parameters besides those of AdamW"""
+    """DeepSpeed parameters that the optimizer has in addition to those of AdamW"""
 
 
 OPTIMIZERS: Mapping[str, OptimizerFacts] = {

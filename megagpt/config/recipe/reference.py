@@ -1,4 +1,4 @@
-"""`megagpt keys`: reference of the recipe keys, generated from the classes that validate recipes."""
+"""Implementation of `megagpt keys`, a reference of the recipe keys generated from the classes that validate recipes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class RecipeKey:
     """One key of a recipe."""
 
     name: str
-    """dotted name; `[]` stands for an item of a list"""
+    """dotted name, in which `[]` stands for an item of a list"""
     type: str
     """description of the allowed values"""
     default: str
-    """default as written in YAML; "" if the key is required, or if its default is derived from other keys"""
+    """default as it is written in YAML; "" if the key is required or its default is derived from other keys"""
     help: str
 
 
@@ -45,13 +45,14 @@ class KeyReference:
 
 
 def keys(names: tuple[str, ...] = ()) -> KeyReference:
-    """Return the reference of all keys, or of some.
+    """Return the reference of all keys, or of selected keys.
 
     Args:
-        names: sections (`data`), dotted keys (`optimizer.lr`) or parts of them (`lr`); none selects all keys.
+        names: sections (`data`), dotted keys (`optimizer.lr`) or parts of dotted keys (`lr`). An empty tuple selects
+            all keys.
 
     Raises:
-        UserError: if a name matches no key.
+        UserError: A name matches no key.
     """
     schema = Recipe.model_json_schema()
     all_keys = tuple(_keys(schema, "", schema["$defs"]))
@@ -65,7 +66,7 @@ def keys(names: tuple[str, ...] = ()) -> KeyReference:
 
 
 def _matches(key: RecipeKey, name: str) -> bool:
-    """Whether `name` is the key, a section around it, or one part of its dotted name."""
+    """Return whether `name` is the key, a section that contains it, or one part of its dotted name."""
     return key.name == name or key.name.startswith(f"{name}.") or name in key.name.split(".")
 
 

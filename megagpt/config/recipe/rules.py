@@ -1,6 +1,6 @@
-"""Rules between keys of a recipe: functions that return (what is wrong, what to do), or None if the rule holds.
+"""Rules between the keys of a recipe, as functions that return (what is wrong, what to do), or None if the rule holds.
 
-A rule is applied only if every value it needs is well formed, so that no mistake is reported twice.
+A rule is checked only if every value that it needs is well formed, so that no mistake is reported twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megagpt.errors import closest_match
 
 Violation = tuple[str, str] | None
 Rule = tuple[Callable[..., Violation], tuple[str, ...]]
-"""a function and the keys whose values are its arguments"""
+"""A function, and the keys whose values are its arguments."""
 
 
 def _preset(preset: str | None) -> Violation:
@@ -105,7 +105,7 @@ def _prompt(prompt: str | None, every: int | None, tokenizer: str | None) -> Vio
 
 
 def _only_for(optimizer: str, key: OptimizerKey) -> Rule:
-    """Return the rule that only one type of optimizer has a key, which it may require."""
+    """Return the rule that a key is given only with the optimizer it belongs to, and always if it has no default."""
 
     def check(type_: str, value: float | None) -> Violation:
         if type_ == optimizer and value is None and key.advice is not None:
@@ -151,12 +151,12 @@ def _one_length(updates: Any, tokens: Any, epochs: Any) -> Violation:
 
 
 def check_schedule_fits(warmup: int, decay: int | None, total: int | None) -> Violation:
-    """Check that warm-up and decay fit into training.
+    """Check that warm-up and decay together are not longer than training.
 
     Args:
-        warmup: updates of the warm-up, at the start.
-        decay: updates of the decay, at the end; None if the schedule has no such phase.
-        total: updates of training; None if not known yet.
+        warmup: number of updates of the warm-up at the start.
+        decay: number of updates of the decay at the end; None if the schedule has no such phase.
+        total: number of updates of the whole training; None if it is not known yet.
 
     Returns:
         (what is wrong, what to do), or None if they fit.

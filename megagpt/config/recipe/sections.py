@@ -1,7 +1,7 @@
-"""Every section and key of a recipe, with type, range, unit and default.
+"""Sections and keys of a recipe, with type, range, unit and default.
 
-The string under a key is its help text. null stands for "off" or "none"; -1 and 0 never do.
-Rules between keys are in rules.py, presets in presets.py.
+The string under a key is its help text. "Off" and "none" are always written as null, never as -1 or 0. Rules between
+keys are defined in rules.py, and presets in presets.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 def _float_to_int(value: Any) -> Any:
-    """Convert a float without a fraction to int, so that 300e9 tokens is a whole number."""
+    """Convert a float without a fractional part to int, so that 300e9 tokens counts as a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -40,7 +40,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _prefixes(value: Any) -> Any:
-    """Convert one PREFIX to a tuple of one, and null to an empty tuple."""
+    """Convert a single prefix to a tuple with one element, and null to an empty tuple."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -49,7 +49,7 @@ def _prefixes(value: Any) -> Any:
 
 
 def _sources(value: Any) -> Any:
-    """Convert a PREFIX, alone or in a list, to a source of weight 1."""
+    """Convert each prefix, given alone or in a list, to a source of weight 1."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(item, (str, dict, Source)) for item in items):
         return value
@@ -57,7 +57,7 @@ def _sources(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base class of all sections: frozen, strictly typed, without unknown keys and infinite numbers."""
+    """Base class of all sections. They are frozen and strictly typed, and reject unknown keys and infinite numbers."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -112,7 +112,7 @@ class ModelSection(Section):
 
     @property
     def is_gated(self) -> bool:
-        """True if the activation is gated: the MLP has a third matrix, `gate`."""
+        """True if the activation is gated, so that the MLP has a third matrix, `gate`."""
         return self.activation in GATED_ACTIVATIONS
 
     @model_validator(mode="before")
@@ -126,7 +126,7 @@ class ModelSection(Section):
 
 
 def default_d_ff(d_model: int, activation: str) -> int:
-    """Width of the feed-forward part: 4·d_model, or for swiglu 8/3·d_model up to a multiple of 64."""
+    """Return the default width of the MLP: 4·d_model, or for swiglu 8/3·d_model rounded up to a multiple of 64."""
     if activation not in GATED_ACTIVATIONS:
         return 4 * d_model
     return 64 * math.ceil(Fraction(8 * d_model, 3 * 64))
@@ -204,7 +204,7 @@ class ScheduleSection(Section):
 
 
 class LengthSection(Section):
-    """Length of training: exactly one of the three keys."""
+    """Length of training. Exactly one of the three keys must be set."""
 
     updates: _Count | None = None
     """number of updates"""
@@ -239,7 +239,7 @@ class CheckpointSection(Section):
 
 
 class HealthSection(Section):
-    """Reactions to bad losses and gradients. Values that are not finite are always bad.
+    """Reactions to bad losses and gradients. Values that are not finite always count as bad.
 
     Spikes are measured in robust standard deviations: 1.48 × the median absolute deviation.
     """
@@ -257,7 +257,7 @@ class HealthSection(Section):
 
 
 class LogSection(Section):
-    """Console output and hang detection. metrics.jsonl has every update, whatever the console shows."""
+    """Console output and hang detection. metrics.jsonl records every update, independently of the console."""
 
     every: _Count = 10
     """updates between lines on the console"""
@@ -266,7 +266,7 @@ class LogSection(Section):
 
 
 class Recipe(Section):
-    """Everything that determines what is trained. How it is distributed is in the DeepSpeed config."""
+    """Everything that determines what is trained. The DeepSpeed config determines how training is distributed."""
 
     run_dir: _Text
     """directory that the run writes to and resumes from"""
@@ -291,7 +291,7 @@ class Recipe(Section):
 
     @property
     def document_end(self) -> int | None:
-        """Token id at which attention is masked, or None if attention crosses documents.
+        """Id of the end-of-document token at which attention is masked, or None if attention is not masked.
 
         Raises UserError if `data.document_mask` is true and `data.eod` is not known.
         """
@@ -301,6 +301,6 @@ class Recipe(Section):
         return self.data.eod if self.data.document_mask else None
 
     def location(self, key: str) -> str:
-        """Return where a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""
+        """Return the location at which a dotted key was given: `FILE:LINE`, "command line", or "" for a default."""
         location = self._locations.by_key.get(key)
         return location.at if location else ""

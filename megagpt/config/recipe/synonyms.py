@@ -1,6 +1,6 @@
 """Names that other projects use for the keys of a recipe, and what to write instead.
 
-From Hugging Face transformers (config.json and TrainingArguments), Megatron-LM, GPT-NeoX and nanoGPT.
+The names come from Hugging Face transformers (config.json and TrainingArguments), Megatron-LM, GPT-NeoX and nanoGPT.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def key_of_synonym(name: str) -> str | None:
 
 
 def remedy_for_synonym(name: str) -> str | None:
-    """Return what to do about a key that is the name of another project, or None if the name is not known."""
+    """Return what to write instead of a key of another project, or None if the name is not known."""
     if ours := _RECIPE_KEYS.get(_plain(name)):
         return f"write {ours}"
     if ours := _OPPOSITE.get(_plain(name)):

@@ -1,1 +1,1 @@
-"""Reading and writing YAML and JSON with the file and line of every value, for error messages."""
+"""Readers of YAML and JSON that record the file and line of every value, and formatting for error messages."""

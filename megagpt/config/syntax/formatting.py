@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 TableRow = tuple[str, Any, str]
-"""key, value, location"""
+"""Key, value and location."""
 
 _TYPES = {
     "integer": "a whole number",
@@ -27,7 +27,7 @@ _BOUNDS = {
 
 
 def format_value(value: Any) -> str:
-    """Format a value the way it would be written in a YAML file: 6.0e-4, true, null, "text"."""
+    """Format a value as it would be written in a YAML file, such as 6.0e-4, true, null or "text"."""
     if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6 and abs(value) < float("inf"):
         mantissa, exponent = f"{Decimal(repr(value)).normalize():E}".split("E")
         if "." not in mantissa:
@@ -41,7 +41,7 @@ def format_value(value: Any) -> str:
 
 
 def format_table(rows: Sequence[TableRow]) -> str:
-    """Format rows of key, value and location as aligned lines."""
+    """Format rows of key, value and location as lines with aligned columns."""
     formatted = [(key, format_value(value), location) for key, value, location in rows]
     key_width = max(len(key) for key, _, _ in formatted)
     value_width = max(len(value) for _, value, _ in formatted)
@@ -59,7 +59,7 @@ def describe_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -
 
     Args:
         schema: the JSON schema of one value.
-        definitions: the schemas that `$ref` refers to, by name.
+        definitions: the schemas that a `$ref` can refer to, by name.
     """
     if "$ref" in schema:
         section = definitions[schema["$ref"].rpartition("/")[2]]
@@ -77,7 +77,7 @@ def describe_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -
 
 
 def takes_text(schema: Mapping[str, Any]) -> bool:
-    """Return whether a JSON schema allows any text, and at most null next to it."""
+    """Return whether a JSON schema allows arbitrary text, and no other value except null."""
     options = schema.get("anyOf", [schema])
     kinds = [option.get("type") for option in options if "enum" not in option and "const" not in option]
     return len(kinds) == len(options) and "string" in kinds and set(kinds) <= {"string", "null"}

@@ -1,4 +1,4 @@
-"""Parse a DeepSpeed config with the source location of every key.
+"""Parse a DeepSpeed config, and record the source location of every key.
 
 The grammar is Hjson, as in DeepSpeed itself, so comments (//, # and /* */) are allowed wherever DeepSpeed allows them.
 """
@@ -16,7 +16,7 @@ from megagpt.errors import Problem, UserError
 
 
 class _Pairs(list[tuple[str, Any, int]]):
-    """(key, value, offset of the value in the text) of each member of one object."""
+    """Members of one object, each as (key, value, offset of the value in the text)."""
 
 
 class _Decoder(HjsonDecoder):  # type: ignore[misc, unused-ignore]
@@ -51,7 +51,7 @@ class _Decoder(HjsonDecoder):  # type: ignore[misc, unused-ignore]
 
 
 def read_hjson(path: str | Path) -> ConfigTree:
-    """Read a DeepSpeed config. Raises UserError if it is not one object."""
+    """Read a DeepSpeed config. Raises UserError if the file does not contain a single object."""
     name = str(path)
     text = read_text(path)
     try:
@@ -59,7 +59,7 @@ def read_hjson(path: str | Path) -> ConfigTree:
     except HjsonDecodeError as error:
         where = f"{name}:{error.lineno}"
         raise UserError(f"{name} is not valid JSON: {error.msg}", where, "fix that line") from error
-    except IndexError as error:  # raised by hjson for a comment that is never closed
+    except IndexError as error:  # Hjson raises this for a comment that is never closed.
         raise UserError(f"{name} ends inside a comment", name, "close it with */") from error
     if not isinstance(pairs, _Pairs):
         raise UserError(f"{name} has no keys and values", name, "see ds_configs for examples")

@@ -1,4 +1,4 @@
-"""Source locations: where each value of a recipe was given."""
+"""Source locations, which record where each value of a recipe or config was given."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where one value was given."""
+    """The place at which one value was given."""
 
     at: str
     """FILE:LINE, or "command line" """
     text: str
-    """what is written there: the key, or the whole `key=value` argument"""
+    """the text at that location: the key, or the whole `key=value` argument"""
 
 
 @dataclass(frozen=True)
 class SourceLocations:
     """Maps dotted keys to the locations of their values.
 
-    All instances compare equal, so that recipes are compared by their values alone.
+    All instances compare equal, so recipes are compared by their values alone.
     """
 
     by_key: Mapping[str, SourceLocation] = field(default_factory=dict, compare=False)

@@ -9,16 +9,20 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 def expand_path(path: str) -> str:
-    """Return a path with a leading `~` and every `$NAME` or `${NAME}` expanded, as a shell does.
+    """Expand a leading `~` and every `$NAME` or `${NAME}` in a path, as a shell does.
 
-    A shell expands them only where they are not quoted, and never in a file. Without this a run would create folders
-    that are really named `~` or `$SCRATCH`.
+    A shell does not expand quoted arguments or the content of files. Without this function, a run would create folders
+    that are literally named `~` or `$SCRATCH`.
 
     Args:
         path: a path as the user wrote it.
 
+    Returns:
+        The expanded path.
+
     Raises:
-        ValueError: if a variable is not set or empty, or if there is no such user. The message states which.
+        ValueError: A variable is not set or is empty, or the user does not exist. The message names the variable or
+            user.
     """
     for match in _VARIABLE.finditer(path):
         name = match[1] or match[2]

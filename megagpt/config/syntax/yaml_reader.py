@@ -1,7 +1,7 @@
-"""Parse YAML files and `key=value` overrides into nested plain values, with the source location of every key.
+"""Parse YAML files and `key=value` overrides into nested plain values, and record the source location of every key.
 
-Scalars follow the core schema of YAML 1.2. PyYAML alone follows YAML 1.1, where 6e-4 is a string, `no` is false and
-12:30 is 750. Digits may be grouped as in 1_000_000.
+Scalars follow the core schema of YAML 1.2. PyYAML by itself follows YAML 1.1, in which 6e-4 is a string, `no` is false
+and 12:30 is 750. Digits may be grouped, as in 1_000_000.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CoreDumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
 
 
 def _write_text(dumper: CoreDumper, text: str) -> yaml.Node:
-    """Double-quote text with line breaks or control characters, some of which PyYAML's other styles lose."""
+    """Write text, in double quotes if it has line breaks or control characters, which other styles may not preserve."""
     node: yaml.Node = dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
     return node
 
@@ -76,12 +76,13 @@ class ConfigTree:
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[str, SourceLocation] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    """mistakes in the text itself, such as a key that is given twice"""
+    """mistakes in the text itself, such as a duplicate key"""
 
     def where(self, key: str) -> str:
-        """Return `FILE:LINE  key`.
+        """Return the location of a key as `FILE:LINE  key`.
 
-        A key without a location has that of an override of a key inside it, else that of the nearest enclosing section.
+        If the key itself has no location, use that of the first key inside it, or else that of the nearest enclosing
+        section.
         """
         owner = key
         if self.key_inside(key) != key:
@@ -93,7 +94,7 @@ class ConfigTree:
         return f"{location.at}  {location.text if owner == key else key}"
 
     def key_inside(self, key: str) -> str:
-        """Return the first key given inside a section that only overrides name, or `key` itself."""
+        """Return `key`, unless it has no location and a key inside it was given. Then return the first such key."""
         inside = (other for other in self.locations if other.startswith(f"{key}."))
         return key if key in self.locations else next(inside, key)
 
@@ -107,20 +108,20 @@ class ConfigTree:
         return inner
 
     def add_location(self, key: str, location: SourceLocation) -> None:
-        """Record where a key is given. A key that already has a location is a problem."""
+        """Record the location of a key. Adds a problem if the key already has a location."""
         if key in self.locations:
             where = f"{self.where(key)}\n{location.at}  {location.text}"
             self.problems.append(Problem(f"{key} is given twice", where, "keep one of the two"))
         self.locations[key] = location
 
     def override(self, argument: str, prefix: str = "", is_literal: Callable[[str, str], bool] | None = None) -> None:
-        """Replace a value of the file by a `key=value` argument of the command line.
+        """Replace a value of the file with the value of a `key=value` argument from the command line.
 
         Args:
             argument: the argument.
             prefix: prefix of the argument that does not belong to the key, such as "ds.".
-            is_literal: returns whether the value of a key, given as text, is used as it is. All other values are
-                parsed as YAML, in which `exp #3` is `exp` and `1984` is a number.
+            is_literal: function of a key and its value that returns whether the value is used literally. All other
+                values are parsed as YAML, in which `exp #3` is `exp` and `1984` is a number.
         """
         key, equals, text = argument.removeprefix(prefix).partition("=")
         location = SourceLocation("command line", argument)
@@ -152,7 +153,7 @@ _YAML_TEXT = re.compile(r"""null|"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|""", re.DOTALL
 
 
 def is_yaml_text(text: str) -> bool:
-    """Return whether the value of an override whose key takes text is still YAML: null, nothing, or text in quotes."""
+    """Return whether text is null, empty or quoted, and must therefore be parsed as YAML even if its key holds text."""
     return _YAML_TEXT.fullmatch(text) is not None
 
 
@@ -167,7 +168,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_yaml(path: str | Path) -> ConfigTree:
-    """Read a YAML file whose top level is a mapping. Raises UserError if it is anything else."""
+    """Read a YAML file whose top level is a mapping. Raises UserError if the file is invalid or not a mapping."""
     name = str(path)
     tree = ConfigTree(name)
     text = read_text(path)
