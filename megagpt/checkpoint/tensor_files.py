@@ -217,8 +217,9 @@ def checksum(tensor: Tensor, indices: Tensor | int) -> int:
     """Return a checksum, modulo 2^64, of fp32 elements and of their indices in the whole tensor.
 
     The checksum of a tensor is the sum of the checksums of its slices, for every way of splitting the tensor. Every
-    change of one element changes the checksum, because odd numbers have an inverse modulo 2^64. The checksum is computed
-    on the tensor's device. The result is the same on all devices, because integer overflow wraps around on all of them.
+    change of one element changes the checksum, because odd numbers have an inverse modulo 2^64. The checksum is
+    computed on the tensor's device. The result is the same on all devices, because integers wrap around in the same way
+    on all of them.
 
     Args:
         tensor: elements [numel], fp32
