@@ -114,7 +114,7 @@ class Saver:
         """Return the result of the pending save if it is finished, or None otherwise.
 
         Args:
-            start: time since which the save has blocked training.
+            start: value of time.perf_counter when the save began to block training.
             wait: whether to wait until the save is finished.
         """
         pending = self._pending

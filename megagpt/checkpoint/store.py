@@ -99,7 +99,7 @@ class Store:
         return None, damaged
 
     def valid(self, name: str) -> tuple[Checkpoint | None, str]:
-        """Verify a checkpoint, each rank reading some of its files. Collective.
+        """Verify a checkpoint. Each rank reads some of its files. Collective.
 
         Returns:
             The checkpoint and "" if its files are all present and undamaged, or None and the problem otherwise. The
@@ -141,9 +141,10 @@ class Store:
             self._remove_old(newest, self.keep_last)
 
     def _remove_old(self, newest: Path, keep_last: int) -> None:
-        """Remove all but the `keep_last` newest checkpoints, except for those that are pinned or in `keep_every`.
+        """Remove all but the `keep_last` newest checkpoints.
 
-        Checkpoints of later updates than that of `newest` are damaged. They are not removed and do not count.
+        Pinned checkpoints and multiples of `keep_every` are not removed. Checkpoints of later updates than that of
+        `newest` are damaged. They are neither removed nor counted.
         """
         candidates = [folder for folder in self.folders() if folder.name <= newest.name]
         for folder in candidates[:-keep_last]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "state"
 WEIGHT = "weight"
-# Number of elements per file, which are 64 MiB. While a file is written, there are two copies of it in memory.
+# Number of fp32 elements per file of 64 MiB. While a file is written, there are two copies of its content in memory.
 _FILE_ELEMENTS = 1 << 24
 # Number of elements that are read or summed at once. As int64 they fit into a core's cache.
 _CHUNK = 1 << 17

@@ -163,7 +163,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration like 42s, 3m07s, 5h12m or 2d04h, or as "unknown" if it is not finite."""
+    """Format a duration as text such as 42s, 3m07s, 5h12m or 2d04h, or as "unknown" if it is not finite."""
     if not math.isfinite(seconds):
         return "unknown"
     whole = round(seconds)

@@ -137,7 +137,7 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
 
 
 def record_save(run: Run, result: SaveResult | None, last_chance: bool = False) -> None:
-    """Record the result of a save, if there is one. Training continues after a failed save.
+    """Record the result of a save, if there is one. A failed save does not end training, except as described below.
 
     Args:
         run: the run.
@@ -176,7 +176,7 @@ def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly
 
 
 def validate(run: Run, state: TrainState, ignore_time_limit: bool = False) -> str | None:
-    """Measure the loss on the validation text, and print a text that the model generates after the recipe's prompt.
+    """Measure the loss on the validation text, and print text that the model generates after the recipe's prompt.
 
     If a stop is requested in the meantime, the validation is abandoned, and the next start of the run repeats it.
 
@@ -186,7 +186,7 @@ def validate(run: Run, state: TrainState, ignore_time_limit: bool = False) -> st
         ignore_time_limit: whether only signals and the stop file can stop the validation.
 
     Returns:
-        The reason of the stop if the validation was abandoned, or None if it was completed.
+        The reason for the stop if the validation was abandoned, or None if it was completed.
     """
     if not run.validation:
         return None
@@ -269,7 +269,7 @@ def finish_run(run: Run, state: TrainState) -> int:
 
 
 def show_time_breakdown(run: Run, state: TrainState) -> None:
-    """Print and record how much time the run has spent on what, over all its processes."""
+    """Print and record the time breakdown of the run over all its processes."""
     if run.rank.main:
         breakdown = metrics.time_breakdown(run.path)
         run.metrics.write("time", update=state.update, **breakdown.record())

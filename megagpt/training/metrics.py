@@ -28,7 +28,7 @@ class Metrics:
     If the disk is full, events are kept in memory and written together with the next event, so the log has no gap.
 
     `replayable` holds the events from which `Health` rebuilds its state: checkpoints, skips, rollbacks and the last
-    `window` updates. `events_at_resume` counts the logged events of the update at which the run resumes by their kind.
+    `window` updates. `events_at_resume` counts, by kind, the logged events of the update at which the run resumes.
     `truncate` sets both attributes.
 
     Args:

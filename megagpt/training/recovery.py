@@ -104,7 +104,7 @@ def refuse_repeated_interruption(run: Run, state: TrainState, reason: str) -> No
     Args:
         run: the run.
         state: the state at which the evaluation is due.
-        reason: reason of the current interruption.
+        reason: reason for the current interruption.
     """
     if run.collectives.any(run.metrics.events_at_resume["validation_left"] >= _MAX_INTERRUPTED_STARTS):
         raise UserError(

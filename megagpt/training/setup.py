@@ -386,7 +386,7 @@ def _show_start(run: Run, inputs: _Inputs, begin: _Start) -> None:
 
 
 def _describe(run: Run, device: str) -> list[str]:
-    """Return one line each about the run directory, model, data, layout and length."""
+    """Return the lines that describe the run directory, model, data, layout and length."""
     recipe, layout = run.resolved.recipe, run.resolved.layout
     model = recipe.model
     samples_per_epoch = run.loader.sampler.samples_per_epoch

@@ -55,7 +55,7 @@ class StatusFile:
         self._run = run if rank.main else None
 
     def start(self) -> None:
-        """Record that the run is running.
+        """Record that the run has started.
 
         A stop file that already exists was meant for an earlier start and is removed. It is not removed if a job script
         has announced this start, because the stop may have been requested after the announcement.
@@ -72,7 +72,7 @@ class StatusFile:
 
         Args:
             code: exit code of the process.
-            why: reason of the stop, or the error message.
+            why: reason for the stop, or the error message.
         """
         self._write(state={EXIT_DONE: "done", EXIT_REQUEUE: "requeue"}.get(code, "failed"), code=code, why=why)
 

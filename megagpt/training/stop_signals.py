@@ -14,8 +14,8 @@ from megagpt.training.status import STOP_FILE, RunStatus
 
 # Signals that request a stop. The system sends SIGHUP when the terminal is closed.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Seconds after the first signal in which further signals are ignored. A single Ctrl-C reaches a rank twice, from the
-# terminal and from its launcher.
+# Seconds after the first signal during which further signals are ignored. A single Ctrl-C reaches a rank twice, once
+# from the terminal and once from the launcher.
 _SAME_REQUEST = 5.0
 
 
@@ -107,7 +107,7 @@ class StopSignals:
 
 
 def stop(run: Path) -> RunStatus:
-    """Request a run to save and stop by creating its stop file (`megagpt stop`).
+    """Request that a run saves and stops, by creating its stop file (`megagpt stop`).
 
     If the run is not running, no stop file is left behind, so that the next start is not stopped.
 

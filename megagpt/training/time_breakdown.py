@@ -24,8 +24,8 @@ class TimeBreakdown:
         save: time for which checkpoints have blocked training.
         evaluate: time of validations and samples.
         startup: time from the start of each process to its first update.
-        lost_work: time of updates, saves and evaluations that a restart or rollback discarded, and of updates that were
-            not applied and rollbacks themselves.
+        lost_work: time of updates, saves and evaluations that a restart or rollback discarded, of updates that were not
+            applied, and of rollbacks themselves.
     """
 
     data: float = 0.0
@@ -63,9 +63,9 @@ class TimeBreakdown:
 
 
 def process_age() -> float:
-    """Return the seconds since this process was started, before all imports.
+    """Return the seconds since this process was started, including the time of all imports.
 
-    The start time is field 22 of /proc/self/stat (see proc(5)).
+    The start time of the process is field 22 of /proc/self/stat (see proc(5)).
     """
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK")

@@ -39,7 +39,7 @@ _GONE = 3.0
 _REQUEST_SECONDS = 2.5
 # File in the log folder with which a rank requests the stacks. When the file changes, each rank writes its stacks.
 _REQUEST = "stacks-requested"
-# Factor by which the limit is longer for phases that may legitimately be slow (saving, sampling, first use).
+# Factor of the limit for phases that may legitimately be slow (saving, sampling, and the first use of a kernel).
 _LONGER = 10
 
 
