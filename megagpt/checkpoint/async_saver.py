@@ -1,9 +1,9 @@
 """Save checkpoints synchronously, or in the background while training continues.
 
 Both modes use `PendingSave`. A synchronous save runs all its stages before it returns. An asynchronous save blocks
-training only while it copies the state to host memory, and runs the file work of each stage on a background thread. That
-thread never communicates with other ranks. Instead, the training loop calls `Saver.advance` after every update. In this
-method all ranks exchange whether any of them is still writing files, and enter the next stage together if none is.
+training only while it copies the state to host memory, and runs the file work of each stage on a background thread.
+That thread never communicates with other ranks. Instead, the training loop calls `Saver.advance` after every update. In
+this method all ranks exchange whether any of them is still writing files, and enter the next stage together if none is.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Saver:
         """Return the result of the pending save if it is finished, or None otherwise.
 
         Args:
-            start: time since which the save has blocked training.
+            start: value of time.perf_counter when the save began to block training.
             wait: whether to wait until the save is finished.
         """
         pending = self._pending
@@ -157,7 +157,7 @@ class Saver:
 
 
 def _copy_to_host(save_state: Callable[[WriteFile], None]) -> Callable[[WriteFile], None]:
-    """Copy the current state to host memory. Returns a function that writes the copy, freeing each file once written."""
+    """Copy the current state to host memory. Returns a function that writes the copy and frees it file by file."""
     copies: list[tuple[str, bytes]] = []
     save_state(lambda name, data: copies.append((name, data)))
 

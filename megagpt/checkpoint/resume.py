@@ -13,7 +13,8 @@ from megagpt.checkpoint.store import Checkpoint, Store
 from megagpt.errors import Problem, UserError
 
 MODES = ("auto", "must", "never")
-# Keys of the recipe, or prefixes of keys, that may change within a run. None of them affects the results of an update.
+# Keys of the recipe, or prefixes of keys, that may change within a run. None of them affects the results of the updates
+# before the end of the run.
 _FREE = ("run_dir", "init_from", "length.", "evaluation.", "checkpoint.", "health.compare_every", "log.")
 
 

@@ -1,9 +1,9 @@
 """Publish checkpoints atomically, so that a folder with the final name of a checkpoint is always complete.
 
-Every rank writes its files into a partial folder, flushes them, and computes their checksums. All ranks exchange whether
-that succeeded. Rank 0 then writes all sizes and checksums to a manifest, renames the folder, and writes its name to the
-file `latest`, which megagpt itself does not read. A failure on any rank before the rename makes the save fail on every
-rank. A failure after the rename is only reported, because the checkpoint has already been published.
+Every rank writes its files into a partial folder, flushes them, and computes their checksums. All ranks exchange
+whether that succeeded. Rank 0 then writes all sizes and checksums to a manifest, renames the folder, and writes its
+name to the file `latest`, which megagpt itself does not read. A failure on any rank before the rename makes the save
+fail on every rank. A failure after the rename is only reported, because the checkpoint has already been published.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Store:
         return None, damaged
 
     def valid(self, name: str) -> tuple[Checkpoint | None, str]:
-        """Verify a checkpoint, each rank reading some of its files. Collective.
+        """Verify a checkpoint. Each rank reads some of its files. Collective.
 
         Returns:
             The checkpoint and "" if its files are all present and undamaged, or None and the problem otherwise. The
@@ -110,7 +110,10 @@ class Store:
         return (None, f"{name}: {problems[0]}") if problems else (checkpoint, "")
 
     def make_partial(self, partial: Path) -> None:
-        """Create a partial folder, after removing leftovers of interrupted saves. Raises OSError without enough space."""
+        """Remove leftovers of interrupted saves, and create a partial folder.
+
+        Raises OSError if there is not enough free space.
+        """
         for leftover in [*self.root.glob(_PARTIAL + "*"), *self.root.glob(".removed_*")]:
             files.remove_tree(leftover)
         files.make_folder(partial)
@@ -131,16 +134,17 @@ class Store:
         return "; ".join(errors), [outcome.value for outcome in outcomes]
 
     def retain(self, newest: Path) -> None:
-        """Write the name of the newest checkpoint to the file `latest`, and remove checkpoints that need not be kept."""
+        """Write the name of the newest checkpoint to the file `latest`, and remove old checkpoints."""
         files.sync(self.root)  # the rename must be on disk before older checkpoints are removed
         files.replace_text(self.root / "latest", newest.name + "\n")
         if self.keep_last is not None:
             self._remove_old(newest, self.keep_last)
 
     def _remove_old(self, newest: Path, keep_last: int) -> None:
-        """Remove all but the `keep_last` newest checkpoints, except for those that are pinned or in `keep_every`.
+        """Remove all but the `keep_last` newest checkpoints.
 
-        Checkpoints of later updates than that of `newest` are damaged. They are not removed and do not count.
+        Pinned checkpoints and multiples of `keep_every` are not removed. Checkpoints of later updates than that of
+        `newest` are damaged. They are neither removed nor counted.
         """
         candidates = [folder for folder in self.folders() if folder.name <= newest.name]
         for folder in candidates[:-keep_last]:

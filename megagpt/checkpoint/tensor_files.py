@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "state"
 WEIGHT = "weight"
-# Number of elements per file, which are 64 MiB. While a file is written, there are two copies of it in memory.
+# Number of fp32 elements per file of 64 MiB. While a file is written, there are two copies of its content in memory.
 _FILE_ELEMENTS = 1 << 24
 # Number of elements that are read or summed at once. As int64 they fit into a core's cache.
 _CHUNK = 1 << 17
@@ -217,8 +217,9 @@ def checksum(tensor: Tensor, indices: Tensor | int) -> int:
     """Return a checksum, modulo 2^64, of fp32 elements and of their indices in the whole tensor.
 
     The checksum of a tensor is the sum of the checksums of its slices, for every way of splitting the tensor. Every
-    change of one element changes the checksum, because odd numbers have an inverse modulo 2^64. The checksum is computed
-    on the tensor's device. The result is the same on all devices, because integer overflow wraps around on all of them.
+    change of one element changes the checksum, because odd numbers have an inverse modulo 2^64. The checksum is
+    computed on the tensor's device. The result is the same on all devices, because integers wrap around in the same way
+    on all of them.
 
     Args:
         tensor: elements [numel], fp32

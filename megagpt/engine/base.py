@@ -19,11 +19,11 @@ ShouldStop = Callable[[], bool]
 
 
 def ignore_step() -> None:
-    """Do nothing; the default of `at_step`."""
+    """Do nothing. This is the default of `at_step`."""
 
 
 def never_stop() -> bool:
-    """Return False, so that an evaluation runs to its end; the default of `should_stop`."""
+    """Return False, so that an evaluation runs to its end. This is the default of `should_stop`."""
     return False
 
 

@@ -12,7 +12,7 @@ from megagpt.engine.zero import ZeroEngine
 
 
 def build(resolved: Resolved, total_updates: int, rank: Rank, collectives: Collectives) -> Engine:
-    """Build the model with its initial weights, and return an engine for it. Also seeds the dropout.
+    """Build the model with its initial weights, and return an engine for it. Also seeds torch's RNG for dropout.
 
     Args:
         resolved: The DeepSpeed config with the recipe and the layout.

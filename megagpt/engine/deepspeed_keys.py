@@ -200,5 +200,5 @@ def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 def snapshot() -> str:
-    """Return the content of config/deepspeed/known_keys.json, which commands read that must not import DeepSpeed."""
+    """Return the content of config/deepspeed/known_keys.json, for commands that must not import DeepSpeed."""
     return json.dumps({"deepspeed": deepspeed.__version__, "keys": known_keys()}, sort_keys=True)

@@ -93,8 +93,8 @@ def configure_loss_scale(optimizer: Any) -> None:
 
     runtime/zero/stage_1_and_2.py:3047 and stage3.py:2826 double the scale first, and then divide the gradient by it,
     although the gradient was computed with the old scale. As a result, one update in `loss_scale_window` uses half its
-    gradient. If the scale is at its minimum, fp16/loss_scaler.py raises an error on overflow. Here, the training loop
-    decides when to stop a run, and it may have rejected the update itself.
+    gradient. If the scale is at its minimum, fp16/loss_scaler.py raises an error on overflow. In megagpt, however, the
+    training loop decides when to stop a run, and it may have rejected the update itself.
     Test: test_in_fp16_an_update_that_doubles_the_scale_uses_half_its_gradient.
     """
     scaler = loss_scale.dynamic_scaler(optimizer)

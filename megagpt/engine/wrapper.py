@@ -66,7 +66,7 @@ class DeepSpeedWrapper:
             optimizer: The optimizer of the model's parameters.
             config: The config for deepspeed.initialize.
             total_updates: Number of updates of the whole run, for the learning rate schedule.
-            grid: DeepSpeed's grid of process groups for tensor parallelism; None if the model creates its own.
+            grid: DeepSpeed's grid of process groups for tensor parallelism, or None if the model creates its own.
         """
         recipe = self._recipe
         self._engine = deepspeed.initialize(

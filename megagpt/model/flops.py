@@ -58,8 +58,8 @@ def flops_per_token(section: ModelSection) -> float:
 def layer_costs(section: ModelSection) -> list[float]:
     """Return the cost of each layer of `gpt.build_layers(section)`, by which pipeline stages are balanced.
 
-    The cost is the number of FLOPs per token, as in `flops_per_token`, plus one per parameter. The latter accounts for
-    the optimizer state, which an embedding has, too, although it needs no matrix product.
+    The cost is the number of FLOPs per token, as in `flops_per_token`, plus one per parameter. The additional cost
+    accounts for the optimizer state, which an embedding also has, although it needs no matrix product.
     """
     width = section.d_model
     matrices = _block_matrix_elements(section)

@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     Args:
         x: input [..., width]
-        weight: weight [width]
+        weight: scale of each element [width]
         epsilon: constant that is added to the mean of the squares
 
     Returns:

@@ -33,7 +33,7 @@ def build_layers(section: ModelSection, parallel: ParallelLayers = WHOLE) -> lis
 
     Args:
         section: model section of the recipe
-        parallel: layers of this rank under tensor and sequence parallelism
+        parallel: settings with which this rank builds its shards of the layers
 
     Returns:
         The layers. Their parameters have the shapes of `shapes.layer_shapes`.
@@ -104,7 +104,7 @@ class GPT(nn.Module):
     Args:
         section: model section of the recipe
         document_end: id of the token that ends a document. If given, attention is masked at document boundaries
-        parallel: layers of this rank under tensor and sequence parallelism
+        parallel: settings with which this rank builds its shards of the layers
 
     """
 

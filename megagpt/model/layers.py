@@ -3,8 +3,8 @@
 The letters in shapes are B for the batch size, T for tokens, D for the width (d_model), H for query heads, K for
 key/value heads and h for head_dim. Layers do not store their number of heads but reshape by head_dim, so that the same
 code works for a tensor-parallel shard of a layer. Every layer maps hidden states [B, T, D] to hidden states [B, T, D],
-given the context of the forward pass. Only the input of the first layer is token ids [B, T], and the output of the head
-is logits [B, T, vocab_size] or the loss.
+given the context of the forward pass, except that the input of the first layer is token ids [B, T] and the output of
+the head is logits [B, T, vocab_size] or the loss.
 """
 
 from __future__ import annotations

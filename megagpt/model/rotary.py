@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosine and sine of the angles by which attention rotates queries and keys."""
+"""Rotary position embedding, which provides cosine and sine of the angles for rotating queries and keys."""
 
 from __future__ import annotations
 

@@ -43,7 +43,10 @@ def head_dim(section: ModelSection) -> int:
 
 
 def has_bias(section: ModelSection) -> bool:
-    """Return whether linear layers have biases. They do with layernorm, as in GPT-2, but not with rmsnorm, as in Llama."""
+    """Return whether linear layers have biases.
+
+    Linear layers have biases with layernorm, as in GPT-2, but not with rmsnorm, as in Llama.
+    """
     return section.norm == "layernorm"
 
 

@@ -1,1 +1,1 @@
-"""A training run: the loop, and what surrounds it. Start reading at `loop` in loop.py."""
+"""The training loop, with setup, metrics, recovery, status and watchdog. Start reading at `loop` in loop.py."""

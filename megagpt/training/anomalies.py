@@ -1,7 +1,7 @@
-"""Detect updates with bad numbers and decide what to do about them, the same on every rank.
+"""Detect updates with a bad loss or gradient, and decide what to do about them.
 
-Decisions depend only on the run's metrics: its losses and gradient norms, and earlier decisions. A run that resumes or
-rolls back replays them, and therefore decides the same.
+The decisions are the same on every rank. They depend only on the run's metrics, namely losses, gradient norms and
+earlier decisions. A run that resumes or rolls back replays these metrics, and therefore makes the same decisions.
 """
 
 from __future__ import annotations
@@ -18,50 +18,54 @@ from megagpt.cluster import Collectives
 from megagpt.config.recipe.sections import HealthSection
 from megagpt.state import UpdateResult
 
-MAX_FAILED_SAVES = 4  # consecutive
-MAX_ROLLBACKS = 4  # without a checkpoint between them
-_MAD_TO_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-_MIN_DEVIATION = 1e-3  # as a fraction of the median, so that noise on a flat curve is not a spike
+# The run fails after this number of consecutive failed saves.
+MAX_FAILED_SAVES = 4
+# The run fails instead of rolling back this many times without a new checkpoint in between.
+MAX_ROLLBACKS = 4
+# Ratio of the standard deviation of a normal distribution to its median absolute deviation.
+_MAD_TO_STD = 1.4826
+# Lower bound of the deviation as a fraction of the median. It prevents noise on a flat curve from counting as a spike.
+_MIN_DEVIATION = 1e-3
 
 
 class ConsecutiveFailures:
-    """Counts consecutive failures up to a limit."""
+    """Counter of consecutive failures with a limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._count = 0
 
     def add(self) -> bool:
-        """Count one more failure. Returns whether the limit is reached."""
+        """Count a failure. Returns whether the limit is reached."""
         self._count += 1
         return self._count >= self._limit
 
     def reset(self) -> None:
-        """Start over after a success."""
+        """Reset the counter to 0 after a success."""
         self._count = 0
 
 
 class Action(Enum):
-    """What to do about a bad update. The values are the names of the events in metrics.jsonl."""
+    """Reaction to a bad update. The values are the names of the events in metrics.jsonl."""
 
     RETRY = "overflow"
-    """The update was not applied: repeat it with the same data, at the lower fp16 loss scale."""
+    """Repeat the update, which was not applied, with the same data at a lower fp16 loss scale."""
     SKIP = "skip"
-    """The update was not applied: continue with the next data."""
+    """Continue with the next data, without repeating the update, which was not applied."""
     ROLL_BACK = "rollback"
-    """Go back to a checkpoint, and leave out the data that led here."""
+    """Go back to a checkpoint, and skip the data that led to the bad update."""
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """What is wrong with an update, and what to do about it."""
+    """Reason why an update is bad, and the action to take."""
 
     reason: str
     action: Action
 
 
 class Health:
-    """Checks the numbers of each update, and keeps track of the data to leave out because it spoiled them."""
+    """Monitor that checks the loss and gradient norm of each update, and keeps track of the data to skip."""
 
     def __init__(self, section: HealthSection) -> None:
         self._section = section
@@ -71,8 +75,8 @@ class Health:
         """Rebuild the state from the events of rank 0. Collective.
 
         Args:
-            events: `Metrics.replayable`; only rank 0's are used.
-            collectives: the ranks.
+            events: events of `Metrics.replayable`. Only those of rank 0 are used.
+            collectives: the collectives of the job.
         """
         self._reset()
         for event in collectives.all_gather_object(list(events))[0]:
@@ -82,9 +86,9 @@ class Health:
         """Take an event of the run into account.
 
         Args:
-            event: its kind, as in metrics.jsonl. Kinds that decide nothing are ignored.
-            update: number of updates made before it, or with it.
-            values: the event's values.
+            event: kind of the event, as in metrics.jsonl. Kinds that do not affect decisions are ignored.
+            update: number of completed updates. For the event `update`, it includes that update.
+            values: other values of the event.
         """
         if event == "update":
             self._losses.append(values["loss"])
@@ -99,7 +103,7 @@ class Health:
             self._skips_at.clear()
 
     def next_position(self, position: int) -> int:
-        """Return the first data position at or after `position` that is not left out."""
+        """Return the first data position at or after `position` that is not to be skipped."""
         while position in self._left_out:
             position += self._left_out[position]
         return position
@@ -109,11 +113,14 @@ class Health:
         return self._loss_problem(loss) is None
 
     def check(self, update: int, result: UpdateResult) -> Anomaly | None:
-        """Return what is wrong with an update, or None.
+        """Check the result of an update.
 
         Args:
-            update: number of updates made before it.
-            result: its numbers.
+            update: number of updates completed before this one.
+            result: the result of the update.
+
+        Returns:
+            The anomaly, or None if there is none.
         """
         if result.made:
             spike = _spike("gradient norm", result.grad_norm, self._norms, self._section.norm_spike)
@@ -130,18 +137,21 @@ class Health:
         return _spike("loss", loss, self._losses, self._section.loss_spike)
 
     def _reset(self) -> None:
-        self.rollbacks = 0  # since the last checkpoint
+        self.rollbacks = 0  # number of rollbacks since the last checkpoint
         self._losses: deque[float] = deque(maxlen=self._section.window)
         self._norms: deque[float] = deque(maxlen=self._section.window)
-        self._left_out: dict[int, int] = {}  # data position → number of samples to leave out from there
-        self._skips_at: Counter[int] = Counter()  # updates made → skips since then, or since the last rollback
+        # Maps a data position to the number of samples to skip, starting at that position.
+        self._left_out: dict[int, int] = {}
+        # Maps a number of completed updates to the number of skips at that point, counted since the last rollback.
+        self._skips_at: Counter[int] = Counter()
 
 
 def _spike(what: str, value: float, recent: deque[float], limit: float | None) -> str | None:
-    """Return why a value is a spike compared with recent ones, or None.
+    """Return the reason why a value counts as a spike compared with recent values, or None if it does not.
 
-    The distance from the median is measured in median absolute deviations. Neither is moved by a spike in the window.
-    A falling curve has a large deviation and its newest values lie below the median, so it is no spike.
+    The distance from the median is measured in units of the standard deviation, which is estimated by the median
+    absolute deviation. A spike among the recent values affects neither of them. A decreasing curve does not trigger,
+    because its newest values are below the median.
     """
     if limit is None or len(recent) < (recent.maxlen or 0):
         return None

@@ -1,7 +1,7 @@
-"""Console output of a run: rank 0's lines go to the terminal, everything else to logs/rank-N.log.
+"""Console output of a run. Rank 0 prints lines to the terminal, and all other output goes to logs/rank-N.log.
 
-Nothing here ends a run: a closed terminal, a full disk, a character that the terminal cannot show or a number that
-cannot be formatted lose the line, not the training. `display_only` is the guard.
+Output never ends a run. If the terminal is closed, the disk is full, or a line cannot be formatted or displayed, only
+the line is lost. Callers guard code that formats output with `display_only`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from megagpt.state import TrainState, UpdateResult
 
 @contextlib.contextmanager
 def display_only() -> Iterator[None]:
-    """Guard code that only formats and prints: write any exception to the log instead of raising it."""
+    """Return a context that logs any exception instead of raising it, for code that only formats and prints."""
     try:
         yield
     except Exception:
-        with contextlib.suppress(Exception):  # the log may be what failed
+        with contextlib.suppress(Exception):  # writing to the log may also fail
             traceback.print_exc()
 
 
 class Console:
-    """Owns the console of a training process. A context manager.
+    """Context manager that redirects the output of a training process to the rank's log file.
 
-    While it is open, everything that this process prints through file descriptors 1 and 2, including C libraries, goes
-    to the rank's log file. Only `say` writes to the real console, and only on rank 0.
+    This affects all output to file descriptors 1 and 2, including that of C libraries. Only `alarm`, and `say` on rank
+    0, write to the original console.
 
     Args:
         run: the run directory.
@@ -49,15 +49,16 @@ class Console:
         self.log_path = run / "logs" / f"rank-{rank}.log"
         self._run = run
         self._main = rank == 0
-        self._original: tuple[int, int] | None = None  # file descriptors of the real stdout and stderr
+        self._original: tuple[int, int] | None = None  # file descriptors of the original stdout and stderr
         self._out: TextIO | None = None
-        self._encodings: list[tuple[io.TextIOWrapper, str, str | None]] = []  # of Python streams, to restore them
+        # Python's output streams, with the encodings and error handlers to restore.
+        self._encodings: list[tuple[io.TextIOWrapper, str, str | None]] = []
 
     def __enter__(self) -> Console:
         """Redirect file descriptors 1 and 2.
 
         Raises:
-            UserError: The run directory cannot be made, or has a link that leads out of it.
+            UserError: The run directory cannot be made, or contains a link that leads out of it.
         """
         files.make_run_folder(self._run)
         files.refuse_links_out(self._run)
@@ -104,28 +105,28 @@ class Console:
         self._encodings = []
 
     def say(self, text: str = "") -> None:
-        """Print a line on rank 0, and write it to the log of every rank. Never raises."""
+        """Print a line to the console on rank 0, and write it to the log on every rank. Never raises."""
         with display_only():
             text = without_controls(text, colours=True)
-        with contextlib.suppress(OSError, ValueError):  # the terminal was closed, or nobody reads the pipe
+        with contextlib.suppress(OSError, ValueError):  # the terminal or the other end of the pipe may be closed
             if self._main and self._out is not None:
                 self._out.write(text + "\n")
                 self._out.flush()
-        with contextlib.suppress(OSError, ValueError):  # the disk is full
+        with contextlib.suppress(OSError, ValueError):  # the disk may be full
             print(text, flush=True)
 
     def alarm(self, text: str) -> None:
-        """Print to the real stderr at once, on any rank, also from a signal handler. Never raises."""
+        """Print to the original stderr immediately, on any rank. Never raises, even in a signal handler."""
         descriptor = 2 if self._original is None else self._original[1]
         with contextlib.suppress(OSError):
             os.write(descriptor, f"{text}\n".encode(errors="replace"))
 
 
 class Progress:
-    """Formats a line per logged update, and measures the speed over the updates since the previous line."""
+    """Formatter of the line for each logged update, which also measures the speed since the previous line."""
 
     def __init__(self, total: int, tokens_per_update: int) -> None:
-        self.data_seconds = 0.0  # of the current update: how long training waited for its batches
+        self.data_seconds = 0.0  # time for which the current update had to wait for its batches
         self._total = total
         self._tokens_per_update = tokens_per_update
         self._width = len(str(total))
@@ -134,21 +135,24 @@ class Progress:
         self._updates = 0
 
     def end_update(self) -> float:
-        """Record that an update has ended. Returns its seconds, without those that `exclude` left out."""
+        """Record the end of an update. Returns its duration in seconds, without the time that `exclude` excluded."""
         seconds = self.exclude()
         self._seconds += seconds
         self._updates += 1
         return seconds
 
     def exclude(self) -> float:
-        """Leave the time since the last call (of an evaluation, a save) out of the speed. Returns its seconds."""
+        """Exclude the time since the last call of `exclude` or `end_update` from the speed, for example after a save.
+
+        Returns that time in seconds.
+        """
         now = time.perf_counter()
         seconds = now - self._start
         self._start = now
         return seconds
 
     def line(self, state: TrainState, result: UpdateResult) -> str:
-        """Format update/total, loss, learning rate, gradient norm, tokens per second and remaining time."""
+        """Return a line with the update, loss, learning rate, gradient norm, tokens per second and remaining time."""
         speed = self._updates * self._tokens_per_update / max(self._seconds, 1e-9)
         remaining = (self._total - state.update) * self._tokens_per_update / max(speed, 1e-9)
         self._seconds = 0.0
@@ -161,7 +165,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds for people: 42s, 3m07s, 5h12m, 2d04h; "unknown" if they are not finite."""
+    """Format a duration as text such as 42s, 3m07s, 5h12m or 2d04h, or as "unknown" if it is not finite."""
     if not math.isfinite(seconds):
         return "unknown"
     whole = round(seconds)

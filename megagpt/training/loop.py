@@ -1,4 +1,4 @@
-"""`megagpt train`: the training loop. Start reading at `loop`."""
+"""The training loop (`megagpt train`). Start reading at `loop`."""
 
 from __future__ import annotations
 
@@ -56,17 +56,20 @@ def loop(run: Run, state: TrainState) -> int:
 
 
 def is_due(state: TrainState, every: int | None) -> bool:
-    """Return whether something that happens every `every` updates is due now; None means never."""
+    """Return whether an action that is repeated every `every` updates is due now. None means never."""
     return every is not None and state.update % every == 0
 
 
 def run_missed_validation(run: Run, state: TrainState) -> str | None:
-    """Run the validation that was due at this update if the previous process exited before running it.
+    """Run the validation that was due at this update if the previous process exited before completing it.
 
-    Returns the same as `validate`. Ignores the time limit, so that a short limit cannot interrupt it on every start.
+    The time limit is ignored, so that a short limit cannot interrupt the validation on every start.
+
+    Returns:
+        The same as `validate`.
 
     Raises:
-        UserError: Signals have interrupted this validation on several consecutive starts.
+        UserError: if this validation has been interrupted on several consecutive starts.
     """
     was_due = state.update == run.total or is_due(state, run.resolved.recipe.evaluation.every)
     missed = was_due and state.update > 0 and bool(run.validation) and not run.metrics.events_at_resume["validation"]
@@ -79,7 +82,7 @@ def run_missed_validation(run: Run, state: TrainState) -> str | None:
 
 
 def next_batches(run: Run, state: TrainState) -> list[Batch]:
-    """Return this rank's batches of the next update."""
+    """Return this rank's batches for the next update."""
     run.watch.enter(DATA, state.update + 1)
     start = time.perf_counter()
     batches = run.loader.batches(state.position)
@@ -88,14 +91,14 @@ def next_batches(run: Run, state: TrainState) -> list[Batch]:
 
 
 def train_step(run: Run, state: TrainState, batches: list[Batch]) -> UpdateResult:
-    """Make the next update, unless its loss is rejected between the forward passes and the optimizer step."""
+    """Run the next update. It is not applied if its loss is rejected or if its gradient is not finite."""
     update = state.update + 1
     run.watch.enter(PASSES, update)
     return run.engine.train_update(batches, run.health.accepts, lambda: run.watch.enter(STEP, update))
 
 
 def record_update(run: Run, state: TrainState, result: UpdateResult) -> None:
-    """Record an update in the metrics, and show it if a line is due."""
+    """Record an update in the metrics, and print a line about it if one is due."""
     seconds = run.progress.end_update()
     speed = result.tokens / seconds
     run.metrics.write(
@@ -123,8 +126,9 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
 
     Args:
         run: the run.
-        state: the present state.
-        last_chance: wait until an asynchronous save is finished, and raise SaveFailed if it failed.
+        state: the current state.
+        last_chance: whether this is the last save of the process. If so, wait until it is finished, and raise
+            SaveFailed if it failed.
     """
     run.watch.enter(SAVE, state.update)
     record_save(run, run.saver.finish())
@@ -133,15 +137,15 @@ def save(run: Run, state: TrainState, last_chance: bool) -> None:
 
 
 def record_save(run: Run, result: SaveResult | None, last_chance: bool = False) -> None:
-    """Record the result of a save, if there is one. Training continues after a failed save.
+    """Record the result of a save, if there is one. A failed save does not end training, except as described below.
 
     Args:
         run: the run.
-        result: what the saver returned; None if no save was finished.
-        last_chance: there will be no later save.
+        result: the result that the saver returned, or None if no save was finished.
+        last_chance: whether this is the last save of the process.
 
     Raises:
-        SaveFailed: The save failed, and was the last chance or one of too many consecutive failures.
+        SaveFailed: if the save failed and there is no later save, or if too many consecutive saves have failed.
     """
     if result is None:
         return
@@ -161,7 +165,10 @@ def record_save(run: Run, result: SaveResult | None, last_chance: bool = False) 
 
 
 def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly: Anomaly) -> TrainState:
-    """Retry, skip or roll back. A pending save is finished before a rollback, which may go back to it."""
+    """Retry, skip or roll back a bad update, and return the state to continue from.
+
+    A pending save is finished before a rollback, because the rollback may have to load that checkpoint.
+    """
     if anomaly.action is Action.ROLL_BACK:
         run.watch.enter(SAVE, state.update)
         record_save(run, run.saver.finish())
@@ -169,22 +176,23 @@ def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly
 
 
 def validate(run: Run, state: TrainState, ignore_time_limit: bool = False) -> str | None:
-    """Measure the loss on the validation text, and let the model continue the recipe's prompt.
+    """Measure the loss on the validation text, and print text that the model generates after the recipe's prompt.
+
+    If a stop is requested in the meantime, the validation is abandoned, and the next start of the run repeats it.
 
     Args:
         run: the run.
-        state: the present state.
-        ignore_time_limit: stop only for signals and the stop file.
+        state: the current state.
+        ignore_time_limit: whether only signals and the stop file can stop the validation.
 
     Returns:
-        Why to stop, if a stop was requested in the meantime: the validation is then abandoned, and the next start
-        runs it. Else None.
+        The reason for the stop if the validation was abandoned, or None if it was completed.
     """
     if not run.validation:
         return None
 
     def should_stop() -> bool:
-        run.watch.enter(EVALUATE, state.update)  # counts as progress
+        run.watch.enter(EVALUATE, state.update)  # entering a phase again counts as progress for the watchdog
         record_save(run, run.saver.advance())
         return run.stop_signals.agree(ignore_time_limit) is not None
 
@@ -210,7 +218,7 @@ def validate(run: Run, state: TrainState, ignore_time_limit: bool = False) -> st
 def show_validation(
     run: Run, state: TrainState, loss: float, bits_per_byte: float | None, by_source: dict[str, float]
 ) -> None:
-    """Show the validation loss, in total and per corpus if there are several."""
+    """Print the total validation loss, and the loss per corpus if there are several."""
     bits = f"  {bits_per_byte:.4f} bits per byte" if bits_per_byte is not None else ""
     run.console.say(
         f"{'validation':>11}  update {state.update}  loss {loss:7.4f}  perplexity {perplexity(loss):.2f}{bits}"
@@ -220,20 +228,22 @@ def show_validation(
 
 
 def show_sample(run: Run, state: TrainState) -> None:
-    """Show 40 tokens that the model generates after the recipe's prompt, if there is one. Collective."""
+    """Print 40 tokens that the model generates after the recipe's prompt, if there is one. Collective."""
     prompt, tokenizer = run.resolved.recipe.evaluation.prompt, run.resolved.recipe.data.tokenizer
     if prompt is None or tokenizer is None:
         return
     run.watch.enter(SAMPLE, state.update)
-    weights = {name: value for name, value in run.engine.weights() if run.rank.main}  # all ranks must gather them
+    # `weights` is collective, so all ranks must iterate over it.
+    weights = {name: value for name, value in run.engine.weights() if run.rank.main}
     if run.rank.main:
         text = generate.continue_line(weights, run.resolved.recipe.model, tokenizer, prompt)
         run.console.say(f"{'sample':>11}  {text}")
-    run.collectives.barrier()  # ranks that wait must do so in this phase: in the next they would be reported as hung
+    # Ranks must wait for rank 0 in this phase. In the next phase, the watchdog would report them as hung.
+    run.collectives.barrier()
 
 
 def stop_run(run: Run, state: TrainState, reason: str) -> int:
-    """Save a checkpoint if the present state is not saved yet, and show why training stops. Returns the exit code."""
+    """Save a checkpoint if the current state is not saved yet, and print why training stops. Returns the exit code."""
     run.watch.enter(SAVE, state.update)
     record_save(run, run.saver.finish())
     saved = run.rank.main and read_manifest(run.store.folder(state.update))[0] is not None
@@ -245,7 +255,7 @@ def stop_run(run: Run, state: TrainState, reason: str) -> int:
 
 
 def finish_run(run: Run, state: TrainState) -> int:
-    """Verify the last checkpoint, and then write the file DONE. Returns the exit code."""
+    """Verify the last checkpoint, and write the file DONE. Returns the exit code."""
     found, _ = run.store.newest_valid()
     if found is None or found.state != state:
         raise OSError(f"the last checkpoint, of update {state.update}, cannot be read back")
@@ -259,7 +269,7 @@ def finish_run(run: Run, state: TrainState) -> int:
 
 
 def show_time_breakdown(run: Run, state: TrainState) -> None:
-    """Show and record where the run's seconds went, over all its processes."""
+    """Print and record the time breakdown of the run over all its processes."""
     if run.rank.main:
         breakdown = metrics.time_breakdown(run.path)
         run.metrics.write("time", update=state.update, **breakdown.record())
@@ -268,7 +278,7 @@ def show_time_breakdown(run: Run, state: TrainState) -> None:
 
 
 def train(options: TrainOptions) -> int:
-    """Train a model. Called on every rank. Returns the exit code."""
+    """Train a model, and return the exit code. Must be called on every rank."""
     rank = from_environment(os.environ)
     try:
         preflight.check_world_size(rank, options.expect_world_size, preflight.ancestors())
@@ -278,7 +288,7 @@ def train(options: TrainOptions) -> int:
     except UserError as error:
         if rank.local_rank == 0 or isinstance(error, MachineError):
             raise
-        return EXIT_USER  # every rank of a host found the same mistake: it is reported once
+        return EXIT_USER  # all ranks of a host find the same mistake, and only one of them reports it
 
 
 def _train(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> int:
@@ -300,8 +310,10 @@ def _train(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> int:
                 run, state = built
                 code = loop(run, state)
                 status.end(code, run.stop_signals.reason or "")
-                run.collectives.barrier()  # srun and others end all ranks as soon as the first one exits with 75
-            run.engine.close()  # not after a failure: NCCL would wait for ranks that wait for this one
+                # Some launchers, such as srun, end all ranks as soon as the first one exits with code 75.
+                run.collectives.barrier()
+            # The engine is not closed after a failure, because NCCL would wait for ranks that wait for this one.
+            run.engine.close()
             return code
         except UserError as error:
             status.end(error.exit_code, str(error))
@@ -309,11 +321,11 @@ def _train(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> int:
         except Exception as error:
             traceback.print_exc()
             _report_failure(error, run, rank, console, status)
-            os._exit(EXIT_FAILURE)  # without exit handlers: they would wait for ranks that wait for this one
+            os._exit(EXIT_FAILURE)  # skips exit handlers, which would wait for ranks that wait for this one
 
 
 def _report_failure(error: Exception, run: Run | None, rank: Rank, console: Console, status: StatusFile) -> None:
-    """Report where training failed, and which ranks were dead by then: a rank that was killed cannot report itself."""
+    """Report where training failed, and which ranks have died. A rank that was killed cannot report this itself."""
     doing = run.watch.doing if run else "the start"
     cause = f"in {doing}: {type(error).__name__}: {error}{recovery.advice(error)}"
     status.end(EXIT_FAILURE, cause)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the event log of a run: one JSON object per line, losses with full float precision."""
+"""The event log of a run, metrics.jsonl, which contains one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from megagpt.files import open_to_append, parse_json, replace_text
 from megagpt.training import time_breakdown as times
 
 NAME = "metrics.jsonl"
-_SKIP_EVENTS = ("skip", "rollback")  # data that is left out for good, also if the run goes back behind these events
-_REPLAYABLE_EVENTS = ("checkpoint", *_SKIP_EVENTS)  # and updates
+# These events make the run skip data for good, even if it later goes back to an update before them.
+_SKIP_EVENTS = ("skip", "rollback")
+# All of these events are replayed, and so are the last updates.
+_REPLAYABLE_EVENTS = ("checkpoint", *_SKIP_EVENTS)
 _REPLAYED_KEYS = ("event", "update", "loss", "grad_norm", "position", "samples")
 
 
 class Metrics:
-    """Appends events to the log of a run. On ranks other than 0 (`main` is False) every method does nothing.
+    """Event log of a run. On ranks other than 0 (`main` is False), its methods do nothing.
 
-    Events that a full disk has no room for are kept in memory until the next event, so the log has no gap.
+    If the disk is full, events are kept in memory and written together with the next event, so the log has no gap.
 
     `replayable` holds the events from which `Health` rebuilds its state: checkpoints, skips, rollbacks and the last
-    `window` updates. `events_at_resume` counts, by kind, the logged events of the very update that the run resumes at.
-    Both are read by `truncate`.
+    `window` updates. `events_at_resume` counts, by kind, the logged events of the update at which the run resumes.
+    `truncate` sets both attributes.
 
     Args:
         run: the run directory.
         main: whether this is rank 0.
-        window: number of updates that `Health` looks back on.
+        window: number of recent updates with which `Health` compares an update.
     """
 
     def __init__(self, run: Path, main: bool, window: int) -> None:
@@ -45,12 +47,12 @@ class Metrics:
         self.events_at_resume: Counter[str] = Counter()
 
     def truncate(self, update: int) -> float:
-        """Drop the events after `update`, whose updates will be repeated, and open the log to append to it.
+        """Remove the events after `update`, because the run repeats these updates, and open the log for appending.
 
-        Skips and rollbacks are kept, because the data that they left out stays left out.
+        Skips and rollbacks are kept, because the run never uses the data that they skipped.
 
         Returns:
-            Seconds of training time that the dropped events took.
+            The training time in seconds that was spent on the removed events.
         """
         if not self._main:
             return 0.0
@@ -65,7 +67,7 @@ class Metrics:
         return lost_seconds
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event. It is handed to the operating system before this returns, unless the disk is full."""
+        """Append an event. Unless the disk is full, it is passed to the operating system immediately."""
         if self._file is None:
             return
         self._unwritten += json.dumps({"event": event, **values}).encode() + b"\n"
@@ -81,14 +83,14 @@ class Metrics:
 
 
 def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run in order. Ignores a last line that a crash cut short.
+    """Yield the events of a run in order. An incomplete last line, which a crash can cause, is ignored.
 
     Args:
         run: the run directory.
-        event: yield only events of this kind.
+        event: kind of the events to yield, or None for all events.
 
     Raises:
-        UserError: A line is not an event.
+        UserError: if a line is not an event.
     """
     with (run / NAME).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -99,12 +101,12 @@ def read(run: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
 
 
 def time_breakdown(run: Path) -> times.TimeBreakdown:
-    """Return where the run's seconds went, over all its processes."""
+    """Return the time breakdown of a run over all its processes."""
     return times.add_up(read(run))
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    """Return the event on a line. Raises UserError if there is none."""
+    """Return the event on a line. Raises UserError if the line is not an event."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -115,7 +117,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _select_replayable(records: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """Return the events that `Health` needs, with only the values that it needs."""
+    """Return the events from which `Health` rebuilds its state, reduced to the values that it needs."""
     updates = [record["update"] for record in records if record["event"] == "update"]
     first = updates[-window:][0] if updates else 0
     return [
@@ -126,7 +128,7 @@ def _select_replayable(records: list[dict[str, Any]], window: int) -> list[dict[
 
 
 def _truncate(path: Path, update: int) -> tuple[list[dict[str, Any]], float]:
-    """Truncate the log to `update`. Returns the events kept, and the seconds spent on those dropped."""
+    """Truncate the log to `update`. Returns the remaining events, and the seconds spent on the removed events."""
     records = list(read(path.parent))
     kept = [
         record

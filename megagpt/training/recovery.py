@@ -1,4 +1,4 @@
-"""Recover from bad updates: retry, skip the data, or roll back to a checkpoint. Also checks and advice for failures."""
+"""Recover from bad updates by a retry, a skip or a rollback, and check for other failures of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _MAX_INTERRUPTED_STARTS = 3
 
 
 def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly: Anomaly) -> TrainState:
-    """Do what the anomaly requires, and record and show it.
+    """Carry out the action of an anomaly, and record and print it.
 
     Args:
         run: the run.
         state: the state before the update.
-        result: the numbers of the update.
-        anomaly: what is wrong with it.
+        result: the result of the update.
+        anomaly: the anomaly of the update.
 
     Returns:
         The state to continue from.
 
     Raises:
-        FloatingPointError: Nothing is left to try.
+        FloatingPointError: if the run cannot recover.
     """
     samples = run.loader.positions_used(state.position)
     last = state.position + samples - 1
@@ -44,8 +44,8 @@ def handle_bad_update(run: Run, state: TrainState, result: UpdateResult, anomaly
 
 
 def _retry(run: Run, state: TrainState, result: UpdateResult, what: str) -> TrainState:
-    """Repeat the update with the same data: fp16's gradient overflowed, and DeepSpeed has lowered the loss scale."""
-    assert result.scale is not None  # without a loss scale nothing overflows
+    """Repeat the update with the same data after an fp16 overflow, for which DeepSpeed has lowered the loss scale."""
+    assert result.scale is not None  # an overflow is only possible with a loss scale
     scale, minimum = result.scale.value, result.scale.minimum
     values = {"position": state.position, "loss_scale": scale}
     run.metrics.write("overflow", update=state.update, **values, seconds=run.progress.exclude())
@@ -59,9 +59,10 @@ def _retry(run: Run, state: TrainState, result: UpdateResult, what: str) -> Trai
 
 
 def _roll_back(run: Run, state: TrainState, reason: str, what: str) -> TrainState:
-    """Go back to the newest valid checkpoint, and leave out the data of the bad update.
+    """Go back to the newest valid checkpoint, and skip the data of the bad update.
 
-    The second time, all data since that checkpoint is left out, because the same path would fail the same way.
+    From the second rollback to the same checkpoint on, all data since that checkpoint is skipped, because skipping only
+    the data of the bad update did not help.
     """
     checkpoint, _ = run.store.newest_valid()
     if checkpoint is None:
@@ -85,7 +86,7 @@ def _roll_back(run: Run, state: TrainState, reason: str, what: str) -> TrainStat
 
 
 def advice(error: Exception) -> str:
-    """Return what to try if a device, or the host memory that it transfers from, is out of memory; else ""."""
+    """Return advice if the error means that a device or its pinned host memory is out of memory, or "" otherwise."""
     if "out of memory" not in str(error):
         return ""
     return (
@@ -96,14 +97,14 @@ def advice(error: Exception) -> str:
 
 
 def refuse_repeated_interruption(run: Run, state: TrainState, reason: str) -> None:
-    """Raise UserError if several consecutive starts got no further than part of the same evaluation.
+    """Raise UserError if several consecutive starts were interrupted during the same evaluation.
 
     Otherwise the job would be requeued (exit code 75) forever.
 
     Args:
         run: the run.
         state: the state at which the evaluation is due.
-        reason: what interrupted it this time.
+        reason: reason for the current interruption.
     """
     if run.collectives.any(run.metrics.events_at_resume["validation_left"] >= _MAX_INTERRUPTED_STARTS):
         raise UserError(
@@ -114,7 +115,7 @@ def refuse_repeated_interruption(run: Run, state: TrainState, reason: str) -> No
 
 
 def compare_replicas(run: Run, state: TrainState) -> None:
-    """Check that ranks that should hold the same weights do. Raises RuntimeError naming the weights and the ranks."""
+    """Check that all replicas of each weight are equal. Raises RuntimeError that names the weights and ranks if not."""
     if lines := run.engine.replicas_differ():
         run.metrics.write("replicas_differ", update=state.update, weights=lines)
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Set up a training run: build its parts from recipe and DeepSpeed config, and load the checkpoint to resume from."""
+"""Set up a training run from its recipe and DeepSpeed config, and load the checkpoint from which it resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `megagpt train`; see `megagpt train --help`."""
+    """Command-line options of `megagpt train`, which `megagpt train --help` describes."""
 
     recipe: Path
     deepspeed_config: Path
@@ -53,13 +53,13 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a training run on this rank."""
+    """All components of a training run on this rank."""
 
     path: Path
     rank: Rank
     resolved: Resolved
     total: int
-    """Number of updates at the end of the run."""
+    """Number of updates of the whole run."""
     loader: Loader
     validation: tuple[EvaluationBatches, ...]
     engine: Engine
@@ -75,14 +75,14 @@ class Run:
     stop_signals: StopSignals
     flops_per_token: float
     peak_flops: float | None
-    """FLOP/s of all devices together; None if unknown."""
+    """Sum of the peak FLOP/s of all devices, or None if unknown."""
     peak_memory: Callable[[], int | None]
-    """Returns the most memory that this rank's device has used so far, in bytes; None on a CPU."""
+    """Function that returns the peak memory of this rank's device so far in bytes, or None on a CPU."""
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run is built from, before its engine exists. `facts` is what its checkpoints record."""
+    """Inputs from which a run is built. `facts` holds the values that its checkpoints record besides the state."""
 
     rank: Rank
     resolved: Resolved
@@ -97,7 +97,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Start:
-    """How a run starts: its state, the event in metrics.jsonl, and the notes to show."""
+    """Start of a run, with its initial state, the event for metrics.jsonl, and the notes to print."""
 
     state: TrainState
     event: str
@@ -112,21 +112,21 @@ def build_run(
     alarm: Callable[[str], None],
     stack: ExitStack,
 ) -> tuple[Run, TrainState] | None:
-    """Build the parts of a run, and load the checkpoint that it resumes from. Collective.
+    """Build the components of a run, and load the checkpoint from which it resumes. Collective.
 
     Args:
-        options: options of the command.
+        options: the command-line options.
         rank: this rank.
         recipe: the recipe, with overrides applied.
         console: an open console.
-        alarm: called with a message before the watchdog ends the process because of a hang.
-        stack: closes what this opens: signal handlers, threads and files.
+        alarm: function that is called with a message before the watchdog ends the process because of a hang.
+        stack: exit stack that closes the files, threads and signal handlers of the run.
 
     Returns:
-        The run and the state to train from, or None if the run is already complete.
+        The run and the state to continue from, or None if the run is already complete.
 
     Raises:
-        UserError: Recipe, config, data, or the run directory do not fit together.
+        UserError: if the recipe, the config, the data or the run directory is invalid or does not fit the others.
     """
     from megagpt.engine import build
 
@@ -174,7 +174,7 @@ def _put_together(
     metrics: Metrics,
     watch: Watch,
 ) -> Run:
-    """Build the remaining parts; nothing is opened or started."""
+    """Build the remaining components and return the run. No file is opened and no thread is started."""
     from megagpt.engine import devices
 
     recipe, rank = inputs.resolved.recipe, inputs.rank
@@ -211,7 +211,7 @@ def _put_together(
 
 
 def _load_inputs(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> _Inputs:
-    """Resolve recipe and config, open the data and join the process group."""
+    """Resolve the recipe and the config, open the data, and join the process group."""
     from megagpt.engine import deepspeed_keys, init_deepspeed
 
     resolved = ds_config.load(
@@ -228,7 +228,7 @@ def _load_inputs(options: TrainOptions, rank: Rank, recipe: recipes.Recipe) -> _
 
 
 def update_of_done(run: Path) -> int:
-    """Return the update at which the run was completed, or 0 if it is not complete."""
+    """Return the update at which the run was completed, or 0 if the run is not complete."""
     try:
         return int(files.parse_json((run / DONE).read_text())["update"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -236,7 +236,10 @@ def update_of_done(run: Path) -> int:
 
 
 def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[blend.SourceUsage]:
-    """How much of each corpus the run reads. Raises UserError if it repeats one more often than the recipe allows."""
+    """Return how much of each corpus the run uses.
+
+    Raises UserError if the run repeats a corpus more often than the recipe allows.
+    """
     samples = total * recipe.batch.global_size
     usage = blend.source_usage(loader.sampler, recipe.data.train, samples)
     blend.check_max_epochs(usage, recipe.data.train, samples, recipe.batch.global_size, recipe.location)
@@ -244,7 +247,7 @@ def _source_usage(recipe: recipes.Recipe, loader: Loader, total: int) -> list[bl
 
 
 def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[preflight.RankLocation], list[str]]:
-    """Compare the ranks' hosts, recipes and versions. Returns the host of each rank, and notes on differences."""
+    """Compare the hosts, recipes and versions of all ranks. Returns the host of each rank, and notes on differences."""
     mine = preflight.describe_rank(
         _must_be_same(inputs.facts), env_forwarding.forwarded_variables(os.environ), preflight.ancestors()
     )
@@ -256,7 +259,7 @@ def _compare_ranks(options: TrainOptions, inputs: _Inputs) -> tuple[list[preflig
 def _find_checkpoint(
     options: TrainOptions, inputs: _Inputs, store: checkpoint.Store
 ) -> tuple[checkpoint.Checkpoint | None, bool, list[str]]:
-    """Return the checkpoint to start from, whether it is another run's, and a line per damaged one."""
+    """Return the checkpoint to start from, whether it belongs to another run, and a line per damaged checkpoint."""
     recipe = inputs.resolved.recipe
     found, damaged = resume.find_checkpoint(store, options.resume)
     branched = found is None and recipe.init_from is not None
@@ -269,7 +272,7 @@ def _find_checkpoint(
 
 
 def _is_complete(inputs: _Inputs, found: checkpoint.Checkpoint) -> bool:
-    """Return whether the run has reached its length and has a DONE file that records it. Collective."""
+    """Return whether the run has reached its length and has a DONE file that confirms it. Collective."""
     if found.state.update < inputs.total:
         return False
     done = inputs.rank.main and update_of_done(Path(inputs.resolved.recipe.run_dir)) >= found.state.update
@@ -289,7 +292,7 @@ def _how_it_starts(
 
 
 def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatches, ...]]:
-    """Return this rank's training batches, and its part of the validation batches."""
+    """Return the loader of this rank's training batches, and this rank's validation batches per corpus."""
     from megagpt.engine import deepspeed_ops
 
     recipe, layout = resolved.recipe, resolved.layout
@@ -318,14 +321,14 @@ def _data(resolved: Resolved, rank: Rank) -> tuple[Loader, tuple[EvaluationBatch
 
 
 def _with_document_end(resolved: Resolved, loader: Loader) -> Resolved:
-    """Return the recipe with the end-of-document token, which the corpora record."""
+    """Return the resolved config with `data.eod` set to the id of the end-of-document token of the corpora."""
     recipe = resolved.recipe
     data = recipe.data.model_copy(update={"eod": loader.document_end(recipe.data.eod)})
     return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
 def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
-    """What a checkpoint records besides the state: enough to decide whether a resume is the same run."""
+    """Return the values that a checkpoint records besides the state, by which a resumed run is compared with it."""
     return {
         "recipe": resolved.recipe.model_dump(mode="json"),
         "deepspeed": resolved.config,
@@ -336,7 +339,7 @@ def _facts(resolved: Resolved, loader: Loader) -> dict[str, Any]:
 
 
 def _must_be_same(facts: dict[str, Any]) -> dict[str, str]:
-    """What must be the same on every rank; long values as checksums."""
+    """Return values that must be the same on every rank. Long values are replaced by checksums."""
     long = {"recipe": facts["recipe"], "DeepSpeed config": facts["deepspeed"], "data": facts["data"]}
     checksums = {name: resume.fingerprint(value) for name, value in long.items()}
     return {**checksums, "Python": platform.python_version(), **facts["versions"]}
@@ -346,7 +349,7 @@ def _write_configs(run: Run) -> None:
     """Write the resolved recipe and DeepSpeed config into the run directory."""
     if not run.rank.main:
         return
-    (run.path / DONE).unlink(missing_ok=True)  # of a shorter length, which this run continues
+    (run.path / DONE).unlink(missing_ok=True)  # the run may have been complete before its length was increased
     files.replace_text(run.path / "recipe.yaml", recipes.to_yaml(run.resolved.recipe))
     files.replace_text(run.path / "deepspeed.json", json.dumps(run.resolved.config, indent=2) + "\n")
 
@@ -359,7 +362,7 @@ def _record_start(run: Run, begin: _Start, lost_seconds: float) -> None:
 
 
 def _show_start(run: Run, inputs: _Inputs, begin: _Start) -> None:
-    """Show what is about to be trained in a few lines."""
+    """Print a few lines that describe the run."""
     say = run.console.say
     with display_only():
         for line in _describe(run, inputs.device):
@@ -384,7 +387,7 @@ def _show_start(run: Run, inputs: _Inputs, begin: _Start) -> None:
 
 
 def _describe(run: Run, device: str) -> list[str]:
-    """Describe run directory, model, data, layout and length, one line each."""
+    """Return the lines that describe the run directory, model, data, layout and length."""
     recipe, layout = run.resolved.recipe, run.resolved.layout
     model = recipe.model
     samples_per_epoch = run.loader.sampler.samples_per_epoch

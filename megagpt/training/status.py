@@ -1,8 +1,8 @@
-"""Status of a run, read from the files it leaves: launchers lose exit codes, and some lose the ranks themselves.
+"""Status of a run, recorded in files, because launchers may lose the exit codes of ranks and even the ranks themselves.
 
 Rank 0 writes `status.json` when it starts and when it ends. In between, its heartbeat (training/watchdog.py) shows
-that it is alive. A job script may write the file first: `megagpt mark-starting RUN PID` announces that process PID
-is about to start the ranks.
+that it is alive. A job script may write the file even earlier. It calls `megagpt mark-starting RUN PID` to announce
+that process PID is about to start the ranks.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from megagpt.cluster import TIME_LIMIT, Rank
 from megagpt.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EXIT_RUNNING, UserError
 
 FILE = "status.json"
-DONE = "DONE"  # written only after the last checkpoint was read back
-STOP_FILE = "STOP"  # a file of this name in the run directory requests a stop
-_HEARTBEAT_TIMEOUT = 60.0  # seconds; heartbeats are written every second, so after this long the process is gone
-_LABELS = {"requeue": "stopped"}  # `requeue` is for job scripts; a person may have pressed Ctrl-C
+# A file with this name marks a run as complete. It is written after the last checkpoint has been verified.
+DONE = "DONE"
+# A file with this name in the run directory requests a stop.
+STOP_FILE = "STOP"
+# Seconds without a heartbeat after which rank 0 is presumed dead. Heartbeats are written every second.
+_HEARTBEAT_TIMEOUT = 60.0
+# Names of states in console output. `requeue` is meant for job scripts, but a user may also have pressed Ctrl-C.
+_LABELS = {"requeue": "stopped"}
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """Status of a run.
 
-    `state` is done, running, requeue (stopped and saved) or failed. `code` is the exit code that means the same. `why`
-    is an explanation for people.
+    `state` is "done", "running", "requeue" (stopped and saved) or "failed". `code` is the exit code that corresponds to
+    the state. `why` is an explanation for users.
     """
 
     state: str
@@ -42,19 +46,19 @@ class RunStatus:
 
 
 class StatusFile:
-    """The status file, in which rank 0 records its start and its end. Does nothing on other ranks.
+    """Status file in which rank 0 records its start and its end. On other ranks, the methods do nothing.
 
-    Errors of the disk are ignored: a full disk must not stop a run here.
+    Errors when writing the file are ignored, because a full disk must not end the run at this point.
     """
 
     def __init__(self, run: Path, rank: Rank) -> None:
         self._run = run if rank.main else None
 
     def start(self) -> None:
-        """Record that the run is running.
+        """Record that the run has started.
 
-        A stop file that already exists was meant for an earlier start and is removed, unless a job script has
-        announced this start: then the stop may have been requested since.
+        A stop file that already exists was meant for an earlier start and is removed. It is not removed if a job script
+        has announced this start, because the stop may have been requested after the announcement.
         """
         if self._run is None:
             return
@@ -64,11 +68,11 @@ class StatusFile:
         self._write(state="running")
 
     def end(self, code: int, why: str = "") -> None:
-        """Record that training ended.
+        """Record that training has ended.
 
         Args:
             code: exit code of the process.
-            why: what stopped it, or the error.
+            why: reason for the stop, or the error message.
         """
         self._write(state={EXIT_DONE: "done", EXIT_REQUEUE: "requeue"}.get(code, "failed"), code=code, why=why)
 
@@ -79,15 +83,17 @@ class StatusFile:
 
 
 def mark_starting(run: Path, pid: int) -> None:
-    """Record that process `pid` is about to start the ranks of the run. From now on the run counts as running."""
+    """Record that process `pid` is about to start the ranks of the run. The run then counts as running."""
     _write(run / FILE, pid, state="starting")
 
 
 def read(run: Path) -> RunStatus:
-    """Return the status of a run. A live process counts first, then the file DONE, then what `status.json` records.
+    """Return the status of a run.
+
+    If a process of the run is alive, the run is running. Otherwise the file DONE takes precedence over `status.json`.
 
     Raises:
-        UserError: There is no run directory.
+        UserError: if there is no run directory.
     """
     if not run.is_dir():
         raise UserError(f"there is no run directory {run}", str(run), "give the run_dir of the recipe")
@@ -110,10 +116,11 @@ def read(run: Path) -> RunStatus:
 
 
 def _sign_of_life(run: Path, record: dict[str, str]) -> str:
-    """Describe what shows that rank 0 is alive, or return "" if nothing does."""
+    """Return a description of what rank 0 was doing when it was last seen alive, or "" if it is presumed dead."""
     heartbeat = run / "logs/rank-0.heartbeat"
     beaten_at, started_at = _modified(heartbeat), _modified(run / FILE)
-    if beaten_at < started_at:  # no heartbeat yet, or one of an earlier process: rank 0 is loading and building
+    # If there is no heartbeat, or only one of an earlier process, rank 0 may still be loading data and building.
+    if beaten_at < started_at:
         since, timeout = started_at, TIME_LIMIT.total_seconds()
     else:
         since, timeout = beaten_at, _HEARTBEAT_TIMEOUT
@@ -133,7 +140,7 @@ def _write(path: Path, pid: int, **values: str | int) -> None:
 
 
 def _modified(path: Path) -> float:
-    """Return when a file was last written, in seconds of `time.time`, or 0 if it does not exist."""
+    """Return the time at which a file was last written, in seconds since the epoch, or 0 if there is no such file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -141,7 +148,7 @@ def _modified(path: Path) -> float:
 
 
 def _read_json(path: Path) -> dict[str, str]:
-    """Return the JSON object in a file, or an empty one if the file is missing or damaged."""
+    """Return the JSON object in a file, or an empty dictionary if the file is missing or damaged."""
     try:
         return dict(files.parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Stop a run early: signals, the time limit and `megagpt stop`, agreed by all ranks after the same update."""
+"""Stop a run early because of a signal, the time limit or `megagpt stop`. All ranks stop after the same update."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from megagpt import files
 from megagpt.training import status
 from megagpt.training.status import STOP_FILE, RunStatus
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: the terminal was closed
-_SAME_REQUEST = 5.0  # seconds: one Ctrl-C reaches a rank from the terminal and again from its launcher
+# Signals that request a stop. The system sends SIGHUP when the terminal is closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Seconds after the first signal during which further signals are ignored. A single Ctrl-C reaches a rank twice, once
+# from the terminal and once from the launcher.
+_SAME_REQUEST = 5.0
 
 
 class StopSignals:
-    """Records requests to stop on this rank, and agrees on them with the other ranks.
+    """Context manager that records requests to stop on this rank, and exchanges them with the other ranks.
 
-    A context manager: signal handlers are installed between entry and exit. SIGHUP stays ignored under nohup. The
-    first signal is only recorded. A second one, later than a launcher's repetition of the first, ends the process at
-    once.
+    Signal handlers are installed between entry and exit. Under nohup, SIGHUP stays ignored. The first signal is only
+    recorded. Further signals within a few seconds are ignored, because a launcher may repeat the first signal. Any
+    later signal ends the process immediately.
 
     Args:
-        max_minutes: time limit, counted from construction; None for no limit.
-        any_rank: collective that returns whether its argument is true on at least one rank.
-        stop_file: file that requests a stop; on rank 0 only. It may already exist: a job script can create it while
-            the ranks are still starting.
-        notify: called with a message when the first signal arrives, from within the signal handler.
+        max_minutes: time limit in minutes, counted from construction, or None for no limit.
+        any_rank: collective function that returns whether its argument is true on at least one rank.
+        stop_file: file that requests a stop, or None on ranks other than 0. It may already exist, because a job script
+            can create it while the ranks are still starting.
+        notify: function that the signal handler calls with a message when the first signal arrives.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class StopSignals:
         self._stop_file = stop_file
         self._notify = notify
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
-        self._request: str | None = None  # what has requested a stop on this rank
+        self._request: str | None = None  # the source of the first request to stop on this rank
         self._signaled_at: float | None = None
         self._previous_handlers: dict[signal.Signals, object] = {}
 
@@ -57,7 +60,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the signal handlers, and remove the stop file so that it does not stop the next start."""
+        """Restore the signal handlers, and remove the stop file, so that it does not stop the next start of the run."""
         if self._stop_file is not None:
             self._stop_file.unlink(missing_ok=True)
         for number, handler in self._previous_handlers.items():
@@ -65,13 +68,14 @@ class StopSignals:
         self._previous_handlers = {}
 
     def agree(self, ignore_time_limit: bool = False) -> str | None:
-        """Return why to stop, or None to continue; a reason on every rank if there is one on any. Collective.
+        """Return whether a stop has been requested on any rank. Collective.
 
         Args:
-            ignore_time_limit: consider only signals and the stop file.
+            ignore_time_limit: whether to consider only signals and the stop file.
 
         Returns:
-            The reason, as text for the console. It stays available as `reason`.
+            The reason to stop, as text for the console, or None to continue. If there is a reason on any rank, every
+            rank gets one. The reason is also stored in the attribute `reason`.
         """
         if self._request is None:
             self._request = self._find_request(ignore_time_limit)
@@ -103,18 +107,20 @@ class StopSignals:
 
 
 def stop(run: Path) -> RunStatus:
-    """Request that a running training saves and stops, by creating its stop file (`megagpt stop`).
+    """Request that a run saves and stops, by creating its stop file (`megagpt stop`).
+
+    If the run is not running, no stop file is left behind, so that the next start is not stopped.
 
     Returns:
-        The run's status. If the run is not running, no stop file is left, so its next start is not stopped.
+        The status of the run.
 
     Raises:
-        UserError: There is no such run directory.
+        UserError: if there is no such run directory.
     """
     found = status.read(run)
     if found.state == "running":
         files.replace_text(run / STOP_FILE, "")
-        found = status.read(run)  # the run may have ended in the meantime, with or without having seen the file
+        found = status.read(run)  # the run may have ended in the meantime, with or without detecting the file
     if found.state != "running":
         (run / STOP_FILE).unlink(missing_ok=True)
     return found

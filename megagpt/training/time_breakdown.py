@@ -1,4 +1,4 @@
-"""Time breakdown of a run: where its seconds went, from its metrics alone, over all its processes."""
+"""Time breakdown of a run over all its processes, computed from its metrics alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any
 
 from megagpt.training.console import duration
 
-_RECORDED_AS = {"startup": "restart", "lost_work": "lost"}  # names in metrics.jsonl, where they differ
+_RECORDED_AS = {"startup": "restart", "lost_work": "lost"}  # names in metrics.jsonl that differ from the attributes
 
 
 @dataclass(frozen=True)
 class TimeBreakdown:
-    """Seconds of a run by purpose, on rank 0. The time between two processes of the run is not included.
+    """Seconds that a run has spent on each purpose, on rank 0. Time between processes of the run is not included.
 
-    `data`: waiting for batches. `compute`: the rest of each update. `save`: training was blocked by a checkpoint.
-    `evaluate`: validations and samples. `startup`: from the start of each process to its first update. `lost_work`:
-    updates, saves and evaluations that a restart or rollback discarded, and the rollbacks themselves.
+    Attributes:
+        data: time of waiting for batches.
+        compute: time of updates, except for waiting for batches.
+        save: time for which checkpoints have blocked training.
+        evaluate: time of validations and samples.
+        startup: time from the start of each process to its first update.
+        lost_work: time of updates, saves and evaluations that a restart or rollback discarded, of updates that were not
+            applied, and of rollbacks themselves.
     """
 
     data: float = 0.0
@@ -32,16 +37,16 @@ class TimeBreakdown:
 
     @property
     def total(self) -> float:
-        """All seconds together."""
+        """Sum of all parts in seconds."""
         return float(sum(asdict(self).values()))
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Each part as a fraction of the total; they sum to 1."""
+        """Each part as a fraction of the total. The fractions sum to 1, unless the total is 0."""
         return {name: seconds / self.total if self.total else 0.0 for name, seconds in asdict(self).items()}
 
     def record(self) -> dict[str, dict[str, float]]:
-        """Return the values of the event `time` in metrics.jsonl."""
+        """Return the values of the `time` event for metrics.jsonl."""
         return {
             key: {_RECORDED_AS.get(name, name): value for name, value in values.items()}
             for key, values in (("spent", asdict(self)), ("shares", self.fractions))
@@ -58,13 +63,16 @@ class TimeBreakdown:
 
 
 def process_age() -> float:
-    """Return the seconds since this process was started, including all its imports (proc(5): field 22 of stat)."""
+    """Return the seconds since this process was started, including the time of all imports.
+
+    The start time of the process is field 22 of /proc/self/stat (see proc(5)).
+    """
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def add_up(events: Iterable[Mapping[str, Any]]) -> TimeBreakdown:
-    """Return the sum over the events of metrics.jsonl."""
+    """Return the total time breakdown of the given events of metrics.jsonl."""
     return sum(map(_of_event, events), TimeBreakdown())
 
 

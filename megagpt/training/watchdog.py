@@ -1,11 +1,11 @@
-"""Watchdog: detects a rank that hangs, and names ranks that have died.
+"""Watchdog that detects ranks that hang and reports ranks that have died.
 
 Each rank records its current phase in logs/rank-N.heartbeat, and a thread compares the duration of the phase with a
-limit. When a rank makes no progress for too long, the rank that notices first names the rank that is furthest behind
-and the hosts that do not answer, has every rank write its stacks to its log, and exits. The launcher then ends the
-other ranks. The first updates may compile kernels for minutes, so a rank without progress there is named as early as
-in other updates, but ended later. A rank that dies makes the collectives of the others fail: training/loop.py catches
-that error, and `Watch.gone` finds from the heartbeats which ranks have died.
+limit. The first rank that exceeds the limit reports which rank is furthest behind and which hosts do not answer. It
+requests all ranks to write their stacks to their logs, and exits. The launcher then ends the other ranks. In the first
+updates, which may compile kernels for minutes, a hang is reported as early as in other updates, but the rank exits
+later. When a rank dies, the collectives of the other ranks fail. training/loop.py catches that error, and `Watch.gone`
+determines from the heartbeats which ranks have died.
 """
 
 from __future__ import annotations
@@ -28,30 +28,36 @@ from megagpt.cluster.preflight import RankLocation
 from megagpt.errors import EXIT_FAILURE
 from megagpt.files import parse_json
 
-DATA, PASSES, STEP = "data", "forward/backward", "step"  # the last backward pass belongs to the step
+# Phases of an update. The phase STEP includes the last backward pass.
+DATA, PASSES, STEP = "data", "forward/backward", "step"
 EVALUATE, SAVE, SAMPLE = "evaluate", "save", "sample"
-_EXEMPT = 2  # first updates, which may compile kernels and therefore have the longer limit
-_GONE = 3.0  # seconds without a heartbeat after which a rank counts as dead; heartbeats are written every second
-_REQUEST_SECONDS = 2.5  # until all ranks have noticed the request; they check once per second
-_REQUEST = "stacks-requested"  # file in the log folder; when it changes, each rank writes its stacks to its log
-_LONGER = 10  # multiplier of the limit for phases that may legitimately be slow (saving, sampling, first use)
+# Number of first updates with a longer limit, because they may compile kernels.
+_EXEMPT = 2
+# Seconds without a heartbeat after which a rank counts as dead. Heartbeats are written every second.
+_GONE = 3.0
+# Seconds to wait until all ranks have written their stacks. Each rank checks for the request once per second.
+_REQUEST_SECONDS = 2.5
+# File in the log folder with which a rank requests the stacks. When the file changes, each rank writes its stacks.
+_REQUEST = "stacks-requested"
+# Factor of the limit for phases that may legitimately be slow (saving, sampling, and the first use of a kernel).
+_LONGER = 10
 
 
 class Watch:
-    """Records the phase of this rank, and ends the process when a phase lasts too long.
+    """Watchdog of this rank, which records the current phase and ends the process if the phase lasts too long.
 
-    The limit is max(`seconds`, 5 × the median of the phase's last 50 durations). For a save, a sample, the first
-    updates and the first batch of an evaluation it is at least ten times `seconds`. Building has no limit. An
-    evaluation enters its phase again for each batch. In the first updates, a phase that lasts longer than
-    max(`seconds`, 5 × the longest phase before it) is reported once, and the rank continues to wait.
+    The limit is max(`seconds`, 5 × the median of the last 50 durations of the phase). For a save, a sample, the first
+    updates and the first batch of an evaluation, the limit is at least ten times `seconds`. There is no limit before
+    the first forward pass. An evaluation enters its phase again for each batch. If a phase of the first updates lasts
+    longer than max(`seconds`, 5 × the longest earlier phase), this is reported once, and the rank continues to wait.
 
     Args:
-        folder: where heartbeats and logs of the run's ranks are.
+        folder: folder with the heartbeats and logs of all ranks.
         rank: this rank.
         hosts: the host of each rank.
-        seconds: lower bound of the limit, in seconds.
-        alarm: called with a message before this rank is ended.
-        warn: called with a message while this rank continues to wait.
+        seconds: lower bound of the limit in seconds.
+        alarm: function that is called with a message before the process is ended.
+        warn: function that is called with a message if the rank continues to wait.
     """
 
     def __init__(
@@ -81,21 +87,21 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        """Start to watch."""
+        """Start the thread of the watchdog."""
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching, and remove this rank's heartbeat."""
+        """Stop the thread of the watchdog, and remove this rank's heartbeat file."""
         self._end.set()
         self._thread.join()
         with contextlib.suppress(OSError):
             self._file(self._rank).unlink()
 
     def enter(self, phase: str, update: int) -> None:
-        """Record that this rank begins a phase of an update, which counts as progress."""
+        """Record that this rank enters a phase of an update. Each call counts as progress."""
         now = time.monotonic()
         self._durations[self._phase].append(now - self._since)
         self._longest = max(self._longest, now - self._since)
@@ -104,13 +110,13 @@ class Watch:
 
     @property
     def doing(self) -> str:
-        """The phase that this rank is in."""
+        """Description of the phase that this rank is in."""
         return f"{self._phase} of update {self._update}"
 
     def gone(self) -> list[str]:
-        """Return a line for each host that does not answer, and each rank that has died.
+        """Return a line for each host that does not answer and for each rank that has died.
 
-        Waits some seconds first, because the last heartbeat of a rank that has just died is still recent.
+        This first waits for a few seconds, because the last heartbeat of a rank that has just died is still recent.
         """
         time.sleep(_GONE + 1)
         return [*self._unanswering(), *(line for line, silent in self._beats(_GONE) if silent)]
@@ -130,7 +136,7 @@ class Watch:
                 return
 
     def _write_heartbeat(self, text: str) -> None:
-        """Replace this rank's heartbeat in one step: another rank that reads it must not find an empty file."""
+        """Replace this rank's heartbeat file atomically, so that other ranks never read an empty file."""
         path = self._file(self._rank)
         temporary = path.with_name(f"{path.name}.new")
         temporary.write_text(text)
@@ -138,13 +144,13 @@ class Watch:
 
     def _limit(self) -> float:
         measured = list(self._durations[self._phase])
-        # before anything is measured, as in the first batch of an evaluation, kernels may still be compiled
+        # A phase without earlier durations, such as the first batch of an evaluation, may still compile kernels.
         quick = measured and self._updates_seen > _EXEMPT and self._phase in (DATA, PASSES, STEP, EVALUATE)
         least = self._seconds if quick else _LONGER * self._seconds
         return max(least, 5 * statistics.median(measured)) if measured else least
 
     def _is_first(self) -> bool:
-        """Whether this rank is in one of the first updates, whose limit is longer."""
+        """Return whether this rank is in one of the first updates, which have a longer limit."""
         return self._updates_seen <= _EXEMPT and self._phase in (DATA, PASSES, STEP)
 
     def _give_up(self, lasted: float) -> None:
@@ -154,7 +160,7 @@ class Watch:
         os._exit(EXIT_FAILURE)
 
     def _report_early(self, lasted: float) -> None:
-        """Report a hang in the first updates, unless another rank already has. All ranks write their stacks."""
+        """Report a hang in the first updates, unless another rank has already done so, and request all stacks."""
         self._warned = True
         if self._stacks_requested():
             return
@@ -165,7 +171,7 @@ class Watch:
         )
 
     def _findings(self, lasted: float) -> str:
-        """Describe which rank makes no progress, in which phase, and the state of the other ranks and hosts."""
+        """Return a message about the phase in which this rank hangs, and about the state of all ranks and hosts."""
         lines = [*self._unanswering(), *(line for line, _ in self._beats(self._seconds / 2))]
         return (
             f"megagpt: {self._called(self._rank)} has made no progress for {lasted:.0f} s, "
@@ -173,20 +179,20 @@ class Watch:
         )
 
     def _request_stacks(self) -> None:
-        """Write this rank's stacks to its log, and request the same of all ranks that share the run directory."""
+        """Write this rank's stacks to its log, and request the stacks of all ranks that share the run directory."""
         with contextlib.suppress(OSError):
             (self._folder / _REQUEST).write_text(f"{self._called(self._rank)}, {self.doing}\n")
         self._write_stacks()
 
     def _stacks_requested(self) -> bool:
-        """Whether any rank has requested stacks since this rank last wrote them."""
+        """Return whether any rank has requested stacks since this rank last wrote its own."""
         with contextlib.suppress(OSError):
             return (self._folder / _REQUEST).stat().st_mtime > self._stacks_written_at
         return False
 
     def _write_requested_stacks(self) -> None:
         if self._stacks_requested():
-            self._warned |= self._is_first()  # the rank that requested them reports
+            self._warned |= self._is_first()  # the rank that requested the stacks reports the hang
             self._write_stacks()
 
     def _write_stacks(self) -> None:
@@ -209,9 +215,10 @@ class Watch:
         ]
 
     def _beats(self, seconds: float) -> list[tuple[str, bool]]:
-        """Return a line per rank, and whether its last heartbeat is older than `seconds`.
+        """Return a line for each rank, and whether its last heartbeat is older than `seconds`.
 
-        The rank that is furthest behind comes first. Ranks whose heartbeats are on another disk are left out.
+        Silent ranks come first, and then the rank that is furthest behind. Ranks whose heartbeats cannot be read, for
+        example because they are on another disk, are omitted.
         """
         rows = []
         for rank in range(len(self._hosts)):

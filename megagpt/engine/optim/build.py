@@ -41,7 +41,7 @@ def build(section: OptimizerSection, model: nn.Module, *, on_gpu: bool) -> torch
     groups = _parameter_groups(section, model)
     adamw: dict[str, Any] = {"betas": tuple(section.betas), "eps": section.eps}
     if section.type == "muon":
-        assert section.muon_momentum is not None  # checked with the recipe
+        assert section.muon_momentum is not None  # the recipe has been checked for this
         return Muon(groups, section.muon_momentum, fused=True, **adamw)
     if on_gpu and (fused := _deepspeed_fused_adam()) is not None:
         return fused(groups, adam_w_mode=True, **adamw)

@@ -2,8 +2,8 @@
 
 Update n of a warm-up of W updates uses the learning rate peak·n/W. No update uses a learning rate of 0.
 
-The schedule `warmup_decay` without a minimum learning rate is DeepSpeed's WarmupDecayLR, constructed in a way that it
-follows the closed form. With its default arguments, WarmupDecayLR uses a learning rate of 0 for the first two updates.
+The schedule `warmup_decay` without a minimum learning rate uses DeepSpeed's WarmupDecayLR, with arguments that make it
+follow the closed form. By default, WarmupDecayLR uses a learning rate of 0 for the first two updates.
 DeepSpeed's cosine schedule is not used, because it never reaches the peak (deepspeed/runtime/lr_schedules.py;
 tests/unit/engine/test_deepspeed_faults.py).
 """
@@ -59,7 +59,7 @@ def build(schedule: ScheduleSection, optimizer: torch.optim.Optimizer, total: in
 
 
 def completed_updates(scheduler: Any) -> int:
-    """Return the number of updates that a scheduler has counted. It must have been built by `build`."""
+    """Return the number of updates that a scheduler, which must come from `build`, has counted."""
     if isinstance(scheduler, WarmupDecayLR):
         return int(scheduler.last_batch_iteration) - 1
     return int(scheduler.last_epoch)

@@ -40,7 +40,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def _iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Apply X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ to X, `steps` times."""
+    """Repeat X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ for `steps` times, and return X."""
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
@@ -50,8 +50,8 @@ def _iterate(x: torch.Tensor, steps: int) -> torch.Tensor:
 def _iterate_on_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
     """Return the same as `_iterate`, with fewer operations if the matrices are much wider than tall.
 
-    Each step only computes Q = a·I + b·G + c·G² and G ← Q·G·Q, which are small matrices. X is multiplied by the product
-    of all Q at the end. This requires fp32, because G is never recomputed from X and accumulates rounding errors.
+    Each step only computes the small matrices Q = a·I + b·G + c·G² and G ← Q·G·Q. At the end, X is multiplied by the
+    product of all Q. This requires fp32, because G is never recomputed from X and accumulates rounding errors.
     """
     gram = x @ x.mT
     product = torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -120,20 +120,23 @@ class Muon(torch.optim.Optimizer):
         """Apply Nesterov momentum to the gradient in place. Returns the gradient."""
         state = self.state[parameter]
         gradient = parameter.grad
-        assert gradient is not None  # checked by the caller
+        assert gradient is not None  # the caller passes only parameters with a gradient
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return gradient.lerp_(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
 
 def updates(directions: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return what Muon subtracts from matrices at a learning rate of 1.
+    """Return the updates of matrices, which Muon multiplies by the learning rate and subtracts from the weights.
 
     Args:
-        directions: Gradients with momentum [number, rows, columns].
-        parts: Number of matrices, one below the other, that each of them consists of.
+        directions: Gradients after applying momentum [number, rows, columns].
+        parts: Number of equal slices of rows that are orthogonalized separately.
+
+    Returns:
+        The updates [number, rows, columns].
     """
     rows, columns = directions.shape[1:]
     separate = directions.reshape(-1, rows // parts, columns)
-    scale = max(1.0, separate.size(1) / columns) ** 0.5  # the reference's factor for tall matrices
+    scale = max(1.0, separate.size(1) / columns) ** 0.5  # as in the reference implementation
     return orthogonalize(separate).mul_(scale).view(-1, rows, columns)

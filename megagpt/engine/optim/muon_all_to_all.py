@@ -123,12 +123,12 @@ class MuonAllToAll:
         """
         if spec is None:
             return compute_updates(matrices)
-        spec = replace(spec, dim=spec.dim + 1)  # the matrices are stacked
+        spec = replace(spec, dim=spec.dim + 1)  # the matrices are stacked along dimension 0
         whole = tensor.gather_shards(matrices, spec, self._tensor_parallel)
         return spec.shard(compute_updates(whole), self._tensor_parallel.index, self._tensor_parallel.degree)
 
     def _batches(self) -> Iterator[tuple[ShardSpec | None, list[int]]]:
-        """Yield batches of the matrices that this rank reassembles. Those of a batch have the same shape and split."""
+        """Yield batches of matrices that this rank reassembles. The matrices of a batch have equal shape and split."""
         alike: dict[Matrix, list[int]] = defaultdict(list)
         for number in self._owned:
             alike[self._matrices[number]].append(number)

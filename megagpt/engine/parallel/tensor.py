@@ -140,7 +140,7 @@ def topology(layout: Layout) -> Any:
     """Return DeepSpeed's topology, which assigns ranks to tensor-parallel groups, replicas and pipeline stages.
 
     The ranks of a tensor-parallel group are adjacent, and the replicas of a stage follow each other. Sequence-parallel
-    ranks count as data-parallel ones (engine/parallel/ulysses.py).
+    ranks count as data-parallel ranks (engine/parallel/ulysses.py).
     """
     return PipeModelDataParallelTopology(layout.pipeline_stages, layout.tensor_parallel, layout.zero_partitions)
 
@@ -197,7 +197,7 @@ def init_tp_weights(
         else:
             shape[spec.dim] *= degree
             parameter.copy_(spec.shard(gpt.initial_value(name, shape, section, seed), index, degree))
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # for DeepSpeed's gradient norm
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed's gradient norm needs it
         names.append(name)
     return names
 

@@ -30,7 +30,7 @@ class Ulysses:
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._degree = layout.sequence_parallel
-        stride = layout.tensor_parallel  # difference between the numbers of successive sequence-parallel ranks
+        stride = layout.tensor_parallel  # difference between successive ranks of a sequence-parallel group
         self.index = rank // stride % self._degree
         self._group: Any = None
         if self._degree == 1:

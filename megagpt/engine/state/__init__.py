@@ -1,1 +1,1 @@
-"""Training state by parameter name: read from, and written into, the partitions of a DeepSpeed engine."""
+"""Read and write the training state of a DeepSpeed engine by parameter name."""
