@@ -109,7 +109,7 @@ def continue_line(named: Mapping[str, Tensor], section: ModelSection, tokenizer_
 
 
 def printable(text: str) -> str:
-    """Replace control characters by U+FFFD.
+    """Replace control characters with U+FFFD.
 
     Models generate them early in training, and a terminal would interpret them.
     """
