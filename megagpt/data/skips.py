@@ -29,9 +29,8 @@ class SkippedRanges:
                 merged.append([first, last + 1])
         self._merged = merged
         starts, ends = np.array(merged, np.int64).reshape(-1, 2).T
-        self._skipped_before = np.concatenate(
-            [[0], np.cumsum(ends - starts)]
-        )  # number of positions in the first n ranges
+        # Number of positions in the first n ranges, for each n.
+        self._skipped_before = np.concatenate([[0], np.cumsum(ends - starts)])
         self._kept_before = starts - self._skipped_before[:-1]  # number of kept positions before each range
 
     def to_positions(self, kept_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -39,7 +39,7 @@ from megagpt.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How text is prepared. Neither `workers` nor `engine` changes what is written.
+    """Options for preparing text. Neither `workers` nor `engine` changes the files that are written.
 
     Attributes:
         validation_fraction: The fraction of the documents that are assigned to the validation part.
@@ -240,7 +240,7 @@ class _Published(NamedTuple):
 
     Attributes:
         parts: The training part, and the validation part if there is one.
-        packing: The result of packing the training part; None if it was not packed.
+        packing: The result of packing the training part, or None if it was not packed.
         copies: The number of copies of earlier documents that were omitted.
         unknown: The number of unknown ids in all parts.
     """

@@ -45,7 +45,7 @@ def create_encoder(engine: str, tokenizer: Tokenizer) -> CachedEncoder:
 
 
 class EngineMismatch(LocatedError):
-    """An engine encoded a document differently from sentencepiece.
+    """Error for an engine that encoded a document differently from sentencepiece.
 
     Args:
         location: The location of the document.

@@ -2,7 +2,7 @@
 
 The algorithm is best-fit-decreasing packing, as in Ding et al. 2024 (arXiv 2404.10830). Segments are placed from the
 longest to the shortest, each in the fullest sample that still has room for it. A document that fits into a sample is a
-single segment. A longer document is divided into segments of the length of a sample, and the remainder.
+single segment. A longer document is divided into segments of the length of a sample and one for the rest.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _BLOCK = 1 << 24  # bytes per message
 
 
 class ProcessGroup:
-    """Single-process stand-in for a group of ranks: every collective returns its own input."""
+    """Single-process stand-in for a group of ranks. Every collective returns its own input."""
 
     rank, size = 0, 1
 

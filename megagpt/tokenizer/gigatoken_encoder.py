@@ -65,7 +65,7 @@ class GigatokenEncoder(CachedEncoder):
         return [content[start:end] for start, end in zip(starts, ends, strict=False)]
 
     def _reset_engine(self) -> None:
-        """Replace the engine by a new one with an empty cache."""
+        """Replace the engine with a new one, whose cache is empty."""
         self._engine: Any = None  # this releases the memory of the old engine first
         self._engine = _build_engine(self._tokenizer)
 

@@ -14,7 +14,7 @@ _EOD_SYMBOLS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<
 
 
 class TokenizerBackend(Protocol):
-    """Interface of the tokenizer libraries to `Tokenizer`, which documents the attributes."""
+    """Interface that every tokenizer backend provides to `Tokenizer`, which documents the attributes."""
 
     sha256: str
     vocab_size: int

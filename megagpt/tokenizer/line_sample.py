@@ -16,8 +16,8 @@ class BoundedSample:
     """Random sample of at most `limit` bytes from all texts that are added.
 
     Each text is assigned a number, which is the hash of its position. The sample consists of the texts with the
-    smallest numbers, up to the first text that no longer fits. Samples of two parts of the texts can therefore be merged
-    into the sample of both parts.
+    smallest numbers, up to the first text that no longer fits. Samples of two parts of the texts can therefore be
+    merged into the sample of both parts.
 
     Only texts with numbers below `threshold` can be in the sample. The threshold decreases as texts are added. Other
     processes need not send texts with larger numbers.
@@ -32,9 +32,8 @@ class BoundedSample:
         """
         self.limit, self.threshold = limit, threshold
         self._size = 0
-        self._heap: list[
-            tuple[int, TextPosition, bytes]
-        ] = []  # entries have negated numbers, so the largest number is first
+        # The heap contains negated numbers, so that the entry with the largest number comes first.
+        self._heap: list[tuple[int, TextPosition, bytes]] = []
 
     def add(self, position: TextPosition, text: str) -> None:
         """Add a text with its unique position. The text must not contain lone surrogates."""

@@ -60,7 +60,7 @@ class SentencepieceModel:
 
         A model is word-local if it was trained with megagpt's settings (recognized by its first pieces), no piece
         crosses the end of a word or line, and every BPE merge produces a piece (recognized by scores that count down
-        from 0).
+        from 0). The model must neither add a space before a text nor normalize it.
         """
         model = self._processor
         if (pieces[:3], self.eod) != (["<unk>", EOD_PIECE, "\n"], 1):

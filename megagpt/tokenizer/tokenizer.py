@@ -44,7 +44,7 @@ def without_surrogates(text: str) -> str:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """Replace every lone surrogate in `text` by U+FFFD. Returns the new text and the number of replacements."""
+    """Replace every lone surrogate in `text` with U+FFFD. Returns the new text and the number of replacements."""
     return _SURROGATE.subn("\ufffd", text)
 
 

@@ -1,1 +1,1 @@
-"""Readers of raw text: find input files, decompress them, and yield their documents."""
+"""Readers of raw text, which find input files, decompress them, and yield their documents."""

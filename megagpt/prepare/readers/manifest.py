@@ -24,7 +24,7 @@ class ManifestEntry(NamedTuple):
 
     Attributes:
         path: The path of the input file.
-        corpus: The name of the corpus to which the file belongs; "" if the line names no corpus.
+        corpus: The name of the corpus to which the file belongs, or "" if the line names no corpus.
         where: The location of the entry as `file:line`.
     """
 

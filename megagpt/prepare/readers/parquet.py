@@ -17,7 +17,7 @@ def count_row_groups(path: str) -> int:
 
 
 class ParquetRow(NamedTuple):
-    """The text column of one row.
+    """Value of the text column in one row.
 
     Attributes:
         number: The number of the row in the file, counted from 1.

@@ -8,7 +8,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class Utf8Decoder:
-    """Decodes UTF-8 block by block, and replaces each invalid sequence by U+FFFD."""
+    """Decodes UTF-8 block by block, and replaces each invalid sequence with U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
