@@ -73,7 +73,7 @@ def backward_workspace(shape: MicroBatchShape) -> int:
 
 
 def final_norm(shape: MicroBatchShape) -> int:
-    """Return the bytes that the final norm saves: its input and statistics. The head does not save the norm's output."""
+    """Return the bytes that the final norm saves: its input and statistics. The head does not save its own input."""
     return shape.hidden + _norm_statistics(shape)
 
 
