@@ -163,7 +163,7 @@ def _resolve(options: ParityOptions, rank: Rank, extra: Sequence[str]) -> Resolv
 def _train_reference(
     options: ParityOptions, real: Resolved, rank: Rank, collectives: Collectives
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
-    """Train the shrunk model in one process. The clipping limit is chosen so that about half of the updates are clipped.
+    """Train the shrunk model in one process, with a clipping limit at which about half of the updates are clipped.
 
     Returns:
         The resolved config of the shrunk model, its batches, the held-out samples, and the curve.

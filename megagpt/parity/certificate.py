@@ -1,4 +1,4 @@
-"""The certificate of a layout, which lists what was compared, what was run on the real shape, and what is not proven."""
+"""The certificate of a layout, which lists what was compared, what was run on the real shape, and what is unproven."""
 
 from __future__ import annotations
 

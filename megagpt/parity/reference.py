@@ -57,7 +57,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * fraction
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
-        # The norm is computed in fp64, because in fp32 the rounding error of a long vector's norm exceeds the tolerance.
+        # The norm is computed in fp64. In fp32, the rounding error of a long vector's norm would exceed the tolerance.
         gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
         norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
