@@ -39,9 +39,9 @@ class Tolerance:
     """Largest allowed relative differences.
 
     Attributes:
-        loss: largest relative difference of a loss.
-        norm: largest relative difference of a gradient norm.
-        weights: largest difference of a tensor's final value, relative to the distance from its initial value.
+        loss: largest allowed relative difference of a loss.
+        norm: largest allowed relative difference of a gradient norm.
+        weights: largest allowed difference of a tensor's final value, relative to the distance from its initial value.
     """
 
     loss: float

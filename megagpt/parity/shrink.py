@@ -21,11 +21,11 @@ _EOD = 5  # end-of-document token, an ordinary token that some of the sequences 
 def shrinking_overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ...]:
     """Return overrides that shrink a recipe, and the batch sizes of its DeepSpeed config, so that it trains in seconds.
 
-    All options of the model and the layout stay the same, and so do the ratio of query heads to key heads, the fraction
-    of recomputed blocks, the way in which the layout splits the model, and the kinds of layer on each pipeline stage
-    (see `shrunk_model`). Settings that would hide an error or magnify rounding errors are changed. Dropout is off,
-    ZeRO-3 shards even small parameters, eps is large enough for weights whose gradient is only rounding, and only some
-    updates are clipped.
+    All switches, such as the norm and the ZeRO stage, stay the same. So do the ratio of query heads to key heads, the
+    fraction of recomputed blocks, the way in which the layout splits the model, and the kinds of layer on each pipeline
+    stage (see `shrunk_model`). Settings that would hide an error or magnify rounding errors are changed. Dropout is
+    off, ZeRO-3 shards even small parameters, eps is large enough for weights whose gradient is only rounding, and only
+    some updates are clipped.
 
     Args:
         resolved: The real recipe and its DeepSpeed config.

@@ -121,7 +121,7 @@ def _attention(shape: MicroBatchShape) -> int:
     head = section.d_model // section.n_head
     queries = section.d_model // shape.tensor_parallel
     keys = section.n_kv_head * head // shape.tensor_parallel
-    saved = queries + 2 * keys  # q, k and v
+    saved = queries + 2 * keys  # Attention saves q, k and v.
     if (section.position == "rope" or section.qk_norm) and shape.sequence_parallel == 1:
         saved += queries + keys  # Here q and k are copies, while v is a view of the fused projection.
     # The output of attention is saved, with sequence parallelism both before and after the all-to-all.

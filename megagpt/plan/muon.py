@@ -2,7 +2,7 @@
 
 Muon has one moment less per matrix, and reassembles whole matrices for the optimizer step. The formulas follow the
 tensors in engine/optim/muon.py and engine/optim/muon_all_to_all.py. tests/unit/plan/test_muon_memory.py compares them
-with torch.
+with the memory that torch allocates.
 """
 
 from __future__ import annotations
