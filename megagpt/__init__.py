@@ -22,7 +22,7 @@ def load_model(run: str | Path) -> LanguageModel:
         run: the run directory.
 
     Returns:
-        The model and its tokenizer.
+        The model, with its tokenizer if the recipe names one.
 
     Raises:
         megagpt.errors.UserError: The directory holds no valid checkpoint, or its tokenizer is missing.

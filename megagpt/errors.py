@@ -21,7 +21,7 @@ _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def without_controls(text: str, colours: bool = False) -> str:
-    """Replace characters that a terminal would interpret instead of showing with U+FFFD.
+    """Replace each character that a terminal would interpret rather than show. The replacement is U+FFFD.
 
     Args:
         text: text that may come from an untrusted source, such as a corpus, a file name or another program.
@@ -79,13 +79,13 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """Raised for a failure of the machine, such as a full disk. It is printed like a UserError; the exit code is 1."""
+    """Raised for a failure of the machine, such as a full disk. It is printed like a UserError. The exit code is 1."""
 
     exit_code = EXIT_FAILURE
 
 
 def require_linux(what: str) -> None:
-    """Raise UserError if the system is not Linux, because `what` would fail later in a system call of Linux."""
+    """Raise UserError if the system is not Linux, because `what` uses system calls that exist only on Linux."""
     if sys.platform != "linux":
         raise UserError(
             f"{what} needs Linux, but this is {sys.platform}", "", "use WSL 2 on Windows, or a virtual machine on macOS"

@@ -50,5 +50,5 @@ class UpdateResult:
     tokens: int
     """number of valid target tokens of the global batch"""
     made: bool = True
-    """whether the update was made; False if the loss was rejected or the gradient was not finite"""
+    """False if weights and optimizer are unchanged because the loss was rejected or the gradient was not finite"""
     scale: LossScale | None = None

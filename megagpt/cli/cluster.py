@@ -48,7 +48,7 @@ def doctor(
     ] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Find what would stop training here, or on a cluster. Suggests a fix for each problem. Exit code 1 if any."""
+    """Find what would stop training here, or on a cluster. Suggests fixes. The exit code is 1 if there are problems."""
     from megagpt.doctor import command
 
     options = command.Options(hostfile, as_rank, recipe, deepspeed_config, tuple(overrides or ()), limit)

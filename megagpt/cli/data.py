@@ -105,7 +105,7 @@ def verify_data(
     workers: Annotated[int | None, typer.Option(help="threads; default: one per core", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """Read and check a whole corpus: index, ids, checksums. Exit code 1 if anything is wrong."""
+    """Read and check a whole corpus: index, ids, checksums. The exit code is 1 if anything is wrong."""
     from megagpt.corpus import verify as implementation
 
     verification = implementation.verify(prefix, workers)

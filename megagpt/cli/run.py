@@ -85,7 +85,7 @@ def checkpoints(
 
 @app.command()
 def stop(run: RunDirectory) -> None:
-    """Make a run save its state and exit with code 75. If it is not running, this exits as `status` does."""
+    """Make a run save its state and exit with code 75. If it is not running, the exit code is that of `status`."""
     from megagpt.training import stop_signals as implementation
 
     status = implementation.stop(run)

@@ -1,6 +1,6 @@
 """Launch environment, from which a process reads its rank, the world size and the address of rank 0.
 
-All supported launchers set different variables.
+Each supported launcher sets different variables.
 """
 
 from __future__ import annotations

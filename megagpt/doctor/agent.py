@@ -54,7 +54,7 @@ class Agent:
         return found
 
     def clock(self) -> dict[str, Any]:
-        """Return the time of day on this host."""
+        """Return the current time on this host, in seconds since the epoch."""
         return {"time": time.time()}
 
     def visible_markers(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _interface_of_gloo(host: Host) -> str:
 
 
 def can_all_reduce(session: Session) -> bool:
-    """Return whether an all-reduce can be tried. It would hang if a problem with the hosts has already been found."""
+    """Return whether an all-reduce over several ranks can be tried. If a host has a known problem, it would hang."""
     ready = all(host.lost is None and "torch" in host.probe for host in session.hosts)
     connected = session.single_host or not any(_interface_problem(host) for host in session.reachable)
     return session.world_size > 1 and ready and connected

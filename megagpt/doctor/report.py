@@ -85,7 +85,7 @@ class Report:
         return ", ".join(f"{statuses.count(one)} {label}" for one, label in _COUNT_LABELS.items() if one in statuses)
 
     def __str__(self) -> str:
-        """Return the table, in colors on a terminal."""
+        """Return the table and the summary as text, with colors if standard output is a terminal."""
         from rich.console import Console
 
         console = Console()

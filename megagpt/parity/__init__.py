@@ -1,4 +1,4 @@
-"""`megagpt parity`: checks, before a long run, that a layout trains the same as one process on these machines."""
+"""Implementation of `megagpt parity`, which checks before a long run that a layout trains the same as one process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ if TYPE_CHECKING:
     from megagpt.parity.curve import Curve
     from megagpt.state import UpdateResult
 
-_HELD_OUT_FROM = 1_000_000  # a data position far from those that are trained on
-_REAL_LENGTH = 8  # updates in the schedule of the real shape, of which only the first is made
+# First data position of the held-out samples, which is far from the positions that are trained on.
+_HELD_OUT_FROM = 1_000_000
+# Number of updates in the schedule of the real model, of which only the first is made.
+_REAL_LENGTH = 8
 
 
 @dataclass(frozen=True)
 class ParityOptions:
-    """Arguments of the command; see `megagpt parity --help`.
+    """Options of the command, as described by `megagpt parity --help`.
 
     Attributes:
         recipe: path of the recipe.
         deepspeed_config: path of the DeepSpeed config.
-        overrides: `key=value` arguments for either file.
-        updates: number of updates of the shrunk run.
+        overrides: `key=value` and `ds.key=value` arguments that override either file.
+        updates: number of updates of the run with the shrunk model.
     """
 
     recipe: Path
@@ -49,17 +51,20 @@ class ParityOptions:
 
 
 def parity(options: ParityOptions) -> int:
-    """Print a certificate for a layout, or what is wrong with it. Collective.
+    """Print a certificate for a layout, or a description of what is wrong with it. Collective.
 
     The stages of the real model are built on the meta device, a shrunk recipe is trained both on this layout and in
-    one process, and one update of the real model is made if it fits. Output of libraries goes to log files in the
+    one process, and one update of the real model is made if it fits. The output of libraries goes to log files in the
     folder `parity` of the run directory.
 
+    Args:
+        options: Options of the command.
+
     Returns:
-        The exit code: 0 if the loss curves are the same, else 1.
+        The exit code, which is 0 if all checks passed, and 1 otherwise.
 
     Raises:
-        UserError: The recipe and the DeepSpeed config do not fit together.
+        UserError: The recipe or the DeepSpeed config is invalid, or they do not fit together.
     """
     run_dir = recipes.load(options.recipe, options.overrides).run_dir
     with rendezvous(from_environment(os.environ), f"the parity of {Path(run_dir).absolute()}") as rank:
@@ -67,7 +72,8 @@ def parity(options: ParityOptions) -> int:
 
 
 def _certify(options: ParityOptions, rank: Rank, run_dir: str) -> int:
-    with Console(Path(run_dir) / "parity", rank.rank) as console:  # before DeepSpeed is imported, which prints
+    # The console must exist before DeepSpeed is imported, because the import already prints.
+    with Console(Path(run_dir) / "parity", rank.rank) as console:
         certificate = _test_layout(options, _resolve(options, rank, ()), rank, console)
         console.say(str(certificate))
     return EXIT_DONE if certificate.passed else EXIT_FAILURE
@@ -107,7 +113,7 @@ def _test_layout(options: ParityOptions, real: Resolved, rank: Rank, console: Co
 
 @contextlib.contextmanager
 def _watched(real: Resolved, rank: Rank, collectives: Collectives, console: Console) -> Iterator[Watch]:
-    """End the process if updates in this context hang, after printing the phase and stack of each rank."""
+    """Watch the updates in this context. If one hangs, print the phase and stack of each rank and end the process."""
     hosts = preflight.locations_of_ranks(collectives.all_gather_object(preflight.describe_rank({}, {})))
     folder, seconds = console.log_path.parent, real.recipe.log.hang_after
     with Watch(folder, rank.rank, hosts, seconds, alarm=console.alarm, warn=console.alarm) as watch:
@@ -119,7 +125,7 @@ def _real_shape_update(
 ) -> Certificate:
     """Make one update of the real model on the real layout if it fits, and add the result to the certificate.
 
-    If a single CPU process can compute the same update, rank 0 does, for comparison.
+    If a single CPU process can compute the same update, rank 0 does so for comparison.
     """
     from megagpt.engine import build
     from megagpt.parity import curve, real_shape, reference, shrink
@@ -157,10 +163,10 @@ def _resolve(options: ParityOptions, rank: Rank, extra: Sequence[str]) -> Resolv
 def _train_reference(
     options: ParityOptions, real: Resolved, rank: Rank, collectives: Collectives
 ) -> tuple[Resolved, list[Batch], Batch, Curve]:
-    """Train the shrunk run in one process. The clipping limit is chosen so that about half of the updates are clipped.
+    """Train the shrunk model in one process, with a clipping limit at which about half of the updates are clipped.
 
     Returns:
-        The shrunk run, its batches, the held-out samples, and the curve.
+        The resolved config of the shrunk model, its batches, the held-out samples, and the curve.
     """
     from megagpt.parity import reference, shrink
 
@@ -173,7 +179,7 @@ def _train_reference(
         expected = reference.train(small.recipe, updates, held_out)
         if attempt == "with" or real.recipe.optimizer.clip is None:
             break
-        # Every rank uses the limit of rank 0, because rounding could give another one on another machine.
+        # Every rank uses the limit of rank 0, because rounding could give a different limit on another machine.
         clip = collectives.all_reduce_sum(statistics.median(expected.norms) if rank.main else 0.0)
     return small, updates, held_out, expected
 
@@ -181,10 +187,11 @@ def _train_reference(
 def _train_layout(
     engine: Engine, small: Resolved, updates: Sequence[Batch], held_out: Batch, rank: Rank, watch: Watch
 ) -> Curve:
-    """Train the shrunk run on the layout, with the same batches as the reference."""
+    """Train the shrunk model on the layout with the same batches as the reference, and return the curve."""
     from megagpt.parity.curve import Curve
 
-    initial = {name: value.clone() for name, value in engine.weights()}  # cloned: stage 0 returns the live tensors
+    # The weights are cloned, because at ZeRO stage 0 the engine returns the live tensors.
+    initial = {name: value.clone() for name, value in engine.weights()}
     before = _evaluate(engine, _rank_batches(held_out, small, rank))
     results = []
     for number, batch in enumerate(updates, start=1):
@@ -200,12 +207,12 @@ def _train_layout(
 
 def _evaluate(engine: Engine, batches: Sequence[Batch]) -> float:
     loss = engine.evaluate(batches)
-    assert loss is not None  # None only if an evaluation is stopped early
+    assert loss is not None  # It is None only if an evaluation is stopped early.
     return loss
 
 
 def _train_update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
-    """Make one update. If the fp16 gradient overflows, repeat it with a lower loss scale, as in a run."""
+    """Make one update. If a gradient overflows in fp16, repeat the update with a lower loss scale, as a run does."""
     result = engine.train_update(batches)
     while not result.made and math.isfinite(result.loss) and result.scale and result.scale.value > result.scale.minimum:
         result = engine.train_update(batches)
@@ -213,7 +220,7 @@ def _train_update(engine: Engine, batches: Sequence[Batch]) -> UpdateResult:
 
 
 def _rank_batches(batch: Batch, small: Resolved, rank: Rank) -> list[Batch]:
-    """Return this rank's micro-batches of a global batch, in the order of `Loader`."""
+    """Return this rank's micro-batches of a global batch, in the same order as `Loader`."""
     layout = small.layout
     first, step = layout.data_rank(rank.rank) * layout.micro_batch, layout.micro_batch * layout.data_parallel
     starts = range(first, len(batch.labels), step)

@@ -1,4 +1,4 @@
-"""The certificate of a layout: what was compared, what was run on the real shape, and what was not proven."""
+"""The certificate of a layout, which lists what was compared, what was run on the real shape, and what is unproven."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class RealUpdate:
 
     Attributes:
         micro_batches: number of micro-batches per rank.
-        loss: nats per token.
+        loss: loss in nats per token.
         norm: gradient norm before clipping.
-        made: False if the gradient was not finite, so that the weights did not change.
-        differences: loss and norm compared with one process; empty if they were not computed there.
+        made: False if the gradient was not finite, so the weights did not change.
+        differences: comparison of loss and norm with those of one process; empty if one process did not compute them.
     """
 
     micro_batches: int
@@ -32,7 +32,7 @@ class RealUpdate:
 
     @property
     def passed(self) -> bool:
-        """True if the update was made with finite numbers that match those of one process, if those are known."""
+        """True if the update was made, and loss and norm are finite and match those of one process, if known."""
         finite = math.isfinite(self.loss) and math.isfinite(self.norm)
         return self.made and finite and not any(row.too_far for row in self.differences)
 
@@ -44,16 +44,16 @@ class RealUpdate:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Everything that was found about a layout. `str` formats it for a terminal.
+    """Results of all checks of a layout. `str` formats them for a terminal.
 
     Attributes:
         real: the real recipe and its DeepSpeed config.
-        small: the shrunk ones.
-        updates: number of updates of the shrunk run.
+        small: the shrunk recipe and its DeepSpeed config.
+        updates: number of updates of the run with the shrunk model.
         stages: pipeline stages of the real model.
-        differences: every number of the shrunk run compared with one process; empty before that run.
-        update: the update of the real model; None if it was not made.
-        obstacle: why no update of the real model was made; "" if it was.
+        differences: comparison of every number of the shrunk run with one process; empty before that run.
+        update: result of one update of the real model; None if it was not made.
+        obstacle: reason why no update of the real model was made; "" if it was made or not tried.
     """
 
     real: Resolved
@@ -66,12 +66,12 @@ class Certificate:
 
     @property
     def stage_problems(self) -> list[str]:
-        """One line per way in which the stages of the real model do not fit together."""
+        """Reasons why the stages of the real model do not fit together, one line each."""
         return real_shape.stage_problems(self.stages, self.real)
 
     @property
     def has_same_stages(self) -> bool:
-        """True if the shrunk model has the same kinds of layer and parameter groups on each stage as the real one."""
+        """True if both models have the same kinds of layer and the same parameter groups on each stage."""
         return real_shape.same_stages(self.stages, real_shape.build_stages(self.small))
 
     @property
@@ -115,7 +115,7 @@ class Certificate:
             yield f"not proven: {line}"
 
     def _not_proven(self) -> Iterator[str]:
-        """Yield what this certificate does not prove."""
+        """Yield a line about each property that this certificate does not prove."""
         if not self.differences:
             return
         if not self.has_same_stages:

@@ -1,4 +1,4 @@
-"""Comparison of two runs update by update, and the tolerances of every parity check."""
+"""Comparison of two runs, update by update, and the tolerances of all parity checks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megagpt.config.recipe import Recipe
 
 @dataclass(frozen=True)
 class Curve:
-    """Record of a run.
+    """All numbers of a run that are compared.
 
     Attributes:
         losses: loss of each update, in nats per token.
         norms: gradient norm of each update, before clipping.
         rates: learning rate of each update.
         tokens: number of valid tokens of each update.
-        held_out: loss on held-out samples before and after training.
+        held_out: two losses on held-out samples, before and after training.
         initial: fp32 weights before training, by parameter name.
         weights: fp32 weights after training, by parameter name.
     """
@@ -39,9 +39,9 @@ class Tolerance:
     """Largest allowed relative differences.
 
     Attributes:
-        loss: of a loss.
-        norm: of a gradient norm.
-        weights: of a tensor's final value, relative to the distance from its initial value.
+        loss: largest allowed relative difference of a loss.
+        norm: largest allowed relative difference of a gradient norm.
+        weights: largest allowed difference of a tensor's final value, relative to the distance from its initial value.
     """
 
     loss: float
@@ -49,14 +49,15 @@ class Tolerance:
     weights: float
 
 
-# fp32: sums in another order differ by a few units of 2^-24 = 6e-8, which was measured as less than 2e-6 of a loss or
-# norm over 100 updates. Five times that is allowed. The weights differ by more, because Adam divides by the root mean
-# square of the gradient: where gradients are tiny, weights move by rounding errors. The loss hardly depends on them.
-# bf16 and fp16: each value is rounded to 2^-9 = 2e-3 or 2^-12 = 2e-4, and differently if the batch is split
-# differently. A loss averages over hundreds of tokens, while a norm depends on a few large values. Weights accumulate
-# the rounding of all updates, see `calibrated_tolerance`.
-# muon in fp32: each step of its iteration multiplies the small singular values of a gradient by 3.4, and their rounding
-# errors too. The loss hardly depends on these directions either. In low precision, other rounding errors are larger.
+# fp32: Sums in a different order differ by a few units of 2^-24 = 6e-8. Over 100 updates, the measured differences of
+# losses and norms were below 2e-6, and five times that is allowed. The weights differ by more. Adam divides by the root
+# mean square of the gradient, so rounding errors move weights whose gradients are tiny. The loss hardly depends on
+# these weights.
+# bf16 and fp16: The relative rounding error is up to 2^-9 = 2e-3 or 2^-12 = 2e-4, and it depends on how the batch is
+# split. A loss averages over hundreds of tokens, while a norm depends on a few large values. Weights accumulate the
+# rounding errors of all updates (see `calibrated_tolerance`).
+# muon in fp32: Each step of Muon's iteration multiplies the small singular values of a gradient by 3.4, and their
+# rounding errors, too. The loss hardly depends on these directions. In low precision, other rounding errors are larger.
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-5, 1e-4),
     "muon": Tolerance(1e-5, 1e-5, 5e-4),
@@ -68,15 +69,15 @@ KINDS = ("loss", "norm", "held-out", "weights")
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of a curve compared with that of the reference.
+    """Comparison of one number of a curve with that of the reference.
 
     Attributes:
-        kind: what is compared, see `KINDS`.
+        kind: kind of the number, such as one of `KINDS`.
         what: name of the number, with its update or parameter.
-        got: value of the layout; of a tensor, its norm.
-        expected: value of the reference; of a tensor, its norm.
+        got: value of the layout. For a tensor, this is its norm.
+        expected: value of the reference. For a tensor, this is its norm.
         off: relative difference.
-        limit: the largest `off` that is allowed.
+        limit: largest allowed value of `off`.
     """
 
     kind: str
@@ -88,7 +89,7 @@ class Difference:
 
     @property
     def too_far(self) -> bool:
-        """True if the difference is larger than allowed, or NaN."""
+        """True if the difference is NaN or larger than allowed."""
         return not self.off <= self.limit
 
     def __str__(self) -> str:
@@ -105,19 +106,23 @@ def tolerance_of(recipe: Recipe) -> Tolerance:
 
 
 def calibrated_tolerance(recipe: Recipe, expected: Curve, exact: Curve) -> Tolerance:
-    """Return `tolerance_of(recipe)`, with the tolerance of weights in low precision measured on this very run.
+    """Return `tolerance_of(recipe)`, but in low precision with a tolerance for weights that is measured on this run.
 
-    Adam's first steps are determined by little more than the sign of the gradient, so that rounding decides how far a
-    weight moves if its gradient is close to zero. Also, torch on a CPU sums the gradient of a norm's weight over the
-    tokens in low precision. After 8 updates, fp16 weights therefore differ from exact ones by 1e-2 to 4e-2 of the
-    distance that they have moved, and after 20 updates by a third of that. A layout, which rounds differently, differs
-    as much in another direction. Each tensor may differ by twice the root of the sum of squares of the reference's own
-    differences over all tensors. Up to 1.3 times that root was measured.
+    Adam's first steps depend on little more than the sign of the gradient, so rounding decides how far a weight moves
+    if its gradient is close to zero. In addition, torch on a CPU sums the gradient of a norm's weight over the tokens
+    in low precision. After 8 updates, fp16 weights therefore differ from exact ones by 1e-2 to 4e-2 of the distance
+    that they have moved, and after 20 updates by a third of that. The weights of a layout, which rounds differently,
+    differ by as much in another direction. The allowed difference of each tensor is twice the root of the sum of
+    squares, over all tensors, of the differences between the reference and the exact run. Differences of up to 1.3
+    times that root were measured.
 
     Args:
-        recipe: The recipe.
-        expected: The reference's curve.
-        exact: The same, computed in fp32.
+        recipe: The recipe of the runs.
+        expected: The curve of the reference.
+        exact: The curve of the reference when computed in fp32.
+
+    Returns:
+        The tolerance.
     """
     tolerance = tolerance_of(recipe)
     if recipe.precision in (None, "fp32"):
@@ -126,13 +131,16 @@ def calibrated_tolerance(recipe: Recipe, expected: Curve, exact: Curve) -> Toler
 
 
 def compare(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tolerance | None = None) -> list[Difference]:
-    """Compare every number of a run with the reference: first what must be equal, then each update, then the weights.
+    """Compare every number of a run with the reference.
 
     Args:
         recipe: The recipe of both runs.
-        expected: The reference's curve.
-        got: The layout's curve.
-        tolerance: What is allowed; by default `tolerance_of(recipe)`.
+        expected: The curve of the reference.
+        got: The curve of the layout.
+        tolerance: The allowed differences. The default is `tolerance_of(recipe)`.
+
+    Returns:
+        All comparisons: first the numbers that must be equal, then those of each update, then the weights.
     """
     tolerance = tolerance or tolerance_of(recipe)
     return [
@@ -148,9 +156,12 @@ def compare_update(
     """Compare the loss and the gradient norm of a single update.
 
     Args:
-        recipe: The recipe, which decides the tolerance.
+        recipe: The recipe, which determines the tolerance.
         got: Loss and gradient norm of the layout.
         expected: Loss and gradient norm of one process.
+
+    Returns:
+        The comparison of the losses, and that of the gradient norms.
     """
     tolerance = tolerance_of(recipe)
     return (
@@ -160,7 +171,7 @@ def compare_update(
 
 
 def worst(differences: Sequence[Difference], kind: str) -> Difference:
-    """Return the largest relative difference of one kind: loss, norm, held-out or weights."""
+    """Return the comparison of one kind (loss, norm, held-out or weights) with the largest relative difference."""
     return max((row for row in differences if row.kind == kind), key=lambda row: (row.too_far, row.off))
 
 
@@ -192,7 +203,10 @@ def _compare_weights(recipe: Recipe, expected: Curve, got: Curve, tolerance: Tol
 
 
 def _weight_distances(recipe: Recipe, expected: Curve, got: Curve) -> Iterator[tuple[str, float]]:
-    """Yield each parameter, and its distance from the expected value relative to how far the latter has moved."""
+    """Yield the name of each parameter, and its distance from the expected value.
+
+    The distance is relative to that between the initial and the final expected value.
+    """
     for name, right in expected.weights.items():
         moved = without_key_bias(recipe, name, right - expected.initial[name]).norm().item()
         yield name, without_key_bias(recipe, name, got.weights[name] - right).norm().item() / moved
@@ -203,12 +217,12 @@ def _relative(kind: str, what: str, got: float, expected: float, limit: float) -
 
 
 def without_key_bias(recipe: Recipe, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter without the bias of the keys, which softmax cancels, so that its gradient is only rounding.
+    """Return a parameter without the bias of the keys. Softmax cancels that bias, so its gradient is only rounding.
 
     Args:
         recipe: The recipe.
-        name: The parameter's name.
-        tensor: Its value, or a difference of values.
+        name: The name of the parameter.
+        tensor: The value of the parameter, or a difference of two values.
     """
     if not name.endswith(".qkv.bias"):
         return tensor

@@ -1,4 +1,4 @@
-"""Checks of the real model: its pipeline stages on the meta device, and whether one update of it fits."""
+"""Checks of the real model: whether its pipeline stages fit together, and whether the machines can make one update."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from megagpt.plan.verdict import fit
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_FLOPS = 2e12
-"""FLOPs that the CPUs of all ranks compute in one or two minutes in fp32; low precision takes ten times as long"""
+"""FLOPs that the CPUs of all ranks compute in one or two minutes in fp32. Low precision takes ten times as long."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage of the real model, built on the meta device as one tensor-parallel rank holds it.
+    """One pipeline stage of the real model as a tensor-parallel rank holds it, built on the meta device.
 
     Attributes:
-        kinds: kinds of its layers.
-        groups: names of the parameters in each parameter group, with the kind of layer in place of its number.
-        wrong_shards: one line per parameter whose shard does not have the shape that the rank must hold.
-        output: shape and dtype of the tensor that it sends to the next stage.
+        kinds: kinds of the layers of the stage.
+        groups: names of the parameters in each parameter group, with the kind of layer instead of its number.
+        wrong_shards: messages about parameters whose shards have the wrong shape, one line each.
+        output: shape and dtype of the tensor that the stage sends to the next stage.
     """
 
     kinds: tuple[str, ...]
@@ -47,7 +47,7 @@ class Stage:
 
 
 def build_stages(resolved: Resolved) -> list[Stage]:
-    """Build every stage of a model on the meta device, which takes no memory and little time."""
+    """Build every pipeline stage of a model on the meta device, which takes no memory and little time."""
     layout, section = resolved.layout, resolved.recipe.model
     whole, shards = _layers(resolved, 1), _layers(resolved, layout.tensor_parallel)
     built = []
@@ -66,14 +66,14 @@ def same_stages(built: list[Stage], others: list[Stage]) -> bool:
 
 
 def stage_problems(built: list[Stage], resolved: Resolved) -> list[str]:
-    """Check that stages fit together.
+    """Check that pipeline stages fit together.
 
     Args:
         built: The stages, from `build_stages`.
         resolved: The recipe and the DeepSpeed config from which they were built.
 
     Returns:
-        One line per problem.
+        The problems, one line each.
     """
     layout, section = resolved.layout, resolved.recipe.model
     lines = [line for stage in built for line in stage.wrong_shards]
@@ -94,24 +94,27 @@ def stage_problems(built: list[Stage], resolved: Resolved) -> list[str]:
 
 
 def format_stage_kinds(kinds: list[tuple[str, ...]]) -> str:
-    """Return the kinds of layer of all stages on one line; equal neighboring stages are combined, with their number."""
+    """Return the kinds of layer of all stages on one line. Equal neighboring stages are combined, with their count."""
     runs = [(" + ".join(kind), len(list(run))) for kind, run in groupby(kinds)]
     return " | ".join(f"{text} (×{number})" if number > 1 else text for text, number in runs)
 
 
 def micro_batches(layout: Layout) -> int:
-    """Return how many micro-batches the update of the real model has: enough to fill a pipeline, and at least two."""
+    """Return the number of micro-batches of the update of the real model: enough to fill a pipeline, and at least two.
+
+    The number is not larger than the number of micro-batches of the layout.
+    """
     return min(layout.accumulation, max(layout.pipeline_stages, 2))
 
 
 def find_obstacle(one: Resolved, collectives: Collectives) -> str:
-    """Return why an update of the real model cannot be made on these machines, or "" if it can be. Collective.
+    """Return the reason why these machines cannot make an update of the real model, or "" if they can. Collective.
 
     Every rank returns the same text.
 
     Args:
-        one: The real recipe with an update of a few micro-batches.
-        collectives: The ranks.
+        one: The real recipe and config, with only a few micro-batches per update.
+        collectives: Collectives between all ranks.
     """
     ranks = collectives.all_gather_object(socket.gethostname()).count(socket.gethostname())
     on_cpu = deepspeed_ops.device() == "cpu"
@@ -132,13 +135,13 @@ def find_obstacle(one: Resolved, collectives: Collectives) -> str:
 
 
 def update_flops(one: Resolved) -> float:
-    """Return the FLOPs of one update, on all ranks together."""
+    """Return the total FLOPs of one update on all ranks."""
     section = one.recipe.model
     return flops.flops_per_token(section) * section.seq_len * one.recipe.batch.global_size
 
 
 def can_repeat_in_one_process(one: Resolved) -> bool:
-    """Return True if one process on a CPU can compute the same update of the real model in reasonable time."""
+    """Return True if one process on a CPU can compute the same update of the real model in a reasonable time."""
     return one.recipe.model.dropout == 0 and update_flops(one) <= _affordable_flops(one)
 
 
@@ -151,14 +154,14 @@ def _gb(size: int) -> str:
 
 
 def _layers(resolved: Resolved, degree: int) -> list[nn.Module]:
-    """Build all layers on the meta device, as one rank holds them with this tensor-parallel degree."""
+    """Build all layers on the meta device, as a rank holds them with the tensor-parallel degree `degree`."""
     with torch.device("meta"):
         parallel = tensor.parallel_layers(resolved.recipe.model, tensor.TensorParallelGroup(degree=degree))
         return list(gpt.build_layers(resolved.recipe.model, parallel))
 
 
 def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
-    """Return the parameter groups of the recipe's optimizer for these layers."""
+    """Return the parameter groups that the recipe's optimizer has for these layers."""
     kinds = flops.layer_kinds(resolved.recipe.model)
     names = {parameter: name.split(".", 1) for name, parameter in held.named_parameters()}
     groups = optimizers.build(resolved.recipe.optimizer, held, on_gpu=False).param_groups
@@ -167,7 +170,7 @@ def _groups(resolved: Resolved, held: nn.ModuleDict) -> list[frozenset[str]]:
 
 
 def _wrong_shards(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
-    """Return one line per parameter whose shard does not have the shape that the rank must hold."""
+    """Return one message per parameter whose shard has a different shape than the rank must hold."""
     section, degree = resolved.recipe.model, resolved.layout.tensor_parallel
     shapes = {name: list(shape) for layer in layer_shapes(section) for name, shape in layer.items()}
     lines = []
@@ -182,7 +185,7 @@ def _wrong_shards(resolved: Resolved, held: nn.ModuleDict) -> list[str]:
 
 
 def _output(resolved: Resolved, layers: Sequence[nn.Module], number: int) -> str:
-    """Return shape and dtype of the output of these layers. It is not sharded, and so the layers are whole."""
+    """Return shape and dtype of the output of these layers. Unsharded layers are used, as the output is not sharded."""
     layout, section = resolved.layout, resolved.recipe.model
     dtype = _DTYPES[resolved.recipe.precision or "fp32"]
     size = (layout.micro_batch, section.seq_len // layout.sequence_parallel)

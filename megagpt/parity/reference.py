@@ -1,4 +1,4 @@
-"""The reference that a layout must reproduce: training in one process with plain PyTorch."""
+"""Training in one process with plain PyTorch, as the reference that a layout must reproduce."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: bool = False) -> Curve:
     """Train on one global batch per update, and return the curve.
 
-    In low precision, the model is cast from fp32 master weights after each update. Its batch is split into
+    In low precision, the model's weights are cast from fp32 master weights after each update. The batch is split into
     micro-batches whose gradients are accumulated in fp32, because sums over many tokens in low precision lose small
     terms.
 
     Args:
         recipe: The recipe.
         updates: The global batch of each update.
-        held_out: Samples to evaluate on before and after training.
-        exact: Compute in fp32 with the same cast weights, to measure the error of low precision.
+        held_out: Samples on which the model is evaluated before and after training.
+        exact: Whether to compute in fp32, but with weights that are rounded to low precision. This is used to measure
+            the error of low precision.
+
+    Returns:
+        The curve.
     """
     dtype, total = _DTYPES[recipe.precision or "fp32"], len(updates)
     arithmetic = torch.float32 if exact else dtype
     micro = MICRO if arithmetic != torch.float32 else None
-    scale = 2.0**16 if arithmetic == torch.float16 else 1.0  # otherwise small gradients would underflow
+    # Without a loss scale, small gradients would underflow in fp16.
+    scale = 2.0**16 if arithmetic == torch.float16 else 1.0
     masters = GPT(recipe.model, recipe.document_end)
     initialize(masters, recipe.seed)
     masters.to(dtype).float()
@@ -52,7 +57,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * fraction
         losses.append(_gradients(masters, model, batch, micro or len(batch.labels), scale))
-        # in fp64: the rounding error of a long vector's norm in fp32 is larger than the tolerance
+        # The norm is computed in fp64. In fp32, the rounding error of a long vector's norm would exceed the tolerance.
         gradients = [parameter.grad for parameter in masters.parameters() if parameter.grad is not None]
         norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters.parameters(), recipe.optimizer.clip or math.inf, norm.float())
@@ -69,7 +74,7 @@ def train(recipe: Recipe, updates: Sequence[Batch], held_out: Batch, *, exact: b
 
 
 def _gradients(masters: GPT, model: GPT, batch: Batch, micro: int, scale: float) -> float:
-    """Compute the loss and the gradients of the master weights, `micro` samples at a time. Returns the loss."""
+    """Compute the gradients of the master weights, `micro` samples at a time, and return the loss."""
     total, valid = 0.0, _valid(batch)
     sums = [torch.zeros_like(master) for master in masters.parameters()]
     for part in zip(*(torch.split(tensor, micro) for tensor in batch), strict=True):

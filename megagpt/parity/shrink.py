@@ -1,4 +1,4 @@
-"""Shrinks a recipe so far that one process can train it too, with every switch unchanged, and makes its samples."""
+"""Shrink a recipe so that one process can train it in seconds, and generate synthetic samples for it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from megagpt.state import IGNORE_INDEX
 
 _WIDTH, _SEQ_LEN = 64, 32
 _VOCAB_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
-MICRO = 2  # samples per micro-batch
-_EOD = 5  # an ordinary token, which some sequences contain and others do not
+MICRO = 2  # number of samples per micro-batch
+_EOD = 5  # end-of-document token, an ordinary token that some of the sequences contain
 
 
 def shrinking_overrides(resolved: Resolved, updates: int, clip: float | None) -> tuple[str, ...]:
     """Return overrides that shrink a recipe, and the batch sizes of its DeepSpeed config, so that it trains in seconds.
 
-    All switches stay the same, as do the ratio of query heads to key heads, the fraction of recomputed blocks, how
-    the layout splits the model, and the kinds of layer on each pipeline stage (see `shrunk_model`). Settings that
-    would hide a fault or magnify rounding errors are changed: dropout is off, ZeRO-3 shards even small parameters,
-    eps is large enough for weights whose gradient is only rounding, and clipping acts in some updates only.
+    All switches, such as the norm and the ZeRO stage, stay the same. So do the ratio of query heads to key heads, the
+    fraction of recomputed blocks, the way in which the layout splits the model, and the kinds of layer on each pipeline
+    stage (see `shrunk_model`). Settings that would hide an error or magnify rounding errors are changed. Dropout is
+    off, ZeRO-3 shards even small parameters, eps is large enough for weights whose gradient is only rounding, and only
+    some updates are clipped.
 
     Args:
         resolved: The real recipe and its DeepSpeed config.
         updates: The number of updates of the small run.
-        clip: The largest gradient norm of the small run; None for no clipping.
+        clip: The maximum gradient norm of the small run; None for no clipping.
+
+    Returns:
+        The overrides.
     """
     recipe, layout = resolved.recipe, resolved.layout
     small = shrunk_model(recipe.model, layout)
@@ -57,8 +61,11 @@ def single_update_overrides(resolved: Resolved, micro_batches: int, updates: int
 
     Args:
         resolved: The real recipe and its DeepSpeed config.
-        micro_batches: The number of micro-batches per rank.
+        micro_batches: The number of micro-batches per rank and update.
         updates: The number of updates of the schedule.
+
+    Returns:
+        The overrides.
     """
     layout = resolved.layout
     return _as_overrides({
@@ -70,10 +77,17 @@ def single_update_overrides(resolved: Resolved, micro_batches: int, updates: int
 def shrunk_model(real: ModelSection, layout: Layout) -> ModelSection:
     """Return a small model that a layout splits in the same way as the real one.
 
-    Each pipeline stage holds the same kinds of layer, and the vocabulary divides by the tensor-parallel degree if
-    and only if the real one does: a vocabulary that does not divide is kept whole on every rank. Heads, d_ff and the
-    sequence always divide, as they do in every valid layout. If no small model is split in the same way, the smallest
-    one is returned. Callers compare `flops.stage_kinds`.
+    Each pipeline stage holds the same kinds of layer. The vocabulary size is divisible by the tensor-parallel degree if
+    and only if that of the real model is, because otherwise every rank holds the whole vocabulary. Heads, d_ff and the
+    sequence are always divisible, as in every valid layout. If no small model is split in the same way, the smallest
+    one is returned, so callers must compare `flops.stage_kinds`.
+
+    Args:
+        real: The shape of the real model.
+        layout: The layout.
+
+    Returns:
+        The shape of the small model.
     """
     smallest, *others = _candidates(real, layout)
     kinds = flops.stage_kinds(real, layout.pipeline_stages)
@@ -82,9 +96,10 @@ def shrunk_model(real: ModelSection, layout: Layout) -> ModelSection:
 
 
 def _candidates(real: ModelSection, layout: Layout) -> Iterator[ModelSection]:
-    """Yield two blocks per stage with a small vocabulary, then all other numbers and sizes, the cheapest first.
+    """Yield small models: first one with two blocks per stage and a small vocabulary, then all others, cheapest first.
 
-    With few blocks and a large vocabulary, the head gets a stage of its own.
+    The others have different numbers of blocks and vocabulary sizes. With few blocks and a large vocabulary, the head
+    gets a separate stage.
     """
     stages, degree = layout.pipeline_stages, layout.tensor_parallel
     small = _narrow_model(real, layout)
@@ -106,7 +121,7 @@ def _narrow_model(real: ModelSection, layout: Layout) -> ModelSection:
     degree = layout.tensor_parallel * layout.sequence_parallel
     group = real.n_head // real.n_kv_head
     kv_heads = degree * -(-4 // (degree * group))
-    head_dim = max(4, _WIDTH // (kv_heads * group) // 2 * 2)  # even, for rotary positions
+    head_dim = max(4, _WIDTH // (kv_heads * group) // 2 * 2)  # Rotary positions require an even number.
     width = kv_heads * group * head_dim
     d_ff = max(1, round(real.d_ff / real.d_model * width / (8 * degree))) * 8 * degree
     return real.model_copy(update={
@@ -116,7 +131,7 @@ def _narrow_model(real: ModelSection, layout: Layout) -> ModelSection:
 
 
 def _length_overrides(resolved: Resolved, updates: int) -> dict[str, object]:
-    """Return the length and schedule for a number of updates, and an end-of-document token if documents are masked."""
+    """Return overrides for the length and the schedule, and for the end-of-document token if documents are masked."""
     recipe = resolved.recipe
     return {
         "schedule.warmup_updates": updates // 4,
@@ -140,16 +155,17 @@ def _as_overrides(values: dict[str, object]) -> tuple[str, ...]:
 def synthetic_samples(section: ModelSection, number: int, first: int) -> Batch:
     """Generate samples from which a model can learn something.
 
-    Each sequence counts upwards in steps of a random size, with one token in eight replaced at random. Labels at its
-    end are ignored, a random number of them, so that ranks and micro-batches have different numbers of valid labels.
+    Each sequence counts upwards in steps of a random size, with one token in eight replaced at random. A random number
+    of labels at the end of each sequence are ignored, so that ranks and micro-batches have different numbers of valid
+    labels.
 
     Args:
-        section: The model, for its vocabulary and sequence length.
+        section: The shape of the model, which defines the vocabulary and the sequence length.
         number: The number of samples.
-        first: The data position of the first one, which determines it.
+        first: The data position of the first sample. A sample depends only on its data position.
 
     Returns:
-        Token ids and labels [number, seq].
+        Token ids and labels, each [number, seq].
     """
     size, length = section.vocab_size, section.seq_len
     rows, tails = [], []

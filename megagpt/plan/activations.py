@@ -73,7 +73,7 @@ def backward_workspace(shape: MicroBatchShape) -> int:
 
 
 def final_norm(shape: MicroBatchShape) -> int:
-    """Return the bytes that the final norm saves: its input and statistics. The head does not save the norm's output."""
+    """Return the bytes that the final norm saves: its input and statistics. The head does not save its own input."""
     return shape.hidden + _norm_statistics(shape)
 
 
@@ -121,7 +121,7 @@ def _attention(shape: MicroBatchShape) -> int:
     head = section.d_model // section.n_head
     queries = section.d_model // shape.tensor_parallel
     keys = section.n_kv_head * head // shape.tensor_parallel
-    saved = queries + 2 * keys  # q, k and v
+    saved = queries + 2 * keys  # Attention saves q, k and v.
     if (section.position == "rope" or section.qk_norm) and shape.sequence_parallel == 1:
         saved += queries + keys  # Here q and k are copies, while v is a view of the fused projection.
     # The output of attention is saved, with sequence parallelism both before and after the all-to-all.

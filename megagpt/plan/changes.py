@@ -51,7 +51,7 @@ def nearest(
 
 
 def _candidates(resolved: Resolved) -> Iterator[_Overrides]:
-    """Yield all combinations of overrides, ordered by their number and then by the cost to the speed of training."""
+    """Yield all combinations of overrides, ordered by the number of overrides and then by their cost in speed."""
     groups = [
         [(0, ()), *options]
         for options in (

@@ -82,7 +82,7 @@ def length(resolved: Resolved) -> Length:
 
 
 def time(resolved: Resolved, flops: float | None, device: str) -> Time | None:
-    """Estimate the time of a run from its FLOPs, the number of ranks, and the peak FLOP/s and utilization of the device.
+    """Estimate the time of a run from its FLOPs, the number of ranks, and the device's peak FLOP/s and utilization.
 
     Args:
         resolved: the recipe, config and layout of the run.

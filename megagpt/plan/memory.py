@@ -103,7 +103,7 @@ def _moments(resolved: Resolved, stage: int, on_cpu: bool) -> list[Memory]:
 
 
 def _early_gradients(state: StateBytes, zero: ZeroSettings, local: LocalParameters) -> int:
-    """Return the bytes of gradients when the backward pass reaches the blocks: kept ones, or the gradient of the head."""
+    """Return the bytes of the gradients that exist when the backward pass reaches the blocks, after the head."""
     head = local.layers[-1] * zero.element
     return min(state.gradients, max(state.kept_gradients, head))
 

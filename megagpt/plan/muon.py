@@ -2,7 +2,7 @@
 
 Muon has one moment less per matrix, and reassembles whole matrices for the optimizer step. The formulas follow the
 tensors in engine/optim/muon.py and engine/optim/muon_all_to_all.py. tests/unit/plan/test_muon_memory.py compares them
-with torch.
+with the memory that torch allocates.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _workspace(zero: ZeroSettings, local: LocalParameters, shards: int) -> int:
         most = max(most, room + (FP32_BYTES * number * size // degree if degree > 1 else 0))
     if zero.layout.zero_stage == 3:
         partition = FP32_BYTES * -(-elements(local.shapes) // shards)
-        # The rank holds its own results, and either the workspace or the results for other ranks.
+        # The rank holds the elements received from other ranks, and either the workspace or the results returned to it.
         return partition + max(most, partition)
     crossing = _largest_matrix(local) if shards > 1 else 0
     return most + FP32_BYTES * crossing  # One matrix may cross a partition boundary.
@@ -107,7 +107,7 @@ def iteration_bytes(size: int, short: int, long: int) -> int:
     """
     squares = size * short // long  # number of elements of all products X·Xᵀ
     if 2 * long >= 3 * short:
-        # The iteration works on matrices of the size of X·Xᵀ. At its peak there are six of them, or three and the result.
+        # The iteration works on matrices of the size of X·Xᵀ. At its peak it holds six, or three and the result.
         return FP32_BYTES * (2 * size + max(6 * squares, size + 3 * squares))
     # The iteration works on X itself, and holds the input and intermediate results.
     return FP32_BYTES * (4 * size + 2 * squares)

@@ -70,7 +70,7 @@ def _shard(shapes: Shapes, section: ModelSection, degree: int) -> Shapes:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Size of the training state of one rank, in bytes. Everything except `host`, `pinned` and `nvme` is on the device."""
+    """Size of the training state of one rank, in bytes. All except `host`, `pinned` and `nvme` is device memory."""
 
     weights: int
     optimizer: int
@@ -84,7 +84,7 @@ class StateBytes:
     step: int
     """temporary memory of the reduction and the optimizer step, when the activations have been freed"""
     matrices: int = 0
-    """memory for Muon's update of matrices, when the activations have been freed"""
+    """memory for Muon's update of matrices and for gradients that still exist, when the activations have been freed"""
     host: int = 0
     pinned: int = 0
     """size of the page-locked part of `host`"""
@@ -105,7 +105,7 @@ class ZeroSettings:
         self.element = _BYTES_PER_ELEMENT[self.precision]
         """bytes per weight"""
         self.accumulator = 2 if self.precision == "fp16" else FP32_BYTES
-        """bytes per accumulated gradient; fp16 is accumulated in fp16, but bf16 in fp32 (config/deepspeed/precision.py)"""
+        """bytes per accumulated gradient; fp16 accumulates in fp16, but bf16 in fp32 (config/deepspeed/precision.py)"""
         self.reduced = FP32_BYTES if resolved.config.get("communication_data_type") == "fp32" else self.element
         """bytes per gradient during a reduction"""
 

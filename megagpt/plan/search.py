@@ -15,7 +15,7 @@ _RECOMPUTATION_COST = 1 / 3
 
 @dataclass(frozen=True)
 class ConfigChoice:
-    """A config that fits, the overrides that it needs for this, and the values by which it is ranked."""
+    """A config that fits, the overrides with which it fits, and the values by which it is ranked."""
 
     config: str
     overrides: str

@@ -14,8 +14,8 @@ from megagpt.model.shapes import ADAMW_BYTES, FP32_BYTES
 from megagpt.plan import muon
 from megagpt.plan.rank_state import LocalParameters, StateBytes, ZeroSettings
 
-# Number of elements per reduction at stage 0. This is MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py, which cannot be
-# configured.
+# Number of elements per reduction at stage 0. This is MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py, which no
+# config key can change.
 _ALLREDUCE_ELEMENTS = 500_000_000
 
 
@@ -75,7 +75,10 @@ def _stage1_bf16(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
 
 
 def _stage1_2(zero: ZeroSettings, local: LocalParameters) -> StateBytes:
-    """Return the state at stages 1 and 2. Weights are in flat buffers, and each rank has an fp32 copy of its partition."""
+    """Return the state at stages 1 and 2.
+
+    Weights are in flat buffers, and each rank has an fp32 copy of its partition.
+    """
     gradients = zero.element * local.total
     kept = gradients
     if zero.layout.zero_stage == 2:

@@ -1,4 +1,7 @@
-"""The DeepSpeed config: one JSON file that defines how training is distributed. Imports neither torch nor DeepSpeed."""
+"""The DeepSpeed config, a JSON file that defines how training is distributed.
+
+This package imports neither torch nor DeepSpeed.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _MICRO_BATCHES_PER_STAGE = 4
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How each data-parallel replica splits its samples of one update."""
+    """Split of a data-parallel replica's samples of one update into micro-batches."""
 
     micro: int
     """number of samples per micro-batch"""

@@ -1,4 +1,4 @@
-"""The layout of a run: how its model and global batch are distributed over ranks."""
+"""The layout of a run, which defines how its model and global batch are distributed over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallelism degrees: how a model is split into pipeline stages, tensor-parallel and sequence-parallel parts."""
+"""Parallelism degrees, the numbers of pipeline stages, tensor-parallel parts and sequence-parallel parts of a model."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from megagpt.config.syntax.hjson_reader import read_hjson
 from megagpt.errors import Problem, UserError
 
 FILLED_KEYS = (MICRO_BATCH_KEY, ACCUMULATION_KEY, "data_types.grad_accum_dtype", RECOMPUTED_BLOCKS_KEY, *PRECISION_KEYS)
-"""keys that may be "auto" in addition to the owned keys of ownership.py"""
+"""Keys whose value may be "auto", in addition to the owned keys of ownership.py."""
 _NEVER_PRINT = 10**9
 
 

@@ -25,7 +25,7 @@ _REMOVE = "remove it"
 
 @dataclass(frozen=True)
 class _UnsupportedSetting:
-    """A key that may only have one of the given harmless values."""
+    """A key for which only the given harmless values are supported."""
 
     key: str
     harmless: tuple[object, ...]

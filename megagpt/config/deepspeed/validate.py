@@ -93,7 +93,9 @@ class KeyChecker:
 
 
 def is_literal(known: Node, key: str, text: str) -> bool:
-    """Return whether the value of an override is used literally, because its key holds text, or is parsed as YAML.
+    """Return whether the value of an override is used literally instead of being parsed as YAML.
+
+    This is the case for keys that hold text.
 
     Args:
         known: the keys that DeepSpeed knows.

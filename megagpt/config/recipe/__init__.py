@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that defines what is trained. Imports neither torch nor DeepSpeed."""
+"""The recipe, a YAML file that defines what is trained. This package imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 

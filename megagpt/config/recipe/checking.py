@@ -99,7 +99,7 @@ def _text_keys() -> frozenset[str]:
 
 
 def expand_paths(tree: ConfigTree) -> list[Problem]:
-    """Expand `~` and environment variables in the paths of a recipe, and return the problems with them.
+    """Expand `~` and environment variables in the paths of a recipe, and return the problems that occur.
 
     Args:
         tree: the values as given, which are modified in place.
