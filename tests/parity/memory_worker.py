@@ -22,6 +22,7 @@ from megagpt.engine.build import build
 from megagpt.engine.init_deepspeed import start, stop
 from megagpt.engine.init_model import init_model
 from megagpt.files import folder_writer
+from megagpt.model.parallel import WHOLE
 from tests.parity import layouts
 from tests.parity.state_worker import data
 
@@ -44,7 +45,7 @@ def main(job: dict[str, Any]) -> None:
 def build_model(id: str, folder: Path, rank: Rank) -> dict[str, int]:
     """Measure the memory of the model with its initial values."""
     resolved, before = resolve(id, DEEPER, folder), anonymous()
-    return {"built": peak(lambda: init_model(resolved.recipe, resolved.config, 3)) - before}
+    return {"built": peak(lambda: init_model(resolved.recipe, resolved.config, 3, WHOLE)) - before}
 
 
 def move(job: dict[str, Any], folder: Path, rank: Rank) -> dict[str, int]:
