@@ -1,4 +1,4 @@
-"""Exit codes, and errors that tell the user what is wrong, where it is wrong, and what to do about it."""
+"""Exit codes, and errors with what is wrong, where it is, and what to do about it."""
 
 from __future__ import annotations
 

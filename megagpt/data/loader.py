@@ -231,7 +231,7 @@ class Loader:
 def _are_cached(reads: Iterable[tuple[int, int, int]]) -> bool:
     """Return True if all reads, given as (fd, bytes, offset), can be served from the page cache.
 
-    If the filesystem cannot tell, return False.
+    Return False also if the filesystem cannot answer that.
     """
     try:
         return all(os.preadv(fd, [bytearray(size)], offset, os.RWF_NOWAIT) == size for fd, size, offset in reads)
