@@ -63,6 +63,13 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def not_negative(value: float | None) -> float | None:
+    """Check an option that must be finite and at least 0. Raises typer.BadParameter."""
+    if value is not None and value < 0:
+        raise typer.BadParameter(f"{value:g} is below 0.")
+    return finite(value)
+
+
 def positive(value: float | None) -> float | None:
     """Check an option that must be above 0 and finite. Raises typer.BadParameter."""
     if value is not None and value <= 0:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, check_accelerator, positive
+from megagpt.cli.options import DeepSpeedConfig, LocalRank, Overrides, check_accelerator, not_negative
 from megagpt.errors import require_linux
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ def train(
         int | None, typer.Option(help="refuse to start with any other number of ranks", min=1)
     ] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="time limit: save, then exit with code 75", callback=positive)
+        float | None, typer.Option(help="time limit: save, then exit with code 75", callback=not_negative)
     ] = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="recipe key allowed to differ from the checkpoint (repeatable)")

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from megagpt.config import recipe as recipes
+from megagpt.corpus.merge import merge
 from megagpt.corpus.reader import CorpusReader
 from megagpt.data.sampler import Sampler
 from megagpt.inference.evaluate import evaluate
@@ -54,9 +55,8 @@ def test_a_blend_is_shown_before_training_and_validated_by_source_on_two_layouts
         "length.updates=10",
         "evaluation.samples=null",
     ]
-    for part, name in (("validation", "other"), ("train", "more")):
-        for suffix in (".bin", ".idx", ".json"):
-            shutil.copy(f"{prefix}.{part}{suffix}", f"{prefix}.{name}{suffix}")
+    for part, name in (("validation", "other"), ("train", "more")):  # twice: a copy would be a training corpus
+        merge([f"{prefix}.{part}"] * 2, f"{prefix}.{name}")
     printed = training.finish(own, *blend)
     assert re.search(
         rf"\nblend +source +tokens +fraction +samples +epochs\n +{prefix}.train +[\d,]+ +75.00% +30 +", printed
