@@ -184,7 +184,7 @@ def spoil(engine: Any) -> None:
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = math.nan
-    engine._idle_update()
+    engine._empty_update()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 
@@ -192,7 +192,7 @@ def spoil(engine: Any) -> None:
 def flip(engine: Any, rank: Rank, resolved: Any) -> str:
     """Flip one bit of a replicated weight on the last rank. Returns the weight's name on every rank."""
     cut = ("qkv", "output", "up", "gate", "down") if resolved.layout.tensor_parallel > 1 else ()
-    names = engine._stages.names if hasattr(engine, "_stages") else engine._names()
+    names = engine._names()
     if resolved.layout.pipeline_stages > 1:
         name = "layers.0.weight"
     else:

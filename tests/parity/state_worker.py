@@ -105,7 +105,7 @@ def expected(resolved: Any, weights: dict[str, torch.Tensor]) -> float:
 
 def tied_matrices(engine: Any) -> list[torch.Tensor]:
     """Return the copies of the tied matrix on all ranks of a pipeline; without a pipeline there are none."""
-    names = engine._stages.names.items() if hasattr(engine, "_stages") else ()
+    names = engine._stage.names.items() if hasattr(engine, "_stage") else ()
     mine = [parameter.detach().clone() for parameter, name in names if name == "layers.0.weight"]
     copies: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(copies, mine)
