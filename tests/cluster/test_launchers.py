@@ -8,7 +8,7 @@ from tests.cluster.conftest import LENGTH, OPENMPI, SECONDS, said
 from tests.training import command, wait_for_update
 
 MPICH = ("mpirun.mpich", "-hosts", "node1,node2", "-n", "2", "-ppn", "1")
-HANDED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+HANDED_ON = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TORCHDYNAMO_DISABLE")
 
 
 def ranks(recipe, *words):
