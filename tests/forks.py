@@ -6,6 +6,8 @@ In all other respects they are like a launcher's processes: each has its own pid
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -25,3 +27,17 @@ def process(target: Any, *arguments: Any) -> BaseProcess:
 def fresh_process(target: Any, *arguments: Any) -> BaseProcess:
     """The same as a new interpreter, which shares no memory with any other process."""
     return multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+
+
+@contextmanager
+def running(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Start processes. Those that still run at the end of the `with` block are killed."""
+    try:
+        for one in processes:
+            one.start()
+        yield
+    finally:
+        for one in processes:
+            if one.pid is not None:
+                one.kill()
+                one.join()

@@ -81,15 +81,8 @@ def launch(
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(forks.process(_train, {**env, **rank_env}, train_arguments, folder / f"console-{rank}"))
     started = Launch(folder, processes)
-    try:
-        for process in processes:
-            process.start()
+    with forks.running(processes):
         yield started
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
 
 
 def _train(env: dict[str, str], arguments: list[str], console: Path) -> None:

@@ -206,15 +206,8 @@ def _started(part: Part) -> Iterator[list[Any]]:
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
     ranks = [forks.process(fuzz_rank.run, {**environment, **place}, part) for place in places]
-    try:
-        for rank in ranks:
-            rank.start()
+    with forks.running(ranks):
         yield ranks
-    finally:
-        for rank in ranks:
-            if rank.pid is not None:
-                rank.kill()
-                rank.join()
 
 
 def _wait(ranks: Sequence[Any], part: Part) -> Outcome | None:
